@@ -1,0 +1,32 @@
+# The developer's verbs; CI uses the same ones. Every target builds .venv by itself when it is missing or stale.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint lab clean
+.DEFAULT_GOAL := test
+
+.venv/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rtunnel needs Python >= 3.11; set PYTHON=/path/to/python3.11")'
+	@echo "building .venv ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: .venv/.ready ## two brokers, a VIP, agents and a gateway on this machine, no root, no Redis
+	@$(BIN)/rtunnel demo
+
+test: .venv/.ready ## the fast suite: real sockets, real Redis, real clients
+	$(BIN)/python -m pytest
+
+lint: .venv/.ready ## ruff, mypy --strict, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy tests
+	$(BIN)/lint-imports --no-cache
+
+lab: .venv/.ready ## isolated VPCs in network namespaces (root)
+	$(BIN)/python -m pytest tests/lab -v --timeout 300
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,156 @@
+"""The Registry: where tuples live. One protocol, two implementations (`memory`, `redis`), one conformance suite.
+
+Every method is synchronous, may block up to the registry's timeout, and is safe to call from several threads: the
+control plane calls them on worker threads, the relay never. When the registry can't be reached each of them raises
+`RegistryUnavailable`, soon, and has then changed nothing that the next `beat` does not put right.
+
+Times are seconds since 1970 by the *registry's* clock, so that the clocks of nodes never matter.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+
+class RegistryUnavailable(Exception):
+    """The registry can't be reached or does not answer; the text names its URL (no password) and the reason."""
+
+
+class Superseded(Exception):
+    """Another process has started under this node_id: this incarnation is over and must stop."""
+
+
+class NodeRecord(msgspec.Struct, frozen=True):
+    """One broker node."""
+
+    node: str
+    host: str  # label of the machine: two sessions of one agent go to different hosts where there are several
+    ip: str  # the PS IP: where its guarded and open ports are reached
+    incarnation: int
+    state: str = "live"  # or "draining"
+    version: str = ""
+    sessions: int = 0
+    streams: int = 0
+    started: float = 0.0
+    beat: float = 0.0  # set by the registry
+
+
+class Tuple(msgspec.Struct, frozen=True):
+    """(PS IP, PS port, agent IP, agent port) with what makes it safe to use."""
+
+    namespace: str
+    agent_ip: str
+    agent_port: int  # 0 for a guarded port: every exposed port of the agent
+    ps_ip: str
+    ps_port: int
+    node: str
+    epoch: int
+    agent_id: str
+    state: str = "live"  # or "draining"
+    exposes: str = ""  # for people: "22,9100,8000-8100"
+    beat: float = 0.0  # heartbeat time, set by the registry
+
+
+class PortLease(msgspec.Struct, frozen=True):
+    """A port of a PS IP, held for one agent."""
+
+    ip: str
+    port: int
+    owner: str  # "namespace/agent_id", the same across restarts of the agent
+    node: str
+    epoch: int
+
+
+class Registration(msgspec.Struct, frozen=True):
+    """All that the registry holds of one session; what `register` and `beat` keep alive."""
+
+    epoch: int
+    tuples: tuple[Tuple, ...]
+    leases: tuple[PortLease, ...]
+
+
+class Change(msgspec.Struct, frozen=True):
+    """One entry of the change feed. `tuple` is None when the tuple at (key, node, agent_port) is gone."""
+
+    namespace: str
+    agent_ip: str
+    agent_port: int
+    node: str
+    epoch: int
+    tuple: Tuple | None
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """Everything at one moment, with the cursor from which `changes` goes on without a gap."""
+
+    cursor: str
+    now: float
+    nodes: list[NodeRecord]
+    tuples: list[Tuple]
+
+
+class CursorLost(Exception):
+    """The change feed no longer holds this cursor (trimmed, or the registry was wiped): take a snapshot."""
+
+
+class Registry(Protocol):
+    """See the module. `ttl` is how long a tuple lives without a heartbeat, `quarantine` how long a freed port rests."""
+
+    url: str  # without its password
+    ttl: float
+    quarantine: float
+
+    def ping(self) -> None:
+        """Raise RegistryUnavailable when it does not answer."""
+
+    def start_node(self, record: NodeRecord) -> int:
+        """Take the node_id: a new incarnation, greater than any before (also after the registry was wiped).
+
+        Removes every tuple that an earlier incarnation of this node left, and turns its port leases into quarantined
+        ones that the same owner may take back. Returns the incarnation; stores the record with it.
+        """
+
+    def stop_node(self, node: str, incarnation: int) -> None:
+        """Remove the node's record and whatever it still has. A later incarnation's things are left alone."""
+
+    def nodes(self) -> list[NodeRecord]:
+        """The nodes with a live heartbeat."""
+
+    def last_port(self, ip: str, owner: str) -> int | None:
+        """The port that this owner last had on this PS IP, if it is remembered."""
+
+    def lease_port(self, lease: PortLease) -> bool:
+        """Take this port. False when another owner holds it or its quarantine is not over.
+
+        The owner's own lease or quarantine does not stand in its way. A lease lives `ttl + quarantine` from the last beat.
+        """
+
+    def release_port(self, lease: PortLease) -> None:
+        """Put the port into quarantine (kept for its owner). No effect when the lease has another epoch by now."""
+
+    def register(self, registration: Registration) -> None:
+        """Publish a session's tuples (and keep its leases). Replaces this node's older tuples for the same key."""
+
+    def unregister(self, registration: Registration) -> None:
+        """Remove exactly these tuples (by epoch) and quarantine the leases. A newer session's tuples stay."""
+
+    def beat(self, record: NodeRecord, registrations: list[Registration]) -> int:
+        """Refresh the node, its tuples and its leases in batches; put back whatever is missing.
+
+        Returns how many tuples had to be put back (0 in quiet times). Raises Superseded when the node_id was taken by
+        a later incarnation.
+        """
+
+    def lookup(self, namespace: str, ip: str) -> list[Tuple]:
+        """The live tuples for an agent's IP, any agent_port. O(1)."""
+
+    def snapshot(self) -> Snapshot:
+        """Everything, with a cursor."""
+
+    def changes(self, cursor: str, wait: float) -> tuple[str, list[Change]]:
+        """The changes since `cursor`, waiting up to `wait` seconds (at most 1) for the first. Raises CursorLost."""
+
+    def close(self) -> None:
+        """Give back connections and threads."""

@@ -1,0 +1,7 @@
+"""Sans-I/O protocols: bytes in, events out. Nothing in here knows sockets, TLS, threads or trio.
+
+- `refusal`: every reason for which a stream or a session is not granted, and how each is told.
+- `messages`: the MessagePack messages of control streams, and Dial and its answers.
+- `yamux`: the framing of a link (hashicorp's spec).
+- `socks5`, `http`: what a gateway's clients speak.
+"""

@@ -1,0 +1,255 @@
+"""Messages: MessagePack maps behind a 4-byte big-endian length (docs/wire.md is normative).
+
+Control stream: Hello -> Challenge -> Proof -> Welcome | Refused, then Update, Drain, Bye.
+Proxied streams (and guarded ports): Dial -> [Dialling ->] Accepted | Refused, then raw bytes.
+
+Each map carries its type under the key ``t``. Unknown keys are ignored; an unknown type, a missing key, a value of
+a wrong type or size, and a frame over the limit are each a `MessageError` whose text names the fault.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+VERSION = 1
+#: ALPN of a TLS link.
+ALPN = "rtunnel/1"
+
+#: A message's body before the peer is authenticated: a Hello with 64 addresses fits well.
+MAX_UNAUTHENTICATED = 4 * 1024
+#: A message's body afterwards.
+MAX_MESSAGE = 64 * 1024
+
+NONCE_BYTES = 16
+MAC_BYTES = 32
+
+_LENGTH = struct.Struct(">I")
+
+Word = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+Address = Annotated[str, msgspec.Meta(min_length=2, max_length=45)]
+Text = Annotated[str, msgspec.Meta(max_length=512)]
+Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
+Mac = Annotated[bytes, msgspec.Meta(min_length=MAC_BYTES, max_length=MAC_BYTES)]
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+PortOrAny = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Unsigned64 = Annotated[int, msgspec.Meta(ge=0, le=2**64 - 1)]
+
+
+class MessageError(Exception):
+    """The peer sent something that is not a message of this protocol; the text names the fault."""
+
+
+class Message(msgspec.Struct, tag_field="t", frozen=True):
+    """Base of all messages."""
+
+
+class Publish(msgspec.Struct, frozen=True):
+    """An open port that the agent asks for: raw bytes from (PS IP, port) to ip:target_port."""
+
+    ip: Address
+    target_port: Port
+    port: PortOrAny = 0  # 0: any free one
+    allow: Annotated[list[Address | Word], msgspec.Meta(max_length=64)] = []
+
+
+class OpenPort(msgspec.Struct, frozen=True):
+    """An open port as granted."""
+
+    port: Port
+    ip: Address
+    target_port: Port
+
+
+class Hello(Message, tag="hello", frozen=True):
+    """Agent -> broker, first message of a link."""
+
+    version: int
+    agent_id: Word
+    instance: Nonce  # random per agent process: tells a restarted agent from a duplicate session
+    namespace: Word
+    addresses: Annotated[list[Address], msgspec.Meta(min_length=1, max_length=64)]
+    nonce: Nonce
+    token_id: Word
+    exposes: Annotated[list[Word], msgspec.Meta(max_length=256)] = []
+    publish: Annotated[list[Publish], msgspec.Meta(max_length=64)] = []
+    holds: Annotated[list[Word], msgspec.Meta(max_length=16)] = []  # nodes on which it has a live session
+    software: Text = ""
+
+
+class Challenge(Message, tag="challenge", frozen=True):
+    """Broker -> agent: a nonce, and proof that the broker knows the join token too."""
+
+    nonce: Nonce
+    mac: Mac
+    version: int = VERSION
+
+
+class Proof(Message, tag="proof", frozen=True):
+    """Agent -> broker: proof of the join token over the whole exchange."""
+
+    mac: Mac
+
+
+class Welcome(Message, tag="welcome", frozen=True):
+    """Broker -> agent: the session exists and its tuples are in the registry."""
+
+    node: Word
+    host: Word
+    epoch: Unsigned64
+    ip: Address  # the PS IP
+    port: Port  # the guarded port
+    heartbeat: float  # seconds between the registry heartbeats of this node
+    open_ports: list[OpenPort] = []
+    notices: list[Text] = []  # what was asked for and not granted
+    software: Text = ""
+
+
+class Refuse(Message, tag="refused", frozen=True):
+    """The answer no, to a Hello or a Dial; `code` is a word of `refusal.Refusal`."""
+
+    code: Word
+    text: Text = ""
+
+
+class Update(Message, tag="update", frozen=True):
+    """Agent -> broker: the exposed ports changed."""
+
+    exposes: Annotated[list[Word], msgspec.Meta(max_length=256)]
+
+
+class Drain(Message, tag="drain", frozen=True):
+    """Broker -> agent: the node goes away; streams may finish within `deadline` seconds."""
+
+    deadline: float
+
+
+class Bye(Message, tag="bye", frozen=True):
+    """Either end: the session ends on purpose."""
+
+    reason: Text = ""
+
+
+class Dial(Message, tag="dial", frozen=True):
+    """Gateway -> broker -> agent: `body` is an encoded DialBody, `mac` is HMAC-SHA256 over exactly those bytes."""
+
+    body: Annotated[bytes, msgspec.Meta(max_length=1024)]
+    mac: Annotated[bytes, msgspec.Meta(max_length=MAC_BYTES)] = b""  # empty from a broker's own open port
+
+
+class DialBody(msgspec.Struct, frozen=True):
+    """What a Dial asks for."""
+
+    version: int
+    namespace: Word
+    ip: Address
+    port: Port
+    node: Word
+    epoch: Unsigned64
+    nonce: Nonce
+    time: int  # milliseconds since 1970, UTC
+    who: Text = ""
+
+
+class Dialling(Message, tag="dialling", frozen=True):
+    """Agent -> gateway: the Dial is good and the target is being connected; it is slow, the path is not."""
+
+
+class Accepted(Message, tag="accepted", frozen=True):
+    """Agent -> gateway: the target is connected; raw bytes follow."""
+
+    proof: Annotated[bytes, msgspec.Meta(max_length=4096)] = b""
+
+
+ControlMessage = Hello | Challenge | Proof | Welcome | Refuse | Update | Drain | Bye
+DialAnswer = Dialling | Accepted | Refuse
+
+_encoder = msgspec.msgpack.Encoder()
+_body_decoder = msgspec.msgpack.Decoder(DialBody)
+_M = TypeVar("_M")
+
+
+def encode(message: Message) -> bytes:
+    """One frame: length and body."""
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+def encode_body(body: DialBody) -> bytes:
+    """The bytes that a Dial carries and its MAC covers."""
+    return _encoder.encode(body)
+
+
+def decode_body(body: bytes) -> DialBody:
+    """The inverse of `encode_body`. Raises MessageError."""
+    try:
+        return _body_decoder.decode(body)
+    except (msgspec.DecodeError, RecursionError, ValueError) as fault:
+        raise MessageError(f"bad Dial body: {fault}") from None
+
+
+class Decoder:
+    """Cuts a byte stream into messages of the expected types.
+
+    `feed` bytes, then call `next` until it returns None. After the last message that is wanted, `rest()` hands
+    over the bytes that followed it: they belong to the raw stream.
+    """
+
+    __slots__ = ("_buffer", "_decoder", "limit")
+
+    def __init__(self, expected: Any, limit: int = MAX_UNAUTHENTICATED) -> None:
+        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(expected)
+        self._buffer = bytearray()
+        self.limit = limit
+
+    def expect(self, expected: Any) -> None:
+        """Take messages of other types from here on."""
+        self._decoder = msgspec.msgpack.Decoder(expected)
+
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        """Take bytes in any split."""
+        self._buffer += data
+
+    def next(self) -> Any:
+        """The next whole message, or None when more bytes are needed. Raises MessageError."""
+        frame = self.next_frame()
+        return None if frame is None else frame[0]
+
+    def next_frame(self) -> tuple[Any, bytes] | None:
+        """Like `next`, with the frame's exact bytes beside the message (to pass on, or to put under a MAC)."""
+        buffer = self._buffer
+        if len(buffer) < 4:
+            return None
+        (length,) = _LENGTH.unpack_from(buffer)
+        if length > self.limit:
+            raise MessageError(f"message of {length} bytes is over the limit of {self.limit}")
+        if len(buffer) < 4 + length:
+            return None
+        frame = bytes(buffer[: 4 + length])
+        del buffer[: 4 + length]
+        try:
+            return self._decoder.decode(frame[4:]), frame
+        except (msgspec.DecodeError, RecursionError, ValueError) as fault:
+            raise MessageError(f"bad message: {fault}{_version_note(frame[4:])}") from None
+
+    def rest(self) -> bytes:
+        """Take out the bytes after the last message."""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        return rest
+
+
+class _AnyVersion(msgspec.Struct):
+    t: str
+    version: int
+
+
+def _version_note(body: bytes) -> str:
+    """A message of another protocol version may have another shape: then name the versions."""
+    try:
+        peer = msgspec.msgpack.decode(body, type=_AnyVersion)
+    except Exception:
+        return ""
+    return "" if peer.version == VERSION else f" (the peer speaks version {peer.version}, this end {VERSION})"

@@ -1,0 +1,192 @@
+"""Why a stream or a session was refused: one enum, told alike to clients, logs and metrics.
+
+The wire value of a code is its word; the same word stands in log lines and metric labels. The SOCKS reply
+is RFC 1928 section 6; the HTTP status and the `Proxy-Status` error token are RFC 9209 section 2.3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+
+
+class Next(Enum):
+    """What a gateway does after a refusal of one candidate tuple."""
+
+    STOP = "stop"  # the answer is about the target itself: another tuple would say the same
+    TRY = "try"  # this path did not work, another one may
+    FORGET = "forget"  # the tuple is stale: drop it from the route table, then try another
+
+
+@dataclass(frozen=True, slots=True)
+class Telling:
+    """How one refusal is told to a SOCKS client, to an HTTP client, and what a gateway does next."""
+
+    socks: int
+    http: int
+    proxy_status: str
+    next: Next
+    text: str
+
+
+class Refusal(StrEnum):
+    """Every reason to refuse. `code.telling` says how it is told."""
+
+    # The client's request.
+    BAD_REQUEST = "bad_request"
+    COMMAND_NOT_SUPPORTED = "command_not_supported"
+    ADDRESS_TYPE_NOT_SUPPORTED = "address_type_not_supported"
+    NOT_AUTHORISED = "not_authorised"
+    NAME_NOT_SUPPORTED = "name_not_supported"
+    UNKNOWN_TARGET = "unknown_target"
+    # The target, as the agent saw it.
+    NOT_EXPOSED = "not_exposed"
+    TARGET_REFUSED = "target_refused"
+    TARGET_TIMEOUT = "target_timeout"
+    TARGET_UNREACHABLE = "target_unreachable"
+    # The path: another tuple may work.
+    AGENT_UNAVAILABLE = "agent_unavailable"
+    BROKER_UNREACHABLE = "broker_unreachable"
+    DIAL_TIMEOUT = "dial_timeout"
+    LINK_LOST = "link_lost"
+    DRAINING = "draining"
+    OVERLOADED = "overloaded"
+    # The tuple is stale.
+    STALE_NODE = "stale_node"
+    STALE_TARGET = "stale_target"
+    STALE_EPOCH = "stale_epoch"
+    # The Dial itself.
+    BAD_MAC = "bad_mac"
+    EXPIRED = "expired"
+    REPLAYED = "replayed"
+    # Sessions.
+    DUPLICATE_NODE = "duplicate_node"
+    VERSION = "version"
+    BAD_TOKEN = "bad_token"  # noqa: S105 - a word, not a secret
+    PORTS_EXHAUSTED = "ports_exhausted"
+    PORT_TAKEN = "port_taken"
+    PORT_NOT_ALLOWED = "port_not_allowed"
+    REGISTRY_UNAVAILABLE = "registry_unavailable"
+    PROTOCOL_ERROR = "protocol_error"
+    INTERNAL = "internal"
+
+    @property
+    def telling(self) -> Telling:
+        """How this refusal is told."""
+        return _TELLINGS[self]
+
+    @classmethod
+    def parse(cls, word: str) -> Refusal:
+        """The code of a word from the wire; a word that this version does not know is INTERNAL."""
+        return _BY_WORD.get(word, cls.INTERNAL)
+
+
+class Refused(Exception):
+    """A refusal on its way to the one who asked."""
+
+    def __init__(self, code: Refusal, text: str = "") -> None:
+        super().__init__(text or code.telling.text)
+        self.code = code
+
+    @property
+    def text(self) -> str:
+        """The sentence for people: specific where the refuser knew more, else the code's own."""
+        return str(self.args[0])
+
+
+# RFC 1928 section 6
+GENERAL_FAILURE = 0x01
+NOT_ALLOWED = 0x02
+NETWORK_UNREACHABLE = 0x03
+HOST_UNREACHABLE = 0x04
+CONNECTION_REFUSED = 0x05
+TTL_EXPIRED = 0x06
+COMMAND_UNSUPPORTED = 0x07
+ADDRESS_UNSUPPORTED = 0x08
+
+_STOP, _TRY, _FORGET = Next.STOP, Next.TRY, Next.FORGET
+_R = Refusal
+_TELLINGS: dict[Refusal, Telling] = {
+    _R.BAD_REQUEST: Telling(GENERAL_FAILURE, 400, "http_request_error", _STOP, "the request is malformed"),
+    _R.COMMAND_NOT_SUPPORTED: Telling(
+        COMMAND_UNSUPPORTED, 501, "http_request_denied", _STOP, "only CONNECT is supported"
+    ),
+    _R.ADDRESS_TYPE_NOT_SUPPORTED: Telling(
+        ADDRESS_UNSUPPORTED, 400, "http_request_error", _STOP, "the address type is not supported"
+    ),
+    _R.NOT_AUTHORISED: Telling(NOT_ALLOWED, 403, "http_request_denied", _STOP, "not allowed"),
+    _R.NAME_NOT_SUPPORTED: Telling(
+        HOST_UNREACHABLE, 502, "dns_error", _STOP, "names are not resolved here: dial the original IP"
+    ),
+    _R.UNKNOWN_TARGET: Telling(
+        HOST_UNREACHABLE, 502, "destination_not_found", _STOP, "no agent answers for this address"
+    ),
+    _R.NOT_EXPOSED: Telling(
+        NOT_ALLOWED, 403, "destination_ip_prohibited", _STOP, "the agent does not expose this port"
+    ),
+    _R.TARGET_REFUSED: Telling(
+        CONNECTION_REFUSED, 502, "connection_refused", _STOP, "the target refused the connection"
+    ),
+    _R.TARGET_TIMEOUT: Telling(
+        TTL_EXPIRED, 504, "connection_timeout", _STOP, "the target did not answer the agent in time"
+    ),
+    _R.TARGET_UNREACHABLE: Telling(
+        NETWORK_UNREACHABLE, 502, "destination_ip_unroutable", _STOP, "the agent has no route to the target"
+    ),
+    _R.AGENT_UNAVAILABLE: Telling(
+        HOST_UNREACHABLE, 503, "destination_unavailable", _TRY, "no path to the agent works at present"
+    ),
+    _R.BROKER_UNREACHABLE: Telling(
+        HOST_UNREACHABLE, 503, "destination_unavailable", _TRY, "the broker could not be reached"
+    ),
+    _R.DIAL_TIMEOUT: Telling(
+        TTL_EXPIRED, 504, "connection_timeout", _TRY, "neither broker nor agent answered in time"
+    ),
+    _R.LINK_LOST: Telling(HOST_UNREACHABLE, 503, "connection_terminated", _TRY, "the agent's link is gone"),
+    _R.DRAINING: Telling(HOST_UNREACHABLE, 503, "destination_unavailable", _TRY, "the node is draining"),
+    _R.OVERLOADED: Telling(GENERAL_FAILURE, 503, "connection_limit_reached", _TRY, "a limit is reached"),
+    _R.STALE_NODE: Telling(
+        HOST_UNREACHABLE, 503, "destination_unavailable", _FORGET, "the tuple names another node"
+    ),
+    _R.STALE_TARGET: Telling(
+        HOST_UNREACHABLE, 503, "destination_unavailable", _FORGET, "the port is not leased to this target"
+    ),
+    _R.STALE_EPOCH: Telling(
+        HOST_UNREACHABLE, 503, "destination_unavailable", _FORGET, "the tuple's session is over"
+    ),
+    _R.BAD_MAC: Telling(
+        GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the Dial's MAC does not fit the cluster key"
+    ),
+    _R.EXPIRED: Telling(
+        GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the Dial's time is too far from the broker's clock"
+    ),
+    _R.REPLAYED: Telling(
+        GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the Dial's nonce was used before"
+    ),
+    _R.DUPLICATE_NODE: Telling(
+        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the agent already has a session on this node"
+    ),
+    _R.VERSION: Telling(
+        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the two ends speak different versions"
+    ),
+    _R.BAD_TOKEN: Telling(
+        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the join token is not known or not right"
+    ),
+    _R.PORTS_EXHAUSTED: Telling(
+        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the broker's port range is used up"
+    ),
+    _R.PORT_TAKEN: Telling(
+        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the fixed port is in use on the broker"
+    ),
+    _R.PORT_NOT_ALLOWED: Telling(
+        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the broker does not allow this open port"
+    ),
+    _R.REGISTRY_UNAVAILABLE: Telling(
+        GENERAL_FAILURE, 503, "proxy_internal_error", _TRY, "the registry can't be reached"
+    ),
+    _R.PROTOCOL_ERROR: Telling(
+        GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the peer broke the protocol"
+    ),
+    _R.INTERNAL: Telling(GENERAL_FAILURE, 500, "proxy_internal_error", _TRY, "internal error"),
+}
+_BY_WORD = {code.value: code for code in Refusal}
