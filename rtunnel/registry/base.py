@@ -13,6 +13,14 @@ from typing import Protocol
 
 import msgspec
 
+# An epoch is (incarnation << 32 | counter): 64 bits, so a JSON or Lua number would round it (docs/registry.md).
+COUNTER_BITS = 32
+
+
+def incarnation_of(epoch: int) -> int:
+    """The incarnation of the node that gave out this epoch."""
+    return epoch >> COUNTER_BITS
+
 
 class RegistryUnavailable(Exception):
     """The registry can't be reached or does not answer; the text names its URL (no password) and the reason."""
@@ -22,7 +30,9 @@ class Superseded(Exception):
     """Another process has started under this node_id: this incarnation is over and must stop."""
 
 
-class NodeRecord(msgspec.Struct, frozen=True):
+# gc=False: these hold nothing that could form a cycle, and a collection that walks a million of them holds the GIL
+# for hundreds of milliseconds.
+class NodeRecord(msgspec.Struct, frozen=True, gc=False):
     """One broker node."""
 
     node: str
@@ -37,7 +47,7 @@ class NodeRecord(msgspec.Struct, frozen=True):
     beat: float = 0.0  # set by the registry
 
 
-class Tuple(msgspec.Struct, frozen=True):
+class Tuple(msgspec.Struct, frozen=True, gc=False):
     """(PS IP, PS port, agent IP, agent port) with what makes it safe to use."""
 
     namespace: str
@@ -53,7 +63,7 @@ class Tuple(msgspec.Struct, frozen=True):
     beat: float = 0.0  # heartbeat time, set by the registry
 
 
-class PortLease(msgspec.Struct, frozen=True):
+class PortLease(msgspec.Struct, frozen=True, gc=False):
     """A port of a PS IP, held for one agent."""
 
     ip: str
@@ -71,7 +81,7 @@ class Registration(msgspec.Struct, frozen=True):
     leases: tuple[PortLease, ...]
 
 
-class Change(msgspec.Struct, frozen=True):
+class Change(msgspec.Struct, frozen=True, gc=False):
     """One entry of the change feed. `tuple` is None when the tuple at (key, node, agent_port) is gone."""
 
     namespace: str
@@ -124,14 +134,22 @@ class Registry(Protocol):
     def lease_port(self, lease: PortLease) -> bool:
         """Take this port. False when another owner holds it or its quarantine is not over.
 
-        The owner's own lease or quarantine does not stand in its way. A lease lives `ttl + quarantine` from the last beat.
+        The owner's own lease or quarantine does not stand in its way. A lease lives `ttl + quarantine` from the last
+        beat. Raises Superseded when a later incarnation has the node_id.
         """
 
     def release_port(self, lease: PortLease) -> None:
-        """Put the port into quarantine (kept for its owner). No effect when the lease has another epoch by now."""
+        """Put the port into quarantine (kept for its owner). No effect when the lease has another epoch by now.
+
+        A lease that the registry does not know (it was wiped) goes into quarantine too.
+        """
 
     def register(self, registration: Registration) -> None:
-        """Publish a session's tuples (and keep its leases). Replaces this node's older tuples for the same key."""
+        """Publish a session's tuples (and keep its leases). Replaces this node's older tuples for the same key.
+
+        A tuple of a newer epoch for the same (target, node, agent_port) stays. Registering the same epoch again changes
+        the tuples (state, exposes). Raises Superseded when a later incarnation has the node_id.
+        """
 
     def unregister(self, registration: Registration) -> None:
         """Remove exactly these tuples (by epoch) and quarantine the leases. A newer session's tuples stay."""
@@ -139,18 +157,22 @@ class Registry(Protocol):
     def beat(self, record: NodeRecord, registrations: list[Registration]) -> int:
         """Refresh the node, its tuples and its leases in batches; put back whatever is missing.
 
-        Returns how many tuples had to be put back (0 in quiet times). Raises Superseded when the node_id was taken by
-        a later incarnation.
+        Returns how many tuples had to be put back (0 in quiet times). A session that ended while the beat was on its
+        way (its port is quarantined by now) is not put back. Raises Superseded when the node_id was taken by a later
+        incarnation.
         """
 
     def lookup(self, namespace: str, ip: str) -> list[Tuple]:
         """The live tuples for an agent's IP, any agent_port. O(1)."""
 
     def snapshot(self) -> Snapshot:
-        """Everything, with a cursor."""
+        """Everything, with a cursor. A tuple that changes meanwhile may be seen twice; the changes after settle it."""
 
     def changes(self, cursor: str, wait: float) -> tuple[str, list[Change]]:
-        """The changes since `cursor`, waiting up to `wait` seconds (at most 1) for the first. Raises CursorLost."""
+        """The next changes after `cursor`, waiting up to `wait` seconds (at most 1) for the first. Raises CursorLost.
+
+        A call may return a part of them: go on with the cursor that it returned. Expiry is not a change.
+        """
 
     def close(self) -> None:
         """Give back connections and threads."""

@@ -35,7 +35,7 @@ Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_B
 Mac = Annotated[bytes, msgspec.Meta(min_length=MAC_BYTES, max_length=MAC_BYTES)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 PortOrAny = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-Unsigned64 = Annotated[int, msgspec.Meta(ge=0, le=2**64 - 1)]
+Unsigned64 = Annotated[int, msgspec.Meta(ge=0)]  # MessagePack has no larger ones
 
 
 class MessageError(Exception):

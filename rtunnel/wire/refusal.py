@@ -139,36 +139,30 @@ _TELLINGS: dict[Refusal, Telling] = {
     _R.BROKER_UNREACHABLE: Telling(
         HOST_UNREACHABLE, 503, "destination_unavailable", _TRY, "the broker could not be reached"
     ),
-    _R.DIAL_TIMEOUT: Telling(
-        TTL_EXPIRED, 504, "connection_timeout", _TRY, "neither broker nor agent answered in time"
-    ),
+    _R.DIAL_TIMEOUT: Telling(TTL_EXPIRED, 504, "connection_timeout", _TRY, "neither broker nor agent answered in time"),
     _R.LINK_LOST: Telling(HOST_UNREACHABLE, 503, "connection_terminated", _TRY, "the agent's link is gone"),
     _R.DRAINING: Telling(HOST_UNREACHABLE, 503, "destination_unavailable", _TRY, "the node is draining"),
     _R.OVERLOADED: Telling(GENERAL_FAILURE, 503, "connection_limit_reached", _TRY, "a limit is reached"),
-    _R.STALE_NODE: Telling(
-        HOST_UNREACHABLE, 503, "destination_unavailable", _FORGET, "the tuple names another node"
-    ),
+    _R.STALE_NODE: Telling(HOST_UNREACHABLE, 503, "destination_unavailable", _FORGET, "the tuple names another node"),
     _R.STALE_TARGET: Telling(
         HOST_UNREACHABLE, 503, "destination_unavailable", _FORGET, "the port is not leased to this target"
     ),
-    _R.STALE_EPOCH: Telling(
-        HOST_UNREACHABLE, 503, "destination_unavailable", _FORGET, "the tuple's session is over"
-    ),
+    _R.STALE_EPOCH: Telling(HOST_UNREACHABLE, 503, "destination_unavailable", _FORGET, "the tuple's session is over"),
     _R.BAD_MAC: Telling(
         GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the Dial's MAC does not fit the cluster key"
     ),
     _R.EXPIRED: Telling(
-        GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the Dial's time is too far from the broker's clock"
+        GENERAL_FAILURE,
+        502,
+        "proxy_internal_response",
+        _TRY,
+        "the Dial's time is too far from the broker's clock",
     ),
-    _R.REPLAYED: Telling(
-        GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the Dial's nonce was used before"
-    ),
+    _R.REPLAYED: Telling(GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the Dial's nonce was used before"),
     _R.DUPLICATE_NODE: Telling(
         GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the agent already has a session on this node"
     ),
-    _R.VERSION: Telling(
-        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the two ends speak different versions"
-    ),
+    _R.VERSION: Telling(GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the two ends speak different versions"),
     _R.BAD_TOKEN: Telling(
         GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the join token is not known or not right"
     ),
@@ -184,9 +178,7 @@ _TELLINGS: dict[Refusal, Telling] = {
     _R.REGISTRY_UNAVAILABLE: Telling(
         GENERAL_FAILURE, 503, "proxy_internal_error", _TRY, "the registry can't be reached"
     ),
-    _R.PROTOCOL_ERROR: Telling(
-        GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the peer broke the protocol"
-    ),
+    _R.PROTOCOL_ERROR: Telling(GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the peer broke the protocol"),
     _R.INTERNAL: Telling(GENERAL_FAILURE, 500, "proxy_internal_error", _TRY, "internal error"),
 }
 _BY_WORD = {code.value: code for code in Refusal}

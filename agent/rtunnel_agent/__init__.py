@@ -1,0 +1,11 @@
+"""The agent: dials out to brokers, holds sessions on different nodes, and connects Dials to targets.
+
+- `handshake`: the control stream of one link, in the relay's thread.
+- `targets`: Dials in, connections to targets out, in the relay's thread.
+- `agent`: keeps the wanted number of sessions. trio.
+- `serve`: the role.
+"""
+
+from rtunnel_agent.serve import ROLE
+
+__all__ = ["ROLE"]

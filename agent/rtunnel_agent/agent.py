@@ -1,0 +1,338 @@
+"""The agent keeps `redundancy` sessions on different nodes behind a VIP that gives it no choice of node.
+
+Each slot dials; a broker that the agent already sits on refuses with `duplicate_node`, and the slot redials at once from a
+new source port. One slot dials at a time, so that what the Hello says about held nodes is true.
+"""
+
+from __future__ import annotations
+
+import random
+import ssl
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import trio
+
+import rtunnel
+from rtunnel.bridge import Bridge
+from rtunnel.config import AgentConfig, Config, default_address, host_name, parse_endpoint, parse_exposes
+from rtunnel.logs import get_logger
+from rtunnel.relay.ends import SocketEnd, Talker
+from rtunnel.relay.link import Link, StreamEnd
+from rtunnel.relay.relay import Relay
+from rtunnel.trust.keys import Token, load_token
+from rtunnel.trust.tls import client_context
+from rtunnel.wire import messages
+from rtunnel.wire.messages import Bye, Hello, Publish
+from rtunnel.wire.refusal import Refusal
+
+from rtunnel_agent.handshake import AgentSession, new_nonce
+from rtunnel_agent.targets import IncomingStream, Targets
+
+#: Redials after `duplicate_node` before the agent believes that the VIP pins it to one node. With 2 nodes behind a
+#: random VIP this fails once in 2**12, with 3 nodes of which one is held once in 3**12.
+QUICK_REDIALS: Final = 12
+QUICK_JITTER: Final = 0.05
+#: A pinned agent looks for a second node this often (seconds, with jitter).
+SLOW_REDIAL: Final = 10.0
+BACKOFF_FIRST: Final = 0.25
+#: A session that lasted so long has proved the path: backoff starts anew.
+STABLE: Final = 60.0
+
+
+@dataclass
+class Outcome:
+    """How one attempt to get a session ended."""
+
+    session: AgentSession | None = None
+    code: Refusal | None = None
+    why: str = ""
+
+
+@dataclass(eq=False)
+class Slot:
+    """One wanted session."""
+
+    number: int
+    session: AgentSession | None = None
+    reason: str = "not dialled yet"  # why there is none; empty when there is
+    since: float = 0.0
+    duplicates: int = 0
+    backoff: float = BACKOFF_FIRST
+
+
+@dataclass(eq=False)
+class Watch:
+    """trio's side of one AgentSession."""
+
+    outcome: Outcome = field(default_factory=Outcome)
+    settled: trio.Event = field(default_factory=trio.Event)  # Welcome, refused or failed
+    retire: trio.Event = field(default_factory=trio.Event)  # down, or its node is draining
+    down: trio.Event = field(default_factory=trio.Event)
+
+
+class Agent:
+    """One agent process."""
+
+    def __init__(self, config: Config) -> None:
+        agent = config.agent
+        self.config: AgentConfig = agent
+        self.agent_id = agent.agent_id or host_name()
+        self.addresses = tuple(agent.addresses) or (default_address(),)
+        self.slots = [Slot(number) for number in range(agent.redundancy)]
+        self.draining: dict[AgentSession, Watch] = {}
+        self.relay = Relay(self.report, f"relay-{self.agent_id}")
+        self.targets = Targets(
+            self.relay, agent.namespace, frozenset(self.addresses), parse_exposes(agent.exposes), agent.target_timeout
+        )
+        self._publish = [_publish(entry.target, entry.port, entry.allow) for entry in agent.publish]
+        self.targets.published = frozenset((p.ip, p.target_port) for p in self._publish)
+        self._token: Token = load_token(Path(agent.join_token))
+        self._tls: ssl.SSLContext | None = client_context(Path(agent.ca)) if agent.security == "tls" else None
+        self._instance = new_nonce()
+        self._watches: dict[AgentSession, Watch] = {}
+        self._dialling = trio.Lock()
+        self._turn = random.randrange(1 << 16)  # noqa: S311 - which VIP address first
+        self._stopping = False
+        self._log = get_logger("agent")
+        self.bridge: Bridge
+
+    # What sessions call, in the relay's thread.
+
+    def session_up(self, session: AgentSession) -> None:
+        """See SessionOwner."""
+        self.bridge.post(self._settle, session, Outcome(session=session))
+
+    def session_down(self, session: AgentSession, code: Refusal | None, why: str) -> None:
+        """See SessionOwner."""
+        self.bridge.post(self._gone, session, Outcome(code=code, why=why))
+
+    def session_draining(self, session: AgentSession, deadline: float) -> None:
+        """See SessionOwner."""
+        self.bridge.post(self._retire, session)
+
+    def serve_stream(self, session: AgentSession, stream: StreamEnd) -> Talker:
+        """See SessionOwner."""
+        return IncomingStream(self.targets, session, stream)
+
+    def report(self, event: str, fields: dict[str, object]) -> None:
+        """What the relay has to say: never good news."""
+        self._log.error(event, agent=self.agent_id, **fields)
+
+    # The same, arrived in trio's thread.
+
+    def _settle(self, session: AgentSession, outcome: Outcome) -> None:
+        watch = self._watches[session]
+        watch.outcome = outcome
+        watch.settled.set()
+
+    def _gone(self, session: AgentSession, outcome: Outcome) -> None:
+        watch = self._watches.pop(session, None)
+        self.draining.pop(session, None)
+        if watch is not None:
+            watch.outcome = outcome
+            for event in (watch.settled, watch.retire, watch.down):
+                event.set()
+
+    def _retire(self, session: AgentSession) -> None:
+        watch = self._watches.get(session)
+        if watch is not None:
+            self.draining[session] = watch
+            watch.retire.set()
+
+    # Life.
+
+    async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Agent] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until `stop`; started when it begins to dial."""
+        self.bridge = Bridge(self.relay)
+        self.relay.start()
+        try:
+            async with trio.open_nursery() as nursery:
+                for slot in self.slots:
+                    nursery.start_soon(self._keep, slot)
+                nursery.start_soon(self._leave_draining_nodes)
+                task_status.started(self)
+                await stop.wait()
+                await self._drain()
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self.relay.stop)
+
+    @property
+    def redundancy(self) -> str:
+        """How many of the wanted sessions are up: "1/2"."""
+        return f"{sum(slot.session is not None for slot in self.slots)}/{len(self.slots)}"
+
+    @property
+    def state(self) -> str:
+        """ready (all sessions up), degraded (some) or down (none)."""
+        up = sum(slot.session is not None for slot in self.slots)
+        return "ready" if up == len(self.slots) else "degraded" if up else "down"
+
+    def reasons(self) -> list[str]:
+        """Why it is not ready; empty when it is."""
+        return [f"session {slot.number + 1}: {slot.reason}" for slot in self.slots if slot.session is None]
+
+    async def _drain(self) -> None:
+        """Say goodbye to the brokers when the streams are done, or the deadline has come."""
+        self._stopping = True
+        with trio.move_on_after(self.config.drain):
+            while self.targets.counts.streams:
+                await trio.sleep(0.05)
+        sessions = list(self._watches)
+        await self.bridge.run(lambda: _say_goodbye(sessions))
+        self._log.info("agent_stopped", agent=self.agent_id, streams_cut=self.targets.counts.streams)
+
+    # One slot.
+
+    async def _keep(self, slot: Slot) -> None:
+        while True:
+            async with self._dialling:
+                if self._stopping:
+                    return
+                watch = await self._dial()
+                if watch.outcome.session is not None:
+                    self._fill(slot, watch.outcome.session)
+            if slot.session is None:
+                await self._wait(slot, watch.outcome)
+                continue
+            await watch.retire.wait()
+            self._empty(slot, watch)
+
+    def _fill(self, slot: Slot, session: AgentSession) -> None:
+        welcome = session.welcome
+        assert welcome is not None
+        slot.session = session
+        slot.reason = ""
+        slot.since = time.time()
+        slot.duplicates = 0
+        self._log.info(
+            "session_up", agent=self.agent_id, broker=welcome.node, host=welcome.host, epoch=str(welcome.epoch),
+            ps=f"{welcome.ip}:{welcome.port}", redundancy=self.redundancy,
+            open_ports=[f"{p.port}->{p.ip}:{p.target_port}" for p in welcome.open_ports],
+        )  # fmt: skip
+        for notice in welcome.notices:
+            self._log.warning("broker_notice", agent=self.agent_id, broker=welcome.node, notice=notice)
+
+    def _empty(self, slot: Slot, watch: Watch) -> None:
+        session, slot.session = slot.session, None
+        assert session is not None
+        if time.time() - slot.since >= STABLE:
+            slot.backoff = BACKOFF_FIRST
+        slot.reason = f"{session.node} is draining" if not watch.down.is_set() else watch.outcome.why
+        self._log.warning(
+            "session_down" if watch.down.is_set() else "session_draining",
+            agent=self.agent_id, broker=session.node, reason=slot.reason, redundancy=self.redundancy,
+        )  # fmt: skip
+
+    async def _wait(self, slot: Slot, outcome: Outcome) -> None:
+        """Before the next dial: a moment after a duplicate, full jitter after a failure."""
+        if outcome.code is Refusal.DUPLICATE_NODE:
+            slot.duplicates += 1
+            if slot.duplicates <= QUICK_REDIALS:
+                slot.reason = "looking for another node"
+                await trio.sleep(random.uniform(0, QUICK_JITTER))  # noqa: S311
+                return
+            reason = f"the VIP leads to the same node again and again ({outcome.why})"
+            pause = SLOW_REDIAL * random.uniform(0.5, 1.0)  # noqa: S311
+        else:
+            reason = outcome.why
+            pause = random.uniform(0, slot.backoff)  # noqa: S311 - full jitter
+            slot.backoff = min(self.config.backoff_cap, slot.backoff * 2)
+        if reason != slot.reason:
+            self._log.warning(
+                "no_session", agent=self.agent_id, slot=slot.number + 1, reason=reason, redundancy=self.redundancy
+            )
+        slot.reason = reason
+        await trio.sleep(pause)
+
+    # One dial.
+
+    async def _dial(self) -> Watch:
+        watch = Watch()
+        try:
+            host, port = await self._resolve()
+        except OSError as error:
+            watch.outcome.why = str(error)
+            return watch
+        session = AgentSession(self, self._hello(), self._token.secret, self.config.handshake_timeout)
+        self._watches[session] = watch
+        try:
+            await self.bridge.run(lambda: self._connect(session, host, port))
+            await watch.settled.wait()
+        except BaseException:
+            self.bridge.relay.call(lambda: session.end("the agent stops"))
+            raise
+        return watch
+
+    async def _resolve(self) -> tuple[str, int]:
+        """The next broker address in turn; names are resolved at every dial, because a VIP may move."""
+        self._turn += 1
+        host, port = parse_endpoint(self.config.brokers[self._turn % len(self.config.brokers)])
+        try:
+            found = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_STREAM)
+        except OSError as error:
+            raise OSError(f"can't resolve broker {host}: {error.strerror or error}") from None
+        address = found[(self._turn // len(self.config.brokers)) % len(found)][4]
+        return str(address[0]), port
+
+    def _connect(self, session: AgentSession, host: str, port: int) -> None:
+        def connected(end: SocketEnd | None, code: Refusal, why: str) -> None:
+            if end is None:
+                self.session_down(session, None, f"broker: {why}")
+                return
+            session.link = self._make_link(session, end)
+
+        self.relay.connect(host, port, self.config.connect_timeout, connected)
+
+    def _make_link(self, session: AgentSession, end: SocketEnd) -> Link:
+        return self.relay.link(
+            end.sock,
+            session,
+            peer=end.peer,
+            client=True,
+            tls=self._tls,
+            server_name=self.config.server_name,
+            handshake_timeout=self.config.handshake_timeout,
+            watched=True,
+        )
+
+    def _hello(self) -> Hello:
+        nodes = {session.node for session in self._watches if session.welcome is not None}
+        return Hello(
+            version=messages.VERSION,
+            agent_id=self.agent_id,
+            instance=self._instance,
+            namespace=self.config.namespace,
+            addresses=list(self.addresses),
+            nonce=new_nonce(),
+            token_id=self._token.id,
+            exposes=list(self.config.exposes),
+            publish=self._publish,
+            holds=sorted(nodes),
+            software=f"rtunnel {rtunnel.__version__}",
+        )
+
+    # Drain.
+
+    async def _leave_draining_nodes(self) -> None:
+        """A draining node's session ends when its streams are done and a replacement is up."""
+        while True:
+            await trio.sleep(0.1)
+            for session in list(self.draining):
+                if session.streams == 0 and self.state == "ready":
+                    await self.bridge.run(lambda s=session: _say_goodbye([s]))  # type: ignore[misc]
+
+
+def _say_goodbye(sessions: list[AgentSession]) -> None:
+    for session in sessions:
+        session.tell(Bye(reason="the agent leaves"))
+        session.end("the agent leaves")
+
+
+def _publish(target: str, port: int, allow: list[str]) -> Publish:
+    ip, target_port = parse_endpoint(target)
+    return Publish(ip=ip, target_port=target_port, port=port, allow=allow)

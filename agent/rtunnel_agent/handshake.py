@@ -1,0 +1,155 @@
+"""One link as the agent sees it: TLS, Hello, Challenge, Proof, Welcome; then Drain and Bye. In the relay's thread."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from rtunnel.relay.ends import Talker
+from rtunnel.relay.link import Link, StreamEnd
+from rtunnel.relay.loop import Timer
+from rtunnel.trust.keys import token_mac
+from rtunnel.wire import messages
+from rtunnel.wire.messages import Bye, Challenge, Decoder, Drain, Hello, MessageError, Proof, Refuse, Welcome, encode
+from rtunnel.wire.refusal import Refusal
+
+#: As the broker has them (docs/wire.md, "Proof of the join token").
+BROKER_LABEL = b"rtunnel broker 1"
+AGENT_LABEL = b"rtunnel agent 1"
+
+
+class SessionOwner(Protocol):
+    """The agent, as a session sees it. Called in the relay's thread."""
+
+    def session_up(self, session: AgentSession) -> None:
+        """Welcome."""
+
+    def session_down(self, session: AgentSession, code: Refusal | None, why: str) -> None:
+        """Refused (with a code) or lost. Once, also when it never came up."""
+
+    def session_draining(self, session: AgentSession, deadline: float) -> None:
+        """The node goes away within `deadline` seconds."""
+
+    def serve_stream(self, session: AgentSession, stream: StreamEnd) -> Talker:
+        """A Dial is about to come."""
+
+
+@dataclass(eq=False)
+class AgentSession:
+    """One session; the link's owner and its control stream's talker."""
+
+    owner: SessionOwner
+    hello: Hello
+    secret: bytes
+    timeout: float  # from the link's TLS handshake until Welcome
+    link: Link | None = None
+    welcome: Welcome | None = None
+    draining: bool = False
+    streams: int = 0
+
+    _control: StreamEnd | None = None
+    _decoder: Decoder = field(default_factory=lambda: Decoder(Challenge | Refuse))
+    _code: Refusal | None = None
+    _why: str = ""
+    _deadline: Timer | None = None
+    _frame: bytes = b""
+
+    @property
+    def node(self) -> str:
+        """The broker node; empty before Welcome."""
+        return self.welcome.node if self.welcome else ""
+
+    def link_up(self, link: Link) -> None:
+        """See LinkOwner."""
+        self.link = link
+        self._frame = encode(self.hello)
+        self._deadline = link.loop.after(self.timeout, lambda: self.end("no Welcome within the handshake deadline"))
+        self._control = link.open(self, self._frame)
+
+    def link_stream(self, stream: StreamEnd) -> Talker | None:
+        """See LinkOwner: the broker opens streams only on a live session."""
+        if self.welcome is None:
+            return None
+        return self.owner.serve_stream(self, stream)
+
+    def link_down(self, link: Link, why: str) -> None:
+        """See LinkOwner."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self.owner.session_down(self, self._code, self._why or why)
+
+    def received(self, data: bytes) -> None:
+        """See Talker."""
+        self._decoder.feed(data)
+        try:
+            while self.link is not None and not self.link.over and (message := self._decoder.next()) is not None:
+                self._take(message)
+        except MessageError as error:
+            self._code = Refusal.PROTOCOL_ERROR
+            self.end(f"protocol error: {error}")
+
+    def finished(self) -> None:
+        """See Talker."""
+        self.end("the broker closed the control stream")
+
+    def lost(self, why: str) -> None:
+        """See Talker. A lost link has a reason of its own, which comes by `link_down`."""
+        if why != "link_lost":
+            self.end(f"control stream {why}")
+
+    def _take(self, message: Any) -> None:
+        if isinstance(message, Challenge):
+            self._prove(message)
+        elif isinstance(message, Welcome):
+            if self._deadline is not None:
+                self._deadline.cancel()
+            self.welcome = message
+            self._decoder.expect(Drain | Bye)
+            self.owner.session_up(self)
+        elif isinstance(message, Refuse):
+            self._code = Refusal.parse(message.code)
+            self.end(f"{message.code}: {message.text}")
+        elif isinstance(message, Drain):
+            self.draining = True
+            self.owner.session_draining(self, message.deadline)
+        elif isinstance(message, Bye):
+            self.end(f"the broker said goodbye: {message.reason}")
+
+    def _prove(self, challenge: Challenge) -> None:
+        """The broker must know the token as well: TLS says who it is, this says that it is of our cluster."""
+        assert self.link is not None
+        certificate = self.link.peer_certificate
+        binding = hashlib.sha256(certificate).digest() if certificate else b""
+        expected = token_mac(self.secret, BROKER_LABEL, self._frame, challenge.nonce, binding)
+        if not hmac.compare_digest(challenge.mac, expected):
+            self._code = Refusal.BAD_TOKEN
+            self.end("the broker does not know our join token's secret: wrong token, or not our broker")
+            return
+        mac = token_mac(self.secret, AGENT_LABEL, self._frame, challenge.nonce, binding)
+        self._decoder.expect(Welcome | Refuse)
+        self._decoder.limit = messages.MAX_MESSAGE
+        self._control_say(encode(Proof(mac=mac)))
+
+    def tell(self, message: messages.Message) -> None:
+        """Send a control message."""
+        self._control_say(encode(message))
+
+    def end(self, why: str) -> None:
+        """End the link in order."""
+        self._why = self._why or why
+        if self.link is not None:
+            self.link.close(why)
+
+    def _control_say(self, data: bytes) -> None:
+        if self._control is not None:
+            self._control.say(data)
+
+
+def new_nonce() -> bytes:
+    """Sixteen random bytes."""
+    return secrets.token_bytes(messages.NONCE_BYTES)
+
+

@@ -1,0 +1,72 @@
+"""The agent role."""
+
+from __future__ import annotations
+
+import trio
+
+from rtunnel import admin
+from rtunnel.config import Config
+from rtunnel.registry import Registry
+from rtunnel.roles import Role
+
+from rtunnel_agent.agent import Agent
+
+
+async def serve(
+    config: Config,
+    registry: Registry | None = None,
+    *,
+    stop: trio.Event,
+    task_status: trio.TaskStatus[Agent] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Run one agent until `stop`; started when it begins to dial."""
+    agent = Agent(config)
+    async with trio.open_nursery() as nursery:
+        if config.agent.admin:
+            await nursery.start(_serve_admin, agent)
+        await agent.run(stop, task_status)
+        nursery.cancel_scope.cancel()
+
+
+async def _serve_admin(agent: Agent, *, task_status: trio.TaskStatus[tuple[str, int]]) -> None:
+    routes = admin.health_routes(agent.reasons, lambda: status(agent))
+    await admin.serve(agent.config.admin, routes, key="agent.admin", task_status=task_status)
+
+
+def status(agent: Agent) -> dict[str, object]:
+    """What this agent holds and does."""
+    counts = agent.targets.counts
+    return {
+        "role": "agent",
+        "agent_id": agent.agent_id,
+        "namespace": agent.config.namespace,
+        "addresses": agent.addresses,
+        "exposes": agent.config.exposes,
+        "state": agent.state,
+        "redundancy": agent.redundancy,
+        "reason": "; ".join(agent.reasons()),
+        "sessions": [
+            {
+                "node": session.node,
+                "host": session.welcome.host,
+                "epoch": str(session.welcome.epoch),
+                "ps": f"{session.welcome.ip}:{session.welcome.port}",
+                "open_ports": [[p.port, p.ip, p.target_port] for p in session.welcome.open_ports],
+                "since": slot.since,
+                "rtt_ms": round(session.link.rtt * 1000, 3) if session.link else 0,
+                "silence": round(session.link.silence, 1) if session.link else 0,
+                "streams": session.streams,
+            }
+            for slot in agent.slots
+            if (session := slot.session) is not None and session.welcome is not None
+        ],
+        "draining": [session.node for session in agent.draining],
+        "streams": counts.streams,
+        "accepted": counts.accepted,
+        "refused": counts.refused,
+        "bytes_up": counts.bytes_up,
+        "bytes_down": counts.bytes_down,
+    }
+
+
+ROLE = Role(name="agent", help="Dial out to brokers and serve this host's ports.", serve=serve, needs_registry=False)

@@ -1,0 +1,150 @@
+"""Dials in, targets out: per stream, in the relay's thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from rtunnel.relay.ends import SocketEnd
+from rtunnel.relay.join import Account
+from rtunnel.relay.link import StreamEnd
+from rtunnel.relay.loop import Timer
+from rtunnel.relay.relay import Attempt, Relay
+from rtunnel.wire import messages
+from rtunnel.wire.messages import Accepted, Decoder, Dial, DialBody, Dialling, MessageError, Refuse, decode_body, encode
+from rtunnel.wire.refusal import Refusal, Refused
+
+from rtunnel_agent.handshake import AgentSession
+
+#: A target that takes longer is announced with Dialling, so that no gateway takes a slow target for a dead path.
+DIALLING_AFTER: Final = 0.1
+#: A broker sends the Dial with the stream's first frame.
+DIAL_DEADLINE: Final = 10.0
+
+_ACCEPTED: Final = encode(Accepted())
+_DIALLING: Final = encode(Dialling())
+
+
+@dataclass
+class TargetCounts:
+    """What this agent's streams did since its start."""
+
+    streams: int = 0
+    accepted: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def refuse(self, code: Refusal) -> None:
+        """Count one refusal."""
+        self.refused[code.value] = self.refused.get(code.value, 0) + 1
+
+
+class Targets:
+    """What this agent exposes, and the way there."""
+
+    def __init__(
+        self, relay: Relay, namespace: str, addresses: frozenset[str], exposes: tuple[tuple[int, int], ...], timeout: float
+    ) -> None:
+        self.relay = relay
+        self.namespace = namespace
+        self.addresses = addresses
+        self.exposes = exposes
+        self.published: frozenset[tuple[str, int]] = frozenset()
+        self.timeout = timeout
+        self.counts = TargetCounts()
+
+    def check(self, body: DialBody, session: AgentSession) -> None:
+        """Raises Refused unless this Dial is for us, for this session, and for something that is exposed."""
+        if body.version != messages.VERSION:
+            text = f"the Dial is of protocol version {body.version}, this agent speaks {messages.VERSION}"
+            raise Refused(Refusal.VERSION, text)
+        if body.namespace != self.namespace or body.ip not in self.addresses:
+            raise Refused(Refusal.STALE_TARGET, f"{body.namespace}/{body.ip} is not this agent's address")
+        welcome = session.welcome
+        if welcome is None or body.epoch != welcome.epoch or body.node != welcome.node:
+            raise Refused(Refusal.STALE_EPOCH, "the Dial is for another session of this agent")
+        port = body.port
+        if not any(first <= port <= last for first, last in self.exposes) and (body.ip, port) not in self.published:
+            raise Refused(Refusal.NOT_EXPOSED, f"the agent does not expose port {port}")
+
+
+class IncomingStream:
+    """One stream from a broker: Dial, connect, answer, join."""
+
+    __slots__ = ("_attempt", "_decoder", "_late", "_session", "_stream", "_targets")
+
+    def __init__(self, targets: Targets, session: AgentSession, stream: StreamEnd) -> None:
+        self._targets = targets
+        self._session = session
+        self._stream = stream
+        self._decoder = Decoder(Dial)
+        self._attempt: Attempt | None = None
+        self._late: Timer | None = None
+        stream.talk(self, DIAL_DEADLINE)
+
+    def received(self, data: bytes) -> None:
+        """See Talker."""
+        self._decoder.feed(data)
+        try:
+            dial = self._decoder.next()
+            if dial is None:
+                return
+            body = decode_body(dial.body)
+            self._targets.check(body, self._session)
+        except MessageError as error:
+            self._refuse(Refusal.PROTOCOL_ERROR, str(error))
+        except Refused as refused:
+            self._refuse(refused.code, refused.text)
+        else:
+            self._connect(body)
+
+    def _connect(self, body: DialBody) -> None:
+        self._stream.pause()
+        relay = self._targets.relay
+        self._late = relay.loop.after(DIALLING_AFTER, self._say_dialling)
+        self._attempt = relay.connect(body.ip, body.port, self._targets.timeout, self._connected)
+
+    def _say_dialling(self) -> None:
+        self._stream.say(_DIALLING)
+
+    def _connected(self, target: SocketEnd | None, code: Refusal, why: str) -> None:
+        self._stop()
+        if target is None:
+            self._refuse(code, why)
+            return
+        counts = self._targets.counts
+        counts.accepted += 1
+        counts.streams += 1
+        self._session.streams += 1
+        self._stream.say(_ACCEPTED)
+        self._targets.relay.join(self._stream, target, up=self._decoder.rest(), on_end=self._ended)
+
+    def _ended(self, account: Account) -> None:
+        counts = self._targets.counts
+        counts.streams -= 1
+        counts.bytes_up += account.up
+        counts.bytes_down += account.down
+        self._session.streams -= 1
+
+    def finished(self) -> None:
+        """See Talker: the FIN came before a whole Dial."""
+        self._refuse(Refusal.PROTOCOL_ERROR, "the stream ended before a whole Dial")
+
+    def lost(self, why: str) -> None:
+        """See Talker: nobody waits for the target any more."""
+        self._stop()
+
+    def _refuse(self, code: Refusal, why: str) -> None:
+        self._stop()
+        self._targets.counts.refuse(code)
+        self._stream.say(encode(Refuse(code=code.value, text=why[:512])))
+        self._stream.close()
+
+    def _stop(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+        attempt, self._attempt = self._attempt, None
+        if attempt is not None:
+            attempt.cancel()

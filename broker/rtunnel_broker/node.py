@@ -1,0 +1,501 @@
+"""A broker node: sessions come and go, their ports and tuples with them. trio's side; the relay does the rest."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import ssl
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import trio
+
+import rtunnel
+from rtunnel.bridge import Bridge
+from rtunnel.config import BrokerConfig, Config, default_address, host_name, parse_endpoint, parse_range
+from rtunnel.logs import get_logger
+from rtunnel.net import listening_socket
+from rtunnel.registry import NodeRecord, PortLease, Registration, Registry, RegistryUnavailable, Superseded, Tuple
+from rtunnel.registry.ports import PortAllocator, PortsExhausted, PortTaken
+from rtunnel.relay.relay import Listener, Relay
+from rtunnel.trust.keys import DialSigner, load_cluster_key, load_tokens
+from rtunnel.trust.tls import certificate_der, certificate_fingerprint, server_context
+from rtunnel.wire.messages import Bye, Drain, OpenPort, Publish, Welcome
+from rtunnel.wire.refusal import Refusal, Refused
+
+from rtunnel_broker.ports import DialChecker, GuardedPort, Networks, OpenPortServer, PortCounts
+from rtunnel_broker.session import Session
+
+@dataclass(frozen=True)
+class Leased:
+    """A port that a session holds: the lease, and the socket that listens on it."""
+
+    lease: PortLease
+    sock: socket.socket
+
+
+class Node:
+    """One broker node. `run` is its life; `keeper` attributes are what sessions ask for."""
+
+    def __init__(self, config: Config, registry: Registry) -> None:
+        broker = config.broker
+        self.config: BrokerConfig = broker
+        self.heartbeat = config.registry.heartbeat
+        self.node = broker.node_id or host_name()
+        self.host = broker.host or host_name()
+        self.ip = broker.advertise_ip or default_address()
+        self.handshake_timeout = broker.handshake_timeout
+        self.tokens: Mapping[str, bytes] = load_tokens(Path(broker.join_token))
+        self.tls: ssl.SSLContext | None = None
+        self.binding = b""
+        if broker.security == "tls":
+            self.tls = server_context(Path(broker.certificate), Path(broker.key))
+            self.binding = certificate_fingerprint(certificate_der(broker.certificate))
+        self._bind_host, self._bind_port = parse_endpoint(broker.listen)
+        self.draining = False
+        self.incarnation = 0
+        self.started = time.time()
+        self.sessions: dict[str, Session] = {}  # by owner
+        self.counts = PortCounts()
+        self.registry_down: str = "not contacted yet"
+        self.handshakes = 0  # links that are not proven yet
+        self._overload_logged = -60.0
+        self._registry = registry
+        self._quarantine = config.registry.quarantine
+        self._counter = count(1)
+        self._owner_locks: dict[str, tuple[trio.Lock, int]] = {}
+        self._left_during_beat: list[Registration] | None = None
+        self._checker = DialChecker(self.node, DialSigner(load_cluster_key(Path(broker.cluster_key))), broker.dial_window)
+        self._log = get_logger("broker")
+        self._guarded = self._allocator(broker.port_range)
+        self._open = self._allocator(broker.open_ports.range) if broker.open_ports.range else None
+        self._open_allow: Networks = tuple(ipaddress.ip_network(cidr) for cidr in broker.open_ports.allow)
+        self._nursery: trio.Nursery
+        self.relay = Relay(self.report, f"relay-{self.node}")
+        self.bridge: Bridge
+        self._links: Listener | None = None
+
+    def _allocator(self, ports: str) -> PortAllocator:
+        first, last = parse_range(ports)
+        return PortAllocator(self._registry, self.ip, first, last, quarantine=self._quarantine)
+
+    # What sessions and the relay call, in the relay's thread.
+
+    def wants(self, session: Session) -> None:
+        """See SessionKeeper."""
+        self._handshake_over(session)
+        if len(self.sessions) >= self.config.max_sessions:
+            session.refuse(Refusal.OVERLOADED, f"this broker holds {len(self.sessions)} sessions, its limit")
+        else:
+            self.bridge.post(self._spawn, self._register, session)
+
+    def lost(self, session: Session, why: str) -> None:
+        """See SessionKeeper."""
+        for listener in session.listeners:
+            self.relay.unlisten(listener)
+        session.listeners.clear()
+        if session.handshaking:
+            self._handshake_over(session)
+            if not session.refused:
+                self.log("link_lost", peer=session.peer, reason=why)
+        else:
+            self.bridge.post(self._spawn, self._unregister, session, why)
+
+    def updated(self, session: Session) -> None:
+        """See SessionKeeper."""
+        self.bridge.post(self._spawn, self._republish, session)
+
+    def log(self, event: str, **fields: object) -> None:
+        """See SessionKeeper."""
+        self._log.info(event, node=self.node, **fields)
+
+    def report(self, event: str, fields: dict[str, object]) -> None:
+        """What the relay itself has to say: never good news."""
+        self._log.error(event, node=self.node, **fields)
+
+    def _handshake_over(self, session: Session) -> None:
+        session.handshaking = False
+        self.handshakes -= 1
+
+    def _accept_link(self, sock: socket.socket, peer: str) -> None:
+        if self.handshakes >= self.config.max_handshakes:
+            sock.close()
+            if self.relay.loop.now > self._overload_logged + 10:
+                self._overload_logged = self.relay.loop.now
+                self._log.warning("too_many_handshakes", node=self.node, limit=self.config.max_handshakes, peer=peer)
+            return
+        self.handshakes += 1
+        self.relay.link(
+            sock, Session(self), peer=peer, client=False, tls=self.tls, handshake_timeout=self.handshake_timeout
+        )
+
+    # Life.
+
+    async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Node] = trio.TASK_STATUS_IGNORED) -> None:
+        """Started when links are accepted. Until `stop`, or until another process takes the node_id (raises Superseded)."""
+        self.bridge = Bridge(self.relay)
+        self.relay.start()
+        try:
+            sock = listening_socket(self._bind_host, self._bind_port, key="broker.listen")
+            try:
+                await self._join_registry()
+            except BaseException:
+                sock.close()
+                raise
+            self._links = await self.bridge.run(lambda: self.relay.listen(sock, self._accept_link))
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._heartbeats)
+                self._log.info(
+                    "broker_ready", node=self.node, listen=self.config.listen, ip=self.ip,
+                    incarnation=self.incarnation, security=self.config.security,
+                )  # fmt: skip
+                task_status.started(self)
+                await stop.wait()
+                await self._drain()
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self.relay.stop)
+
+    @property
+    def bound(self) -> tuple[str, int]:
+        """Where links are accepted."""
+        assert self._links is not None
+        address = self._links.sock.getsockname()
+        return address[0], address[1]
+
+    def record(self) -> NodeRecord:
+        """This node as the registry knows it."""
+        return NodeRecord(
+            node=self.node,
+            host=self.host,
+            ip=self.ip,
+            incarnation=self.incarnation,
+            state="draining" if self.draining else "live",
+            version=rtunnel.__version__,
+            sessions=len(self.sessions),
+            streams=self.counts.streams,
+            started=self.started,
+        )
+
+    def reasons(self) -> list[str]:
+        """Why this node is not ready; empty when it is."""
+        reasons = []
+        if self.registry_down:
+            reasons.append(f"registry: {self.registry_down}")
+        if self.draining:
+            reasons.append("draining")
+        return reasons
+
+    async def _join_registry(self) -> None:
+        """The incarnation comes from the registry: without one this node can't fence, so it waits for it."""
+        while True:
+            try:
+                self.incarnation = await self.bridge.registry(self._registry.start_node, self.record())
+            except RegistryUnavailable as error:
+                self._registry_is_down(error)
+                await trio.sleep(min(1.0, self.heartbeat))
+            else:
+                self.registry_down = ""
+                return
+
+    async def _heartbeats(self) -> None:
+        while True:
+            await trio.sleep(self.heartbeat)
+            await self.beat()
+
+    async def beat(self) -> None:
+        """Refresh everything in the registry; put back what is missing. Raises Superseded."""
+        registrations = [s.registration for s in self.sessions.values() if s.registration is not None]
+        left: list[Registration] = []
+        self._left_during_beat = left
+        try:
+            put_back = await self.bridge.registry(self._registry.beat, self.record(), registrations)
+        except RegistryUnavailable as error:
+            self._registry_is_down(error)
+            return
+        except Superseded:
+            self._log.error("node_superseded", node=self.node, reason="another broker started under this node_id")
+            raise
+        finally:
+            self._left_during_beat = None
+        if self.registry_down:
+            self._log.info("registry_back", node=self.node, tuples_put_back=put_back)
+            self.registry_down = ""
+        elif put_back:
+            self._log.warning("registry_had_lost_tuples", node=self.node, tuples_put_back=put_back)
+        for registration in left:
+            await self.bridge.registry_tries(self._registry.unregister, registration)
+
+    def _registry_is_down(self, error: RegistryUnavailable) -> None:
+        if not self.registry_down or self.registry_down == "not contacted yet":
+            self._log.error("registry_unavailable", node=self.node, reason=str(error))
+        self.registry_down = str(error)
+
+    async def _drain(self) -> None:
+        """Tell everybody, give streams their time, then end every session in order."""
+        self.draining = True
+        deadline = self.config.drain
+        self._log.info("draining", node=self.node, sessions=len(self.sessions), streams=self.counts.streams)
+        await self.bridge.run(self._start_drain)
+        with trio.move_on_after(self.heartbeat):
+            await self.beat()
+        with trio.move_on_after(deadline):
+            while self.sessions or self.counts.streams:
+                await trio.sleep(0.05)
+        registrations = [s.registration for s in self.sessions.values() if s.registration is not None]
+        await self.bridge.run(self._end_sessions)
+        for registration in registrations:
+            if await self.bridge.registry_tries(self._try_unregister, registration) is None:
+                break
+        await self.bridge.registry_tries(self._registry.stop_node, self.node, self.incarnation)
+        self._log.info("broker_stopped", node=self.node, streams_cut=self.counts.streams)
+
+    def _try_unregister(self, registration: Registration) -> bool:
+        self._registry.unregister(registration)
+        return True
+
+    def _start_drain(self) -> None:
+        if self._links is not None:
+            self.relay.unlisten(self._links)
+        for session in self.sessions.values():
+            session.tell(Drain(deadline=self.config.drain))
+
+    def _end_sessions(self) -> None:
+        for session in list(self.sessions.values()):
+            session.tell(Bye(reason="the broker stops"))
+            session.end("the broker stops")
+
+    # Registering, in trio's thread.
+
+    def _spawn(self, job: object, *args: object) -> None:
+        self._nursery.start_soon(job, *args)  # type: ignore[arg-type]
+
+    async def _register(self, session: Session) -> None:
+        """Ports, tuples, Welcome; all or nothing."""
+        hello = session.hello
+        assert hello is not None
+        async with self._owner_lock(session.owner):
+            older = self.sessions.get(session.owner)
+            if older is not None:
+                # The agent says that it has no session here: its old link is one that only we believe in.
+                await self._replace(older)
+            if session.state != "proven":
+                return
+            session.epoch = self.incarnation << 32 | next(self._counter)
+            leased: list[Leased] = []
+            try:
+                guarded = await self._take_port(session)
+                leased.append(guarded)
+                granted, notices = await self._take_open_ports(session, leased)
+                session.registration = self._registration(session, guarded, leased, granted)
+                await self.bridge.registry(self._registry.register, session.registration)
+            except (Refused, RegistryUnavailable, PortsExhausted) as error:
+                await self._give_back(leased)
+                session.registration = None
+                code = _refusal_of(error)
+                await self.bridge.run(lambda: session.refuse(code, str(error)))
+                return
+            self.sessions[session.owner] = session
+            live = await self.bridge.run(lambda: self._open_shop(session, leased, granted, notices))
+            if not live:
+                await self._leave(session)
+                return
+        self._log.info(
+            "session_up", node=self.node, agent=hello.agent_id, namespace=hello.namespace, epoch=str(session.epoch),
+            port=guarded.lease.port, addresses=list(hello.addresses), peer=session.peer, agent_software=hello.software,
+        )  # fmt: skip
+
+    def _open_shop(
+        self, session: Session, leased: list[Leased], granted: list[tuple[Publish, int]], notices: list[str]
+    ) -> bool:
+        """In the relay's thread: accept on the ports and welcome the agent. False when it is gone already."""
+        if session.state != "proven":
+            for port in leased:
+                port.sock.close()
+            return False
+        guarded = GuardedPort(
+            self.relay, session, leased[0].lease.port, self._checker, self.counts,
+            self.config.max_handshakes, self.handshake_timeout,
+        )  # fmt: skip
+        session.listeners.append(self.relay.listen(leased[0].sock, guarded.accept))
+        for port, (publish, _) in zip(leased[1:], granted, strict=True):
+            own = tuple(ipaddress.ip_network(cidr, strict=False) for cidr in publish.allow)
+            server = OpenPortServer(
+                self.relay, session, port.lease.port, publish.ip, publish.target_port,
+                (self._open_allow, own) if own else (self._open_allow,), self.node, self.counts, self.handshake_timeout,
+            )  # fmt: skip
+            session.listeners.append(self.relay.listen(port.sock, server.accept))
+        session.welcome(
+            Welcome(
+                node=self.node,
+                host=self.host,
+                epoch=session.epoch,
+                ip=self.ip,
+                port=guarded.number,
+                heartbeat=self.heartbeat,
+                open_ports=[OpenPort(port=n, ip=p.ip, target_port=p.target_port) for p, n in granted],
+                notices=notices,
+                software=f"rtunnel {rtunnel.__version__}",
+            )
+        )
+        return True
+
+    async def _take_port(self, session: Session) -> Leased:
+        def allocate() -> Leased:
+            _, sock, lease = self._guarded.allocate(session.owner, session.epoch, self.node, self._bind)
+            return Leased(lease, sock)
+
+        return await self.bridge.registry(allocate)
+
+    async def _take_open_ports(
+        self, session: Session, leased: list[Leased]
+    ) -> tuple[list[tuple[Publish, int]], list[str]]:
+        """Each open port is granted or becomes a notice: an agent without it is worth more than none."""
+        granted: list[tuple[Publish, int]] = []
+        notices: list[str] = []
+        assert session.hello is not None
+        for publish in session.hello.publish:
+            wanted = f"open port {publish.port or '(any)'} for {publish.ip}:{publish.target_port}"
+            try:
+                taken = await self.bridge.registry(self._allocate_open, session, publish)
+            except (Refused, PortsExhausted, PortTaken, ValueError) as error:
+                notices.append(f"{wanted} was not granted: {error}"[:512])
+                self.log("open_port_not_granted", agent=session.hello.agent_id, port=publish.port, reason=str(error))
+            else:
+                leased.append(taken)
+                granted.append((publish, taken.lease.port))
+        return granted, notices
+
+    def _allocate_open(self, session: Session, publish: Publish) -> Leased:
+        if self._open is None or not self._open_allow:
+            raise Refused(Refusal.PORT_NOT_ALLOWED, "this broker allows no open ports (broker.open_ports)")
+        if publish.ip not in session.addresses:
+            raise Refused(Refusal.PORT_NOT_ALLOWED, f"{publish.ip} is not one of the agent's addresses")
+        for cidr in publish.allow:
+            ipaddress.ip_network(cidr, strict=False)
+        # One owner may have several open ports: each target is an owner of its own.
+        owner = f"{session.owner}/{publish.ip}:{publish.target_port}"
+        if publish.port:
+            _, sock, lease = self._open.allocate_fixed(publish.port, owner, session.epoch, self.node, self._bind)
+        else:
+            _, sock, lease = self._open.allocate(owner, session.epoch, self.node, self._bind)
+        return Leased(lease, sock)
+
+    def _bind(self, port: int) -> socket.socket:
+        return listening_socket(self._bind_host, port)
+
+    def _registration(
+        self, session: Session, guarded: Leased, leased: list[Leased], granted: list[tuple[Publish, int]]
+    ) -> Registration:
+        hello = session.hello
+        assert hello is not None
+
+        def entry(ip: str, agent_port: int, ps_port: int) -> Tuple:
+            return Tuple(
+                namespace=hello.namespace,
+                agent_ip=ip,
+                agent_port=agent_port,
+                ps_ip=self.ip,
+                ps_port=ps_port,
+                node=self.node,
+                epoch=session.epoch,
+                agent_id=hello.agent_id,
+                exposes=",".join(session.exposes),
+            )
+
+        tuples = [entry(ip, 0, guarded.lease.port) for ip in hello.addresses]
+        tuples += [entry(publish.ip, publish.target_port, port) for publish, port in granted]
+        return Registration(session.epoch, tuple(tuples), tuple(port.lease for port in leased))
+
+    async def _republish(self, session: Session) -> None:
+        registration = session.registration
+        if registration is None or self.sessions.get(session.owner) is not session:
+            return
+        exposes = ",".join(session.exposes)
+        tuples = tuple(
+            Tuple(**{**{f: getattr(t, f) for f in t.__struct_fields__}, "exposes": exposes}) for t in registration.tuples
+        )
+        session.registration = Registration(registration.epoch, tuples, registration.leases)
+        await self.bridge.registry_tries(self._registry.register, session.registration)
+
+    # Leaving.
+
+    async def _replace(self, older: Session) -> None:
+        await self.bridge.run(lambda: older.end("replaced: the agent has a new session here"))
+        await self._leave(older)
+
+    async def _unregister(self, session: Session, why: str) -> None:
+        async with self._owner_lock(session.owner):
+            await self._leave(session)
+        if session.epoch and session.hello is not None:
+            self._log.info(
+                "session_down", node=self.node, agent=session.hello.agent_id, epoch=str(session.epoch), reason=why
+            )
+
+    async def _leave(self, session: Session) -> None:
+        """Out of the registry, ports to quarantine. Idempotent."""
+        if self.sessions.get(session.owner) is session:
+            del self.sessions[session.owner]
+        registration, session.registration = session.registration, None
+        if registration is None:
+            return
+        for lease in registration.leases:
+            self._allocator_of(lease).rest(lease)
+        if self._left_during_beat is not None:
+            self._left_during_beat.append(registration)
+        await self.bridge.registry_tries(self._registry.unregister, registration)
+
+    async def _give_back(self, leased: list[Leased]) -> None:
+        for port in leased:
+            port.sock.close()
+            await self.bridge.registry(self._allocator_of(port.lease).release, port.lease)
+
+    def _allocator_of(self, lease: PortLease) -> PortAllocator:
+        first, last = parse_range(self.config.port_range)
+        if first <= lease.port <= last or self._open is None:
+            return self._guarded
+        return self._open
+
+    def _owner_lock(self, owner: str) -> _OwnerLock:
+        return _OwnerLock(self._owner_locks, owner)
+
+
+class _OwnerLock:
+    """One registration or removal of an owner at a time; locks exist only while somebody holds or wants them."""
+
+    def __init__(self, locks: dict[str, tuple[trio.Lock, int]], owner: str) -> None:
+        self._locks = locks
+        self._owner = owner
+
+    async def __aenter__(self) -> None:
+        lock, users = self._locks.get(self._owner, (trio.Lock(), 0))
+        self._locks[self._owner] = lock, users + 1
+        try:
+            await lock.acquire()
+        except BaseException:
+            self._forget()
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._locks[self._owner][0].release()
+        self._forget()
+
+    def _forget(self) -> None:
+        lock, users = self._locks[self._owner]
+        if users == 1:
+            del self._locks[self._owner]
+        else:
+            self._locks[self._owner] = lock, users - 1
+
+
+def _refusal_of(error: Exception) -> Refusal:
+    if isinstance(error, Refused):
+        return error.code
+    return Refusal.REGISTRY_UNAVAILABLE if isinstance(error, RegistryUnavailable) else Refusal.PORTS_EXHAUSTED
+
+

@@ -1,0 +1,286 @@
+"""The data plane of a broker's ports: a guarded port talks only after a valid Dial, an open port relays at once.
+
+Everything here runs in the relay's thread, once per connection.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+import socket
+import time
+from dataclasses import dataclass, field
+
+from rtunnel.relay.ends import SocketEnd
+from rtunnel.relay.join import Account
+from rtunnel.relay.link import StreamEnd
+from rtunnel.relay.relay import Relay
+from rtunnel.trust.keys import DialSigner, NonceWindow
+from rtunnel.wire import messages
+from rtunnel.wire.messages import (
+    Accepted,
+    Decoder,
+    Dial,
+    DialAnswer,
+    DialBody,
+    Dialling,
+    MessageError,
+    Refuse,
+    decode_body,
+    encode,
+    encode_body,
+)
+from rtunnel.wire.refusal import Refusal, Refused
+
+from rtunnel_broker.session import Session
+
+Networks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
+
+
+@dataclass
+class PortCounts:
+    """What a broker's ports did since its start."""
+
+    waiting: int = 0  # connections whose Dial has not come yet
+    streams: int = 0  # live ones
+    accepted: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def refuse(self, code: Refusal) -> None:
+        """Count one refusal."""
+        self.refused[code.value] = self.refused.get(code.value, 0) + 1
+
+    def end(self, account: Account) -> None:
+        """Count a stream's end."""
+        self.streams -= 1
+        self.bytes_up += account.up
+        self.bytes_down += account.down
+
+
+class DialChecker:
+    """What a Dial must be before it may reach an agent (docs/wire.md, "Dial")."""
+
+    def __init__(self, node: str, signer: DialSigner, window: float) -> None:
+        self._node = node
+        self._signer = signer
+        self._window = window
+        self._nonces = NonceWindow(2 * window)
+
+    def check(self, dial: Dial, session: Session) -> DialBody:
+        """The Dial's body, when it is authentic, fresh, and for exactly this session. Raises Refused, MessageError."""
+        if not self._signer.verify(dial.body, dial.mac):
+            raise Refused(Refusal.BAD_MAC)
+        body = decode_body(dial.body)
+        if body.version != messages.VERSION:
+            text = f"the gateway speaks protocol version {body.version}, this broker {messages.VERSION}"
+            raise Refused(Refusal.VERSION, text)
+        age = time.time() - body.time / 1000
+        if abs(age) > self._window:
+            raise Refused(Refusal.EXPIRED, f"the Dial is {age:.1f} s old by this broker's clock: check both clocks")
+        if body.node != self._node:
+            raise Refused(Refusal.STALE_NODE, f"this is {self._node}, the Dial is for {body.node}")
+        hello = session.hello
+        if hello is None or session.state != "live" or session.link is None or session.link.over:
+            raise Refused(Refusal.LINK_LOST)
+        if body.namespace != hello.namespace or body.ip not in session.addresses:
+            raise Refused(Refusal.STALE_TARGET, f"this port is not leased to {body.namespace}/{body.ip}")
+        if body.epoch != session.epoch:
+            raise Refused(Refusal.STALE_EPOCH, f"this port's session has epoch {session.epoch}, not {body.epoch}")
+        if not self._nonces.fresh(body.nonce, time.monotonic()):
+            raise Refused(Refusal.REPLAYED)
+        return body
+
+
+class GuardedConnection:
+    """One connection to a guarded port: a Dial, then a stream on the session's link."""
+
+    __slots__ = ("_decoder", "_end", "_port", "_who")
+
+    def __init__(self, port: GuardedPort, end: SocketEnd) -> None:
+        self._port = port
+        self._end = end
+        self._decoder = Decoder(Dial)
+        self._who = end.peer
+
+    def received(self, data: bytes) -> None:
+        """See Talker."""
+        port = self._port
+        self._decoder.feed(data)
+        try:
+            frame = self._decoder.next_frame()
+            if frame is None:
+                return
+            body = port.checker.check(frame[0], port.session)
+        except MessageError as error:
+            self._refuse(Refused(Refusal.PROTOCOL_ERROR, str(error)))
+        except Refused as refused:
+            self._refuse(refused)
+        else:
+            port.counts.waiting -= 1
+            port.pass_on(self._end, frame[1] + self._decoder.rest(), body)
+
+    def finished(self) -> None:
+        """See Talker."""
+        self._refuse(Refused(Refusal.PROTOCOL_ERROR, "the connection ended before a whole Dial"))
+
+    def lost(self, why: str) -> None:
+        """See Talker."""
+        self._port.counts.waiting -= 1
+        self._port.session.keeper.log("dial_lost", reason=why, peer=self._who, port=self._port.number)
+
+    def _refuse(self, refused: Refused) -> None:
+        self._port.counts.waiting -= 1
+        self._port.refuse(self._end, refused)
+
+
+@dataclass(eq=False)
+class GuardedPort:
+    """A session's guarded port."""
+
+    relay: Relay
+    session: Session
+    number: int
+    checker: DialChecker
+    counts: PortCounts
+    max_waiting: int
+    timeout: float
+
+    def accept(self, sock: socket.socket, peer: str) -> None:
+        """A connection: its Dial must come in time."""
+        if self.counts.waiting >= self.max_waiting:
+            self.counts.refuse(Refusal.OVERLOADED)
+            sock.close()
+            return
+        self.counts.waiting += 1
+        end = self.relay.end(sock, peer)
+        end.talk(GuardedConnection(self, end), self.timeout)
+
+    def pass_on(self, end: SocketEnd, first: bytes, body: DialBody) -> None:
+        """A good Dial: open the stream with the Dial in front, and join."""
+        link = self.session.link
+        assert link is not None
+        end.pause()
+        stream = StreamEnd(link)
+        link.attach(stream)
+        stream.say(first)
+        self.counts.accepted += 1
+        self.counts.streams += 1
+        self.relay.join(end, stream, on_end=self.counts.end)
+
+    def refuse(self, end: SocketEnd, refused: Refused) -> None:
+        """Tell the gateway why not."""
+        self.counts.refuse(refused.code)
+        self.session.keeper.log(
+            "dial_refused", code=refused.code.value, reason=refused.text, peer=end.peer, port=self.number,
+            agent=self.session.hello.agent_id if self.session.hello else "",
+        )  # fmt: skip
+        end.say(encode(Refuse(code=refused.code.value, text=refused.text[:512])))
+        end.close()
+
+
+class OpenConnection:
+    """One connection to an open port, while the agent connects the target; the talker of its stream."""
+
+    __slots__ = ("_client", "_decoder", "_port", "_stream")
+
+    def __init__(self, port: OpenPortServer, client: SocketEnd) -> None:
+        self._port = port
+        self._client = client
+        self._decoder = Decoder(DialAnswer)
+        self._stream: StreamEnd | None = None
+
+    def begin(self, stream: StreamEnd) -> None:
+        """The stream is open."""
+        self._stream = stream
+
+    def received(self, data: bytes) -> None:
+        """See Talker."""
+        self._decoder.feed(data)
+        try:
+            answer = self._decoder.next()
+            if isinstance(answer, Dialling):
+                answer = self._decoder.next()
+        except MessageError as error:
+            self._fail(Refusal.PROTOCOL_ERROR, str(error))
+            return
+        if isinstance(answer, Accepted):
+            self._join()
+        elif isinstance(answer, Refuse):
+            self._fail(Refusal.parse(answer.code), answer.text)
+
+    def finished(self) -> None:
+        """See Talker."""
+        self._fail(Refusal.PROTOCOL_ERROR, "the agent ended the stream without an answer")
+
+    def lost(self, why: str) -> None:
+        """See Talker."""
+        self._fail(Refusal.LINK_LOST if why == "link_lost" else Refusal.DIAL_TIMEOUT, why)
+
+    def _join(self) -> None:
+        assert self._stream is not None
+        self._stream.pause()
+        counts = self._port.counts
+        counts.accepted += 1
+        counts.streams += 1
+        self._port.relay.join(self._client, self._stream, down=self._decoder.rest(), on_end=counts.end)
+
+    def _fail(self, code: Refusal, text: str) -> None:
+        self._port.refuse(self._client, code, text)
+        if self._stream is not None:
+            self._stream.abort()
+
+
+@dataclass(eq=False)
+class OpenPortServer:
+    """An open port: raw bytes to one target, for sources on its list."""
+
+    relay: Relay
+    session: Session
+    number: int
+    ip: str
+    target_port: int
+    allow: tuple[Networks, ...]  # a source must be in each list
+    node: str
+    counts: PortCounts
+    timeout: float
+
+    def accept(self, sock: socket.socket, peer: str) -> None:
+        """A connection."""
+        end = self.relay.end(sock, peer)
+        source = ipaddress.ip_address(peer)
+        source = getattr(source, "ipv4_mapped", None) or source
+        session = self.session
+        if not all(any(source in network for network in networks) for networks in self.allow):
+            self.refuse(end, Refusal.NOT_AUTHORISED, "the source is not on the allow-list")
+        elif session.link is None or session.link.over or session.hello is None:
+            self.refuse(end, Refusal.LINK_LOST, "")
+        else:
+            connection = OpenConnection(self, end)
+            end.pause()
+            connection.begin(session.link.open(connection, encode(self._dial(session, peer)), self.timeout))
+
+    def _dial(self, session: Session, peer: str) -> Dial:
+        assert session.hello is not None
+        body = DialBody(
+            version=messages.VERSION,
+            namespace=session.hello.namespace,
+            ip=self.ip,
+            port=self.target_port,
+            node=self.node,
+            epoch=session.epoch,
+            nonce=secrets.token_bytes(messages.NONCE_BYTES),
+            time=int(time.time() * 1000),
+            who=f"open:{self.number}:{peer}",
+        )
+        return Dial(body=encode_body(body))
+
+    def refuse(self, end: SocketEnd, code: Refusal, text: str) -> None:
+        """There is no way to tell the client more than a reset; the log says why."""
+        self.counts.refuse(code)
+        self.session.keeper.log(
+            "open_port_refused", code=code.value, reason=text or code.telling.text, peer=end.peer, port=self.number,
+            target=f"{self.ip}:{self.target_port}",
+        )  # fmt: skip
+        end.abort()

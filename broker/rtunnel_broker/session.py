@@ -1,0 +1,222 @@
+"""A session on this node, from the link's first byte to its last. Everything here runs in the relay's thread.
+
+    link up -> Hello -> Challenge -> Proof -> (control plane: ports, registry) -> Welcome -> ... -> link down
+
+The registration in the middle is the one step that needs the world outside: the control plane is asked and answers with
+`welcome` or `refuse`.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from rtunnel.registry import Registration
+from rtunnel.relay.ends import Talker
+from rtunnel.relay.link import Link, StreamEnd
+from rtunnel.relay.loop import Timer
+from rtunnel.relay.relay import Listener
+from rtunnel.trust.keys import token_mac
+from rtunnel.wire import messages
+from rtunnel.wire.messages import Bye, Challenge, Decoder, Hello, MessageError, Proof, Refuse, Update, Welcome, encode
+from rtunnel.wire.refusal import Refusal
+
+#: What the two MACs of the handshake are over, beside the Hello, the nonce and the broker's certificate.
+BROKER_LABEL = b"rtunnel broker 1"
+AGENT_LABEL = b"rtunnel agent 1"
+
+
+class SessionKeeper(Protocol):
+    """The node, as its sessions see it. Called in the relay's thread."""
+
+    node: str
+    tokens: Mapping[str, bytes]
+    binding: bytes  # SHA-256 of this broker's certificate; empty without TLS
+    handshake_timeout: float
+    draining: bool
+
+    def wants(self, session: Session) -> None:
+        """A proven Hello: register it and answer `welcome` or `refuse`."""
+
+    def lost(self, session: Session, why: str) -> None:
+        """The link is gone."""
+
+    def updated(self, session: Session) -> None:
+        """The agent's exposed ports changed."""
+
+    def log(self, event: str, **fields: object) -> None:
+        """A log line."""
+
+
+@dataclass(eq=False)
+class Session:
+    """An agent's presence on this node; the link's owner and its control stream's talker."""
+
+    keeper: SessionKeeper
+    link: Link | None = None
+    hello: Hello | None = None
+    epoch: int = 0
+    registration: Registration | None = None
+    exposes: tuple[str, ...] = ()
+    addresses: frozenset[str] = frozenset()
+    listeners: list[Listener] = field(default_factory=list)
+    handshaking: bool = True  # until the Proof
+    refused: bool = False
+    state: str = "new"  # new, hello, proven, live, over
+    why: str = ""
+
+    _control: StreamEnd | None = None
+    _decoder: Decoder = field(default_factory=lambda: Decoder(Hello))
+    _hello_frame: bytes = b""
+    _nonce: bytes = b""
+    _deadline: Timer | None = None
+
+    @property
+    def owner(self) -> str:
+        """Whose ports these are: the same across restarts of the agent."""
+        return f"{self.hello.namespace}/{self.hello.agent_id}" if self.hello else ""
+
+    @property
+    def peer(self) -> str:
+        """The link's other end."""
+        return self.link.peer if self.link else ""
+
+    # The link's owner.
+
+    def link_up(self, link: Link) -> None:
+        """See LinkOwner."""
+        self.link = link
+        self._deadline = link.loop.after(
+            self.keeper.handshake_timeout, lambda: self.end("no Welcome within the handshake deadline")
+        )
+
+    def link_stream(self, stream: StreamEnd) -> Talker | None:
+        """See LinkOwner: the agent opens the control stream and no other."""
+        if self._control is not None:
+            return None
+        self._control = stream
+        return self
+
+    def link_down(self, link: Link, why: str) -> None:
+        """See LinkOwner."""
+        self.link = link
+        self._stop_deadline()
+        self.why = self.why or why
+        self.state = "over"
+        self.keeper.lost(self, self.why)
+
+    # The control stream.
+
+    def received(self, data: bytes) -> None:
+        """See Talker."""
+        try:
+            self._decoder.feed(data)
+            while self.state != "over" and (frame := self._decoder.next_frame()) is not None:
+                self._take(*frame)
+        except MessageError as error:
+            code = Refusal.VERSION if "speaks version" in str(error) else Refusal.PROTOCOL_ERROR
+            self.refuse(code, str(error))
+
+    def finished(self) -> None:
+        """See Talker: an agent that closes its control stream leaves."""
+        self.end("the agent closed the control stream")
+
+    def lost(self, why: str) -> None:
+        """See Talker. A lost link has a reason of its own, which comes by `link_down`."""
+        if why != "link_lost":
+            self.end(f"control stream {why}")
+
+    def _take(self, message: Any, frame: bytes) -> None:
+        if self.state == "new":
+            self._take_hello(message, frame)
+        elif self.state == "hello":
+            self._take_proof(message)
+        elif isinstance(message, Update):
+            self.exposes = tuple(message.exposes)
+            self.keeper.updated(self)
+        else:
+            self.end(f"agent said goodbye: {message.reason}" if message.reason else "agent said goodbye")
+
+    def _take_hello(self, hello: Hello, frame: bytes) -> None:
+        self.hello = hello
+        if hello.version != messages.VERSION:
+            text = f"the agent speaks protocol version {hello.version}, this broker {messages.VERSION}"
+            self.refuse(Refusal.VERSION, text)
+            return
+        secret = self.keeper.tokens.get(hello.token_id)
+        if secret is None:
+            self.refuse(Refusal.BAD_TOKEN, f"join token {hello.token_id!r} is not known to this broker")
+            return
+        if self.keeper.draining:
+            self.refuse(Refusal.DRAINING)
+            return
+        if self.keeper.node in hello.holds:
+            self.refuse(Refusal.DUPLICATE_NODE, f"the agent already has a session on {self.keeper.node}")
+            return
+        self.state = "hello"
+        self.exposes = tuple(hello.exposes)
+        self.addresses = frozenset(hello.addresses)
+        self._hello_frame = frame
+        self._nonce = secrets.token_bytes(messages.NONCE_BYTES)
+        self._decoder.expect(Proof)
+        mac = token_mac(secret, BROKER_LABEL, frame, self._nonce, self.keeper.binding)
+        self._say(encode(Challenge(nonce=self._nonce, mac=mac)))
+
+    def _take_proof(self, proof: Proof) -> None:
+        assert self.hello is not None
+        secret = self.keeper.tokens.get(self.hello.token_id, b"")
+        expected = token_mac(secret, AGENT_LABEL, self._hello_frame, self._nonce, self.keeper.binding)
+        if not hmac.compare_digest(proof.mac, expected):
+            self.refuse(Refusal.BAD_TOKEN, f"the proof for join token {self.hello.token_id!r} is wrong")
+            return
+        self.state = "proven"
+        self._hello_frame = b""
+        self._decoder.expect(Update | Bye)
+        self._decoder.limit = messages.MAX_MESSAGE
+        self.keeper.wants(self)
+
+    # The control plane's answers.
+
+    def welcome(self, welcome: Welcome) -> None:
+        """Registered: the session is live."""
+        if self.state == "proven":
+            self.state = "live"
+            self._stop_deadline()
+            self._say(encode(welcome))
+
+    def refuse(self, code: Refusal, text: str = "") -> None:
+        """Not here: tell it, then end the link when the word is out."""
+        if self.state == "over":
+            return
+        text = text or code.telling.text
+        self.refused = True
+        self.keeper.log(
+            "session_refused", code=code.value, reason=text, peer=self.peer,
+            agent=self.hello.agent_id if self.hello else "",
+        )  # fmt: skip
+        self._say(encode(Refuse(code=code.value, text=text[:512])))
+        self.end(f"refused: {code}")
+
+    def tell(self, message: messages.Message) -> None:
+        """Send a control message."""
+        self._say(encode(message))
+
+    def end(self, why: str) -> None:
+        """End the link in order."""
+        self.why = self.why or why
+        if self.link is not None:
+            self.link.close(why)
+
+    def _say(self, data: bytes) -> None:
+        if self._control is not None:
+            self._control.say(data)
+
+    def _stop_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+

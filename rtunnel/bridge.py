@@ -1,0 +1,68 @@
+"""Between the planes: trio asks the relay's thread, the relay posts to trio. Nothing here is done per stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar, TypeVarTuple, Unpack
+
+import trio
+
+from rtunnel.registry import RegistryUnavailable
+from rtunnel.relay.relay import Relay
+
+_T = TypeVar("_T")
+_A = TypeVarTuple("_A")
+
+#: Registry calls in flight per process: a storm of them must not become a storm of threads.
+REGISTRY_THREADS = 8
+#: The relay's turns take milliseconds; a thread that is silent for so many seconds is gone.
+RELAY_PATIENCE = 10.0
+
+
+class Bridge:
+    """Made in trio's thread, by the role that owns the relay."""
+
+    def __init__(self, relay: Relay) -> None:
+        self.relay = relay
+        self._token = trio.lowlevel.current_trio_token()
+        self._limiter = trio.CapacityLimiter(REGISTRY_THREADS)
+
+    async def run(self, call: Callable[[], _T]) -> _T:
+        """Run in the relay's thread; its result or exception. Not cancellable once it is on its way (microseconds)."""
+        done = trio.Event()
+        box: list[tuple[_T | None, Exception | None]] = []
+
+        def there() -> None:
+            try:
+                box.append((call(), None))
+            except Exception as error:
+                box.append((None, error))
+            self.post(done.set)
+
+        self.relay.call(there)
+        with trio.move_on_after(RELAY_PATIENCE, shield=True) as scope:
+            await done.wait()
+        if scope.cancelled_caught:
+            raise RuntimeError("the relay's thread does not answer")
+        result, error = box[0]
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]  # None only when _T is None
+
+    def post(self, call: Callable[[Unpack[_A]], object], *args: Unpack[_A]) -> None:
+        """Run in trio's thread, soon. From the relay's thread (or any); dropped when trio's run is over."""
+        try:
+            self._token.run_sync_soon(call, *args)
+        except trio.RunFinishedError:
+            pass
+
+    async def registry(self, call: Callable[[Unpack[_A]], _T], *args: Unpack[_A]) -> _T:
+        """A registry call on a worker thread. Raises RegistryUnavailable."""
+        return await trio.to_thread.run_sync(call, *args, limiter=self._limiter)
+
+    async def registry_tries(self, call: Callable[[Unpack[_A]], _T], *args: Unpack[_A]) -> _T | None:
+        """The same, with None for a registry that can't be reached: the next heartbeat puts things right."""
+        try:
+            return await self.registry(call, *args)
+        except RegistryUnavailable:
+            return None

@@ -1,0 +1,490 @@
+"""The command `rtunnel`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rtunnel import __version__, config, roles
+from rtunnel.config import Config, ConfigError, Flag
+from rtunnel.logs import printable
+from rtunnel.registry import NodeRecord, Registry, RegistryUnavailable, Snapshot, Tuple, connect
+from rtunnel.roles import EXIT_FAILED, EXIT_USAGE, RoleMissing
+from rtunnel.trust import keys, pki
+from rtunnel.trust.keys import TrustError
+
+#: `rtunnel status` shows so many agents unless it is asked for all.
+SHOWN_AGENTS = 50
+#: By convention, 128 + SIGINT.
+EXIT_INTERRUPTED = 130
+
+_EXAMPLES = """
+\b
+Examples:
+  rtunnel demo                                 all parts on this machine, to look at
+  rtunnel pki init ./pki                       keys and certificates of a new cluster
+  rtunnel broker --config /etc/rtunnel.toml
+  rtunnel agent --brokers vip.example:7000 --exposes 9100 --ca ca.pem --join-token join.token
+  rtunnel gateway --listen 0.0.0.0:1080 --registry-url redis://10.0.0.5/0 --cluster-key cluster.key
+  rtunnel resolve 10.1.0.7:9100                through which brokers is it reached?
+  rtunnel config check /etc/rtunnel.toml --role broker
+
+\b
+Every key of the configuration file is also a variable, RTUNNEL_<SECTION>_<KEY>; flags override both.
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 an address can't be listened on.
+"""
+
+
+class _Failure(click.ClickException):
+    """A message for people, and an exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.exit_code = code  # type: ignore[misc] # click says ClassVar, and reads it from the instance
+
+    def show(self, file: Any = None) -> None:
+        for line in self.message.splitlines():
+            click.echo(f"rtunnel: {printable(line)}", err=True)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Failures that need no traceback become messages."""
+    try:
+        yield
+    except (ConfigError, TrustError, RoleMissing) as fault:
+        raise _Failure(str(fault), EXIT_USAGE) from None
+    except RegistryUnavailable as fault:
+        raise _Failure(f"registry: {fault}", EXIT_FAILED) from None
+
+
+def main() -> None:
+    """Entry point of the command."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as fault:
+        fault.show()
+        code = fault.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:  # `rtunnel status | head`: nobody wants the rest, nor a traceback when stdout is closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_FAILED
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+# --- flags from the keys of the configuration -------------------------------------------------------------------------
+
+_COMMON = ("registry.url", "registry.prefix", "log.level", "log.format")
+
+
+def _config_option() -> click.Option:
+    return click.Option(
+        ["--config", "config_file"],
+        type=click.Path(path_type=Path),
+        envvar="RTUNNEL_CONFIG",
+        help="Configuration file (TOML); also $RTUNNEL_CONFIG.",
+    )
+
+
+def _flag(path: str, prefixed: bool) -> str:
+    section, _, name = path.partition(".")
+    return "--" + (f"{section}-{name}" if prefixed else name).replace(".", "-").replace("_", "-")
+
+
+def _flags(paths: Sequence[str], prefixed: bool) -> Iterator[click.Option]:
+    for path in paths:
+        leaf = config.KEYS[path]
+        flag = _flag(path, prefixed)
+        default = "" if leaf.default in ("", []) else f"  [{leaf.default}]"
+        more = "; repeatable" if leaf.is_list else ""
+        yield click.Option(
+            [flag, _parameter(path)],
+            metavar=(leaf.key.unit or "text").upper().replace(" ", "_"),
+            multiple=leaf.is_list,
+            help=f"{leaf.key.help}{more}{default}",
+        )
+
+
+def _parameter(path: str) -> str:
+    return path.replace(".", "__")
+
+
+def _load(config_file: Path | None, values: Mapping[str, Any], prefixed: bool = False) -> Config:
+    """The configuration from all its sources; `values` are click's parameters."""
+    overrides: dict[str, object] = {}
+    for path in config.KEYS:
+        value = values.get(_parameter(path))
+        if value not in (None, ()):
+            common = path.partition(".")[0] in ("registry", "log")
+            overrides[path] = Flag(_flag(path, prefixed or common), value)
+    return config.load(config_file, os.environ, overrides)
+
+
+def _section_keys(section: str) -> list[str]:
+    return [path for path in config.KEYS if path.startswith(section + ".")]
+
+
+# --- the group --------------------------------------------------------------------------------------------------------
+
+
+class _Group(click.Group):
+    """Commands of this file, and one for each installed role, which is imported only when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *roles.role_names()})
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        command = super().get_command(ctx, name)
+        if command is None and name in roles.role_names() and name in config.SECTIONS:
+            command = _role_command(name)
+        return command
+
+
+@click.group(cls=_Group, epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "-V", "--version", message="rtunnel %(version)s")
+def cli() -> None:
+    """Reach every host by its original IP across isolated VPCs, through agents that dial out.
+
+    broker, agent and gateway are the roles of a cluster; standalone is a broker and a gateway in one process.
+    """
+
+
+def _role_command(name: str) -> click.Command:
+    try:
+        text = roles.find_role(name).help
+    except RoleMissing as fault:
+        text = f"(can't be used: {fault})"
+
+    def callback(config_file: Path | None, **values: Any) -> None:
+        with _told():
+            sys.exit(roles.run([roles.find_role(name)], _load(config_file, values)))
+
+    options = [_config_option(), *_flags(_section_keys(name), False), *_flags(_COMMON, True)]
+    return click.Command(name, params=list(options), callback=callback, help=text)
+
+
+def _standalone(config_file: Path | None, **values: Any) -> None:
+    """Broker and gateway in one process, on one registry (in memory unless another is given)."""
+    with _told():
+        parts = [roles.find_role(name) for name in ("broker", "gateway")]
+        sys.exit(roles.run(parts, _load(config_file, values, prefixed=True), name="standalone"))
+
+
+_standalone_keys = [*_section_keys("broker"), *_section_keys("gateway"), *_COMMON]
+cli.add_command(
+    click.Command(
+        "standalone",
+        params=[_config_option(), *_flags(_standalone_keys, True)],
+        callback=_standalone,
+        help=_standalone.__doc__,
+    )
+)
+
+
+@cli.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def demo(arguments: tuple[str, ...]) -> None:
+    """All parts on this machine, and requests through them."""
+    try:
+        module = import_module("rtunnel.demo")
+    except ModuleNotFoundError as fault:
+        raise _Failure(f"the demo can't be loaded: {fault}", EXIT_FAILED) from None
+    sys.exit(module.main(list(arguments)))
+
+
+# --- configuration, keys ----------------------------------------------------------------------------------------------
+
+
+@cli.group("config")
+def config_group() -> None:
+    """Look at a configuration."""
+
+
+@config_group.command("check")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--role", type=click.Choice(config.ROLES), help="Also check what this role needs on this machine.")
+def config_check(file: Path, role: str | None) -> None:
+    """Check FILE (with this environment's RTUNNEL_ variables) and say everything that is wrong with it."""
+    with _told():
+        loaded = config.load(file, os.environ, {})
+        notes = roles.check(loaded, role) if role else []
+    for note in notes:
+        click.echo(f"warning: {printable(str(note))}", err=True)
+    click.echo(f"{file}: good{f' for {role}' if role else ''}")
+
+
+@cli.group("pki")
+def pki_group() -> None:
+    """Make keys, certificates and tokens."""
+
+
+_names = click.option("--name", "names", multiple=True, help="A DNS name of the brokers' VIP; repeatable.")
+_ips = click.option("--ip", "ips", multiple=True, help="An IP address of the brokers' VIP; repeatable.")
+
+
+@pki_group.command("init")
+@click.argument("directory", type=click.Path(path_type=Path))
+@_names
+@_ips
+def pki_init(directory: Path, names: tuple[str, ...], ips: tuple[str, ...]) -> None:
+    """Make a CA, a broker certificate, a cluster key and a join token in DIRECTORY. Nothing is overwritten.
+
+    Names and addresses are needed only where agents are given another `server_name` than broker.rtunnel.
+    """
+    with _told():
+        _show_made(pki.init(directory, names=names, ips=ips))
+
+
+@pki_group.command("broker")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("file_name")
+@_names
+@_ips
+def pki_broker(directory: Path, file_name: str, names: tuple[str, ...], ips: tuple[str, ...]) -> None:
+    """Make another broker certificate, FILE_NAME.pem and .key, from the CA in DIRECTORY: to renew or to add one."""
+    with _told():
+        _show_made(pki.issue_broker(directory, file_name, names=names, ips=ips))
+
+
+@pki_group.command("token")
+@click.option("--id", "token_id", default="", help="Its name in files and logs; random by default.")
+def pki_token(token_id: str) -> None:
+    """Print a new join token: add the line to the brokers' file, and give it to agents in a file of its own."""
+    try:
+        click.echo(keys.new_token(token_id).line())
+    except ValueError as fault:
+        raise _Failure(str(fault), EXIT_USAGE) from None
+
+
+def _show_made(made: Sequence[pki.Made]) -> None:
+    width = max(len(str(item.path)) for item in made)
+    for item in made:
+        click.echo(f"{item.path!s:<{width}}  {item.what}")
+
+
+# --- looking at the registry ------------------------------------------------------------------------------------------
+
+
+def _registry_options(command: Callable[..., Any]) -> click.Command:
+    built = click.command()(command)
+    built.params += [_config_option(), *_flags(("registry.url", "registry.prefix"), True)]
+    built.params.append(click.Option(["--json", "as_json"], is_flag=True, help="Print JSON."))
+    cli.add_command(built)
+    return built
+
+
+@contextmanager
+def _open_registry(config_file: Path | None, values: Mapping[str, Any]) -> Iterator[Registry]:
+    with _told():
+        loaded = _load(config_file, values)
+        if config.is_memory(loaded):
+            raise _Failure(
+                "the memory registry lives inside one process, and nobody else can look into it: ask that process "
+                "(/statusz of its admin address), or give the shared one with --registry-url or --config",
+                EXIT_USAGE,
+            )
+        registry = connect(loaded.registry)
+        try:
+            yield registry
+        finally:
+            registry.close()
+
+
+@_registry_options
+@click.argument("target", metavar="IP[:PORT]")
+@click.option("--namespace", default="default", show_default=True, help="Of the agent.")
+def resolve(target: str, namespace: str, config_file: Path | None, as_json: bool, **values: Any) -> None:
+    """Show the tuples through which IP[:PORT] is reached; exit code 1 when there are none."""
+    ip, port = _parse_target(target)
+    with _open_registry(config_file, values) as registry:
+        tuples = sorted(registry.lookup(namespace, ip), key=lambda item: (item.state != "live", item.node))
+    # The registry's clock is not to be had with a look-up: an age is as good as this machine's clock.
+    now = time.time()
+    usable = [item for item in tuples if port == 0 or _serves(item, port)]
+    if as_json:
+        _print_json([{**msgspec.to_builtins(item), "age": _age(now, item.beat)} for item in usable])
+    elif usable:
+        columns = ("ps", "agent port", "node", "epoch", "state", "agent", "exposes", "heartbeat")
+        _print_table(columns, [_tuple_row(item, now) for item in usable])
+    if not usable:
+        where = config.format_endpoint(ip, port) if port else ip
+        reason = f"no agent answers for {ip} in namespace {namespace}"
+        if tuples:
+            reason = (
+                f"{_names_of(tuples)} has {ip}, but does not expose {port} (exposes: {tuples[0].exposes or 'nothing'})"
+            )
+        raise _Failure(f"{where}: {reason}", EXIT_FAILED)
+
+
+def _parse_target(text: str) -> tuple[str, int]:
+    """(ip, port); port 0 for an address alone."""
+    try:
+        return config.canonical_ip(text.removeprefix("[").removesuffix("]")), 0
+    except ValueError:
+        pass
+    try:
+        host, port = config.parse_endpoint(text)
+        return config.canonical_ip(host), port
+    except ValueError as fault:
+        raise _Failure(f"{text!r} is not IP or IP:PORT: {fault}", EXIT_USAGE) from None
+
+
+def _serves(item: Tuple, port: int) -> bool:
+    if item.agent_port:
+        return item.agent_port == port
+    ranges = config.parse_exposes([word for word in item.exposes.split(",") if word])
+    return any(low <= port <= high for low, high in ranges)
+
+
+def _names_of(tuples: Sequence[Tuple]) -> str:
+    return "agent " + ", ".join(sorted({item.agent_id for item in tuples}))
+
+
+def _tuple_row(item: Tuple, now: float) -> tuple[str, ...]:
+    return (
+        config.format_endpoint(item.ps_ip, item.ps_port),
+        str(item.agent_port or "any exposed"),
+        item.node,
+        str(item.epoch),
+        item.state,
+        item.agent_id,
+        item.exposes,
+        f"{_age(now, item.beat):.1f} s ago",
+    )
+
+
+def _age(now: float, then: float) -> float:
+    return round(max(0.0, now - then), 3)
+
+
+class _Agent(msgspec.Struct):
+    """What the registry knows of one agent."""
+
+    namespace: str
+    agent_id: str
+    addresses: list[str]
+    sessions: int
+    nodes: list[str]
+    hosts: list[str]
+    draining: int
+
+
+@_registry_options
+@click.option("--all", "everything", is_flag=True, help=f"Show all agents, not only {SHOWN_AGENTS}.")
+def status(everything: bool, config_file: Path | None, as_json: bool, **values: Any) -> None:
+    """Show the nodes, and the agents with their sessions; those with the fewest nodes first."""
+    with _open_registry(config_file, values) as registry:
+        snapshot = registry.snapshot()
+        url = registry.url
+    agents = _agents(snapshot)
+    if as_json:
+        nodes = [{**msgspec.to_builtins(node), "age": _age(snapshot.now, node.beat)} for node in snapshot.nodes]
+        _print_json({"registry": url, "nodes": nodes, "agents": agents, "summary": _summary(snapshot, agents)})
+        return
+    columns = ("node", "host", "ps ip", "state", "sessions", "streams", "heartbeat", "version")
+    _print_table(columns, [_node_row(node, snapshot.now) for node in sorted(snapshot.nodes, key=lambda n: n.node)])
+    shown = agents if everything else agents[:SHOWN_AGENTS]
+    click.echo()
+    _print_table(("agent", "namespace", "addresses", "sessions", "redundancy", "nodes"), map(_agent_row, shown))
+    if len(shown) < len(agents):
+        click.echo(f"... and {len(agents) - len(shown)} more agents (--all shows them)")
+    click.echo()
+    click.echo(_summary_line(url, _summary(snapshot, agents)))
+
+
+def _agents(snapshot: Snapshot) -> list[_Agent]:
+    """The agents, the least redundant first."""
+    hosts = {node.node: node.host for node in snapshot.nodes}
+    groups: dict[tuple[str, str], list[Tuple]] = {}
+    for item in snapshot.tuples:
+        groups.setdefault((item.namespace, item.agent_id), []).append(item)
+    agents = []
+    for (namespace, agent_id), items in groups.items():
+        sessions = {(item.node, item.epoch): item.state for item in items}
+        nodes = sorted({node for node, _ in sessions})
+        agents.append(
+            _Agent(
+                namespace,
+                agent_id,
+                sorted({item.agent_ip for item in items}),
+                len(sessions),
+                nodes,
+                sorted({hosts.get(node, node) for node in nodes}),
+                sum(state == "draining" for state in sessions.values()),
+            )
+        )
+    return sorted(agents, key=lambda agent: (len(agent.nodes), agent.namespace, agent.agent_id))
+
+
+def _node_row(node: NodeRecord, now: float) -> tuple[str, ...]:
+    beat = f"{_age(now, node.beat):.1f} s ago"
+    return node.node, node.host, node.ip, node.state, str(node.sessions), str(node.streams), beat, node.version
+
+
+def _agent_row(agent: _Agent) -> tuple[str, ...]:
+    more = len(agent.addresses) - 2
+    addresses = " ".join(agent.addresses[:2]) + (f" +{more}" if more > 0 else "")
+    sessions = f"{agent.sessions}" + (f" ({agent.draining} draining)" if agent.draining else "")
+    redundancy = f"{len(agent.nodes)} node{'s' * (len(agent.nodes) != 1)}"
+    return agent.agent_id, agent.namespace, addresses, sessions, redundancy, " ".join(agent.nodes)
+
+
+def _summary(snapshot: Snapshot, agents: Sequence[_Agent]) -> dict[str, int]:
+    return {
+        "nodes": len(snapshot.nodes),
+        "nodes_draining": sum(node.state == "draining" for node in snapshot.nodes),
+        "agents": len(agents),
+        "agents_on_one_node": sum(len(agent.nodes) == 1 for agent in agents),
+        "sessions": sum(agent.sessions for agent in agents),
+        "tuples": len(snapshot.tuples),
+    }
+
+
+def _summary_line(url: str, summary: Mapping[str, int]) -> str:
+    return (
+        f"{summary['nodes']} nodes ({summary['nodes_draining']} draining), {summary['agents']} agents "
+        f"({summary['agents_on_one_node']} on one node only), {summary['sessions']} sessions, "
+        f"{summary['tuples']} tuples in {url}"
+    )
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def _print_json(value: object) -> None:
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def _print_table(columns: Sequence[str], rows: Any) -> None:
+    """A table on a terminal; plain aligned columns, never cut, into a pipe. Values come from peers: escaped."""
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
+    console = Console()
+    if console.is_terminal:
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for column in columns:
+            table.add_column(column.upper())
+        for row in cells:
+            table.add_row(*map(Text, row))
+        console.print(table)
+        return
+    lines = [[column.upper() for column in columns], *cells]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
+    for line in lines:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""The embedded registry: plain dicts behind one lock. Brokers and gateways of one process share one instance.
+
+It behaves as the Redis one does (the same conformance suite holds for both), including what is *not* a change: expiry
+is only ever a question of the clock, evaluated when somebody looks.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+
+import msgspec
+
+from rtunnel.registry.base import (
+    COUNTER_BITS,
+    Change,
+    CursorLost,
+    NodeRecord,
+    PortLease,
+    Registration,
+    Snapshot,
+    Superseded,
+    Tuple,
+    incarnation_of,
+)
+
+FEED_LENGTH = 100_000  # changes kept; as the Redis feed
+LAST_PORTS = 200_000  # remembered (ip, owner) pairs; the oldest go first
+CHANGES_AT_ONCE = 1000
+
+_Target = tuple[str, str]  # (namespace, agent_ip)
+_Field = tuple[str, int]  # (node, agent_port)
+
+
+class _Live:
+    """A tuple (its own `beat` is 0) and its heartbeat."""
+
+    __slots__ = ("beat", "tuple")
+
+    def __init__(self, entry: Tuple, beat: float) -> None:
+        self.tuple = entry
+        self.beat = beat
+
+
+class _Port(msgspec.Struct, frozen=True):
+    """A port that is not free until `until`: leased, or (released) in quarantine."""
+
+    lease: PortLease
+    quarantined: bool
+    until: float
+
+
+class MemoryRegistry:
+    """See `Registry`. `clock` gives seconds since 1970."""
+
+    url = "memory://"
+
+    def __init__(
+        self,
+        ttl: float = 15.0,
+        quarantine: float = 60.0,
+        clock: Callable[[], float] = time.time,
+        *,
+        feed_length: int = FEED_LENGTH,
+    ) -> None:
+        self.ttl = ttl
+        self.quarantine = quarantine
+        self._clock = clock
+        self._feed_length = feed_length
+        self._changed = threading.Condition()
+        self.wipe()
+
+    def wipe(self) -> None:
+        """Lose everything, as a Redis that restarts empty does (for tests)."""
+        with self._changed:
+            self._id = uuid.uuid4().hex
+            self._seq = 0
+            self._feed: deque[Change] = deque(maxlen=self._feed_length)
+            self._nodes: dict[str, NodeRecord] = {}
+            self._incarnations: dict[str, int] = {}
+            self._targets: dict[_Target, dict[_Field, _Live]] = {}
+            self._ports: dict[tuple[str, int], _Port] = {}
+            self._last: dict[tuple[str, str], int] = {}
+            self._changed.notify_all()
+
+    def ping(self) -> None:
+        """It is always there."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    # ------------------------------------------------------------------ nodes
+
+    def start_node(self, record: NodeRecord) -> int:
+        with self._changed:
+            now = self._clock()
+            incarnation = max(self._incarnations.get(record.node, 0) + 1, int(now))
+            self._incarnations[record.node] = incarnation
+            self._purge(record.node, incarnation << COUNTER_BITS, now)
+            self._nodes[record.node] = msgspec.structs.replace(record, incarnation=incarnation, beat=now)
+            return incarnation
+
+    def stop_node(self, node: str, incarnation: int) -> None:
+        with self._changed:
+            if self._incarnations.get(node, 0) > incarnation:
+                return
+            self._purge(node, (incarnation + 1) << COUNTER_BITS, self._clock())
+            self._nodes.pop(node, None)
+
+    def nodes(self) -> list[NodeRecord]:
+        with self._changed:
+            now = self._clock()
+            return [record for record in self._nodes.values() if self._alive(record.beat, now)]
+
+    def _fence(self, node: str, incarnation: int) -> None:
+        taken = self._incarnations.get(node, 0)
+        if taken > incarnation:
+            raise Superseded(f"node {node!r} was started again elsewhere (incarnation {taken}, ours {incarnation})")
+        self._incarnations[node] = incarnation
+
+    def _purge(self, node: str, floor: int, now: float) -> None:
+        """Drop the node's tuples of epochs below `floor`, quarantine its leases."""
+        for fields in list(self._targets.values()):
+            for field, live in list(fields.items()):
+                if field[0] == node and live.tuple.epoch < floor:
+                    self._drop(live.tuple)
+        for at, port in self._ports.items():
+            if port.lease.node == node and port.lease.epoch < floor and not port.quarantined:
+                self._ports[at] = _Port(port.lease, True, now + self.quarantine)
+
+    def _alive(self, beat: float, now: float) -> bool:
+        return now - beat < self.ttl
+
+    # ------------------------------------------------------------------ ports
+
+    def last_port(self, ip: str, owner: str) -> int | None:
+        with self._changed:
+            return self._last.get((ip, owner))
+
+    def lease_port(self, lease: PortLease) -> bool:
+        with self._changed:
+            self._fence(lease.node, incarnation_of(lease.epoch))
+            now = self._clock()
+            held = self._port(lease, now)
+            if held is not None and held.lease.owner != lease.owner:
+                return False
+            self._hold(lease, now)
+            return True
+
+    def release_port(self, lease: PortLease) -> None:
+        with self._changed:
+            self._release(lease, self._clock())
+
+    def _port(self, at: PortLease, now: float) -> _Port | None:
+        port = self._ports.get((at.ip, at.port))
+        return port if port is not None and port.until > now else None
+
+    def _hold(self, lease: PortLease, now: float) -> None:
+        self._ports[lease.ip, lease.port] = _Port(lease, False, now + self.ttl + self.quarantine)
+        self._last.pop((lease.ip, lease.owner), None)
+        self._last[lease.ip, lease.owner] = lease.port
+        if len(self._last) > LAST_PORTS:
+            del self._last[next(iter(self._last))]
+
+    def _release(self, lease: PortLease, now: float) -> None:
+        held = self._port(lease, now)
+        same = held is None or (held.lease.owner, held.lease.epoch) == (lease.owner, lease.epoch)
+        if same and not (held is not None and held.quarantined):
+            self._ports[lease.ip, lease.port] = _Port(lease, True, now + self.quarantine)
+
+    def _keep(self, lease: PortLease, now: float, *, back: bool) -> None:
+        """A lease of a registration: refresh it, or put it back, unless somebody else has the better right."""
+        held = self._port(lease, now)
+        if held is not None:
+            mine = held.lease.owner == lease.owner and held.lease.epoch <= lease.epoch
+            # An older lease of this very node is history (a registry that came back from an old dump).
+            history = held.lease.node == lease.node and held.lease.epoch < lease.epoch
+            ended = back and held.quarantined and held.lease.epoch == lease.epoch
+            if ended or not (mine or history):
+                return
+        self._hold(lease, now)
+
+    # ------------------------------------------------------------------ tuples
+
+    def register(self, registration: Registration) -> None:
+        with self._changed:
+            now = self._clock()
+            for node, epoch in {(part.node, part.epoch) for part in _parts(registration)}:
+                self._fence(node, incarnation_of(epoch))
+            for lease in registration.leases:
+                self._keep(lease, now, back=False)
+            for entry in registration.tuples:
+                self._put(entry, now, back=False)
+
+    def unregister(self, registration: Registration) -> None:
+        with self._changed:
+            now = self._clock()
+            for entry in registration.tuples:
+                live = self._live(entry)
+                if live is None or live.tuple.epoch == entry.epoch:
+                    self._drop(entry)
+            for lease in registration.leases:
+                self._release(lease, now)
+
+    def beat(self, record: NodeRecord, registrations: list[Registration]) -> int:
+        with self._changed:
+            self._fence(record.node, record.incarnation)
+            now = self._clock()
+            self._nodes[record.node] = msgspec.structs.replace(record, beat=now)
+            back = 0
+            for registration in registrations:
+                for lease in registration.leases:
+                    self._keep(lease, now, back=True)
+                for entry in registration.tuples:
+                    back += self._put(entry, now, back=True)
+            return back
+
+    def _live(self, entry: Tuple) -> _Live | None:
+        fields = self._targets.get((entry.namespace, entry.agent_ip))
+        return None if fields is None else fields.get((entry.node, entry.agent_port))
+
+    def _put(self, entry: Tuple, now: float, *, back: bool) -> bool:
+        """Write or refresh one tuple; whether it had to be written. `back`: by a beat, which may be late."""
+        entry = entry if entry.beat == 0.0 else msgspec.structs.replace(entry, beat=0.0)
+        self._prune(entry, now)
+        live = self._live(entry)
+        if live is not None:
+            if live.tuple.epoch > entry.epoch:
+                return False
+            if live.tuple == entry:
+                live.beat = now
+                return False
+        elif back and not self._may_return(entry, now):
+            return False
+        self._targets.setdefault((entry.namespace, entry.agent_ip), {})[entry.node, entry.agent_port] = _Live(
+            entry, now
+        )
+        self._emit(entry, msgspec.structs.replace(entry, beat=now))
+        return True
+
+    def _prune(self, at: Tuple, now: float) -> None:
+        """Drop the dead tuples of this target."""
+        fields = self._targets.get((at.namespace, at.agent_ip), {})
+        for live in [live for live in fields.values() if not self._alive(live.beat, now)]:
+            self._drop(live.tuple)
+
+    def _may_return(self, entry: Tuple, now: float) -> bool:
+        port = self._ports.get((entry.ps_ip, entry.ps_port))
+        return port is None or port.until <= now or (port.lease.epoch == entry.epoch and not port.quarantined)
+
+    def _drop(self, entry: Tuple) -> None:
+        target = (entry.namespace, entry.agent_ip)
+        fields = self._targets.get(target, {})
+        fields.pop((entry.node, entry.agent_port), None)
+        if not fields:
+            self._targets.pop(target, None)
+        self._emit(entry, None)
+
+    # ------------------------------------------------------------------ readers
+
+    def lookup(self, namespace: str, ip: str) -> list[Tuple]:
+        with self._changed:
+            return list(self._seen(self._targets.get((namespace, ip), {}).values(), self._clock()))
+
+    def snapshot(self) -> Snapshot:
+        with self._changed:
+            now = self._clock()
+            found = [entry for fields in self._targets.values() for entry in self._seen(fields.values(), now)]
+            return Snapshot(cursor=f"{self._id}/{self._seq}", now=now, nodes=self.nodes(), tuples=found)
+
+    def changes(self, cursor: str, wait: float) -> tuple[str, list[Change]]:
+        feed, _, position = cursor.partition("/")
+        with self._changed:
+            self._changed.wait_for(lambda: feed != self._id or int(position) != self._seq, min(wait, 1.0))
+            missed = self._seq - int(position)
+            if feed != self._id or not 0 <= missed <= len(self._feed):
+                raise CursorLost(f"the feed no longer holds {cursor}")
+            first = len(self._feed) - missed
+            found = list(islice(self._feed, first, first + CHANGES_AT_ONCE))
+            return f"{feed}/{int(position) + len(found)}", found
+
+    def _seen(self, lives: Iterable[_Live], now: float) -> Iterator[Tuple]:
+        for live in lives:
+            if self._alive(live.beat, now):
+                yield msgspec.structs.replace(live.tuple, beat=live.beat)
+
+    def _emit(self, at: Tuple, entry: Tuple | None) -> None:
+        self._seq += 1
+        self._feed.append(Change(at.namespace, at.agent_ip, at.agent_port, at.node, at.epoch, entry))
+        self._changed.notify_all()
+
+
+def _parts(registration: Registration) -> Iterator[Tuple | PortLease]:
+    yield from registration.tuples
+    yield from registration.leases

@@ -1,0 +1,514 @@
+"""The registry in Redis. The schema is normative in docs/registry.md, the scripts that write it are in `lua`.
+
+redis-py gives connections, pool, TLS and sentinel; commands are sent here, one exchange at a time, so that timeouts,
+the one retry and the mapping of errors are in one place (`_exchange`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import uuid
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import Any, Literal
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
+
+import msgspec
+from redis import exceptions as errors
+from redis.backoff import NoBackoff
+from redis.connection import Connection, ConnectionPool, SSLConnection, UnixDomainSocketConnection
+from redis.retry import Retry
+from redis.sentinel import Sentinel, SentinelConnectionPool
+
+from rtunnel.registry import lua
+from rtunnel.registry.base import (
+    COUNTER_BITS,
+    Change,
+    CursorLost,
+    NodeRecord,
+    PortLease,
+    Registration,
+    RegistryUnavailable,
+    Snapshot,
+    Superseded,
+    Tuple,
+    incarnation_of,
+)
+
+# The changes that a gateway may be behind before it has to take a snapshot: one node of 50,000 sessions that stops and
+# comes back elsewhere. About 35 MB in Redis when full.
+FEED_LENGTH = 100_000
+BATCH = 1000  # tuples in one call of the beat: 3 ms of Redis, and 50 calls for 50,000 sessions
+PAGE = 500  # tuples in one page of a snapshot or purge: 2 ms of Redis
+CHANGES_AT_ONCE = 1000
+VERIFY_EVERY = 12  # each session is written in full every so many beats (a minute), which also prunes dead neighbours
+LAST_PORT = 30 * 86400.0  # how long an owner's port, and a node's incarnation, are remembered
+
+_SENTINEL = "redis+sentinel"
+_SCHEMES = ("redis", "rediss", "unix", _SENTINEL)
+_TLS_OPTIONS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname")
+_PLAIN = re.compile(r"[A-Za-z0-9._~-]+").fullmatch
+
+_tuple = msgspec.json.Decoder(Tuple, strict=False)  # not strict: an epoch is a string in JSON, an int here
+_tuples = msgspec.json.Decoder(list[Tuple], strict=False)
+_records = msgspec.json.Decoder(list[NodeRecord], strict=False)
+_encode = msgspec.json.Encoder().encode
+
+
+class _Script:
+    """A script and the name under which Redis remembers it."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+
+
+_PUT, _REFRESH, _START, _STOP = map(_Script, (lua.PUT, lua.REFRESH, lua.START, lua.STOP))
+_PURGE, _LEASE, _REMOVE = map(_Script, (lua.PURGE, lua.LEASE, lua.REMOVE))
+_CURSOR, _NODES, _PAGE = map(_Script, (lua.CURSOR, lua.NODES, lua.PAGE))
+
+
+class RedisRegistry:
+    """See `Registry`. Opens connections as they are needed, one for each thread that is in a call.
+
+    A call gives up when Redis has not answered one of its commands for `timeout` seconds. All processes of a deployment
+    must use the same `prefix` and `ttl`. ValueError for a URL that can't be right.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        prefix: str = "rtunnel",
+        ttl: float = 15.0,
+        quarantine: float = 60.0,
+        timeout: float = 1.0,
+        feed_length: int = FEED_LENGTH,
+    ) -> None:
+        if not prefix or any(c.isspace() or not c.isprintable() for c in prefix):
+            raise ValueError(f"[registry] prefix {prefix!r} must be one printable word")
+        self.url, self._pool, self._sentinels = _pool(url, timeout)
+        self.ttl = ttl
+        self.quarantine = quarantine
+        self._prefix = prefix
+        self._timeout = timeout
+        self._beats = 0
+        self._closed = False
+        lifetimes = (ttl, ttl + quarantine, quarantine, LAST_PORT)
+        self._head = (prefix, uuid.uuid4().hex, feed_length, *(max(1, round(t * 1000)) for t in lifetimes))
+
+    def ping(self) -> None:
+        self._command("PING")
+
+    def close(self) -> None:
+        self._closed = True
+        self._pool.disconnect()
+        for sentinel in self._sentinels:
+            sentinel.connection_pool.disconnect()
+
+    # ------------------------------------------------------------------ nodes
+
+    def start_node(self, record: NodeRecord) -> int:
+        node = _quote(record.node)
+        incarnation = int(self._run(_START, node, _record(record, incarnation=False)))
+        self._purge(record.node, incarnation << COUNTER_BITS)
+        return incarnation
+
+    def stop_node(self, node: str, incarnation: int) -> None:
+        if self._run(_STOP, _quote(node), incarnation):
+            self._purge(node, (incarnation + 1) << COUNTER_BITS)
+
+    def nodes(self) -> list[NodeRecord]:
+        return _records.decode(self._run(_NODES))
+
+    def _purge(self, node: str, floor: int) -> None:
+        first = 1
+        while self._run(_PURGE, _quote(node), node, floor, PAGE, first) or first:
+            first = 0
+
+    # ------------------------------------------------------------------ ports
+
+    def last_port(self, ip: str, owner: str) -> int | None:
+        port = self._command("GET", f"{self._prefix}:last:{_last(ip, owner)}")
+        return None if port is None else int(port)
+
+    def lease_port(self, lease: PortLease) -> bool:
+        node = (_quote(lease.node), lease.node, incarnation_of(lease.epoch))
+        return bool(self._run(_LEASE, *node, *_lease_args(lease)))
+
+    def release_port(self, lease: PortLease) -> None:
+        self._remove(lease.node, (), (lease,))
+
+    # ------------------------------------------------------------------ tuples
+
+    def register(self, registration: Registration) -> None:
+        if node := _node(registration):
+            self._put("keep", node, incarnation_of(registration.epoch), [registration])
+
+    def unregister(self, registration: Registration) -> None:
+        if node := _node(registration):
+            self._remove(node, registration.tuples, registration.leases)
+
+    def beat(self, record: NodeRecord, registrations: list[Registration]) -> int:
+        self._beats += 1
+        back = 0
+        for batch in _batches(registrations):
+            missing = self._refresh(record, batch)
+            again = missing | set(range(self._beats % VERIFY_EVERY, len(batch), VERIFY_EVERY))
+            if again:
+                chosen = [batch[n] for n in sorted(again)]
+                back += self._put("back", record.node, record.incarnation, chosen)
+        return back
+
+    def _refresh(self, record: NodeRecord, batch: list[Registration]) -> set[int]:
+        """The heartbeat of one batch: which of its registrations Redis does not (wholly) have."""
+        tuples, of_tuple, leases, of_lease = [], [], [], []
+        for n, registration in enumerate(batch):
+            for entry in registration.tuples:
+                tuples.append(f"{_target(entry)} {_field(entry)}@{entry.epoch}\n")
+                of_tuple.append(n)
+            for lease in registration.leases:
+                leases.append(f"{_at(lease.ip, lease.port)}\n")
+                of_lease.append(n)
+        node = (_quote(record.node), record.incarnation, _record(record, incarnation=True))
+        lost, unleased = self._run(_REFRESH, *node, "".join(tuples), "".join(leases))
+        return {of_tuple[n] for n in lost} | {of_lease[n] for n in unleased}
+
+    def _put(self, mode: Literal["keep", "back"], node: str, incarnation: int, batch: list[Registration]) -> int:
+        args: list[Any] = [mode, _quote(node), node, incarnation]
+        leases = [lease for registration in batch for lease in registration.leases]
+        tuples = [entry for registration in batch for entry in registration.tuples]
+        args.append(len(leases))
+        for lease in leases:
+            args += _lease_args(lease)
+        args.append(len(tuples))
+        for entry in tuples:
+            port = _at(entry.ps_ip, entry.ps_port)
+            args += (_target(entry), _field(entry), port, entry.epoch, _static(entry))
+        return int(self._run(_PUT, *args))
+
+    def _remove(self, node: str, tuples: tuple[Tuple, ...], leases: tuple[PortLease, ...]) -> None:
+        args: list[Any] = [_quote(node), node, len(leases)]
+        for lease in leases:
+            args += (_at(lease.ip, lease.port), lease.owner, lease.epoch)
+        args.append(len(tuples))
+        for entry in tuples:
+            args += (_target(entry), _field(entry), entry.epoch, _static(entry))
+        self._run(_REMOVE, *args)
+
+    # ------------------------------------------------------------------ readers
+
+    def lookup(self, namespace: str, ip: str) -> list[Tuple]:
+        # No script: this is what docs/registry.md tells everybody else to do.
+        clock, flat = self._exchange(
+            ("TIME",), ("HGETALL", f"{self._prefix}:target:{_quote(namespace)}:{_quote_ip(ip)}")
+        )
+        now = int(clock[0]) + int(clock[1]) / 1e6
+        fields = dict(zip(flat[::2], flat[1::2], strict=True))
+        found = []
+        for field, json in fields.items():
+            if b"@" in field:
+                continue
+            entry = _tuple.decode(json)
+            beat = float(fields.get(b"%s@%d" % (field, entry.epoch), 0))
+            if now - beat < self.ttl:
+                found.append(msgspec.structs.replace(entry, beat=beat))
+        return found
+
+    def snapshot(self) -> Snapshot:
+        feed, seq, now, nodes = self._run(_CURSOR)
+        records = self.nodes()
+        found: list[Tuple] = []
+        for node in nodes:
+            cursor = b"0"
+            while True:
+                cursor, page = self._run(_PAGE, node, cursor, PAGE)
+                found += _tuples.decode(page)
+                if cursor == b"0":
+                    break
+        return Snapshot(cursor=f"{feed.decode()}/{int(seq)}", now=float(now), nodes=records, tuples=found)
+
+    def changes(self, cursor: str, wait: float) -> tuple[str, list[Change]]:
+        feed, _, text = cursor.partition("/")
+        position = int(text)
+        found, latest = self._command("HMGET", f"{self._prefix}:feed", "id", "seq")
+        # A failover to a replica that lags, or an older dump, keeps the id but goes back.
+        if found != feed.encode() or int(latest) < position:
+            raise CursorLost(f"{self.url} was wiped or restored since {cursor}")
+        block: tuple[Any, ...] = ()
+        if int(latest) == position:
+            wait = max(0.001, min(wait, 1.0))
+            block = ("BLOCK", round(wait * 1000))
+        after = ("STREAMS", f"{self._prefix}:changes", f"{position}-0")
+        [reply] = self._exchange(("XREAD", "COUNT", CHANGES_AT_ONCE, *block, *after), wait=wait if block else 0.0)
+        entries = reply[0][1] if reply else []
+        if (entries and _sequence(entries[0]) != position + 1) or not (entries or block):
+            raise CursorLost(f"the feed of {self.url} was trimmed past {cursor}")
+        return f"{feed}/{position + len(entries)}", [_change(entry) for entry in entries]
+
+    # ------------------------------------------------------------------ talking to Redis
+
+    def _command(self, *command: Any) -> Any:
+        return self._exchange(command)[0]
+
+    def _run(self, script: _Script, *args: Any) -> Any:
+        try:
+            return self._command("EVALSHA", script.sha, 0, *self._head, *args)
+        except errors.NoScriptError:  # a server that was restarted, or a failover
+            return self._command("EVAL", script.source, 0, *self._head, *args)
+
+    def _exchange(self, *commands: tuple[Any, ...], wait: float = 0.0) -> list[Any]:
+        """Send the commands in one go and return their replies; `wait` is what the last may take beyond the timeout.
+
+        A connection that was fine when it was last used and breaks now (the server restarted) is tried again once, on a
+        new one; every command here may run twice. A refused or slow connection is not: it would only double the wait.
+        """
+        if self._closed:
+            raise RegistryUnavailable(f"registry {self.url}: it was closed")
+        for attempt in (1, 2):
+            try:
+                connection: Any = self._pool.get_connection()
+            except (errors.RedisError, OSError) as exc:
+                raise self._unavailable(exc) from exc
+            try:
+                return _converse(connection, commands, wait and wait + self._timeout)
+            except errors.NoScriptError:
+                raise
+            except (errors.ConnectionError, OSError) as exc:
+                if attempt == 2 or isinstance(exc, (errors.AuthenticationError, errors.BusyLoadingError)):
+                    raise self._unavailable(exc) from exc
+            except errors.ResponseError as exc:
+                if str(exc).startswith("SUPERSEDED"):
+                    raise Superseded(f"this node was started again elsewhere ({exc})") from None
+                raise self._unavailable(exc) from exc
+            except errors.RedisError as exc:
+                raise self._unavailable(exc) from exc
+            finally:
+                if self._closed:
+                    connection.disconnect()
+                self._pool.release(connection)
+        raise AssertionError("unreachable")
+
+    def _unavailable(self, exc: Exception) -> RegistryUnavailable:
+        return RegistryUnavailable(f"registry {self.url}: {_reason(exc, self._timeout)}")
+
+
+def _converse(connection: Any, commands: tuple[tuple[Any, ...], ...], wait: float) -> list[Any]:
+    """One exchange. A connection that is left in the middle of one is closed: its next reply would be another's."""
+    replies: list[Any] = []
+    failure: errors.ResponseError | None = None
+    try:
+        connection.send_packed_command(connection.pack_commands(commands))
+        if wait and not connection.can_read(wait):
+            raise errors.TimeoutError("no reply to a blocking read")
+        for _ in commands:
+            try:
+                replies.append(connection.read_response())
+            except errors.ResponseError as exc:
+                failure = failure or exc
+    except BaseException:
+        connection.disconnect()
+        raise
+    if failure is not None:
+        if "READONLY" in str(failure):  # no longer the master: a new connection asks the sentinels again
+            connection.disconnect()
+            raise errors.ConnectionError(str(failure)) from failure
+        raise failure
+    return replies
+
+
+def _reason(exc: Exception, timeout: float) -> str:
+    """What went wrong, and what to do about it."""
+    text = str(exc) or type(exc).__name__
+    if isinstance(exc, errors.TimeoutError):
+        return f"no answer within {timeout:g} s; see whether the server is overloaded or [registry] timeout too short"
+    if isinstance(exc, errors.AuthenticationError):
+        return f"{text}; give the right password in [registry] url, as redis://[user]:password@host:port"
+    if isinstance(exc, errors.NoPermissionError):
+        return f"{text}; the user's ACL must allow the commands and keys of docs/registry.md"
+    if isinstance(exc, errors.OutOfMemoryError) or "OOM" in text:
+        return f"{text}; raise the server's maxmemory"
+    if isinstance(exc, errors.ReadOnlyError) or "READONLY" in text:
+        return f"{text}; [registry] url must name the master, or the sentinels"
+    if isinstance(exc, errors.BusyLoadingError):
+        return f"{text}; it answers once it has loaded its data"
+    if isinstance(exc, (errors.ConnectionError, OSError)):
+        return f"{text.rstrip('.')}; see whether the server runs and [registry] url is right"
+    return f"{text}; the server refused a command (Redis 6.2 or later is needed)"
+
+
+# ---------------------------------------------------------------------- names and values in Redis
+
+
+@lru_cache(maxsize=4096)
+def _quote(name: str) -> str:
+    """A name as a part of a key: no ':', '/', '@', space or control character is left in it."""
+    return name if _PLAIN(name) else quote(name, safe="")
+
+
+def _quote_ip(ip: str) -> str:
+    """An address as the last part of a key, so that ':' may stay."""
+    return ip if _PLAIN(ip) else quote(ip, safe=":")
+
+
+def _at(ip: str, port: int) -> str:
+    return f"{_quote_ip(ip)}:{port}"
+
+
+def _last(ip: str, owner: str) -> str:
+    return f"{_quote_ip(ip)}:{quote(owner, safe='/')}"
+
+
+def _node(registration: Registration) -> str | None:
+    """The node of its tuples and leases; None when it has none."""
+    for entry in registration.tuples:
+        return entry.node
+    for lease in registration.leases:
+        return lease.node
+    return None
+
+
+def _target(entry: Tuple) -> str:
+    return f"{_quote(entry.namespace)}:{_quote_ip(entry.agent_ip)}"
+
+
+def _field(entry: Tuple) -> str:
+    return f"{_quote(entry.node)}/{entry.agent_port}"
+
+
+def _lease_args(lease: PortLease) -> tuple[Any, ...]:
+    return _at(lease.ip, lease.port), lease.owner, _last(lease.ip, lease.owner), lease.epoch
+
+
+def _static(entry: Tuple) -> bytes:
+    """A tuple as it is stored: its epoch first (scripts read it there) and as a string, without its heartbeat."""
+    fields = msgspec.structs.asdict(entry)
+    del fields["beat"]
+    return _encode({"epoch": str(fields.pop("epoch")), **fields})
+
+
+def _record(record: NodeRecord, *, incarnation: bool) -> bytes:
+    fields = msgspec.structs.asdict(record)
+    del fields["beat"]
+    if not incarnation:
+        del fields["incarnation"]
+    return _encode(fields)
+
+
+def _sequence(entry: list[Any]) -> int:
+    return int(entry[0].partition(b"-")[0])
+
+
+def _change(entry: list[Any]) -> Change:
+    kind, json = entry[1]
+    of = _tuple.decode(json)
+    return Change(of.namespace, of.agent_ip, of.agent_port, of.node, of.epoch, of if kind == b"put" else None)
+
+
+def _batches(registrations: Iterable[Registration]) -> Iterator[list[Registration]]:
+    """At most about BATCH tuples each, at least one batch: the node's own heartbeat travels with it."""
+    batch: list[Registration] = []
+    size = 0
+    for registration in registrations:
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+        batch.append(registration)
+        size += max(1, len(registration.tuples), len(registration.leases))
+    yield batch
+
+
+# ---------------------------------------------------------------------- URLs
+
+
+def _pool(url: str, timeout: float) -> tuple[str, ConnectionPool, list[Any]]:
+    """The URL without its password, a pool of connections for it, and the clients of the sentinels."""
+    try:
+        return _parse(url, timeout)
+    except ValueError as exc:
+        # `from None`: the cause could quote the URL, and with it the password.
+        raise ValueError(f"[registry] url: {exc}; it looks like redis://:password@host:6379/0") from None
+
+
+def _parse(url: str, timeout: float) -> tuple[str, ConnectionPool, list[Any]]:
+    parts = urlsplit(url)
+    if parts.scheme not in _SCHEMES:
+        raise ValueError(f"scheme {parts.scheme!r} is none of memory, {', '.join(_SCHEMES)}")
+    options: dict[str, Any] = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
+    common: dict[str, Any] = {
+        "socket_timeout": timeout,
+        "socket_connect_timeout": timeout,
+        "retry": Retry(NoBackoff(), 0),
+        "health_check_interval": 0,  # the pool sees a closed connection by itself, a PING would double the wait
+        "protocol": 2,
+    }
+    login, _, place = parts.netloc.rpartition("@")
+    user, _, password = login.partition(":")
+    kwargs = common | {
+        "username": unquote(user) or options.pop("username", None),
+        "password": unquote(password) or options.pop("password", None),
+    }
+    shown = f"{parts.scheme}://{user + '@' if user else ''}{place}{parts.path}"
+    if parts.scheme == "unix":
+        return shown, _unix(parts.path, options, kwargs), []
+    if parts.scheme == _SENTINEL:
+        pool, sentinels = _sentinel(place, parts.path, options, common, kwargs)
+        return shown, pool, sentinels
+    kwargs["host"], kwargs["port"] = _host(place, 6379)
+    kwargs["db"] = _db(parts.path.strip("/") or options.pop("db", ""))
+    kind: type[Connection] = Connection
+    if parts.scheme == "rediss":
+        kind = SSLConnection
+        kwargs |= {name: options.pop(name) for name in _TLS_OPTIONS if name in options}
+        if "ssl_check_hostname" in kwargs:
+            kwargs["ssl_check_hostname"] = kwargs["ssl_check_hostname"].lower() in ("1", "true", "yes")
+    _no_more(options)
+    return shown, ConnectionPool(connection_class=kind, **kwargs), []
+
+
+def _unix(path: str, options: dict[str, Any], kwargs: dict[str, Any]) -> ConnectionPool:
+    if not path.strip("/"):
+        raise ValueError("unix:// needs the path of a socket, as unix:///run/redis.sock?db=0")
+    kwargs |= {"path": unquote(path), "db": _db(options.pop("db", ""))}
+    _no_more(options)
+    return ConnectionPool(connection_class=UnixDomainSocketConnection, **kwargs)
+
+
+def _sentinel(
+    place: str, path: str, options: dict[str, Any], common: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[ConnectionPool, list[Any]]:
+    service, _, db = path.strip("/").partition("/")
+    if not service:
+        raise ValueError(f"{_SENTINEL}:// needs the service, as {_SENTINEL}://host:26379,host:26379/mymaster/0")
+    hosts = [_host(host, 26379) for host in place.split(",")]
+    kwargs["db"] = _db(db)
+    # They are asked one after the other: all of them together may take one timeout.
+    patience = max(0.1, common["socket_timeout"] / len(hosts))
+    asking = common | {"socket_timeout": patience, "socket_connect_timeout": patience}
+    for name in ("username", "password"):
+        if f"sentinel_{name}" in options:
+            asking[name] = options.pop(f"sentinel_{name}")
+    _no_more(options)
+    untyped: Any = Sentinel
+    manager = untyped(hosts, sentinel_kwargs=asking)
+    untyped = SentinelConnectionPool
+    return untyped(service, manager, **kwargs), list(manager.sentinels)
+
+
+def _host(place: str, port: int) -> tuple[str, int]:
+    found = urlsplit(f"//{place}")
+    if not found.hostname:
+        raise ValueError("a host is missing")
+    return found.hostname, found.port or port
+
+
+def _db(text: str) -> int:
+    if text and not text.isdecimal():
+        raise ValueError(f"database {text!r} is not a number")
+    return int(text or 0)
+
+
+def _no_more(options: dict[str, Any]) -> None:
+    if options:
+        raise ValueError(f"unknown option {', '.join(sorted(options))}")

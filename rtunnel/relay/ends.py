@@ -1,0 +1,250 @@
+"""What can be joined, and how an end talks before it is."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
+
+#: A talking end reads pieces of this size: negotiations are short.
+TALK_BYTES: Final = 16 * 1024
+#: How long a closing end may take to get its last words through.
+LINGER_SECONDS: Final = 5.0
+
+_RST_ON_CLOSE: Final = struct.pack("ii", 1, 0)
+
+
+class Talker(Protocol):
+    """A role's protocol object for one end, until the end is joined or closed."""
+
+    def received(self, data: bytes) -> None:
+        """The peer said something."""
+
+    def finished(self) -> None:
+        """The peer shut down its sending side."""
+
+    def lost(self, why: str) -> None:
+        """The end is gone (reset, deadline, link lost); it is closed already."""
+
+
+class End(Protocol):
+    """A socket or a stream, before it is joined."""
+
+    eof: bool  # the peer has finished
+    closed: bool
+
+    def talk(self, talker: Talker, deadline: float | None = None) -> None:
+        """Give what the peer says to this talker. After `deadline` seconds without `pause` or a join: lost("deadline")."""
+
+    def say(self, data: bytes) -> None:
+        """Send; small, and only while talking."""
+
+    def pause(self) -> None:
+        """Take no more bytes until the join (losing the peer is still told); ends the deadline."""
+
+    def resume(self) -> None:
+        """Take bytes again."""
+
+    def close(self) -> None:
+        """Close when all that was said is out. The talker hears nothing more."""
+
+    def abort(self) -> None:
+        """Reset at once. The talker hears nothing more."""
+
+
+class SocketEnd:
+    """A connected, non-blocking TCP socket."""
+
+    __slots__ = (
+        "_deadline",
+        "_dying",
+        "_fin_sent",
+        "_out",
+        "_reading",
+        "_talker",
+        "closed",
+        "eof",
+        "fd",
+        "hup",
+        "loop",
+        "peer",
+        "readable",
+        "sock",
+    )
+
+    def __init__(self, loop: Loop, sock: socket.socket, peer: str, *, watched: bool = False) -> None:
+        self.loop = loop
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.peer = peer  # the other side's IP
+        self.eof = False
+        self.closed = False
+        self.readable = True  # until a read says otherwise
+        self.hup = False  # a FIN is under way: read until it comes
+        self._talker: Talker | None = None
+        self._reading = False
+        self._out = b""
+        self._dying = False
+        self._fin_sent = False
+        self._deadline: Timer | None = None
+        if watched:
+            loop.handlers[self.fd] = self._event
+        else:
+            loop.add(self.fd, self._event)
+
+    def talk(self, talker: Talker, deadline: float | None = None) -> None:
+        """See End."""
+        self._talker = talker
+        self._reading = True
+        self._stop_deadline()
+        if deadline is not None:
+            self._deadline = self.loop.after(deadline, self._late)
+        if self.readable:
+            self.loop.soon(self._read)
+
+    def say(self, data: bytes) -> None:
+        """See End."""
+        if self.closed:
+            return
+        if self._out:
+            self._out += data
+            return
+        try:
+            sent = self.sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            # The talker is in the middle of something: it hears of it in the next turn.
+            self.loop.soon(lambda: self._lose(error.strerror or "reset"))
+            return
+        if sent < len(data):
+            self._out = data[sent:]
+
+    def pause(self) -> None:
+        """See End."""
+        self._reading = False
+        self._stop_deadline()
+
+    def resume(self) -> None:
+        """See End."""
+        self._reading = True
+        if self.readable:
+            self.loop.soon(self._read)
+
+    def close(self) -> None:
+        """See End. What the peer still sends is read and dropped, so that no reset overtakes our last words."""
+        if self.closed:
+            return
+        self._talker = None
+        self._stop_deadline()
+        if self._out or not self.eof:
+            self._dying = True
+            self._deadline = self.loop.after(LINGER_SECONDS, self.abort)
+            self.loop.soon(self._die)
+        else:
+            self._bury()
+
+    def abort(self) -> None:
+        """See End."""
+        if not self.closed:
+            reset_on_close(self.sock)
+            self._talker = None
+            self._bury()
+
+    def hand_over(self, handler: Callable[[int], None]) -> bytes:
+        """The join takes the descriptor; returns bytes that still have to go out first."""
+        self._stop_deadline()
+        self._talker = None
+        self.loop.handlers[self.fd] = handler
+        out, self._out = self._out, b""
+        return out
+
+    def _event(self, mask: int) -> None:
+        if mask & HUP:
+            self.hup = True
+        if mask & (IN | HUP | LOST):
+            self.readable = True
+        if mask & OUT and self._out:
+            self._flush()
+        if self._dying:
+            self._die()
+        elif self._reading:
+            self._read()  # first: a peer's last words may stand before its reset
+        if mask & LOST:
+            self._lose("reset")
+
+    def _read(self) -> None:
+        while self._reading and self.readable and not self.closed and self._talker is not None and not self.eof:
+            try:
+                data = self.sock.recv(TALK_BYTES)
+            except BlockingIOError:
+                self.readable = False
+                return
+            except OSError as error:
+                self._lose(error.strerror or "reset")
+                return
+            if not data:
+                self.eof = True
+                self._talker.finished()
+                return
+            if len(data) < TALK_BYTES and not self.hup:
+                self.readable = False
+            self._talker.received(data)
+
+    def _flush(self) -> None:
+        try:
+            sent = self.sock.send(self._out)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._lose(error.strerror or "reset")
+            return
+        self._out = self._out[sent:]
+
+    def _die(self) -> None:
+        """Last words out, then FIN, then the peer's FIN."""
+        if self.closed or self._out:
+            return
+        try:
+            if not self._fin_sent:
+                self._fin_sent = True
+                self.sock.shutdown(socket.SHUT_WR)
+            while self.sock.recv(TALK_BYTES):
+                pass
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        self._bury()
+
+    def _late(self) -> None:
+        self._lose("deadline")
+
+    def _lose(self, why: str) -> None:
+        if self.closed:
+            return
+        talker = self._talker
+        self.abort()
+        if talker is not None:
+            talker.lost(why)
+
+    def _stop_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _bury(self) -> None:
+        self.closed = True
+        self._stop_deadline()
+        self.loop.close(self.sock)
+
+
+def reset_on_close(sock: socket.socket) -> None:
+    """Make the coming close send RST: the peer must not take an abort for an end."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
+    except OSError:
+        pass

@@ -1,0 +1,622 @@
+"""Two ends become a pair: bytes, half-closes and resets flow between them, and are counted.
+
+Socket to socket is two `_Flow`s, one a direction: copying at first, `os.splice` through a pooled pipe once a flow proves
+to be bulk. Socket to stream is a `StreamPair`: upwards the socket is read straight behind the frame's header and both
+leave in one call; downwards a frame's payload goes from the link's read buffer into the socket. What a slow
+reader does not take stays in the kernel (sockets) or within its window (streams): nothing else waits for it.
+
+FIN follows the last byte and closes one direction only. A reset on one side is a reset on the other.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, Protocol
+
+from rtunnel.relay.ends import SocketEnd, reset_on_close
+from rtunnel.relay.link import StreamEnd
+from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop
+from rtunnel.relay.transport import Scratch
+from rtunnel.wire.refusal import Refused
+from rtunnel.wire.yamux import HEADER_BYTES
+
+#: What one direction may move before others get their turn.
+QUANTUM: Final = 1024 * 1024
+#: One frame upwards, and the piece of a copying flow.
+PIECE: Final = 128 * 1024
+#: A gate may cost microseconds a byte (one-byte chunks): it gets little at a time, and turns often.
+GATED_PIECE: Final = 16 * 1024
+GATE_COST: Final = 64
+#: A pipe of a splicing flow. Pipes are few: an unprivileged user has 64 MiB of them (fs.pipe-user-pages-soft).
+PIPE_BYTES: Final = 1024 * 1024
+MAX_PIPES: Final = 48
+_F_SETPIPE_SZ: Final = 1031
+_SPLICE: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+
+
+class Ending(StrEnum):
+    """Why a pair ended; also the log word."""
+
+    CLOSED = "closed"  # both directions, in order
+    CLIENT_RESET = "client_reset"
+    TARGET_RESET = "target_reset"
+    LINK_LOST = "link_lost"
+    IDLE = "idle"
+    DRAINED = "drained"
+    OVERRUN = "overrun"  # bytes beyond what the gate allows
+
+
+@dataclass(slots=True)
+class Account:
+    """What a pair did. `up` is client to target. Seconds are the loop's (monotonic)."""
+
+    started: float
+    up: int = 0
+    down: int = 0
+    ended: float = 0.0
+    ending: Ending = Ending.CLOSED
+
+    @property
+    def seconds(self) -> float:
+        """How long it lived."""
+        return self.ended - self.started
+
+
+class Gate(Protocol):
+    """Says how many of a client's bytes may go to the target. `feed` may raise Refused: then none may, and no more."""
+
+    def feed(self, data: bytes) -> int:
+        """The number of these bytes that may pass; the first other one ends the pair (OVERRUN)."""
+
+
+OnEnd = Callable[[Account], None]
+
+
+class Pipes:
+    """A pool of pipes for splicing."""
+
+    def __init__(self) -> None:
+        self._free: list[tuple[int, int]] = []
+        self._made = 0
+
+    def take(self) -> tuple[int, int] | None:
+        """A pipe (read end, write end), or None: then copy."""
+        if self._free:
+            return self._free.pop()
+        if self._made >= MAX_PIPES:
+            return None
+        try:
+            pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return None
+        self._made += 1
+        try:
+            fcntl.fcntl(pipe[1], _F_SETPIPE_SZ, PIPE_BYTES)
+        except OSError:
+            pass  # the user's quota of pipe pages is used up: a 64 KiB pipe works as well, only slower
+        return pipe
+
+    def give(self, pipe: tuple[int, int], *, empty: bool) -> None:
+        """Back into the pool; one that holds bytes is closed."""
+        if empty:
+            self._free.append(pipe)
+        else:
+            self._made -= 1
+            os.close(pipe[0])
+            os.close(pipe[1])
+
+    def close(self) -> None:
+        """Close those in the pool."""
+        while self._free:
+            self.give(self._free.pop(), empty=False)
+
+
+class Pair:
+    """Two joined ends. `abort` is for drain deadlines and for whoever must end it."""
+
+    __slots__ = ("_idle", "_live", "_on_end", "account", "done", "loop", "moved")
+
+    def __init__(self, loop: Loop, live: set[Pair], idle: float, on_end: OnEnd) -> None:
+        self.loop = loop
+        self.account = Account(loop.now)
+        self.done = False
+        self.moved = loop.now  # the last time that a byte moved
+        self._live = live
+        self._on_end = on_end
+        self._idle = idle
+        live.add(self)
+        if idle:
+            loop.after(idle, self._idle_check)
+
+    def abort(self, ending: Ending) -> None:
+        """Reset both sides."""
+        raise NotImplementedError
+
+    def _finish(self, ending: Ending) -> None:
+        self.done = True
+        self._live.discard(self)
+        account = self.account
+        account.ended = self.loop.now
+        account.ending = ending
+        self._on_end(account)
+
+    def _idle_check(self) -> None:
+        if self.done:
+            return
+        left = self.moved + self._idle - self.loop.now
+        if left <= 0:
+            self.abort(Ending.IDLE)
+        else:
+            self.loop.after(left, self._idle_check)
+
+
+class _Flow:
+    """One direction of a socket pair."""
+
+    __slots__ = (
+        "_gate",
+        "_held",
+        "_in_pipe",
+        "_pair",
+        "_pipe",
+        "_queued",
+        "end",
+        "hup",
+        "readable",
+        "sink",
+        "source",
+    )
+
+    def __init__(self, pair: SocketPair, source: SocketEnd, sink: SocketEnd, first: bytes, gate: Gate | None) -> None:
+        self._pair = pair
+        self.source = source
+        self.sink = sink
+        self.readable = source.readable
+        self.hup = source.hup
+        self.end = False  # the FIN is passed on
+        self._gate = gate
+        self._held: bytes | memoryview = first  # read, not yet written
+        self._pipe: tuple[int, int] | None = None
+        self._in_pipe = 0
+        self._queued = False
+
+    @property
+    def holds(self) -> bool:
+        """There are bytes that the sink did not take yet."""
+        return bool(self._held or self._in_pipe)
+
+    def run(self) -> None:
+        """Move until one side has enough, or the quantum is used up."""
+        self._queued = False
+        pair, budget = self._pair, QUANTUM
+        while not self.end and not pair.done:
+            try:
+                if (self._held or self._in_pipe) and not self._write():
+                    return
+            except BlockingIOError:
+                return
+            except OSError:
+                pair.lost(self.sink)
+                return
+            if pair.overrun and not self._held:
+                pair.abort(Ending.OVERRUN)
+                return
+            if not self.readable or budget <= 0:
+                break
+            try:
+                size = self._read()
+            except BlockingIOError:
+                self.readable = False
+                self._release_pipe()
+                return
+            except OSError:
+                pair.lost(self.source)
+                return
+            if size < 0:
+                return
+            budget -= size if self._gate is None else size * GATE_COST
+        if self.readable and not self.end and not self._queued and not pair.done:
+            self._queued = True
+            pair.loop.soon(self.run)
+
+    def _read(self) -> int:
+        """Take from the source; the number of bytes; -1 when the flow or the pair has ended."""
+        if self._pipe is not None:
+            size = os.splice(self.source.fd, self._pipe[1], PIPE_BYTES, flags=_SPLICE)
+            self._in_pipe = size
+            wanted = PIPE_BYTES
+        else:
+            wanted = PIECE if self._gate is None else GATED_PIECE
+            view = self._pair.scratch.upload[:wanted]
+            size = self.source.sock.recv_into(view)
+            if size:
+                self._take(view[:size])
+        if not size:
+            return self._pass_fin()
+        if self._pipe is None and size < wanted and not self.hup:
+            self.readable = False  # epoll(7): a short read has drained the socket
+        elif self._pipe is None and size == wanted and self._gate is None:
+            self._pipe = self._pair.pipes.take()
+        return size
+
+    def _take(self, data: memoryview) -> None:
+        """Copy on: straight to the sink, the rest is held."""
+        if self._gate is not None:
+            piece = bytes(data)
+            try:
+                allowed = self._gate.feed(piece)
+            except Refused:
+                allowed = 0  # the client's framing is broken
+            self._pair.overrun = allowed < len(piece)
+            data = memoryview(piece[:allowed])
+        try:
+            sent = self.sink.sock.send(data) if data else 0
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._held = b""
+            self._pair.lost(self.sink)
+            return
+        self._count_out(sent)
+        self._held = bytes(data[sent:])
+
+    def _write(self) -> bool:
+        """Give the sink what is held; False when it takes no more."""
+        if self._held:
+            sent = self.sink.sock.send(self._held)
+            self._held = memoryview(self._held)[sent:]
+            self._count_out(sent)
+            return not self._held
+        if self._pipe is not None:
+            sent = os.splice(self._pipe[0], self.sink.fd, self._in_pipe, flags=_SPLICE)
+            self._in_pipe -= sent
+            self._count_out(sent)
+        return not self._in_pipe
+
+    def _count_out(self, size: int) -> None:
+        self._pair.moved = self._pair.loop.now
+        if self is self._pair.upward:
+            self._pair.account.up += size
+        else:
+            self._pair.account.down += size
+
+    def _pass_fin(self) -> int:
+        self.end = True
+        self.readable = False
+        self._release_pipe()
+        try:
+            self.sink.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._pair.lost(self.sink)
+            return -1
+        self._pair.half_done()
+        return -1
+
+    def _release_pipe(self) -> None:
+        """A quiet flow gives its pipe back: pipes are for those who move much."""
+        if self._pipe is not None and not self._in_pipe:
+            self._pair.pipes.give(self._pipe, empty=True)
+            self._pipe = None
+
+    def drop(self) -> None:
+        """The pair is over."""
+        if self._pipe is not None:
+            self._pair.pipes.give(self._pipe, empty=not self._in_pipe)
+            self._pipe = None
+        self._held = b""
+
+
+class SocketPair(Pair):
+    """Two sockets."""
+
+    __slots__ = ("client", "downward", "overrun", "pipes", "scratch", "target", "upward")
+
+    def __init__(
+        self,
+        loop: Loop,
+        live: set[Pair],
+        scratch: Scratch,
+        pipes: Pipes,
+        client: SocketEnd,
+        target: SocketEnd,
+        *,
+        up: bytes = b"",
+        down: bytes = b"",
+        idle: float = 0.0,
+        gate: Gate | None = None,
+        on_end: OnEnd,
+    ) -> None:
+        super().__init__(loop, live, idle, on_end)
+        self.scratch = scratch
+        self.pipes = pipes
+        self.client = client
+        self.target = target
+        self.overrun = False
+        for_target = target.hand_over(self._target_event)
+        for_client = client.hand_over(self._client_event)
+        self.upward = _Flow(self, client, target, for_target + up, gate)
+        self.downward = _Flow(self, target, client, for_client + down, None)
+        self.upward.run()
+        if not self.done:
+            self.downward.run()
+
+    def _client_event(self, mask: int) -> None:
+        self._event(mask, self.upward, self.downward)
+
+    def _target_event(self, mask: int) -> None:
+        self._event(mask, self.downward, self.upward)
+
+    def _event(self, mask: int, reads: _Flow, writes: _Flow) -> None:
+        if mask & (IN | HUP | LOST):
+            reads.readable = True
+            if mask & HUP:
+                reads.hup = True
+            reads.run()
+        if mask & OUT and writes.holds and not self.done:
+            writes.run()
+        # HUP alone comes when both sides have sent FIN: the flows then run to their ends by themselves.
+        if mask & LOST and not self.done and reads.source.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.lost(reads.source)
+
+    def half_done(self) -> None:
+        """One direction has ended; after both the pair is over."""
+        if self.upward.end and self.downward.end:
+            self._over(Ending.CLOSED)
+
+    def lost(self, end: SocketEnd) -> None:
+        """A socket failed: reset the other."""
+        self.abort(Ending.CLIENT_RESET if end is self.client else Ending.TARGET_RESET)
+
+    def abort(self, ending: Ending) -> None:
+        """See Pair."""
+        if not self.done:
+            reset_on_close(self.client.sock)
+            reset_on_close(self.target.sock)
+            self._over(ending)
+
+    def _over(self, ending: Ending) -> None:
+        self.upward.drop()
+        self.downward.drop()
+        for end in (self.client, self.target):
+            end.closed = True
+            self.loop.close(end.sock)
+        self._finish(ending)
+
+
+class StreamPair(Pair):
+    """A socket and a stream of a link. Towards the stream is `out`, towards the socket is `back`."""
+
+    __slots__ = (
+        "_back_ended",
+        "_held",
+        "_hup",
+        "_is_client",
+        "_out_ended",
+        "_queued",
+        "_readable",
+        "_scratch",
+        "_socket",
+        "_stream",
+        "_waits",
+    )
+
+    def __init__(
+        self,
+        loop: Loop,
+        live: set[Pair],
+        scratch: Scratch,
+        end: SocketEnd,
+        stream: StreamEnd,
+        *,
+        socket_is_client: bool,
+        out: bytes = b"",
+        back: bytes = b"",
+        idle: float = 0.0,
+        on_end: OnEnd,
+    ) -> None:
+        super().__init__(loop, live, idle, on_end)
+        self._scratch = scratch
+        self._socket = end
+        self._stream = stream
+        self._is_client = socket_is_client
+        self._readable = end.readable
+        self._hup = end.hup
+        self._out_ended = False
+        self._back_ended = False  # FIN passed on to the socket
+        self._waits = False  # in the link's line
+        self._queued = False
+        unread = stream.hand_over(self)
+        self._held = end.hand_over(self._event) + back  # not counted against the window: consumed already
+        self._stream_bytes_first(unread)
+        if out and not self.done:
+            stream.link.write(stream.frame(out))
+            self._count_out(len(out))
+        if not self.done:
+            self._run_out()
+
+    def _stream_bytes_first(self, unread: bytes) -> None:
+        if self._held:
+            self._stream.consumed(-len(self._held))  # our own words, not the stream's: they are no window
+            self.flush()
+        if unread and not self.done:
+            self.stream_data(memoryview(unread))
+        if self._stream.eof and not self.done:
+            self.stream_fin()
+
+    # Out: socket -> stream.
+
+    def _run_out(self) -> None:
+        """Read the socket straight behind a frame's header, and send both, until somebody has enough."""
+        self._queued = False
+        stream, link, budget = self._stream, self._stream.link, QUANTUM
+        buffer = self._scratch.upload
+        while self._readable and not self._out_ended and not self.done:
+            if link.blocked:
+                if not self._waits:
+                    self._waits = True
+                    link.waiting.append(self)
+                return
+            window = stream.send_window
+            if window <= 0:
+                return  # stream_window goes on
+            if budget <= 0:
+                self._queue()
+                return
+            wanted = min(PIECE, window)
+            try:
+                size = self._socket.sock.recv_into(buffer[HEADER_BYTES : HEADER_BYTES + wanted])
+            except BlockingIOError:
+                self._readable = False
+                return
+            except OSError:
+                self._socket_lost()
+                return
+            if not size:
+                self._out_ended = True
+                stream.finish()
+                self._ended_one()
+                return
+            if size < wanted and not self._hup:
+                self._readable = False
+            stream.header_into(buffer, size)
+            link.write(buffer[: HEADER_BYTES + size])
+            self._count_out(size)
+            budget -= size
+
+    def _queue(self) -> None:
+        if not self._queued:
+            self._queued = True
+            self.loop.soon(self._run_out)
+
+    def link_ready(self) -> None:
+        """See BytesSender."""
+        self._waits = False
+        if not self.done:
+            self._run_out()
+
+    def stream_window(self) -> None:
+        """See StreamJoin."""
+        if self._readable:
+            self._queue()  # not at once: this call comes from within the link's read
+
+    # Back: stream -> socket.
+
+    def stream_data(self, data: memoryview) -> None:
+        """See StreamJoin."""
+        if self._held:
+            self._held += data
+            return
+        try:
+            sent = self._socket.sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._socket_lost()
+            return
+        if sent:
+            self._count_back(sent)
+        if sent < len(data):
+            self._held = bytes(data[sent:])
+
+    def flush(self) -> None:
+        """The socket takes bytes again."""
+        held = self._held
+        try:
+            sent = self._socket.sock.send(held)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._socket_lost()
+            return
+        self._held = held[sent:]
+        self._count_back(sent)
+        if not self._held and self._stream.eof:
+            self._fin_back()
+
+    def stream_fin(self) -> None:
+        """See StreamJoin."""
+        if not self._held:
+            self._fin_back()
+
+    def _fin_back(self) -> None:
+        if self._back_ended or self.done:
+            return
+        self._back_ended = True
+        try:
+            self._socket.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._socket_lost()
+            return
+        self._ended_one()
+
+    # Both.
+
+    def _event(self, mask: int) -> None:
+        if mask & (IN | HUP | LOST):
+            self._readable = True
+            if mask & HUP:
+                self._hup = True
+            self._run_out()
+        if mask & OUT and self._held and not self.done:
+            self.flush()
+        if mask & LOST and not self.done and not (self._out_ended and self._back_ended):
+            self._check_socket()
+
+    def _check_socket(self) -> None:
+        """HUP without an error comes when both sides have sent FIN; the reads then go on to their end."""
+        if self._socket.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self._socket_lost()
+
+    def _count_out(self, size: int) -> None:
+        self.moved = self.loop.now
+        if self._is_client:
+            self.account.up += size
+        else:
+            self.account.down += size
+
+    def _count_back(self, size: int) -> None:
+        self.moved = self.loop.now
+        if self._is_client:
+            self.account.down += size
+        else:
+            self.account.up += size
+        self._stream.consumed(size)
+
+    def _ended_one(self) -> None:
+        if self._out_ended and self._back_ended:
+            self._over(Ending.CLOSED)
+
+    def _socket_lost(self) -> None:
+        if not self.done:
+            self._stream.reset()
+            self._over(Ending.CLIENT_RESET if self._is_client else Ending.TARGET_RESET)
+
+    def stream_lost(self, why: str) -> None:
+        """See StreamJoin."""
+        if self.done:
+            return
+        reset_on_close(self._socket.sock)
+        if why == "link_lost":
+            self._over(Ending.LINK_LOST)
+        else:
+            self._over(Ending.TARGET_RESET if self._is_client else Ending.CLIENT_RESET)
+
+    def abort(self, ending: Ending) -> None:
+        """See Pair."""
+        if not self.done:
+            reset_on_close(self._socket.sock)
+            self._stream.reset()
+            self._over(ending)
+
+    def _over(self, ending: Ending) -> None:
+        self._held = b""
+        self._socket.closed = True
+        self._stream.pair = None
+        self._stream.closed = True
+        self.loop.close(self._socket.sock)
+        self._finish(ending)

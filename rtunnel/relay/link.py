@@ -1,0 +1,493 @@
+"""A link: one TCP connection between agent and broker, plain or TLS, carrying yamux.
+
+Out: small frames of one turn leave together at its end; large ones go straight from the buffer that they were read into.
+When the kernel takes no more the link is `blocked`: pairs that have something to send stop reading their sockets, wait
+in line, and get their turns in order.
+
+In: one large read, and every frame's payload is handed on as a slice of it.
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+import ssl
+from collections import deque
+from typing import Final, Protocol
+
+from rtunnel.relay.ends import LINGER_SECONDS, Talker, reset_on_close
+from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
+from rtunnel.relay.transport import Scratch, TlsTransport, Transport
+from rtunnel.wire import yamux
+
+#: Frames up to this size wait for the end of the turn, to share a system call (and a TLS record).
+COALESCE_BYTES: Final = 4 * 1024
+#: Frames kept for a link that takes nothing: beyond this it is dead. Control frames alone can get here.
+MAX_BACKLOG: Final = 8 * 1024 * 1024
+#: Reads of one link before others get their turn.
+READS_A_TURN: Final = 4
+
+DEAD_AFTER: Final = 15.0
+#: The agent asks after 5 s of silence; the broker only when the agent seems not to.
+PING_AFTER_CLIENT: Final = 5.0
+PING_AFTER_SERVER: Final = 8.0
+#: Unsent bytes that the kernel may queue: what a small frame waits behind.
+NOTSENT_LOWAT: Final = 256 * 1024
+
+
+class LinkOwner(Protocol):
+    """The role's side of a link. All calls come in the relay's thread."""
+
+    def link_up(self, link: Link) -> None:
+        """Handshake done."""
+
+    def link_stream(self, stream: StreamEnd) -> Talker | None:
+        """The peer opened a stream: its talker, or None to refuse it."""
+
+    def link_down(self, link: Link, why: str) -> None:
+        """The link is gone, and with it every stream. Called once, also when it never came up."""
+
+
+class BytesSender(Protocol):
+    """Who waits for a blocked link."""
+
+    def link_ready(self) -> None:
+        """The link takes bytes again."""
+
+
+class StreamJoin(Protocol):
+    """What a joined stream tells its pair."""
+
+    def stream_data(self, data: memoryview) -> None:
+        """Payload from the peer."""
+
+    def stream_fin(self) -> None:
+        """The peer sends no more."""
+
+    def stream_lost(self, why: str) -> None:
+        """Reset, or the link is gone."""
+
+    def stream_window(self) -> None:
+        """There is send window again."""
+
+
+class StreamEnd(yamux.Stream):
+    """One yamux stream as an end that talks and can be joined."""
+
+    __slots__ = ("_deadline", "_reading", "_talker", "backlog", "closed", "eof", "link", "pair")
+    session: Link
+
+    def __init__(self, link: Link) -> None:
+        super().__init__(link)
+        self.link = link
+        self.eof = False
+        self.closed = False
+        self.pair: StreamJoin | None = None
+        self.backlog = b""  # came while nobody was reading; at most the window
+        self._talker: Talker | None = None
+        self._reading = False
+        self._deadline: Timer | None = None
+
+    def talk(self, talker: Talker, deadline: float | None = None) -> None:
+        """See End."""
+        self._talker = talker
+        self._stop_deadline()
+        if deadline is not None:
+            self._deadline = self.link.loop.after(deadline, self._late)
+        self.resume()
+
+    def say(self, data: bytes) -> None:
+        """See End."""
+        if not self.gone:
+            self.link.write(self.frame(data))
+
+    def pause(self) -> None:
+        """See End."""
+        self._reading = False
+        self._stop_deadline()
+
+    def resume(self) -> None:
+        """See End."""
+        self._reading = True
+        if self.backlog or self.eof:
+            self.link.loop.soon(self._replay)
+
+    def close(self) -> None:
+        """See End. What the peer still sends is dropped; a reset now would overtake our last words further on."""
+        if not self.closed:
+            self._let_go()
+            self.finish()
+            if not self.gone:
+                self.pair = _Discard(self)
+
+    def abort(self) -> None:
+        """See End."""
+        if not self.closed:
+            self._let_go()
+            self.reset()
+
+    def hand_over(self, pair: StreamJoin) -> bytes:
+        """The join takes the stream; returns what came before and was not read (not yet `consumed`)."""
+        self._stop_deadline()
+        self._talker = None
+        self.pair = pair
+        backlog, self.backlog = self.backlog, b""
+        return backlog
+
+    # Hooks of yamux.Stream.
+
+    def on_data(self, data: memoryview) -> None:
+        """See yamux.Stream."""
+        if self.pair is not None:
+            self.pair.stream_data(data)
+        elif self._reading and self._talker is not None and not self.backlog:
+            self.consumed(len(data))
+            self._talker.received(bytes(data))
+        else:
+            self.backlog += data
+
+    def on_fin(self) -> None:
+        """See yamux.Stream."""
+        self.eof = True
+        if self.pair is not None:
+            self.pair.stream_fin()
+        elif self._reading and self._talker is not None and not self.backlog:
+            self._talker.finished()
+
+    def on_reset(self) -> None:
+        """See yamux.Stream."""
+        self._lose("link_lost" if self.session.over else "reset")
+
+    def on_window(self) -> None:
+        """See yamux.Stream."""
+        if self.pair is not None:
+            self.pair.stream_window()
+
+    def _replay(self) -> None:
+        """Bytes that came while nobody was reading, then the FIN."""
+        if self._talker is None or not self._reading or self.closed:
+            return
+        if self.backlog:
+            data, self.backlog = self.backlog, b""
+            self.consumed(len(data))
+            self._talker.received(data)
+        if self.eof and self._reading and self._talker is not None and not self.backlog:
+            self._talker.finished()
+
+    def _late(self) -> None:
+        self.reset()
+        self._lose("deadline")
+
+    def _lose(self, why: str) -> None:
+        talker, pair = self._talker, self.pair
+        self._let_go()
+        if pair is not None:
+            pair.stream_lost(why)
+        elif talker is not None:
+            talker.lost(why)
+
+    def _let_go(self) -> None:
+        self.closed = True
+        self._talker = None
+        self.pair = None
+        self.backlog = b""
+        self._stop_deadline()
+
+    def _stop_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+class _Discard:
+    """Drops what a closed stream still gets, for a while."""
+
+    __slots__ = ("_stream", "_timer")
+
+    def __init__(self, stream: StreamEnd) -> None:
+        self._stream = stream
+        self._timer = stream.link.loop.after(LINGER_SECONDS, stream.reset)
+
+    def stream_data(self, data: memoryview) -> None:
+        self._stream.consumed(len(data))
+
+    def stream_fin(self) -> None:
+        self._timer.cancel()
+
+    def stream_lost(self, why: str) -> None:
+        self._timer.cancel()
+
+    def stream_window(self) -> None:
+        pass
+
+
+class Link(yamux.Session):
+    """See the module. Made by `Relay`; `peer` is the other end's IP, `rtt` the last ping's seconds (0: none yet)."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        scratch: Scratch,
+        sock: socket.socket,
+        owner: LinkOwner,
+        *,
+        peer: str,
+        client: bool,
+        tls: ssl.SSLContext | None = None,
+        server_name: str | None = None,
+        handshake_timeout: float = 10.0,
+        watched: bool = False,
+        live: set[Link],
+    ) -> None:
+        super().__init__(client=client)
+        self._live = live
+        live.add(self)
+        self.loop = loop
+        self.scratch = scratch
+        self.sock = sock
+        self.peer = peer
+        self.rtt = 0.0
+        self.is_client = client
+        self.up = False
+        self.blocked = False
+        self.waiting: deque[BytesSender] = deque()
+        self._owner = owner
+        self._out = bytearray()
+        self._flushing = False
+        self._heard = loop.now  # the last sign of life
+        self._ping_after = PING_AFTER_CLIENT if client else PING_AFTER_SERVER
+        self._ping_sent = 0.0
+        self._pings = 0
+        self._death: str = ""
+        self._transport = Transport(sock) if tls is None else TlsTransport(sock, tls, server_name if client else None)
+        self._timer: Timer | None = loop.after(handshake_timeout, lambda: self.kill("handshake deadline"))
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(DEAD_AFTER * 1000))
+            sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT_OPTION, NOTSENT_LOWAT)
+        except OSError:
+            pass  # the peer is gone already: the first read tells
+        if watched:
+            loop.handlers[sock.fileno()] = self._event
+        else:
+            loop.add(sock.fileno(), self._event)
+        self._transport.hup = watched  # whoever watched it before may have seen the FIN's edge
+        loop.soon(self._shake)
+
+    @property
+    def peer_certificate(self) -> bytes | None:
+        """The peer's certificate in DER, if it showed one."""
+        return self._transport.peer_certificate()
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the last sign of life."""
+        return self.loop.now - self._heard
+
+    # Streams.
+
+    def open(self, talker: Talker, first: bytes, deadline: float | None = None) -> StreamEnd:
+        """A new stream that begins with `first`."""
+        stream = StreamEnd(self)
+        self.attach(stream)
+        stream.talk(talker, deadline)
+        stream.say(first)
+        return stream
+
+    def accepts(self) -> yamux.Stream | None:
+        """See yamux.Session."""
+        stream = StreamEnd(self)
+        talker = self._owner.link_stream(stream)
+        if talker is None:
+            return None
+        if stream._talker is None:
+            stream.talk(talker)
+        return stream
+
+    # Out.
+
+    def emit(self, frame: bytes) -> None:
+        """See yamux.Session."""
+        self.write(frame)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Send a frame, in order. Large ones only while not `blocked`."""
+        if self.over:
+            return
+        out = self._out
+        if len(data) > COALESCE_BYTES and not self.blocked and self.up:
+            if out:
+                self._flush()
+            if not self.blocked and not self.over:
+                self._push(data)
+                return
+        out += data
+        if not self._flushing and not self.blocked:
+            self._flushing = True
+            self.loop.soon(self._flush)
+        elif len(out) > MAX_BACKLOG:
+            self.loop.soon(lambda: self.kill("the peer takes no bytes"))
+
+    def _flush(self) -> None:
+        self._flushing = False
+        if self.over or self.blocked or not self.up or not self._out:
+            return
+        out, self._out = self._out, bytearray()
+        self._push(out)
+
+    def _push(self, data: bytes | bytearray | memoryview) -> None:
+        transport = self._transport
+        try:
+            transport.send(data)
+        except OSError as error:
+            self._die_soon(error)
+            return
+        if transport.pending:
+            self.blocked = True
+
+    def _unblock(self) -> None:
+        """The kernel takes bytes again: what is pending, then everybody who waits, in line."""
+        try:
+            if not self._transport.drain():
+                return
+        except OSError as error:
+            self._die_soon(error)
+            return
+        self.blocked = False
+        if not self.up:
+            return
+        self._flush()
+        waiting = self.waiting
+        for _ in range(len(waiting)):
+            if self.blocked or self.over:
+                return
+            waiting.popleft().link_ready()
+
+    # In.
+
+    def _event(self, mask: int) -> None:
+        if mask & HUP:
+            self._transport.hup = True
+        if mask & OUT and self.blocked:
+            self._unblock()
+        if self.over:
+            return
+        if not self.up:
+            self._shake()
+        elif mask & (IN | HUP | LOST):
+            self._read()
+
+    def _shake(self) -> None:
+        if self.up or self.over:
+            return
+        try:
+            done = self._transport.handshake()
+        except OSError as error:
+            self.kill(f"handshake: {_reason(error)}")
+            return
+        self.blocked = bool(self._transport.pending)
+        if done:
+            self.up = True
+            self._heard = self.loop.now
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self.loop.after(self._ping_after * random.uniform(0.5, 1.0), self._beat)  # noqa: S311
+            self._owner.link_up(self)
+            self._flush()
+            self._read()  # bytes may have come with the handshake's last
+
+    def _read(self) -> None:
+        transport = self._transport
+        try:
+            for _ in range(READS_A_TURN):
+                data = transport.receive(self.scratch)
+                if data:
+                    self._heard = self.loop.now
+                    self.receive(data)
+                if self.over:
+                    return
+                if transport.eof:
+                    self._down("closed by peer")
+                    return
+                if transport.drained:
+                    return
+        except yamux.YamuxError as error:
+            self.go_away(yamux.GoAwayCode.PROTOCOL_ERROR)
+            self._flush()
+            self._down(f"protocol error: {error}")
+            return
+        except OSError as error:
+            self._down(_reason(error))
+            return
+        self.loop.soon(self._read_more)
+
+    def _read_more(self) -> None:
+        if not self.over:
+            self._read()
+
+    # Life and death.
+
+    def _beat(self) -> None:
+        """Every few seconds: ping a silent peer, give up a dead one."""
+        silent = self.silence
+        if silent >= DEAD_AFTER:
+            self.kill(f"no sign of life for {silent:.0f} s")
+            return
+        if silent >= self._ping_after * 0.5:
+            self._pings += 1
+            self._ping_sent = self.loop.now
+            self.ping(self._pings & 0xFFFFFFFF)
+        pause = min(self._ping_after * random.uniform(0.5, 1.0), DEAD_AFTER - silent + 0.05)  # noqa: S311
+        self._timer = self.loop.after(pause, self._beat)
+
+    def on_pong(self, value: int) -> None:
+        """See yamux.Session."""
+        if value == self._pings & 0xFFFFFFFF:
+            self.rtt = self.loop.now - self._ping_sent
+
+    def close(self, why: str) -> None:
+        """End in order: what was written goes out first, as far as the kernel takes it."""
+        if self.over:
+            return
+        if self.up:
+            self.go_away(yamux.GoAwayCode.NORMAL)
+            self._flush()
+            if not self.blocked and not self.over:
+                self._transport.finish()
+        self._down(why)
+
+    def kill(self, why: str) -> None:
+        """End now; the peer gets a reset."""
+        if not self.over:
+            reset_on_close(self.sock)
+            self._down(why)
+
+    def _die_soon(self, error: OSError) -> None:
+        """A write failed, deep in somebody's call: the link goes down in the next turn, and takes nothing until then."""
+        self.blocked = True
+        self._death = _reason(error)
+        self.loop.soon(lambda: self._down(self._death))
+
+    def _down(self, why: str) -> None:
+        if self.over:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._live.discard(self)
+        self.loop.close(self.sock)
+        self._out.clear()
+        self.waiting.clear()
+        self.end()
+        self._owner.link_down(self, why)
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate not accepted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {(error.reason or str(error)).replace('_', ' ').lower()}"
+    return error.strerror or str(error)
+
+
+#: Not in Python's socket module before 3.12 (linux/tcp.h).
+TCP_NOTSENT_LOWAT_OPTION: Final = 25

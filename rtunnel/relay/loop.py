@@ -1,0 +1,176 @@
+"""One thread, one epoll: descriptors, timers, a run queue, and calls from other threads.
+
+Descriptors are registered once, edge-triggered, for everything; after an event the owner drains until EAGAIN or puts
+itself on the run queue. Handlers are plain callables by descriptor, so that an owner hands a socket on by one
+dictionary store. Sockets given to `close` are closed at the end of the turn: a number can't come back in the same batch.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from itertools import count
+from typing import Final
+
+IN: Final = select.EPOLLIN
+OUT: Final = select.EPOLLOUT
+HUP: Final = select.EPOLLRDHUP | select.EPOLLHUP
+LOST: Final = select.EPOLLHUP | select.EPOLLERR
+_EVERYTHING: Final = IN | OUT | select.EPOLLRDHUP | select.EPOLLET
+
+Handler = Callable[[int], None]
+
+
+class Timer:
+    """A call at a time; `cancel` is idempotent."""
+
+    __slots__ = ("_loop", "call")
+
+    def __init__(self, loop: Loop, call: Callable[[], None]) -> None:
+        self._loop = loop
+        self.call: Callable[[], None] | None = call
+
+    def cancel(self) -> None:
+        """Do not call."""
+        if self.call is not None:
+            self.call = None
+            self._loop._timer_cancelled()
+
+
+class Loop:
+    """See the module. Only `call` may be used from another thread."""
+
+    def __init__(self, on_crash: Callable[[BaseException], None]) -> None:
+        self.now = time.monotonic()  # of this turn
+        self.handlers: dict[int, Handler] = {}
+        self._on_crash = on_crash
+        self._epoll = select.epoll()
+        self._ready: deque[Callable[[], None]] = deque()
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._timer_ids = count()
+        self._cancelled = 0
+        self._graves: list[socket.socket] = []
+        self._stopped = False
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._mailbox: deque[Callable[[], None]] = deque()
+        self._thread: int | None = None
+        self._epoll.register(self._wake_fd, IN | select.EPOLLET)
+        self.handlers[self._wake_fd] = self._woken
+
+    # For owners of descriptors.
+
+    def add(self, fd: int, handler: Handler) -> None:
+        """Watch a non-blocking descriptor, edge-triggered, for everything."""
+        self.handlers[fd] = handler
+        self._epoll.register(fd, _EVERYTHING)
+
+    def close(self, sock: socket.socket) -> None:
+        """Stop watching now, close at the end of the turn."""
+        if self.handlers.pop(sock.fileno(), None) is not None:
+            self._graves.append(sock)
+
+    def soon(self, call: Callable[[], None]) -> None:
+        """Run in this turn's queue (or the next's, when the queue is running)."""
+        self._ready.append(call)
+
+    def after(self, seconds: float, call: Callable[[], None]) -> Timer:
+        """Run in about so many seconds."""
+        timer = Timer(self, call)
+        heapq.heappush(self._timers, (self.now + seconds, next(self._timer_ids), timer))
+        return timer
+
+    # For other threads.
+
+    def call(self, call: Callable[[], None]) -> None:
+        """Run `call` in the loop's thread, soon. From any thread."""
+        self._mailbox.append(call)
+        if threading.get_ident() != self._thread:
+            os.eventfd_write(self._wake_fd, 1)
+        elif len(self._mailbox) == 1:
+            self._ready.append(self._read_mailbox)
+
+    # The loop.
+
+    def run(self) -> None:
+        """Turn until `stop`."""
+        self._thread = threading.get_ident()
+        poll, handlers, ready = self._epoll.poll, self.handlers, self._ready
+        while not self._stopped:
+            events = poll(self._patience(), 256)
+            self.now = time.monotonic()
+            for fd, mask in events:
+                handler = handlers.get(fd)
+                if handler is not None:
+                    try:
+                        handler(mask)
+                    except Exception as crash:
+                        self._on_crash(crash)
+            if self._timers and self._timers[0][0] <= self.now:
+                self._run_timers()
+            for _ in range(len(ready)):
+                self._guarded(ready.popleft())
+            if self._graves:
+                self._bury()
+        self._shut()
+
+    def stop(self) -> None:
+        """Leave `run` after this turn; every watched descriptor's owner must have let go by then."""
+        self._stopped = True
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as crash:
+            self._on_crash(crash)
+
+    def _patience(self) -> float:
+        if self._ready or self._mailbox:
+            return 0
+        if not self._timers:
+            return 60.0
+        return max(0.0, self._timers[0][0] - time.monotonic())
+
+    def _run_timers(self) -> None:
+        timers, now = self._timers, self.now
+        while timers and timers[0][0] <= now:
+            timer = heapq.heappop(timers)[2]
+            call, timer.call = timer.call, None
+            if call is None:
+                self._cancelled -= 1
+            else:
+                self._guarded(call)
+
+    def _timer_cancelled(self) -> None:
+        """Cancelled timers stay in the heap until they are most of it."""
+        self._cancelled += 1
+        if self._cancelled > 512 and self._cancelled * 2 > len(self._timers):
+            self._timers = [entry for entry in self._timers if entry[2].call is not None]
+            heapq.heapify(self._timers)
+            self._cancelled = 0
+
+    def _woken(self, _mask: int) -> None:
+        try:
+            os.eventfd_read(self._wake_fd)
+        except BlockingIOError:
+            pass
+        self._read_mailbox()
+
+    def _read_mailbox(self) -> None:
+        while self._mailbox:
+            self._guarded(self._mailbox.popleft())
+
+    def _bury(self) -> None:
+        for sock in self._graves:
+            sock.close()
+        self._graves.clear()
+
+    def _shut(self) -> None:
+        self._bury()
+        self._epoll.close()
+        os.close(self._wake_fd)

@@ -1,0 +1,316 @@
+"""The relay's thread and its verbs. Everything but `start`, `stop` and `call` belongs to the relay's own thread."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import ssl
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from rtunnel.relay.ends import End, SocketEnd
+from rtunnel.relay.join import Account, Ending, Gate, OnEnd, Pair, Pipes, SocketPair, StreamPair
+from rtunnel.relay.link import Link, LinkOwner, StreamEnd
+from rtunnel.relay.loop import HUP, LOST, OUT, Loop, Timer
+from rtunnel.relay.transport import Scratch
+from rtunnel.wire.refusal import Refusal
+
+#: Connections accepted from one listener before others get their turn.
+ACCEPTS_A_TURN: Final = 64
+#: A listener that ran out of descriptors looks again after so many seconds.
+ACCEPT_PAUSE: Final = 0.5
+#: Sockets with a dead peer are noticed after 60 + 4 * 15 s of silence, by TCP keep-alive.
+_KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
+
+#: errno of a connect -> what is told. Everything else is INTERNAL.
+_CONNECT_REFUSALS: Final = {
+    errno.ECONNREFUSED: Refusal.TARGET_REFUSED,
+    errno.ECONNRESET: Refusal.TARGET_REFUSED,
+    errno.ETIMEDOUT: Refusal.TARGET_TIMEOUT,
+    errno.ENETUNREACH: Refusal.TARGET_UNREACHABLE,
+    errno.EHOSTUNREACH: Refusal.TARGET_UNREACHABLE,
+    errno.EADDRNOTAVAIL: Refusal.TARGET_UNREACHABLE,
+    errno.EACCES: Refusal.TARGET_UNREACHABLE,
+    errno.EPERM: Refusal.TARGET_UNREACHABLE,
+    errno.EMFILE: Refusal.OVERLOADED,
+    errno.ENFILE: Refusal.OVERLOADED,
+    errno.EAGAIN: Refusal.OVERLOADED,
+}
+
+Accept = Callable[[socket.socket, str], None]
+Connected = Callable[[SocketEnd | None, Refusal, str], None]
+Report = Callable[[str, dict[str, object]], None]
+
+
+def tune(sock: socket.socket) -> None:
+    """Options of every proxied socket; on a listener, because what it accepts inherits them at no cost."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+class Listener:
+    """Accepts from one socket until `close`; survives running out of descriptors."""
+
+    __slots__ = ("_accept", "_loop", "_paused", "_report", "closed", "sock")
+
+    def __init__(self, loop: Loop, sock: socket.socket, accept: Accept, report: Report) -> None:
+        self._loop = loop
+        self._accept = accept
+        self._report = report
+        self._paused: Timer | None = None
+        self.sock = sock
+        self.closed = False
+        sock.setblocking(False)
+        tune(sock)
+        loop.add(sock.fileno(), self._event)
+
+    def close(self) -> None:
+        """Accept no more. What was accepted lives on."""
+        if not self.closed:
+            self.closed = True
+            if self._paused is not None:
+                self._paused.cancel()
+            self._loop.close(self.sock)
+
+    def _event(self, _mask: int) -> None:
+        for _ in range(ACCEPTS_A_TURN):
+            if self.closed or self._paused is not None:
+                return
+            try:
+                sock, address = self.sock.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self._pause(error)
+                    return
+                continue  # the peer was gone before we came: the next one
+            sock.setblocking(False)
+            self._accept(sock, address[0])
+        self._loop.soon(lambda: self._event(0))
+
+    def _pause(self, error: OSError) -> None:
+        self._report("accept_paused", {"reason": error.strerror, "seconds": ACCEPT_PAUSE})
+        self._paused = self._loop.after(ACCEPT_PAUSE, self._resume)
+
+    def _resume(self) -> None:
+        self._paused = None
+        self._event(0)
+
+
+class Attempt:
+    """A connect under way; `cancel` drops it without a call."""
+
+    __slots__ = ("_done", "_loop", "_sock", "_timer", "where")
+
+    def __init__(self, loop: Loop, where: str, done: Connected) -> None:
+        self._loop = loop
+        self._done: Connected | None = done
+        self._sock: socket.socket | None = None
+        self._timer: Timer | None = None
+        self.where = where
+
+    def begin(self, host: str, port: int, timeout: float) -> None:
+        """Connect; the outcome comes in a later step of the loop, never from within this call."""
+        try:
+            sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        except OSError as error:
+            self._fail_soon(error.errno or 0)
+            return
+        self._sock = sock
+        sock.setblocking(False)
+        try:
+            tune(sock)
+            code = sock.connect_ex((host, port))
+        except OSError as error:
+            code = error.errno or errno.EINVAL
+        if code not in (0, errno.EINPROGRESS):
+            sock.close()
+            self._sock = None
+            self._fail_soon(code)
+            return
+        self._timer = self._loop.after(timeout, self._late)
+        self._loop.add(sock.fileno(), self._event)
+
+    def cancel(self) -> None:
+        """See the class."""
+        self._done = None
+        self._drop()
+
+    def _event(self, mask: int) -> None:
+        sock = self._sock
+        if sock is None or not mask & (OUT | LOST):
+            return
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self._fail(code)
+        elif self._done is not None:
+            self._stop_timer()
+            self._sock = None
+            done, self._done = self._done, None
+            end = SocketEnd(self._loop, sock, self.where, watched=True)
+            end.hup = bool(mask & HUP)  # a FIN that came along with the connection has no edge of its own
+            done(end, Refusal.INTERNAL, "")
+
+    def _late(self) -> None:
+        self._fail(errno.ETIMEDOUT)
+
+    def _fail_soon(self, code: int) -> None:
+        self._loop.soon(lambda: self._fail(code))
+
+    def _fail(self, code: int) -> None:
+        self._drop()
+        done, self._done = self._done, None
+        if done is not None:
+            why = errno.errorcode.get(code, str(code))
+            done(None, _CONNECT_REFUSALS.get(code, Refusal.INTERNAL), f"connect to {self.where}: {why}")
+
+    def _drop(self) -> None:
+        self._stop_timer()
+        if self._sock is not None:
+            self._loop.close(self._sock)
+            self._sock = None
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class Relay:
+    """One thread, one loop. `report(event, fields)` gets what should be logged; it must not block."""
+
+    def __init__(self, report: Report, name: str = "relay") -> None:
+        self._report = report
+        self.loop = Loop(self._crashed)
+        self.scratch = Scratch()
+        self.pipes = Pipes()
+        self.pairs: set[Pair] = set()
+        self.listeners: set[Listener] = set()
+        self.links: set[Link] = set()
+        self._thread = threading.Thread(target=self.loop.run, name=name, daemon=True)
+
+    # From any thread.
+
+    def start(self) -> None:
+        """Start the thread."""
+        # The interpreter's 5 ms would be added to a round trip whenever the control plane computes.
+        sys.setswitchinterval(0.0005)
+        self._thread.start()
+
+    def call(self, call: Callable[[], None]) -> None:
+        """Run in the relay's thread, soon."""
+        self.loop.call(call)
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """End everything at once (links and pairs are reset) and wait for the thread."""
+        if self._thread.is_alive():
+            self.call(self._end_all)
+            self._thread.join(timeout)
+
+    @property
+    def running(self) -> bool:
+        """The thread lives."""
+        return self._thread.is_alive()
+
+    # In the relay's thread.
+
+    def listen(self, sock: socket.socket, accept: Accept) -> Listener:
+        """Accept from a bound, listening socket: `accept(socket, peer IP)`."""
+        listener = Listener(self.loop, sock, accept, self._report)
+        self.listeners.add(listener)
+        return listener
+
+    def unlisten(self, listener: Listener) -> None:
+        """Stop it."""
+        self.listeners.discard(listener)
+        listener.close()
+
+    def end(self, sock: socket.socket, peer: str) -> SocketEnd:
+        """An accepted socket as an end."""
+        return SocketEnd(self.loop, sock, peer)
+
+    def connect(self, host: str, port: int, timeout: float, done: Connected) -> Attempt:
+        """Connect to an IP: `done(end, _, "")` or `done(None, refusal, text)`."""
+        attempt = Attempt(self.loop, f"[{host}]:{port}" if ":" in host else f"{host}:{port}", done)
+        attempt.begin(host, port, timeout)
+        return attempt
+
+    def link(
+        self,
+        sock: socket.socket,
+        owner: LinkOwner,
+        *,
+        peer: str,
+        client: bool,
+        tls: ssl.SSLContext | None,
+        server_name: str = "",
+        handshake_timeout: float,
+        watched: bool = False,
+    ) -> Link:
+        """Make a connected socket a link. `tls` None is plain."""
+        return Link(
+            self.loop,
+            self.scratch,
+            sock,
+            owner,
+            peer=peer,
+            client=client,
+            tls=tls,
+            server_name=server_name,
+            handshake_timeout=handshake_timeout,
+            watched=watched,
+            live=self.links,
+        )
+
+    def join(
+        self,
+        client: End,
+        target: End,
+        *,
+        up: bytes = b"",
+        down: bytes = b"",
+        idle: float = 0.0,
+        gate: Gate | None = None,
+        on_end: OnEnd,
+    ) -> None:
+        """Let bytes flow. `up` and `down` were read already and go first. `on_end` may be called before this returns."""
+        if client.closed or target.closed:
+            ending = Ending.CLIENT_RESET if client.closed else Ending.TARGET_RESET
+            client.abort()
+            target.abort()
+            on_end(Account(self.loop.now, ended=self.loop.now, ending=ending))
+        elif isinstance(client, SocketEnd) and isinstance(target, SocketEnd):
+            SocketPair(
+                self.loop, self.pairs, self.scratch, self.pipes, client, target,
+                up=up, down=down, idle=idle, gate=gate, on_end=on_end,
+            )  # fmt: skip
+        elif isinstance(client, SocketEnd) and isinstance(target, StreamEnd):
+            StreamPair(
+                self.loop, self.pairs, self.scratch, client, target,
+                socket_is_client=True, out=up, back=down, idle=idle, on_end=on_end,
+            )  # fmt: skip
+        elif isinstance(client, StreamEnd) and isinstance(target, SocketEnd):
+            StreamPair(
+                self.loop, self.pairs, self.scratch, target, client,
+                socket_is_client=False, out=down, back=up, idle=idle, on_end=on_end,
+            )  # fmt: skip
+        else:
+            raise TypeError("two streams can't be joined")
+
+    def _end_all(self) -> None:
+        for listener in list(self.listeners):
+            self.unlisten(listener)
+        for pair in list(self.pairs):
+            pair.abort(Ending.DRAINED)
+        for link in list(self.links):
+            link.kill("stopped")
+        self.pipes.close()
+        self.loop.stop()
+
+    def _crashed(self, crash: BaseException) -> None:
+        self._report("relay_crash", {"exc_info": crash})

@@ -1,0 +1,270 @@
+"""Roles: what the core knows of broker, agent and gateway, and the runner that every process of them goes through.
+
+The core imports no role. Each is an entry point of the group `rtunnel.roles` that names a `Role`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+import trio
+
+from rtunnel import __version__, logs
+from rtunnel.config import Config, ConfigError, Problem, check_role, role_sections, warnings
+from rtunnel.registry import Registry, RegistryUnavailable, Superseded, connect
+from rtunnel.trust import keys, tls
+from rtunnel.trust.keys import TrustError
+
+GROUP = "rtunnel.roles"
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_LISTEN = 3
+
+#: A certificate that ends sooner is worth a warning at every start.
+SOON_DAYS = 30
+
+log = logs.get_logger("runner")
+
+
+class Serve(Protocol):
+    """A role's whole life.
+
+    It calls `task_status.started()` when it listens (or dials), and returns when it has drained after `stop`. When it
+    is cancelled it ends at once. It raises ListenError when an address is taken, ConfigError or TrustError when what
+    it was given can't be used; anything else is a bug and is logged with its traceback.
+    """
+
+    async def __call__(
+        self, config: Config, registry: Registry | None, *, stop: trio.Event, task_status: trio.TaskStatus[Any]
+    ) -> None:
+        """Run until `stop`."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a role package exports as ROLE."""
+
+    name: str  # also its section of the configuration
+    help: str
+    serve: Serve
+    needs_registry: bool = True
+
+
+class RoleMissing(Exception):
+    """No usable role of this name is installed; the text says why."""
+
+
+class ListenError(Exception):
+    """An address can't be listened on; the text names the key that gave it."""
+
+    def __init__(self, key: str, address: str, fault: OSError) -> None:
+        reason = (fault.strerror or str(fault)).lower()
+        if fault.errno == errno.EADDRINUSE:
+            reason = "the address is in use: choose another one, or stop the process that has it"
+        elif fault.errno == errno.EADDRNOTAVAIL:
+            reason = "this machine does not have that address"
+        super().__init__(f"{key}: can't listen on {address}: {reason}")
+        self.key = key
+        self.address = address
+
+
+def role_names() -> list[str]:
+    """The roles that are installed."""
+    return sorted({point.name for point in entry_points(group=GROUP)})
+
+
+def find_role(name: str) -> Role:
+    """The role of this name. Raises RoleMissing."""
+    points = tuple(entry_points(group=GROUP, name=name))
+    if not points:
+        raise RoleMissing(f"no role {name!r} is installed")
+    try:
+        role = points[0].load()
+    except (ImportError, AttributeError) as fault:
+        raise RoleMissing(f"the role {name!r} can't be loaded: {fault}") from fault
+    if not isinstance(role, Role):
+        raise RoleMissing(f"the role {name!r} can't be loaded: {points[0].value} is not a Role")
+    return role
+
+
+# --- checks before a start --------------------------------------------------------------------------------
+
+
+def check(config: Config, role: str) -> list[Problem]:
+    """All that can be known before a start: what the role needs, and whether its keys and certificates are any good.
+
+    Returns warnings. Raises ConfigError.
+    """
+    check_role(config, role)
+    problems: list[Problem] = []
+    for key, load in _materials(config, role):
+        try:
+            load()
+        except TrustError as fault:
+            problems.append(Problem(config.source(key), key, str(fault)))
+    if problems:
+        raise ConfigError(problems)
+    return [*warnings(config, role), *_expiring(config, role)]
+
+
+def _materials(config: Config, role: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    sections = role_sections(role)
+    broker, agent, gateway = config.broker, config.agent, config.gateway
+    if "broker" in sections:
+        yield "broker.cluster_key", partial(keys.load_cluster_key, broker.cluster_key)
+        yield "broker.join_token", partial(keys.load_tokens, broker.join_token)
+        if broker.security == "tls":
+            yield "broker.certificate", partial(tls.server_context, broker.certificate, broker.key)
+    if "agent" in sections:
+        yield "agent.join_token", partial(keys.load_token, agent.join_token)
+        if agent.security == "tls":
+            yield "agent.ca", partial(tls.client_context, agent.ca)
+    if "gateway" in sections:
+        yield "gateway.cluster_key", partial(keys.load_cluster_key, gateway.cluster_key)
+
+
+def _expiring(config: Config, role: str) -> Iterator[Problem]:
+    files = (
+        ("broker", config.broker.security, "broker.certificate", config.broker.certificate),
+        ("agent", config.agent.security, "agent.ca", config.agent.ca),
+    )
+    for section, security, key, path in files:
+        if section not in role_sections(role) or security != "tls":
+            continue
+        days = tls.days_left(path)
+        if days < 0:
+            yield Problem(config.source(key), key, f"{path} is over since {-days:.0f} days", "links will fail")
+        elif days < SOON_DAYS:
+            yield Problem(config.source(key), key, f"{path} is over in {days:.0f} days", "`rtunnel pki broker`")
+
+
+# --- the runner -------------------------------------------------------------------------------------------
+
+
+def run(roles: Sequence[Role], config: Config, *, name: str = "") -> int:
+    """Run roles in this process until they have ended; the process's exit code.
+
+    SIGTERM and SIGINT set `stop`, so that the roles drain; a second one cancels them at once. Raises ConfigError
+    when they can't even start; whatever goes wrong later is logged.
+    """
+    name = name or roles[0].name
+    notes = check(config, name)
+    logs.setup(config.log)
+    try:
+        for problem in notes:
+            log.warning("config_warning", source=problem.source, key=problem.key, text=problem.reason, fix=problem.fix)
+        log.info("starting", role=name, version=__version__, pid=os.getpid(), python=sys.version.split()[0])
+        code = _run(roles, config)
+    except BaseException as fault:
+        code = _exit_code(fault)
+    log.info("stopped", role=name, code=code)
+    logs.flush()
+    return code
+
+
+def _run(roles: Sequence[Role], config: Config) -> int:
+    registry = connect(config.registry) if any(role.needs_registry for role in roles) else None
+    try:
+        return trio.run(_serve_all, roles, config, registry)
+    finally:
+        if registry is not None:
+            registry.close()
+
+
+async def _serve_all(roles: Sequence[Role], config: Config, registry: Registry | None) -> int:
+    stop = trio.Event()
+    async with trio.open_nursery() as nursery:
+        # Before the roles: a signal that arrives while they start must not kill the process half way.
+        await nursery.start(_watch_signals, stop, nursery.cancel_scope)
+        async with trio.open_nursery() as serving:
+            for role in roles:
+                await serving.start(_serve_one, role, config, registry, stop)
+                log.info("started", role=role.name)
+        nursery.cancel_scope.cancel()
+        return EXIT_OK
+    return EXIT_FAILED  # only a second signal gets here: it cancelled what was still draining
+
+
+async def _serve_one(
+    role: Role, config: Config, registry: Registry | None, stop: trio.Event, *, task_status: trio.TaskStatus[None]
+) -> None:
+    status = _Status(task_status)
+    await role.serve(config, registry if role.needs_registry else None, stop=stop, task_status=status)
+    # One role that ends takes the others along; one that was stopped while it started ends without `started`.
+    stop.set()
+    status.started()
+
+
+class _Status:
+    """A task status that may be told twice."""
+
+    def __init__(self, status: trio.TaskStatus[None]) -> None:
+        self._status: trio.TaskStatus[None] | None = status
+
+    def started(self, value: object = None) -> None:
+        """The first call counts."""
+        status, self._status = self._status, None
+        if status is not None:
+            status.started()
+
+
+async def _watch_signals(stop: trio.Event, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for number in signals:
+            name = signal.Signals(number).name
+            if stop.is_set():
+                log.warning("stopping_at_once", signal=name)
+                scope.cancel()
+                return
+            log.info("stopping", signal=name, hint="a second signal stops at once")
+            stop.set()
+
+
+# --- exit codes -------------------------------------------------------------------------------------------
+
+#: What a process ends with, for failures that speak for themselves; for the rest the traceback is logged.
+_CODES: Mapping[type[BaseException], tuple[int, str]] = {
+    ConfigError: (EXIT_USAGE, "config_refused"),
+    TrustError: (EXIT_USAGE, "config_refused"),
+    ListenError: (EXIT_LISTEN, "can_not_listen"),
+    RegistryUnavailable: (EXIT_FAILED, "registry_unavailable"),
+    Superseded: (EXIT_FAILED, "node_superseded"),
+}
+_TAKEN = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
+
+
+def _exit_code(fault: BaseException) -> int:
+    """Log what ended the process, and say its exit code. KeyboardInterrupt and SystemExit pass."""
+    leaves = list(_leaves(fault))
+    if any(isinstance(leaf, KeyboardInterrupt | SystemExit) for leaf in leaves):
+        raise fault
+    for leaf in leaves:
+        if isinstance(leaf, OSError) and leaf.errno in _TAKEN:
+            log.error("can_not_listen", text=str(leaf))
+            return EXIT_LISTEN
+        for kind, (code, event) in _CODES.items():
+            if isinstance(leaf, kind):
+                log.error(event, text=str(leaf))
+                return code
+    log.critical("crashed", exc_info=fault)
+    return EXIT_FAILED
+
+
+def _leaves(fault: BaseException) -> Iterator[BaseException]:
+    """The exceptions inside groups: nurseries wrap whatever passes them."""
+    if isinstance(fault, BaseExceptionGroup):
+        for inner in fault.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield fault

@@ -1,0 +1,211 @@
+"""The symmetric secrets: the cluster key, join tokens, the MACs under them, and the memory of used nonces.
+
+Both kinds of file are text with one secret a line; empty lines and lines that begin with `#` are skipped:
+
+    rtunnel-cluster-key-1 <base64 of 32 bytes>
+    rtunnel-token-1.<id>.<base64url of 32 bytes, no padding>
+
+No message of this module repeats anything from such a file but the id of a token.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import re
+import secrets
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+KEY_BYTES = 32
+#: A file of 1000 tokens has 80 KB.
+_MAX_FILE = 1 << 20
+
+_CLUSTER = "rtunnel-cluster-key-1"
+_TOKEN = "rtunnel-token-1"  # noqa: S105 - a format's name
+_TOKEN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_LENGTH = struct.Struct(">I")
+
+
+class TrustError(Exception):
+    """A key, token or certificate can't be used; the text names the file and the reason."""
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A join token: what an agent proves to a broker."""
+
+    id: str
+    secret: bytes = field(repr=False)
+
+    def line(self) -> str:
+        """As it stands in a file."""
+        return f"{_TOKEN}.{self.id}.{base64.urlsafe_b64encode(self.secret).rstrip(b'=').decode()}"
+
+
+def new_cluster_key() -> str:
+    """A line for a cluster key file."""
+    return f"{_CLUSTER} {base64.b64encode(secrets.token_bytes(KEY_BYTES)).decode()}"
+
+
+def new_token(token_id: str = "") -> Token:
+    """A fresh token, of a random id unless one is given. Raises ValueError for an id that can't stand in a file."""
+    token_id = token_id or secrets.token_hex(4)
+    if not _TOKEN_ID.fullmatch(token_id):
+        raise ValueError(f"{token_id!r} is no token id: use 1 to 64 letters, digits, '-', '_'")
+    return Token(token_id, secrets.token_bytes(KEY_BYTES))
+
+
+def load_cluster_key(path: Path | str) -> bytes:
+    """The 32 bytes of a cluster key file. Raises TrustError."""
+    lines = _lines(path)
+    if len(lines) > 1:
+        raise TrustError(f"{path}: has {len(lines)} lines; a cluster has one key")
+    number, line = lines[0]
+    word, _, encoded = line.partition(" ")
+    if word != _CLUSTER:
+        raise TrustError(f"{path}:{number}: is not a cluster key{_looks_like(line)}")
+    return _decode(encoded.strip(), b"+/", path, number)
+
+
+def load_tokens(path: Path | str) -> dict[str, bytes]:
+    """The secrets of all tokens of a file by their ids (a broker's side). Raises TrustError."""
+    tokens: dict[str, bytes] = {}
+    for number, line in _lines(path):
+        token = _parse_token(line, path, number)
+        if token.id in tokens:
+            raise TrustError(f"{path}:{number}: a second token of the id {token.id}")
+        tokens[token.id] = token.secret
+    return tokens
+
+
+def load_token(path: Path | str) -> Token:
+    """The one token of a file (an agent's side). Raises TrustError."""
+    tokens = load_tokens(path)
+    if len(tokens) > 1:
+        raise TrustError(f"{path}: has {len(tokens)} tokens; an agent needs a file with its own only")
+    return Token(*tokens.popitem())
+
+
+def _lines(path: Path | str) -> list[tuple[int, str]]:
+    """The lines that say something, with their numbers; at least one."""
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(_MAX_FILE + 1)
+    except (OSError, ValueError) as fault:
+        raise TrustError(f"{path}: can't be read: {getattr(fault, 'strerror', None) or fault}") from None
+    if len(data) > _MAX_FILE or not data.isascii():
+        raise TrustError(f"{path}: is not a key or token file: it is binary, or far too long")
+    numbered = enumerate((line.strip() for line in data.decode("ascii").splitlines()), 1)
+    lines = [(number, line) for number, line in numbered if line and not line.startswith("#")]
+    if not lines:
+        raise TrustError(f"{path}: is empty")
+    return lines
+
+
+def _parse_token(line: str, path: Path | str, number: int) -> Token:
+    word, _, rest = line.partition(".")
+    token_id, dot, encoded = rest.partition(".")
+    if word != _TOKEN:
+        raise TrustError(f"{path}:{number}: is not a join token{_looks_like(line)}")
+    if not dot or not _TOKEN_ID.fullmatch(token_id):
+        raise TrustError(f"{path}:{number}: is not {_TOKEN}.<id>.<secret>")
+    return Token(token_id, _decode(encoded + "=" * (-len(encoded) % 4), b"-_", path, number))
+
+
+def _looks_like(line: str) -> str:
+    """What the wrong file seems to be: mostly two paths were mixed up."""
+    kinds = {
+        _CLUSTER: "a cluster key",
+        _TOKEN: "a join token",
+        "-----BEGIN": "a PEM file",
+        "rtunnel-": "for another version of rtunnel",
+    }
+    kind = next((kind for start, kind in kinds.items() if line.startswith(start)), "")
+    return f" (it is {kind})" if kind else ""
+
+
+def _decode(encoded: str, altchars: bytes, path: Path | str, number: int) -> bytes:
+    try:
+        key = base64.b64decode(encoded, altchars, validate=True)
+    except (binascii.Error, ValueError):
+        raise TrustError(f"{path}:{number}: the secret is damaged: it is not base64") from None
+    if len(key) != KEY_BYTES:
+        raise TrustError(f"{path}:{number}: the secret is damaged: {len(key)} bytes instead of {KEY_BYTES}")
+    return key
+
+
+# --- MACs -------------------------------------------------------------------------------------------------
+
+
+class DialSigner:
+    """MACs of Dials under the cluster key: HMAC-SHA256 over the body's exact bytes."""
+
+    __slots__ = ("_key",)
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != KEY_BYTES:
+            raise ValueError(f"a cluster key has {KEY_BYTES} bytes, not {len(key)}")
+        self._key = key
+
+    def sign(self, body: bytes) -> bytes:
+        """The MAC of a Dial body."""
+        return hmac.digest(self._key, body, "sha256")
+
+    def verify(self, body: bytes, mac: bytes) -> bool:
+        """Whether the MAC is this key's; takes the same time for every wrong one."""
+        return hmac.compare_digest(hmac.digest(self._key, body, "sha256"), mac)
+
+
+def token_mac(secret: bytes, label: bytes, *parts: bytes) -> bytes:
+    """HMAC-SHA256 over label and parts, each behind its length (4 bytes, big-endian): no two lists give one text."""
+    text = b"".join(_LENGTH.pack(len(part)) + part for part in (label, *parts))
+    return hmac.digest(secret, text, "sha256")
+
+
+class NonceWindow:
+    """Which nonces were used lately: one is remembered for `seconds` at least and twice that at most.
+
+    A Dial is good from `window` before its time to `window` after it, so give twice that window here. Two
+    generations are kept and the older one is dropped whole, so nothing is ever searched. When a generation is full
+    every nonce is refused until it ends: forgetting would open the door to replays. Only who has the cluster key
+    gets this far, so only a load far over a node's capacity can fill it.
+    """
+
+    #: 1 Mi nonces: 17,000 Dials a second over a minute, and about 100 MB.
+    CAP = 1 << 20
+
+    __slots__ = ("_began", "_cap", "_new", "_old", "seconds")
+
+    def __init__(self, seconds: float, cap: int = CAP) -> None:
+        self.seconds = seconds
+        self._cap = cap
+        self._began = float("-inf")
+        self._new: set[bytes] = set()
+        self._old: set[bytes] = set()
+
+    def __len__(self) -> int:
+        return len(self._new) + len(self._old)
+
+    @property
+    def full(self) -> bool:
+        """Whether `fresh` refuses for want of room."""
+        return len(self._new) >= self._cap
+
+    def fresh(self, nonce: bytes, now: float) -> bool:
+        """Take the nonce: True when it was not used before. `now` is a monotonic clock's."""
+        age = now - self._began
+        if age >= self.seconds:
+            recent = age < 2 * self.seconds
+            self._old = self._new if recent else set()
+            self._new = set()
+            self._began = self._began + self.seconds if recent else now
+        if nonce in self._new or nonce in self._old or self.full:
+            return False
+        self._new.add(nonce)
+        return True

@@ -1,0 +1,112 @@
+"""TLS of links: 1.3 only, ALPN `rtunnel/1`, no tickets.
+
+OpenSSL goes on without ALPN when the peer offers none: who needs it checks `selected_alpn_protocol()`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ssl
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography import x509
+
+from rtunnel.trust.keys import TrustError
+from rtunnel.wire.messages import ALPN
+
+
+def server_context(certificate: Path | str, key: Path | str) -> ssl.SSLContext:
+    """A broker's side. Raises TrustError, which names the file at fault."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    _common(context)
+    # A link is never resumed: tickets would be bytes and keys for nothing.
+    context.num_tickets = 0
+    for path in (certificate, key):
+        _readable(path)
+    try:
+        context.load_cert_chain(certificate, key, password=_no_password)
+    except (ssl.SSLError, ValueError) as fault:
+        raise TrustError(_chain_fault(certificate, key, fault)) from None
+    return context
+
+
+def client_context(ca: Path | str) -> ssl.SSLContext:
+    """An agent's side: the certificate must come from this CA and carry the `server_hostname` of the connection.
+
+    Raises TrustError.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    _common(context)
+    _readable(ca)
+    try:
+        context.load_verify_locations(cafile=ca)
+    except ssl.SSLError:
+        raise TrustError(f"{ca}: has no PEM certificate") from None
+    if not context.get_ca_certs():
+        raise TrustError(f"{ca}: has no CA certificate")
+    return context
+
+
+def certificate_fingerprint(der: bytes) -> bytes:
+    """SHA-256 of a certificate: binds the join proof to this link (`SSLSocket.getpeercert(True)`)."""
+    return hashlib.sha256(der).digest()
+
+
+def certificate_der(path: Path | str) -> bytes:
+    """The first certificate of a PEM file, which a server shows: for the other side of the binding."""
+    return ssl.PEM_cert_to_DER_cert(_first_pem(path))
+
+
+def days_left(path: Path | str, now: datetime | None = None) -> float:
+    """How long the first certificate of a file is good still; below 0 when it is over. Raises TrustError."""
+    try:
+        certificate = x509.load_der_x509_certificate(certificate_der(path))
+    except ValueError as fault:
+        raise TrustError(f"{path}: is not a certificate: {fault}") from None
+    return (certificate.not_valid_after_utc - (now or datetime.now(UTC))).total_seconds() / 86400
+
+
+def _common(context: ssl.SSLContext) -> None:
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.set_alpn_protocols([ALPN])
+
+
+_END = "-----END CERTIFICATE-----"
+
+
+def _first_pem(path: Path | str) -> str:
+    text = _readable(path).decode("ascii", "replace")
+    begin, end = text.find("-----BEGIN CERTIFICATE-----"), text.find(_END)
+    if begin < 0 or end < begin:
+        raise TrustError(f"{path}: has no PEM certificate")
+    return text[begin : end + len(_END)]
+
+
+def _readable(path: Path | str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as fault:
+        raise TrustError(f"{path}: can't be read: {getattr(fault, 'strerror', None) or fault}") from None
+
+
+class _Encrypted(ValueError):
+    pass
+
+
+def _no_password() -> str:
+    # Without this OpenSSL asks on the terminal, and a service waits for ever.
+    raise _Encrypted
+
+
+def _chain_fault(certificate: Path | str, key: Path | str, fault: Exception) -> str:
+    """OpenSSL does not say which of the two files it means."""
+    if isinstance(fault, _Encrypted):
+        return f"{key}: is encrypted with a passphrase; give a plain key file of mode 0600"
+    if isinstance(fault, ssl.SSLError) and fault.reason == "KEY_VALUES_MISMATCH":
+        return f"{key}: is not the key of the certificate in {certificate}"
+    if b"-----BEGIN CERTIFICATE-----" not in _readable(certificate):
+        return f"{certificate}: has no PEM certificate"
+    if b"PRIVATE KEY-----" not in _readable(key):
+        return f"{key}: has no PEM private key"
+    return f"{certificate} and {key}: can't be used: {fault}"

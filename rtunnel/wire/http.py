@@ -1,0 +1,322 @@
+"""HTTP/1.1, a proxy's half, sans-I/O (RFC 9110, 9112): CONNECT and absolute-form, one request a connection.
+
+h11 reads the grammar. Here is what makes it a proxy's: one limit on the head, the strictness that leaves a
+next reader nothing to read otherwise, where the request goes, and the head as the target gets it. Answers
+other than our own refusals are the target's, passed on raw.
+
+`Upgrade` in absolute form is dropped like every hop-by-hop field (RFC 9110 section 7.8 lets it be ignored),
+so that the target answers an ordinary request: a WebSocket wants CONNECT, which is how its clients use a
+proxy (RFC 6455 section 4.1).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Final
+
+import h11
+
+from .refusal import Refusal, Refused
+from .socks5 import MAX_EARLY_DATA, host_of
+
+#: Request line, fields and the empty line. What h11, IIS and many others take.
+MAX_HEAD: Final = 16 * 1024
+#: Of the sentence in a refusal.
+MAX_TEXT: Final = 512
+
+#: Fields that end here (RFC 9110 section 7.6.1), beside those that Connection names. Transfer-Encoding ends
+#: here too by the book, but the body is passed on as it is coded. Trailer stays for the same reason.
+_HOP_BY_HOP = frozenset((b"connection", b"proxy-connection", b"keep-alive", b"te", b"upgrade"))
+#: Fields that this proxy reads itself, or writes anew.
+_OURS = frozenset((b"host", b"proxy-authorization"))
+#: Fields that no Connection field can take away: the target would find another end of the body than we do.
+_FRAMING = frozenset((b"content-length", b"transfer-encoding"))
+
+_HEAD_END = re.compile(rb"\r\n\r\n|(?<!\r)\n")
+_FOLD = re.compile(rb"\r\n[ \t]")
+_ABSOLUTE = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?]*)(/[^?]*)?(\?.*)?")
+# RFC 3986 section 3.2.2 without percent-encoding: two spellings of one host help nobody but attackers.
+_AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]*\]|[A-Za-z0-9._~!$&'()*+,;=-]*)(?::([0-9]{0,5}))?")
+_TOKEN = re.compile(r"[A-Za-z*][A-Za-z0-9!#$%&'*+.^_`|~:/-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Tunnel:
+    """CONNECT: the client wants a raw stream to host:port; `rest` is its start."""
+
+    host: str
+    port: int
+    is_name: bool
+    authorization: str = field(repr=False)  # the Proxy-Authorization, "" when absent
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """A request in absolute form: the target gets `head`, then of the client's bytes as many as `body` lets pass."""
+
+    host: str
+    port: int
+    is_name: bool
+    authorization: str = field(repr=False)
+    head: bytes
+    body: BodyGate = field(compare=False, repr=False)
+
+
+class HttpError(Refused):
+    """The client broke the protocol, or asks for what is not offered: send `reply` and close."""
+
+    def __init__(self, text: str, status: int = HTTPStatus.BAD_REQUEST) -> None:
+        super().__init__(Refusal.BAD_REQUEST, _printable(text))
+        self.reply = _response(status, self.code, self.text)
+
+
+class HttpServer:
+    """Reads one client's one request: any split or coalescing of the same bytes gives the same event.
+
+    `receive` bytes until there is a Tunnel or a Forward. Then `rest` is what the client sent behind the
+    head: of a Tunnel the start of the stream; of a Forward bytes for its body gate. Bytes after an error
+    are dropped.
+    """
+
+    __slots__ = ("_buffer", "_max_early", "_over", "_read", "_scanned")
+
+    def __init__(self, *, max_early: int = MAX_EARLY_DATA) -> None:
+        self._max_early = max_early
+        self._buffer = bytearray()
+        self._scanned = 0
+        self._read = False
+        self._over = False
+
+    def receive(self, data: bytes | bytearray | memoryview) -> Tunnel | Forward | None:
+        """Take bytes; data is not kept. Raises HttpError."""
+        if self._over:
+            return None
+        self._buffer += data
+        try:
+            if not self._read:
+                return self._read_head()
+            self._bound()
+        except HttpError:
+            self._over = True
+            self._buffer.clear()
+            raise
+        return None
+
+    def rest(self) -> bytes:
+        """Take out what the client sent behind the head. Raises HttpError when it is over the limit."""
+        if self._over or not self._read:
+            return b""
+        self._bound()
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        return rest
+
+    def _bound(self) -> None:
+        if len(self._buffer) > self._max_early:
+            raise HttpError(f"more than {self._max_early} bytes before the answer", HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+
+    def _read_head(self) -> Tunnel | Forward | None:
+        buffer = self._buffer
+        found = _HEAD_END.search(buffer, max(0, self._scanned - 3), MAX_HEAD)
+        if found is None:
+            self._scanned = len(buffer)
+            if len(buffer) >= MAX_HEAD:
+                raise HttpError(f"the head is over {MAX_HEAD} bytes", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+            return None
+        if len(found[0]) == 1:
+            raise HttpError("a line ends with LF alone")
+        event = _read_request(bytes(buffer[: found.end()]))
+        self._read = True
+        # One byte over the limit is kept, as the sign of more: the event comes first in any split.
+        self._buffer = buffer[found.end() : found.end() + self._max_early + 1]
+        return event
+
+
+class BodyGate:
+    """Lets one request's body pass, and nothing behind it: a second request could be for another target."""
+
+    __slots__ = ("_chunks", "_left", "done")
+
+    def __init__(self, length: int, chunks: h11.Connection | None = None) -> None:
+        self._left = length
+        self._chunks = chunks
+        self.done = chunks is None and length == 0
+
+    def feed(self, data: bytes | bytearray | memoryview) -> int:
+        """How many of these next bytes, from their start, are the request's. Data is not kept.
+
+        Raises HttpError when the coding is broken: reset the target, it waits for the rest of a body.
+        """
+        if self.done or not data:
+            return 0
+        if self._chunks is not None:
+            return self._feed_chunks(self._chunks, bytes(data))
+        taken = min(len(data), self._left)
+        self._left -= taken
+        self.done = self._left == 0
+        return taken
+
+    def _feed_chunks(self, chunks: h11.Connection, data: bytes) -> int:
+        chunks.receive_data(data)
+        try:
+            while (event := chunks.next_event()) is not h11.NEED_DATA:
+                if isinstance(event, h11.EndOfMessage):
+                    self.done = True
+                    return len(data) - len(chunks.trailing_data[0])
+        except h11.RemoteProtocolError as fault:
+            self.done = True
+            raise _malformed(fault) from None
+        return len(data)
+
+
+def response_connected() -> bytes:
+    """The answer to CONNECT when the target is connected; the raw stream follows."""
+    return b"HTTP/1.1 200 Connection established\r\n\r\n"
+
+
+def response_refused(code: Refusal, text: str = "", *, proxy: str = "rtunnel") -> bytes:
+    """The answer no, with `text` where more is known than the code says; `proxy` names the node that says it."""
+    return _response(code.telling.http, code, _printable(text or code.telling.text), proxy)
+
+
+def _response(status: int, code: Refusal, text: str, proxy: str = "rtunnel") -> bytes:
+    """Proxy-Status is RFC 9209."""
+    body = f"rtunnel: {code}: {text}\n"
+    name = proxy if _TOKEN.fullmatch(proxy) else _quoted(_printable(proxy))
+    return (
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+        f"Proxy-Status: {name}; error={code.telling.proxy_status}; details={_quoted(text)}\r\n"
+        "Content-Type: text/plain\r\n"
+        f"Content-Length: {len(body)}\r\n"
+        "Connection: close\r\n"
+        f"\r\n{body}"
+    ).encode("ascii")
+
+
+def _printable(text: str) -> str:
+    """One line of printable ASCII: a refusal's text may come from a peer."""
+    return re.sub(r"[^ -~]", "?", text[:MAX_TEXT])
+
+
+def _quoted(text: str) -> str:
+    """An sf-string (RFC 8941 section 3.3.3)."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _read_request(head: bytes) -> Tunnel | Forward:
+    # RFC 9112 section 5.2; h11 would unfold it.
+    if _FOLD.search(head):
+        raise HttpError("a folded field line")
+    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
+    connection.receive_data(head)
+    try:
+        request = connection.next_event()
+    except h11.RemoteProtocolError as fault:
+        raise _malformed(fault) from None
+    assert isinstance(request, h11.Request)
+    if request.http_version not in (b"1.1", b"1.0"):
+        version = request.http_version.decode()
+        raise HttpError(f"HTTP/{version} is not supported: use HTTP/1.1", HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
+    length = _body_length(request)
+    if request.method == b"CONNECT":
+        return _tunnel(request, length)
+    return _forward(request, BodyGate(length or 0, connection if length is None else None))
+
+
+def _body_length(request: h11.Request) -> int | None:
+    """None for chunked. h11 has checked each field; this is about both together (RFC 9112 section 6.1)."""
+    length = _values(request, b"content-length")
+    if not _values(request, b"transfer-encoding"):
+        return int(length[0]) if length else 0
+    if length:
+        raise HttpError("both Content-Length and Transfer-Encoding")
+    if request.http_version == b"1.0":
+        raise HttpError("Transfer-Encoding in HTTP/1.0")
+    return None
+
+
+def _tunnel(request: h11.Request, length: int | None) -> Tunnel:
+    if length != 0:
+        raise HttpError("CONNECT has no body")
+    host, port, is_name = _host_and_port(request.target, None)
+    return Tunnel(host, port, is_name, _authorization(request))
+
+
+def _forward(request: h11.Request, body: BodyGate) -> Forward:
+    if request.target[:1] in (b"/", b"*"):
+        raise HttpError("this is a proxy, not a web server: set it as the proxy of a client (HTTP or SOCKS5)")
+    parts = _ABSOLUTE.fullmatch(request.target)
+    if parts is None:
+        raise HttpError("the request target must be an absolute http:// URL")
+    scheme, authority, path, query = parts[1].lower(), parts[2], parts[3] or b"", parts[4] or b""
+    if scheme != b"http":
+        raise HttpError(f"{scheme.decode()}:// can't be forwarded: use CONNECT, or SOCKS5")
+    if b"#" in request.target:
+        raise HttpError("the request target has a fragment")
+    host, port, is_name = _host_and_port(authority, 80)
+    # RFC 9112 section 3.2.4: the last proxy turns OPTIONS without a path into the asterisk form.
+    target = path + query if path else b"*" if request.method == b"OPTIONS" and not query else b"/" + query
+    head = _rewritten(request, target, authority)
+    return Forward(host, port, is_name, _authorization(request), head, body)
+
+
+def _rewritten(request: h11.Request, target: bytes, authority: bytes) -> bytes:
+    """The head as the target gets it.
+
+    It keeps the client's version, which is also that of Via: the answer is passed on raw, and an HTTP/1.0
+    client must not get a chunked one.
+    """
+    named = {name.strip() for value in _values(request, b"connection") for name in value.lower().split(b",")}
+    dropped = (named | _HOP_BY_HOP | _OURS) - _FRAMING
+    lines = [b"%s %s HTTP/%s" % (request.method, target, request.http_version), b"Host: " + authority]
+    for raw_name, value in request.headers.raw_items():
+        name = raw_name.lower()
+        if name == b"max-forwards" and request.method in (b"OPTIONS", b"TRACE"):
+            value = _one_hop_less(value)
+        if name not in dropped:
+            lines.append(b"%s: %s" % (raw_name, value))
+    lines += (b"Via: %s rtunnel" % request.http_version, b"Connection: close", b"", b"")
+    return b"\r\n".join(lines)
+
+
+def _one_hop_less(value: bytes) -> bytes:
+    """RFC 9110 section 7.6.2."""
+    if not re.fullmatch(rb"[0-9]{1,9}", value) or not int(value):
+        raise HttpError("Max-Forwards is used up")
+    return b"%d" % (int(value) - 1)
+
+
+def _host_and_port(authority: bytes, default_port: int | None) -> tuple[str, int, bool]:
+    """(host, port, whether the host is a name). User information is refused: it can make a URL look like another."""
+    parts = _AUTHORITY.fullmatch(authority.decode("ascii"))
+    if parts is None or not parts[1]:
+        raise HttpError("the request target has no proper host")
+    port = int(parts[2]) if parts[2] else default_port
+    if port is None:
+        raise HttpError("CONNECT needs a port: host:port")
+    if not 0 < port < 65536:
+        raise HttpError(f"there is no port {port}")
+    try:
+        host, is_name = host_of(parts[1])
+    except ValueError as fault:
+        raise HttpError(str(fault)) from None
+    return host, port, is_name
+
+
+def _authorization(request: h11.Request) -> str:
+    values = _values(request, b"proxy-authorization")
+    if len(values) > 1:
+        raise HttpError("more than one Proxy-Authorization")
+    return values[0].decode("latin-1") if values else ""
+
+
+def _values(request: h11.Request, wanted: bytes) -> list[bytes]:
+    return [value for name, value in request.headers if name == wanted]
+
+
+def _malformed(fault: h11.RemoteProtocolError) -> HttpError:
+    """h11 quotes the line at fault, which may be a credential, and the text goes into log lines: cut that off."""
+    text = str(fault).partition("bytearray(")[0].rstrip(" :")
+    return HttpError(f"malformed HTTP: {text}", fault.error_status_hint)

@@ -1,0 +1,311 @@
+"""Reaching one target: its candidate tuples, one attempt after another or beside it, until one is Accepted.
+
+In the relay's thread, once per client. An attempt that has not answered within the hedge delay is joined by the next
+candidate; the first Accepted wins, the others are reset. An answer about the target itself ends everything at once; a
+stale tuple is forgotten; when nothing works the client is told what was tried.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from rtunnel.registry import NodeRecord, Tuple
+from rtunnel.registry.routes import RouteTable
+from rtunnel.relay.ends import SocketEnd
+from rtunnel.relay.loop import Timer
+from rtunnel.relay.relay import Attempt as Connecting
+from rtunnel.relay.relay import Relay
+from rtunnel.trust.keys import DialSigner
+from rtunnel.wire import messages
+from rtunnel.wire.messages import Accepted, Decoder, Dial, DialAnswer, DialBody, Dialling, MessageError, Refuse, encode
+from rtunnel.wire.refusal import Next, Refusal, Refused
+
+#: A node that did not answer goes behind the others for so long (seconds).
+SUSPECT_SECONDS: Final = 10.0
+#: More tuples than redundancy and a node or two in transition there can't be.
+MAX_ATTEMPTS: Final = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a client wants."""
+
+    namespace: str
+    ip: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.ip}]:{self.port}" if ":" in self.ip else f"{self.ip}:{self.port}"
+
+
+class Paths:
+    """What this gateway has learnt of the ways to agents: which nodes are slow to answer, who carries how much."""
+
+    def __init__(self) -> None:
+        self._suspects: dict[str, float] = {}
+        self._open: dict[int, int] = {}  # streams by epoch
+
+    def order(self, tuples: Sequence[Tuple], nodes: Mapping[str, NodeRecord], now: float) -> list[Tuple]:
+        """Best first: live before draining before no heartbeat, then nodes that answer, then the fewest streams."""
+        if len(tuples) < 2:
+            return list(tuples)
+
+        def rank(candidate: Tuple) -> tuple[int, bool, int, float]:
+            node = nodes.get(candidate.node)
+            return (
+                2 if node is None else int(node.state != "live"),
+                self._suspects.get(candidate.node, 0.0) > now,
+                self._open.get(candidate.epoch, 0),
+                random.random(),  # noqa: S311
+            )
+
+        return sorted(tuples, key=rank)
+
+    def suspect(self, node: str, now: float) -> None:
+        """It did not answer."""
+        self._suspects[node] = now + SUSPECT_SECONDS
+
+    def answered(self, node: str) -> None:
+        """It did."""
+        self._suspects.pop(node, None)
+
+    def opened(self, epoch: int) -> None:
+        """A stream more."""
+        self._open[epoch] = self._open.get(epoch, 0) + 1
+
+    def closed(self, epoch: int) -> None:
+        """A stream less."""
+        left = self._open.get(epoch, 0) - 1
+        if left > 0:
+            self._open[epoch] = left
+        else:
+            self._open.pop(epoch, None)
+
+
+class DialOwner(Protocol):
+    """The gateway, as a dial sees it."""
+
+    relay: Relay
+    paths: Paths
+    table: RouteTable
+    signer: DialSigner
+    name: str
+    hedge_delay: float
+    dial_timeout: float
+
+    def forget(self, stale: Tuple) -> None:
+        """The tuple is stale."""
+
+    def log(self, event: str, **fields: object) -> None:
+        """A log line."""
+
+
+@dataclass(slots=True)
+class Reached:
+    """An accepted dial: the socket to the broker, bytes that came behind Accepted, and the tuple that it used."""
+
+    end: SocketEnd
+    rest: bytes
+    used: Tuple
+    attempts: int
+
+
+Done = Callable[[Reached | None, Refused | None], None]
+
+
+@dataclass(eq=False, slots=True)
+class TargetDial:
+    """One dial. `done` is called once, unless `cancel` comes first."""
+
+    owner: DialOwner
+    target: Target
+    who: str
+    done: Done | None
+    _left: list[Tuple] = field(default_factory=list)
+    _tried: int = 0
+    _alive: list[Attempt] = field(default_factory=list)
+    _failures: list[str] = field(default_factory=list)
+    _hedge: Timer | None = None
+    _deadline: Timer | None = None
+
+    def start(self, tuples: Sequence[Tuple]) -> None:
+        """Try these, in the order of `Paths`."""
+        loop = self.owner.relay.loop
+        self._left = self.owner.paths.order(tuples, self.owner.table.nodes, loop.now)[:MAX_ATTEMPTS]
+        self._deadline = loop.after(self.owner.dial_timeout, self._too_late)
+        self._next()
+
+    def cancel(self) -> None:
+        """The client is gone."""
+        self.done = None
+        self._clear()
+
+    def _next(self) -> None:
+        """The next candidate, beside those that are still alive."""
+        self._stop_hedge()
+        if self._left:
+            attempt = Attempt(self, self._left.pop(0))
+            self._tried += 1
+            self._alive.append(attempt)
+            if self._left:
+                self._hedge = self.owner.relay.loop.after(self.owner.hedge_delay, self._hedged)
+            attempt.start()
+        elif not self._alive:
+            self._fail(Refused(Refusal.AGENT_UNAVAILABLE, f"no path works: {'; '.join(self._failures)}"))
+
+    def _hedged(self) -> None:
+        self._hedge = None
+        if any(attempt.dialling for attempt in self._alive):
+            return  # the path works, the target is slow: dialling it twice would not help
+        for attempt in self._alive:
+            self.owner.paths.suspect(attempt.used.node, self.owner.relay.loop.now)
+        self._next()
+
+    def failed(self, attempt: Attempt, code: Refusal, text: str) -> None:
+        """One attempt is over."""
+        self._alive.remove(attempt)
+        told = code.telling.next
+        if told is Next.STOP:
+            self._fail(Refused(code, text))
+            return
+        self._failures.append(f"{attempt.used.node}: {code}: {text}")
+        self.owner.log(
+            "tuple_failed", target=str(self.target), code=code.value, reason=text, node=attempt.used.node,
+            ps=f"{attempt.used.ps_ip}:{attempt.used.ps_port}", epoch=str(attempt.used.epoch),
+        )  # fmt: skip
+        if told is Next.FORGET:
+            self.owner.forget(attempt.used)
+        elif code in (Refusal.BROKER_UNREACHABLE, Refusal.DIAL_TIMEOUT):
+            self.owner.paths.suspect(attempt.used.node, self.owner.relay.loop.now)
+        self._next()
+
+    def won(self, attempt: Attempt, end: SocketEnd, rest: bytes) -> None:
+        """The first Accepted."""
+        self._alive.remove(attempt)
+        done, self.done = self.done, None
+        self._clear()
+        if done is None:
+            end.abort()
+        else:
+            done(Reached(end, rest, attempt.used, self._tried), None)
+
+    def _too_late(self) -> None:
+        self._deadline = None
+        if any(attempt.dialling for attempt in self._alive):
+            self._fail(Refused(Refusal.TARGET_TIMEOUT, "the agent was still connecting the target"))
+            return
+        tried = "; ".join([*self._failures, *(f"{a.used.node}: no answer" for a in self._alive)])
+        self._fail(Refused(Refusal.DIAL_TIMEOUT, f"no answer within {self.owner.dial_timeout:g} s: {tried}"))
+
+    def _fail(self, refused: Refused) -> None:
+        done, self.done = self.done, None
+        self._clear()
+        if done is not None:
+            done(None, refused)
+
+    def _clear(self) -> None:
+        self._stop_hedge()
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        alive, self._alive = self._alive, []
+        for attempt in alive:
+            attempt.cancel()
+
+    def _stop_hedge(self) -> None:
+        if self._hedge is not None:
+            self._hedge.cancel()
+            self._hedge = None
+
+
+@dataclass(eq=False, slots=True)
+class Attempt:
+    """One candidate: connect, Dial, answer. The talker of its socket."""
+
+    dial: TargetDial
+    used: Tuple
+    dialling: bool = False  # the agent said that it is connecting the target
+    _connecting: Connecting | None = None
+    _end: SocketEnd | None = None
+    _decoder: Decoder = field(default_factory=lambda: Decoder(DialAnswer))
+
+    def start(self) -> None:
+        """Connect to the guarded port."""
+        owner = self.dial.owner
+        self._connecting = owner.relay.connect(self.used.ps_ip, self.used.ps_port, owner.dial_timeout, self._connected)
+
+    def cancel(self) -> None:
+        """Reset it; nothing is told."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if self._end is not None:
+            self._end.abort()
+
+    def _connected(self, end: SocketEnd | None, _code: Refusal, why: str) -> None:
+        self._connecting = None
+        if end is None:
+            self.dial.failed(self, Refusal.BROKER_UNREACHABLE, why)
+            return
+        self._end = end
+        end.talk(self)
+        end.say(self._frame())
+
+    def _frame(self) -> bytes:
+        target, owner = self.dial.target, self.dial.owner
+        body = messages.encode_body(
+            DialBody(
+                version=messages.VERSION,
+                namespace=target.namespace,
+                ip=target.ip,
+                port=target.port,
+                node=self.used.node,
+                epoch=self.used.epoch,
+                nonce=secrets.token_bytes(messages.NONCE_BYTES),
+                time=int(time.time() * 1000),
+                who=self.dial.who,
+            )
+        )
+        return encode(Dial(body=body, mac=owner.signer.sign(body)))
+
+    def received(self, data: bytes) -> None:
+        """See Talker."""
+        self._decoder.feed(data)
+        try:
+            answer = self._decoder.next()
+            if isinstance(answer, Dialling):
+                self.dialling = True
+                answer = self._decoder.next()
+        except MessageError as error:
+            self._fail(Refusal.PROTOCOL_ERROR, str(error))
+            return
+        if answer is None:
+            return
+        self.dial.owner.paths.answered(self.used.node)
+        if isinstance(answer, Refuse):
+            self._fail(Refusal.parse(answer.code), answer.text or Refusal.parse(answer.code).telling.text)
+            return
+        assert isinstance(answer, Accepted)
+        end, self._end = self._end, None
+        assert end is not None
+        end.pause()
+        self.dial.won(self, end, self._decoder.rest())
+
+    def finished(self) -> None:
+        """See Talker."""
+        self._fail(Refusal.LINK_LOST, "the broker closed the connection without an answer")
+
+    def lost(self, why: str) -> None:
+        """See Talker."""
+        self._end = None
+        self.dial.failed(self, Refusal.LINK_LOST, f"the connection to the broker ended without an answer: {why}")
+
+    def _fail(self, code: Refusal, text: str) -> None:
+        end, self._end = self._end, None
+        if end is not None:
+            end.abort()
+        self.dial.failed(self, code, text)

@@ -1,0 +1,238 @@
+"""The gateway's control plane: the route table follows the registry, misses are looked up, drain. trio."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from rtunnel.bridge import Bridge
+from rtunnel.config import Config, GatewayConfig, host_name, parse_endpoint
+from rtunnel.logs import get_logger
+from rtunnel.net import listening_socket
+from rtunnel.registry import Registry, RegistryUnavailable, Tuple
+from rtunnel.registry.routes import Mirror, RouteTable
+from rtunnel.relay.join import Account
+from rtunnel.relay.relay import Listener, Relay
+from rtunnel.trust.keys import DialSigner, load_cluster_key
+from rtunnel.wire.refusal import Refusal, Refused
+
+from rtunnel_socks.client import Client
+from rtunnel_socks.dial import Paths, Target, TargetDial
+
+#: A target that the registry does not know is not asked for again so soon.
+MISS_SECONDS: Final = 1.0
+#: Of remembered misses, and of questions to the registry that wait for an answer.
+MAX_MISSES: Final = 4096
+#: One step of following waits so long for changes.
+FOLLOW_WAIT: Final = 1.0
+#: Between two tries to follow a registry that can't be reached.
+RETRY_SECONDS: Final = 0.5
+
+
+@dataclass
+class GatewayCounts:
+    """What this gateway did since its start."""
+
+    clients: int = 0  # negotiating
+    streams: int = 0
+    accepted: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+class Gateway:
+    """One gateway process."""
+
+    def __init__(self, config: Config, registry: Registry) -> None:
+        gateway = config.gateway
+        self.config: GatewayConfig = gateway
+        self.name = gateway.name or host_name()
+        self.namespace = gateway.namespace
+        self.hedge_delay = gateway.hedge_delay
+        self.dial_timeout = gateway.dial_timeout
+        self.idle_timeout = gateway.idle_timeout
+        self.signer = DialSigner(load_cluster_key(Path(gateway.cluster_key)))
+        self.paths = Paths()
+        self.counts = GatewayCounts()
+        self.draining = False
+        self.registry_down = "not contacted yet"
+        self.table = RouteTable(grace=config.registry.ttl)
+        self.relay = Relay(self.report, "relay-gateway")
+        self.bridge: Bridge
+        self._registry = registry
+        self._mirror = Mirror(registry, self.table, reconcile=config.registry.reconcile)
+        self._misses: dict[tuple[str, str], float] = {}
+        self._asking: dict[tuple[str, str], list[Client]] = {}
+        self._listener: Listener | None = None
+        self._log = get_logger("gateway")
+        self._nursery: trio.Nursery
+        self._full_logged = -60.0
+
+    # What clients and dials call, in the relay's thread.
+
+    def lookup(self, client: Client, target: Target) -> tuple[Tuple, ...]:
+        """See ClientOwner."""
+        key = target.namespace, target.ip
+        tuples = self._guarded(self.table.lookup(*key))
+        if tuples:
+            return tuples
+        now = self.relay.loop.now
+        if self._misses.get(key, 0.0) > now or len(self._asking) >= MAX_MISSES:
+            self.relay.loop.soon(lambda: client.found(()))
+        elif key in self._asking:
+            self._asking[key].append(client)
+        else:
+            self._asking[key] = [client]
+            self.bridge.post(self._ask, key)
+        return ()
+
+    def new_dial(self, client: Client, target: Target) -> TargetDial:
+        """See ClientOwner."""
+        return TargetDial(self, target, f"{self.name}:{client.peer}", client.dialled)
+
+    def forget(self, stale: Tuple) -> None:
+        """See DialOwner."""
+        self.table.forget(stale)
+
+    def log(self, event: str, **fields: object) -> None:
+        """See ClientOwner."""
+        self._log.info(event, **fields)
+
+    def count_refusal(self, code: Refusal) -> None:
+        """See ClientOwner."""
+        self.counts.refused[code.value] = self.counts.refused.get(code.value, 0) + 1
+
+    def client_over(self, client: Client) -> None:
+        """See ClientOwner."""
+        self.counts.clients -= 1
+
+    def stream_began(self) -> None:
+        """See ClientOwner."""
+        self.counts.accepted += 1
+        self.counts.streams += 1
+
+    def stream_ended(self, account: Account) -> None:
+        """See ClientOwner."""
+        self.counts.streams -= 1
+        self.counts.bytes_up += account.up
+        self.counts.bytes_down += account.down
+
+    def report(self, event: str, fields: dict[str, object]) -> None:
+        """What the relay has to say: never good news."""
+        self._log.error(event, **fields)
+
+    def _accept(self, sock: socket.socket, peer: str) -> None:
+        counts = self.counts
+        if counts.clients + counts.streams >= self.config.max_clients:
+            sock.close()
+            self.count_refusal(Refusal.OVERLOADED)
+            if self.relay.loop.now > self._full_logged + 10:
+                self._full_logged = self.relay.loop.now
+                self._log.warning("too_many_clients", limit=self.config.max_clients, client=peer)
+            return
+        counts.clients += 1
+        end = self.relay.end(sock, peer)
+        end.talk(Client(self, end), self.config.handshake_timeout)
+
+    @staticmethod
+    def _guarded(tuples: tuple[Tuple, ...]) -> tuple[Tuple, ...]:
+        """Open ports' tuples are for people who dial them; a gateway speaks Dial."""
+        if any(entry.agent_port for entry in tuples):
+            return tuple(entry for entry in tuples if not entry.agent_port)
+        return tuples
+
+    # A registry miss: the one question that a stream may wait for.
+
+    def _ask(self, key: tuple[str, str]) -> None:
+        self._nursery.start_soon(self._look_up, key)
+
+    async def _look_up(self, key: tuple[str, str]) -> None:
+        tuples: tuple[Tuple, ...] = ()
+        refused: Refused | None = None
+        try:
+            tuples = self._guarded(tuple(await self.bridge.registry(self._registry.lookup, *key)))
+        except RegistryUnavailable as error:
+            refused = Refused(Refusal.REGISTRY_UNAVAILABLE, f"no tuple is known here for {key[1]}, and: {error}")
+        self.relay.call(lambda: self._answer(key, tuples, refused))
+
+    def _answer(self, key: tuple[str, str], tuples: tuple[Tuple, ...], refused: Refused | None) -> None:
+        waiting = self._asking.pop(key, [])
+        if not tuples and refused is None:
+            if len(self._misses) >= MAX_MISSES:
+                self._misses.clear()
+            self._misses[key] = self.relay.loop.now + MISS_SECONDS
+        for client in waiting:
+            if refused is not None:
+                client.failed(refused)
+            else:
+                client.found(tuples)
+
+    # Life.
+
+    async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Gateway] = trio.TASK_STATUS_IGNORED) -> None:
+        """Started when clients are accepted. Until `stop`."""
+        self.bridge = Bridge(self.relay)
+        self.relay.start()
+        try:
+            sock = listening_socket(*parse_endpoint(self.config.listen), key="gateway.listen")
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._follow)
+                self._listener = await self.bridge.run(lambda: self.relay.listen(sock, self._accept))
+                host, port = self.bound
+                self._log.info("gateway_ready", listen=f"{host}:{port}", namespace=self.namespace)
+                task_status.started(self)
+                await stop.wait()
+                await self._drain()
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self.relay.stop)
+
+    @property
+    def bound(self) -> tuple[str, int]:
+        """Where clients are accepted."""
+        assert self._listener is not None
+        address = self._listener.sock.getsockname()
+        return address[0], address[1]
+
+    def reasons(self) -> list[str]:
+        """Why it is not ready; empty when it is. A registry that was lost later does not count: it serves what it knew."""
+        reasons = []
+        if self.registry_down == "not contacted yet" or (self.registry_down and not self._mirror.synced):
+            reasons.append(f"registry: {self.registry_down}")
+        if self.draining:
+            reasons.append("draining")
+        return reasons
+
+    async def _follow(self) -> None:
+        """Keep the route table up to date; outlive any outage of the registry."""
+        while True:
+            try:
+                await self.bridge.registry(self._mirror.follow_once, FOLLOW_WAIT if self._mirror.synced else 0.0)
+            except RegistryUnavailable as error:
+                if not self.registry_down or self.registry_down == "not contacted yet":
+                    self._log.error("registry_unavailable", reason=str(error), tuples_known=self.table.counts().tuples)
+                self.registry_down = str(error)
+                await trio.sleep(RETRY_SECONDS)
+                continue
+            if self.registry_down:
+                self._log.info("registry_followed", tuples=self.table.counts().tuples)
+                self.registry_down = ""
+
+    async def _drain(self) -> None:
+        """No new clients; streams may finish within the deadline."""
+        self.draining = True
+        listener = self._listener
+        assert listener is not None
+        await self.bridge.run(lambda: self.relay.unlisten(listener))
+        self._log.info("draining", streams=self.counts.streams)
+        with trio.move_on_after(self.config.drain):
+            while self.counts.streams or self.counts.clients:
+                await trio.sleep(0.05)
+        self._log.info("gateway_stopped", streams_cut=self.counts.streams)

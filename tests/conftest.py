@@ -1,0 +1,40 @@
+"""Fixtures for every suite: real Redis servers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from support.redis_server import RedisServer
+
+
+@pytest.fixture(scope="session")
+def redis_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """One server for the whole run; not to be killed. Use `redis_server`."""
+    server = RedisServer(tmp_path_factory.mktemp("redis")).start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def redis_server(redis_session: RedisServer) -> RedisServer:
+    """The run's server, empty; not to be killed."""
+    with redis_session.client() as client:
+        client.flushall()
+    return redis_session
+
+
+@pytest.fixture
+def make_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RedisServer]]:
+    """Servers of the test's own, not yet started: `make_redis(tcp=True, password="x")`. Killed at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def make(**options: Any) -> RedisServer:
+            server = RedisServer(tmp_path_factory.mktemp("redis"), **options)
+            stack.callback(server.kill)
+            return server
+
+        yield make

@@ -1,0 +1,553 @@
+"""Configuration: where values come from, what is refused and how it is told, and that its page is true."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from rtunnel import config
+from rtunnel.config import Config, ConfigError, Flag, load
+
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "rtunnel.toml"
+    path.write_text(text)
+    return path
+
+
+def fault(path: Path | None = None, environ: Mapping[str, str] | None = None, **overrides: object) -> str:
+    """The text of the refusal; overrides are written section__key."""
+    with pytest.raises(ConfigError) as caught:
+        load(path, environ or {}, {key.replace("__", "."): value for key, value in overrides.items()})
+    return str(caught.value)
+
+
+def configured(tmp_path: Path, role: str, **more: object) -> Config:
+    """A configuration with which the role could start."""
+    for name in ("cluster.key", "join.token", "broker.pem", "broker.key", "ca.pem"):
+        file = tmp_path / name
+        file.touch(mode=0o600)
+    values: dict[str, object] = {}
+    for section in config.role_sections(role):
+        for key, name in (
+            ("cluster_key", "cluster.key"),
+            ("join_token", "join.token"),
+            ("certificate", "broker.pem"),
+            ("key", "broker.key"),
+            ("ca", "ca.pem"),
+        ):
+            if f"{section}.{key}" in config.KEYS:
+                values[f"{section}.{key}"] = str(tmp_path / name)
+    if role == "agent":
+        values |= {"agent.brokers": "vip:7000", "agent.exposes": "22"}
+    if role in ("broker", "gateway"):
+        values["registry.url"] = "redis://127.0.0.1/0"
+    return load(None, {}, values | {key.replace("__", "."): value for key, value in more.items()})
+
+
+# --- where values come from -------------------------------------------------------------------------------------------
+
+
+def test_nothing_given_is_the_defaults() -> None:
+    """Without file, variables and flags every key has its default."""
+    assert load(None, {}, {}) == Config()
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    """Flags override variables, variables the file, the file the defaults; and each value knows its source."""
+    path = write(tmp_path, '[broker]\nnode_id = "file"\nhost = "file"\nmax_sessions = 7\n')
+    environ = {"RTUNNEL_BROKER_NODE_ID": "env", "RTUNNEL_BROKER_HOST": "env"}
+    loaded = load(path, environ, {"broker.node_id": Flag("--node-id", "flag"), "broker.drain": None})
+    assert (loaded.broker.node_id, loaded.broker.host, loaded.broker.max_sessions) == ("flag", "env", 7)
+    assert loaded.source("broker.node_id") == "--node-id"
+    assert loaded.source("broker.host") == "$RTUNNEL_BROKER_HOST"
+    assert loaded.source("broker.max_sessions") == str(path)
+    assert loaded.source("broker.drain") == "default"
+
+
+def test_variables_are_read_as_the_type_of_their_key() -> None:
+    """Numbers, lists, nested sections and empty strings work in variables."""
+    environ = {
+        "RTUNNEL_BROKER_OPEN_PORTS_RANGE": "30000-30999",
+        "RTUNNEL_BROKER_OPEN_PORTS_ALLOW": "10.0.0.0/8, fd00::/8",
+        "RTUNNEL_BROKER_MAX_SESSIONS": "12",
+        "RTUNNEL_BROKER_DRAIN": "2.5",
+        "RTUNNEL_BROKER_ADMIN": "",
+        "RTUNNEL_AGENT_PUBLISH": "10.1.0.7:9100@30001,10.1.0.7:22",
+        "RTUNNEL_AGENT_EXPOSES": "",
+    }
+    loaded = load(None, environ, {})
+    assert loaded.broker.open_ports.range == "30000-30999"
+    assert loaded.broker.open_ports.allow == ["10.0.0.0/8", "fd00::/8"]
+    assert (loaded.broker.max_sessions, loaded.broker.drain, loaded.broker.admin) == (12, 2.5, "")
+    assert [(entry.target, entry.port) for entry in loaded.agent.publish] == [
+        ("10.1.0.7:9100", 30001),
+        ("10.1.0.7:22", 0),
+    ]
+    assert loaded.agent.exposes == []
+
+
+def test_repeated_flags_make_a_list() -> None:
+    """A list flag takes repetition and commas."""
+    assert load(None, {}, {"agent.exposes": ("22,80", "8000-8100")}).agent.exposes == ["22", "80", "8000-8100"]
+
+
+def test_numbers_in_exposes() -> None:
+    """`exposes = [9100]` means port 9100."""
+    assert load(None, {}, {"agent.exposes": [9100]}).agent.exposes == ["9100"]
+
+
+def test_relative_files_stand_beside_the_configuration(tmp_path: Path) -> None:
+    """A relative file starts from the configuration file's folder; one of a variable from the working directory."""
+    path = write(tmp_path, '[broker]\nkey = "pki/b.key"\ncertificate = "/etc/b.pem"\n')
+    loaded = load(path, {"RTUNNEL_BROKER_CLUSTER_KEY": "pki/c.key"}, {})
+    assert loaded.broker.key == str(tmp_path / "pki/b.key")
+    assert loaded.broker.certificate == "/etc/b.pem"
+    assert loaded.broker.cluster_key == "pki/c.key"
+
+
+def test_publish_tables(tmp_path: Path) -> None:
+    """[[agent.publish]] tables are read whole."""
+    path = write(tmp_path, '[[agent.publish]]\ntarget = "10.1.0.7:9100"\nport = 30001\nallow = ["10.0.0.0/8"]\n')
+    (entry,) = load(path, {}, {}).agent.publish
+    assert (entry.target, entry.port, entry.allow) == ("10.1.0.7:9100", 30001, ["10.0.0.0/8"])
+
+
+def test_kubernetes_service_variables_are_ignored() -> None:
+    """A Service named rtunnel-broker in the same namespace does not stop a broker from starting."""
+    environ = {
+        "RTUNNEL_BROKER_SERVICE_HOST": "10.96.0.7",
+        "RTUNNEL_BROKER_SERVICE_PORT": "7000",
+        "RTUNNEL_BROKER_SERVICE_PORT_LINKS": "7000",
+        "RTUNNEL_BROKER_PORT": "tcp://10.96.0.7:7000",
+        "RTUNNEL_BROKER_PORT_7000_TCP": "tcp://10.96.0.7:7000",
+        "RTUNNEL_BROKER_PORT_7000_TCP_ADDR": "10.96.0.7",
+        "RTUNNEL_GATEWAY_HEADLESS_PORT_1080_TCP_PROTO": "tcp",
+    }
+    assert load(None, environ, {}) == Config()
+
+
+def test_other_variables_are_ignored() -> None:
+    """RTUNNEL_CONFIG and variables of no section are none of our business."""
+    assert load(None, {"RTUNNEL_CONFIG": "/x", "RTUNNEL_BENCH_CLIENTS": "9", "PATH": "/bin"}, {}) == Config()
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_keys_suggest_the_nearest(tmp_path: Path) -> None:
+    """A mistyped key, section or variable is refused with what was probably meant, all of them at once."""
+    path = write(tmp_path, '[broker]\nlistn = "0.0.0.0:1"\n[brokr]\nx = 1\n[agent]\nhedge_delay = 1\n')
+    told = fault(path, {"RTUNNEL_BROKER_LISTN": "x"})
+    assert f"{path}: broker.listn: unknown key (did you mean broker.listen?)" in told
+    assert f"{path}: brokr: unknown key (did you mean broker?)" in told
+    assert f"{path}: agent.hedge_delay: unknown key (did you mean gateway.hedge_delay?)" in told
+    assert "$RTUNNEL_BROKER_LISTN: unknown key (did you mean $RTUNNEL_BROKER_LISTEN?)" in told
+    assert "did you mean broker.listen?" in fault(broker__listn="x")
+
+
+def test_a_broker_port_variable_by_hand_is_refused() -> None:
+    """Only values that Kubernetes would set excuse a variable like RTUNNEL_BROKER_PORT."""
+    assert "$RTUNNEL_BROKER_PORT: unknown key" in fault(environ={"RTUNNEL_BROKER_PORT": "7000"})
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "reason"),
+    [
+        ("[broker]\nlisten = \n", ":2:", "is not TOML"),
+        ("[broker]\n\n[broker]\n", ":3:", "is not TOML"),
+        ('x = "', ":1", "is not TOML"),
+        ("x = " + "9" * 5000, "", "can't be parsed"),
+        ("broker = 3", "broker", "is a section, not a value (write [broker])"),
+    ],
+)
+def test_broken_files_name_the_place(tmp_path: Path, text: str, where: str, reason: str) -> None:
+    """What is not TOML is refused with file, line and reason."""
+    path = write(tmp_path, text)
+    told = fault(path)
+    assert told.startswith(str(path)) and where in told and reason in told
+
+
+def test_files_that_cant_be_read(tmp_path: Path) -> None:
+    """A missing file, a folder, binary and a huge file are refused by name."""
+    assert fault(tmp_path / "none.toml") == f"{tmp_path}/none.toml: can't be read: No such file or directory"
+    assert "Is a directory" in fault(tmp_path)
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"a = 1\nb = '\xff'\n")
+    assert fault(binary) == f"{binary}:2: is not UTF-8 text"
+    huge = tmp_path / "huge"
+    with huge.open("wb") as file:
+        file.truncate(config.MAX_FILE + 1)
+    assert "the wrong file?" in fault(huge)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("broker.listen", "7000", "is not host:port"),
+        ("broker.listen", "localhost:7000", "write 127.0.0.1:7000"),
+        ("broker.listen", "fd00::1:7000", "in brackets"),
+        ("broker.listen", "10.0.0.256:7000", "is not an IP address"),
+        ("broker.listen", "10.0.0.1:70000", "is not a port"),
+        ("broker.listen", "10.0.0.1:+1", "is not a port"),
+        ("broker.listen", "10.0.0.1:٣", "is not a port"),
+        ("broker.listen", "[10.0.0.1]:7000", "not an IPv6 address"),
+        ("broker.advertise_ip", "0.0.0.0", "is not the address of one host"),
+        ("broker.port_range", "20000", "is not a range"),
+        ("broker.port_range", "30-20", "write 20-30"),
+        ("broker.port_range", "0-20", "use 1..65535"),
+        ("broker.port_range", "", "is not a range"),
+        ("broker.security", "tsl", "did you mean 'tls'?"),
+        ("broker.node_id", "a b", "has a space"),
+        ("broker.node_id", "a\x1b[2J", "control character"),
+        ("broker.node_id", "n" * 129, "use 1 to 128"),
+        ("broker.max_sessions", "many", "'many' is not a whole number"),
+        ("broker.max_sessions", 0, "out of bounds"),
+        ("broker.max_sessions", 10**400, "out of bounds"),
+        ("broker.drain", "nan", "out of bounds"),
+        ("broker.drain", "inf", "out of bounds"),
+        ("broker.drain", -1, "out of bounds"),
+        ("registry.heartbeat", 0, "out of bounds"),
+        ("agent.redundancy", 9, "use 1..8"),
+        ("agent.namespace", "", "use 1 to 128"),
+        ("agent.namespace", "a/b", "slash"),
+        ("agent.brokers", ["vip:0"], "port 0 can't be dialled"),
+        ("agent.brokers", ["-vip:1"], "neither an IP address nor a host name"),
+        ("agent.brokers", ["vip"], "is not host:port"),
+        ("agent.addresses", ["10.1.0.7/32"], "is not an IP address"),
+        ("agent.addresses", ["fe80::1%eth0"], "has a scope"),
+        ("agent.addresses", ["224.0.0.1"], "is not the address of one host"),
+        ("agent.addresses", [f"10.0.0.{n}" for n in range(65)], "at most 64"),
+        ("agent.exposes", ["http"], "is not a port"),
+        ("agent.exposes", ["90-80"], "write 80-90"),
+        ("agent.exposes", ["0"], "is not a port"),
+        ("agent.publish", ["10.1.0.7"], "is not host:port"),
+        ("agent.publish", ["name:80"], "is not an IP address"),
+        ("agent.publish", [{"target": "10.1.0.7:80", "port": 70000}], "port 70000"),
+        (
+            "agent.publish",
+            [{"target": "10.1.0.7:80", "prot": 1}],
+            "agent.publish[0].prot: unknown key (did you mean port?)",
+        ),
+        ("agent.publish", [{}], "missing required field `target`"),
+        ("broker.open_ports.allow", ["10.0.0.1/8"], "write 10.0.0.0/8"),
+        ("broker.open_ports.allow", ["ten"], "is not a network"),
+        ("registry.url", "http://x", "is none of memory, redis"),
+        ("registry.url", "redis:///0", "names no host"),
+        ("registry.url", "redis://x:port/0", "is not a URL"),
+        ("registry.url", "unix://", "names no socket"),
+        ("registry.url", "redis+sentinel://h:1", "needs sentinels and a service"),
+        ("log.level", "verbose", "is none of debug, info, warning, error"),
+        ("log.format", "jsn", "did you mean 'json'?"),
+        ("log.level", 3, "expected `str`, got `int`"),
+    ],
+)
+def test_bad_values_are_refused_with_a_reason(key: str, value: object, reason: str) -> None:
+    """Each bad value is told with its source, its key and the reason."""
+    with pytest.raises(ConfigError) as caught:
+        load(None, {}, {key: Flag("--flag", value)})
+    (problem,) = caught.value.problems
+    assert problem.source == "--flag"
+    assert problem.key.startswith(key)
+    assert reason in str(problem)
+    assert str(problem).isprintable()
+
+
+def test_passwords_are_not_repeated() -> None:
+    """The refusal of a registry URL never shows its password."""
+    for url in ("redis://:hunter2@", "http://u:hunter2@h", "redis://:hunter2@h:x/0", "redis+sentinel://:hunter2@h:1"):
+        assert "hunter2" not in fault(registry__url=url)
+
+
+def test_types_in_a_file_are_strict(tmp_path: Path) -> None:
+    """A number in quotes is not a number in a file, where it could have been written as one."""
+    told = fault(write(tmp_path, '[broker]\nmax_sessions = "12"\nlisten = 7000\n'))
+    assert "broker.max_sessions: expected `int`, got `str` (the default is 60000)" in told
+    assert 'broker.listen: expected `str`, got `int` (the default is "0.0.0.0:7000")' in told
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ({"registry__ttl": 9}, "registry.ttl: 9 s is less than 2 heartbeats of 5 s: one late beat loses tuples"),
+        ({"registry__heartbeat": 8}, "override: registry.ttl: 15 s is less than 2 heartbeats"),
+        ({"registry__quarantine": 14}, "registry.quarantine: 14 s is less than ttl"),
+        ({"broker__port_range": "6000-8000"}, "6000-8000 overlaps broker.listen (7000)"),
+        ({"broker__port_range": "7050-8000"}, "overlaps broker.admin (7070)"),
+        ({"broker__admin": "0.0.0.0:7000"}, "broker.admin: 7000 overlaps broker.listen (7000)"),
+        ({"gateway__listen": "0.0.0.0:7072"}, "overlaps gateway.listen"),
+        (
+            {"broker__open_ports__range": "29999-30001", "broker__open_ports__allow": "::/0"},
+            "overlaps broker.port_range",
+        ),
+        ({"broker__open_ports__range": "30000-30001"}, "broker.open_ports.allow: open ports need a list of networks"),
+        ({"broker__open_ports__allow": "10.0.0.0/8"}, "broker.open_ports.range: open ports need a range"),
+        (
+            {"agent__publish": "10.1.0.7:80", "agent__addresses": "10.1.0.8"},
+            "10.1.0.7 is none of the agent's addresses",
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other(overrides: dict[str, object], reason: str) -> None:
+    """Checks over several keys name the key at fault, the other one and both values."""
+    assert reason in fault(None, None, **overrides)
+
+
+def test_what_does_not_contradict() -> None:
+    """Equal ports on different addresses, random ports, and the least durations are allowed."""
+    values = {
+        "broker.listen": "10.0.0.1:7000",
+        "broker.admin": "127.0.0.1:7000",
+        "gateway.listen": "127.0.0.1:0",
+        "gateway.admin": "127.0.0.1:0",
+        "registry.ttl": 10,
+        "registry.quarantine": 10,
+    }
+    assert load(None, {}, values).broker.admin == "127.0.0.1:7000"
+
+
+_scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.dates()
+_values = st.recursive(
+    _scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(sorted(config.KEYS)), _values, st.booleans())
+@example("broker.drain", 10**400, True)
+@example("agent.publish", [{"target": "\ud800:1"}], True)
+def test_any_value_is_taken_or_refused(key: str, value: Any, from_file: bool) -> None:
+    """No value of any type, from a file or a flag, raises anything but ConfigError, and messages stay in one line."""
+    table: dict[str, Any] = {}
+    inner = table
+    *parents, name = key.split(".")
+    for parent in parents:
+        inner = inner.setdefault(parent, {})
+    inner[name] = value
+    try:
+        if from_file:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(config, "_read_toml", lambda path: table)
+                load(Path("/etc/x.toml"), {}, {})
+        else:
+            load(None, {}, {key: value})
+    except ConfigError as refusal:
+        assert all("\n" not in str(problem) for problem in refusal.problems)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(sorted(config.KEYS)).map(lambda key: config.KEYS[key].env), st.text(), max_size=3)
+)
+def test_any_variable_is_taken_or_refused(environ: dict[str, str]) -> None:
+    """No text in a variable raises anything but ConfigError."""
+    try:
+        load(None, environ, {})
+    except ConfigError:
+        pass
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [
+        ("10.0.0.1:7000", "10.0.0.1", 7000),
+        ("[FD00:0::1]:7000", "fd00::1", 7000),
+        ("[::ffff:10.0.0.1]:1", "10.0.0.1", 1),
+        ("VIP.example:0", "vip.example", 0),
+        ("vip.example.:1", "vip.example.", 1),
+    ],
+)
+def test_endpoints(text: str, host: str, port: int) -> None:
+    """host:port is taken apart, addresses and names in their one spelling."""
+    assert config.parse_endpoint(text) == (host, port)
+    assert config.parse_endpoint(config.format_endpoint(host, port)) == (host, port)
+
+
+def test_exposes_are_sorted_and_merged() -> None:
+    """Overlapping and touching ranges become one."""
+    assert config.parse_exposes(["9100", "80-90", "91", "85-88", "22"]) == ((22, 22), (80, 91), (9100, 9100))
+    assert config.parse_exposes([]) == ()
+
+
+def test_ranges() -> None:
+    """A range has both ends included."""
+    assert config.parse_range("20000-29999") == (20000, 29999)
+    with pytest.raises(ValueError, match="is not a range"):
+        config.parse_range("")
+
+
+def test_default_address_is_an_address() -> None:
+    """The default address is one of this machine's, whatever its network."""
+    assert config.canonical_ip(config.default_address()) == config.default_address()
+
+
+def test_default_address_without_any_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a route is reached at 127.0.0.1."""
+
+    def unreachable(*_: object) -> None:
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr("socket.socket.connect", unreachable)
+    assert config.default_address() == "127.0.0.1"
+
+
+# --- what a role needs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", config.ROLES)
+def test_a_complete_configuration_starts(tmp_path: Path, role: str) -> None:
+    """With everything given there is nothing to complain about, and nothing to warn of."""
+    loaded = configured(tmp_path, role)
+    config.check_role(loaded, role)
+    assert config.warnings(loaded, role) == []
+
+
+@pytest.mark.parametrize(
+    ("role", "keys"),
+    [
+        ("broker", ["broker.cluster_key", "broker.join_token", "broker.certificate", "broker.key"]),
+        ("agent", ["agent.brokers", "agent.join_token", "agent.ca"]),
+        ("gateway", ["gateway.cluster_key", "registry.url"]),
+        (
+            "standalone",
+            ["broker.cluster_key", "broker.join_token", "broker.certificate", "broker.key", "gateway.cluster_key"],
+        ),
+    ],
+)
+def test_roles_say_all_that_they_miss(role: str, keys: list[str]) -> None:
+    """A role names every key that it needs, at once."""
+    with pytest.raises(ConfigError) as caught:
+        config.check_role(Config(), role)
+    assert [problem.key for problem in caught.value.problems] == keys
+
+
+def test_plain_needs_no_certificates(tmp_path: Path) -> None:
+    """With security = plain certificates are neither needed nor looked at, and that is worth a warning."""
+    loaded = configured(tmp_path, "broker", broker__security="plain", broker__certificate="/none", broker__key="")
+    config.check_role(loaded, "broker")
+    assert [problem.key for problem in config.warnings(loaded, "broker")] == ["broker.security"]
+
+
+def test_files_must_be_there(tmp_path: Path) -> None:
+    """A file that is missing, or a folder or a pipe in its place, is told with its key and source."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    loaded = configured(
+        tmp_path,
+        "broker",
+        broker__key=Flag("--key", "/none"),
+        broker__certificate=str(tmp_path),
+        broker__cluster_key=str(fifo),
+    )
+    with pytest.raises(ConfigError) as caught:
+        config.check_role(loaded, "broker")
+    told = str(caught.value)
+    assert "--key: broker.key: /none can't be read: No such file or directory" in told
+    assert f"broker.certificate: {tmp_path} is not a file" in told
+    assert f"broker.cluster_key: {fifo} is not a file" in told
+
+
+def test_secrets_that_others_can_read_are_warned_of(tmp_path: Path) -> None:
+    """A secret file of mode 0644 is a warning, a certificate of that mode is not."""
+    loaded = configured(tmp_path, "broker")
+    (tmp_path / "broker.key").chmod(0o644)
+    (tmp_path / "broker.pem").chmod(0o644)
+    (problem,) = config.warnings(loaded, "broker")
+    assert problem.key == "broker.key" and "mode 0644" in problem.reason
+
+
+def test_ranges_of_the_kernel_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port range inside ip_local_port_range is a warning, one outside is none."""
+    ephemeral = tmp_path / "ip_local_port_range"
+    ephemeral.write_text("29999\t60999\n")
+    monkeypatch.setattr(config, "_EPHEMERAL", ephemeral)
+    (problem,) = config.warnings(configured(tmp_path, "broker"), "broker")
+    assert problem.key == "broker.port_range" and "29999-60999" in problem.reason
+    ephemeral.write_text("30000\t60999\n")
+    assert config.warnings(configured(tmp_path, "broker"), "broker") == []
+
+
+def test_a_publish_target_of_the_default_address(tmp_path: Path) -> None:
+    """Without addresses, a publish target must be the default address."""
+    config.check_role(configured(tmp_path, "agent", agent__publish=f"{config.default_address()}:80"), "agent")
+    with pytest.raises(ConfigError, match=r"agent\.publish\[0\]\.target: 203\.0\.113\.9 is none of"):
+        config.check_role(configured(tmp_path, "agent", agent__publish="203.0.113.9:80"), "agent")
+
+
+def test_standalone_shares_ports_and_the_cluster_key(tmp_path: Path) -> None:
+    """In one process broker and gateway must not claim the same port, nor have two cluster keys."""
+    other = tmp_path / "other.key"
+    other.touch(mode=0o600)
+    loaded = configured(tmp_path, "standalone", gateway__listen="0.0.0.0:20001", gateway__cluster_key=str(other))
+    with pytest.raises(ConfigError) as caught:
+        config.check_role(loaded, "standalone")
+    assert [problem.key for problem in caught.value.problems] == ["broker.port_range", "gateway.cluster_key"]
+
+
+def test_a_lonely_memory_registry(tmp_path: Path) -> None:
+    """A broker of its own on the memory registry is a warning; an agent that exposes nothing too."""
+    broker = configured(tmp_path, "broker", registry__url="memory://")
+    assert [problem.key for problem in config.warnings(broker, "broker")] == ["registry.url"]
+    agent = configured(tmp_path, "agent", agent__exposes="")
+    assert [problem.key for problem in config.warnings(agent, "agent")] == ["agent.exposes"]
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def rows() -> dict[str, list[str]]:
+    """The key rows of the page's tables: key -> cells."""
+    found = {}
+    for line in PAGE.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if line.startswith("| `") and len(cells) == 5:
+            found[cells[0].strip("`")] = cells
+    return found
+
+
+def test_the_page_has_every_key() -> None:
+    """docs/configuration.md has exactly the keys of the structs, with their defaults, units, variables and meanings."""
+    expected = {}
+    for path, leaf in config.KEYS.items():
+        default = json.dumps(leaf.default)
+        expected[path] = [f"`{path}`", f"`{default}`", leaf.key.unit, f"`{leaf.env}`", leaf.key.help]
+    assert rows() == expected
+
+
+def test_the_page_has_the_publish_tables_keys() -> None:
+    """The keys of [[agent.publish]] stand on the page with their defaults and meanings."""
+    text = PAGE.read_text()
+    hints = typing.get_type_hints(config.PublishConfig, include_extras=True)
+    for field in msgspec.structs.fields(config.PublishConfig):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        shown = "must be given" if field.required else f"`{json.dumps(default)}`"
+        key = typing.get_args(hints[field.name])[1]
+        assert f"| `{field.name}` | {shown} | {key.unit} | {key.help} |" in text
+
+
+def test_the_pages_examples_load() -> None:
+    """Every TOML example of the page is a configuration that loads."""
+    blocks = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.S)
+    assert len(blocks) >= 5
+    for block in blocks:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(config, "_read_toml", lambda path, block=block: tomllib.loads(block))
+            load(Path("/etc/rtunnel.toml"), {}, {})

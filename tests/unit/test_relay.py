@@ -1,0 +1,412 @@
+"""The data plane with real sockets: joins, links, half-close, resets, back-pressure, leaks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import select
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.plumbing import (
+    PATIENCE,
+    Quiet,
+    TestRelay,
+    Tunnel,
+    close_kept,
+    dial,
+    kept,
+    listener,
+    read_all,
+    read_exactly,
+    reset,
+    running_relay,
+)
+
+from rtunnel.relay.ends import SocketEnd
+from rtunnel.relay.join import Account, Ending
+from rtunnel.trust import pki
+from rtunnel.trust.tls import client_context, server_context
+from rtunnel.wire.refusal import Refusal
+
+Through = Callable[[], tuple[socket.socket, socket.socket]]
+
+
+class SocketHop:
+    """client -> relay -> target, two sockets joined."""
+
+    def __init__(self, relay: TestRelay) -> None:
+        self.relay = relay
+        self.accounts: list[Account] = []
+        self.target = listener()
+        self.entry = listener()
+        self.address: tuple[str, int] = self.entry.getsockname()
+        relay.do(lambda: relay.listen(self.entry, self._accept))
+
+    def _accept(self, sock: socket.socket, peer: str) -> None:
+        client = self.relay.end(sock, peer)
+        client.talk(Quiet())
+        client.pause()
+
+        def connected(end: SocketEnd | None, *_: object) -> None:
+            if end is None:  # reset before the relay looked
+                client.abort()
+                self.accounts.append(Account(0.0, ending=Ending.TARGET_RESET))
+            else:
+                self.relay.join(client, end, on_end=self.accounts.append)
+
+        host, port = self.target.getsockname()
+        self.relay.connect(host, port, PATIENCE, connected)
+
+    def through(self) -> tuple[socket.socket, socket.socket]:
+        client = dial(self.address)
+        self.target.settimeout(PATIENCE)
+        served = kept(self.target.accept()[0])
+        served.settimeout(PATIENCE)
+        return client, served
+
+
+Hop = SocketHop | Tunnel
+
+
+@pytest.fixture(autouse=True)
+def _no_socket_left() -> Iterator[None]:
+    yield
+    close_kept()
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, object]:
+    directory: Path = tmp_path_factory.mktemp("pki") / "pki"
+    pki.init(directory, names=[])
+    return server_context(directory / "broker.pem", directory / "broker.key"), client_context(directory / "ca.pem")
+
+
+@pytest.fixture(params=["sockets", "plain link", "TLS link"])
+def hop(request: pytest.FixtureRequest) -> Iterator[Hop]:
+    """The three ways through a relay: every test below holds for each."""
+    with running_relay() as near, running_relay() as far:
+        if request.param == "sockets":
+            yield SocketHop(near)
+        else:
+            tls = request.getfixturevalue("tls") if request.param == "TLS link" else None
+            yield Tunnel(near, far, tls=tls)
+
+
+def relay_of(hop: Hop) -> TestRelay:
+    return hop.relay if isinstance(hop, SocketHop) else hop.near
+
+
+def wait_for_end(hop: Hop, count: int = 1) -> Account:
+    relay_of(hop).settle(lambda: len(hop.accounts) >= count)
+    return hop.accounts[-1]
+
+
+def test_bytes_pass_both_ways_and_are_counted(hop: Hop) -> None:
+    """A small exchange arrives unchanged; the account has its bytes and says closed."""
+    client, served = hop.through()
+    client.sendall(b"question")
+    assert read_exactly(served, 8) == b"question"
+    served.sendall(b"an answer")
+    assert read_exactly(client, 9) == b"an answer"
+    client.close()
+    served.close()
+    account = wait_for_end(hop)
+    assert (account.up, account.down, account.ending) == (8, 9, Ending.CLOSED)
+    assert account.seconds >= 0
+
+
+def test_half_close_is_kept(hop: Hop) -> None:
+    """A client that shuts its sending side still gets the whole answer, however late it comes."""
+    client, served = hop.through()
+    client.sendall(b"all of it")
+    client.shutdown(socket.SHUT_WR)
+    assert read_all(served) == b"all of it"
+    for piece in (b"the ", b"whole ", b"answer"):
+        served.sendall(piece)
+    served.close()
+    assert read_all(client) == b"the whole answer"
+    client.close()
+    assert wait_for_end(hop).ending is Ending.CLOSED
+
+
+def test_half_close_by_the_target_is_kept(hop: Hop) -> None:
+    """A target that is done speaking still hears the client."""
+    client, served = hop.through()
+    served.sendall(b"bye")
+    served.shutdown(socket.SHUT_WR)
+    assert read_all(client) == b"bye"
+    client.sendall(b"but wait")
+    client.close()
+    assert read_all(served) == b"but wait"
+    served.close()
+    assert wait_for_end(hop).ending is Ending.CLOSED
+
+
+def test_a_fin_beside_the_first_bytes_is_not_lost(hop: Hop) -> None:
+    """A target that answers and ends before the relay has looked once: the edge of its FIN is the connection's own."""
+    relay = relay_of(hop) if isinstance(hop, SocketHop) else hop.far
+    for _ in range(30):
+        held, release = threading.Event(), threading.Event()
+        relay.call(lambda held=held, release=release: (held.set(), release.wait(PATIENCE)))  # type: ignore[misc]
+        client = dial(hop.address)
+        assert held.wait(PATIENCE)
+        release.set()
+        served = kept(hop.target.accept()[0])
+        served.sendall(b"bye")
+        served.shutdown(socket.SHUT_WR)
+        assert read_all(client) == b"bye"
+        client.close()
+
+
+@pytest.mark.parametrize("who", ["client", "target"])
+def test_a_reset_is_a_reset_on_the_other_side(hop: Hop, who: str) -> None:
+    """An abort is never taken for an orderly end."""
+    client, served = hop.through()
+    client.sendall(b"x")
+    assert served.recv(1) == b"x"
+    reset(client if who == "client" else served)
+    with pytest.raises(ConnectionResetError):
+        (served if who == "client" else client).recv(1)
+    assert wait_for_end(hop).ending is (Ending.CLIENT_RESET if who == "client" else Ending.TARGET_RESET)
+
+
+@pytest.mark.parametrize("direction", ["up", "down", "both"])
+def test_bulk_arrives_whole(hop: Hop, direction: str) -> None:
+    """32 MiB with a checksum, past every buffer, pipe and window."""
+    size, block = 32 << 20, os.urandom(1 << 20)
+    client, served = hop.through()
+    wanted = hashlib.sha256(block * (size // len(block))).hexdigest()
+    pairs = {"up": [(client, served)], "down": [(served, client)], "both": [(client, served), (served, client)]}
+
+    def send(sock: socket.socket) -> None:
+        for _ in range(size // len(block)):
+            sock.sendall(block)
+        sock.shutdown(socket.SHUT_WR)
+
+    digests: list[str] = []
+
+    def receive(sock: socket.socket) -> None:
+        digest = hashlib.sha256()
+        while piece := sock.recv(1 << 18):
+            digest.update(piece)
+        digests.append(digest.hexdigest())
+
+    threads = [threading.Thread(target=send, args=(a,)) for a, _ in pairs[direction]]
+    threads += [threading.Thread(target=receive, args=(b,)) for _, b in pairs[direction]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert digests == [wanted] * len(pairs[direction])
+    client.close()
+    served.close()
+    account = wait_for_end(hop)
+    assert account.up == (0 if direction == "down" else size)
+    assert account.down == (0 if direction == "up" else size)
+
+
+def test_a_slow_reader_stops_only_its_own_stream(hop: Hop) -> None:
+    """A stream whose reader sleeps holds a bounded amount, and others go on beside it."""
+    stalled, stalled_target = hop.through()
+    stalled_target.setblocking(False)
+    sent = 0
+    chunk = bytes(1 << 16)
+    while select.select([], [stalled_target], [], 0.3)[1]:
+        try:
+            sent += stalled_target.send(chunk)
+        except BlockingIOError:
+            pass
+    assert sent < 64 << 20, "nothing stops the sender"
+    client, served = hop.through()
+    for number in range(50):
+        client.sendall(b"%04d" % number)
+        assert read_exactly(served, 4) == b"%04d" % number
+        served.sendall(b"ok")
+        assert read_exactly(client, 2) == b"ok"
+    stalled_target.setblocking(True)
+    stalled_target.shutdown(socket.SHUT_WR)
+    assert len(read_all(stalled)) == sent
+
+
+def test_many_streams_at_once_keep_their_bytes_apart(hop: Hop) -> None:
+    """64 streams with their own bytes, interleaved."""
+    ends = [hop.through() for _ in range(64)]
+    for number, (client, _) in enumerate(ends):
+        client.sendall(b"%d:" % number + bytes([number]) * 5000)
+        client.shutdown(socket.SHUT_WR)
+    got = sorted(read_all(served) for _, served in ends)
+    assert got == sorted(b"%d:" % n + bytes([n]) * 5000 for n in range(64))
+
+
+def test_nothing_is_left_behind(hop: Hop) -> None:
+    """After a mix of orderly ends and resets no pair, stream, descriptor or pipe is left."""
+    warm = hop.through()
+    for sock in warm:
+        sock.close()
+    wait_for_end(hop)
+    before = descriptors()
+    for number in range(60):
+        client, served = hop.through()
+        client.sendall(bytes(200_000 if number % 7 == 0 else 10))
+        if number % 3 == 0:
+            reset(client)
+            served.close()
+        elif number % 3 == 1:
+            reset(served)
+            client.close()
+        else:
+            read_exactly(served, 10)
+            client.close()
+            served.close()
+    relay = relay_of(hop)
+    relay.settle(lambda: len(hop.accounts) == 61 and not relay.pairs)
+    if isinstance(hop, Tunnel):
+        hop.far.settle(lambda: not hop.far.pairs and not hop.far_link.streams)
+        relay.settle(lambda: not hop.near_link.streams)
+    relay.settle(lambda: descriptors() <= before)
+
+
+def descriptors() -> int:
+    """How many this process has, without the sockets of the test itself that are still being collected."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_refused_connect_has_its_own_code() -> None:
+    """Nobody listens: TARGET_REFUSED, with the address in the text."""
+    with listener() as sock:
+        host, port = sock.getsockname()
+    with running_relay() as relay:
+        outcome: list[tuple[object, Refusal, str]] = []
+        relay.do(lambda: relay.connect(host, port, 5.0, lambda *o: outcome.append(o)))
+        relay.settle(lambda: bool(outcome))
+        assert outcome[0][:2] == (None, Refusal.TARGET_REFUSED)
+        assert f"{host}:{port}" in outcome[0][2]
+
+
+def test_a_silent_target_times_out() -> None:
+    """A full backlog swallows SYNs: TARGET_TIMEOUT after the deadline."""
+    with socket.socket() as silent, running_relay() as relay:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(0)
+        host, port = silent.getsockname()
+        fillers = []
+        for _ in range(4):
+            filler = socket.socket()
+            filler.setblocking(False)
+            filler.connect_ex((host, port))
+            fillers.append(filler)
+        outcome: list[tuple[object, Refusal, str]] = []
+        relay.do(lambda: relay.connect(host, port, 0.2, lambda *o: outcome.append(o)))
+        relay.settle(lambda: bool(outcome))
+        assert outcome[0][:2] == (None, Refusal.TARGET_TIMEOUT)
+        for filler in fillers:
+            filler.close()
+
+
+def test_a_dead_link_resets_its_streams(tls: tuple[object, object]) -> None:
+    """When the link dies, clients get a reset and the account says link_lost."""
+    with running_relay() as near, running_relay() as far:
+        tunnel = Tunnel(near, far, tls=tls)
+        client, served = tunnel.through()
+        far.do(lambda: tunnel.far_link.kill("test"))
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+        with pytest.raises(ConnectionResetError):
+            served.recv(1)
+        near.settle(lambda: bool(tunnel.accounts))
+        assert tunnel.accounts[0].ending is Ending.LINK_LOST
+        assert not near.links and not far.links
+
+
+def test_an_idle_pair_ends_at_its_timeout() -> None:
+    """idle: both sides are reset and the account says so; a pair that moves lives on."""
+    with running_relay() as relay, listener() as meeting:
+        ends, accounts = [], list[Account]()
+        for _ in range(2):
+            a = dial(meeting.getsockname())
+            b, _ = meeting.accept()
+            b.setblocking(False)
+            ends.append((a, b))
+        relay.do(
+            lambda: relay.join(
+                relay.end(ends[0][1], ""), relay.end(ends[1][1], ""), idle=0.1, on_end=accounts.append
+            )
+        )
+        with pytest.raises(ConnectionResetError):
+            ends[0][0].recv(1)
+        relay.settle(lambda: bool(accounts))
+        assert accounts[0].ending is Ending.IDLE
+
+
+def test_running_out_of_descriptors_pauses_accepting() -> None:
+    """EMFILE on accept: said once, accepting goes on when there are descriptors again."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with running_relay() as relay, listener() as sock:
+        accepted: list[socket.socket] = []
+        relay.do(lambda: relay.listen(sock.dup(), lambda s, _peer: accepted.append(s)))
+        client = socket.socket()
+        client.settimeout(PATIENCE)
+        top = max(int(name) for name in os.listdir("/proc/self/fd"))
+        fillers = []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (top + 1, hard))
+        try:
+            try:
+                while True:
+                    fillers.append(os.dup(0))
+            except OSError:
+                pass
+            client.connect(sock.getsockname())
+            relay.settle(lambda: any(event == "accept_paused" for event, _ in relay.reports))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for fd in fillers:
+                os.close(fd)
+        relay.settle(lambda: len(accepted) == 1)
+        assert [event for event, _ in relay.reports].count("accept_paused") <= 3
+        client.close()
+        accepted[0].close()
+
+
+class TestLoop:
+    """Timers and calls."""
+
+    def test_timers_run_in_order_and_cancelled_ones_do_not(self) -> None:
+        """By time, not by the order of their making."""
+        with running_relay() as relay:
+            ran: list[str] = []
+
+            def arm() -> None:
+                relay.loop.after(0.03, lambda: ran.append("third"))
+                relay.loop.after(0.01, lambda: ran.append("first"))
+                relay.loop.after(0.02, lambda: ran.append("cancelled")).cancel()
+                relay.loop.after(0.02, lambda: ran.append("second"))
+
+            relay.do(arm)
+            relay.settle(lambda: len(ran) == 3)
+            assert ran == ["first", "second", "third"]
+
+    def test_cancelled_timers_do_not_pile_up(self) -> None:
+        """100,000 armed and cancelled leave a small heap."""
+        with running_relay() as relay:
+
+            def arm() -> int:
+                for _ in range(100_000):
+                    relay.loop.after(3600, lambda: None).cancel()
+                return len(relay.loop._timers)
+
+            assert relay.do(arm) < 2000
+
+    def test_a_crash_in_a_handler_is_reported_and_the_loop_goes_on(self) -> None:
+        """One bad call is one log line."""
+        relay = TestRelay()
+        relay.start()
+        relay.call(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+        assert relay.do(lambda: 7) == 7
+        relay.stop()
+        assert [event for event, _ in relay.reports] == ["relay_crash"]
