@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import TypeVar, TypeVarTuple, Unpack
 
 import trio
@@ -26,6 +27,17 @@ class Bridge:
         self.relay = relay
         self._token = trio.lowlevel.current_trio_token()
         self._limiter = trio.CapacityLimiter(REGISTRY_THREADS)
+        self._nursery: trio.Nursery | None = None
+
+    @asynccontextmanager
+    async def open_nursery(self) -> AsyncIterator[trio.Nursery]:
+        """The nursery that `spawn` uses; what is spawned after its body has ended is dropped."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                yield nursery
+            finally:
+                self._nursery = None
 
     async def run(self, call: Callable[[], _T]) -> _T:
         """Run in the relay's thread; its result or exception. Not cancellable once it is on its way (microseconds)."""
@@ -55,6 +67,14 @@ class Bridge:
             self._token.run_sync_soon(call, *args)
         except trio.RunFinishedError:
             pass
+
+    def spawn(self, job: Callable[[Unpack[_A]], Awaitable[object]], *args: Unpack[_A]) -> None:
+        """Start a task in trio's thread, soon. From the relay's thread (or any)."""
+        self.post(self._start, job, args)
+
+    def _start(self, job: Callable[..., Awaitable[object]], args: tuple[object, ...]) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(job, *args)
 
     async def registry(self, call: Callable[[Unpack[_A]], _T], *args: Unpack[_A]) -> _T:
         """A registry call on a worker thread. Raises RegistryUnavailable."""

@@ -73,7 +73,6 @@ class Node:
         self._guarded = self._allocator(broker.port_range)
         self._open = self._allocator(broker.open_ports.range) if broker.open_ports.range else None
         self._open_allow: Networks = tuple(ipaddress.ip_network(cidr) for cidr in broker.open_ports.allow)
-        self._nursery: trio.Nursery
         self.relay = Relay(self.report, f"relay-{self.node}")
         self.bridge: Bridge
         self._links: Listener | None = None
@@ -90,7 +89,7 @@ class Node:
         if len(self.sessions) >= self.config.max_sessions:
             session.refuse(Refusal.OVERLOADED, f"this broker holds {len(self.sessions)} sessions, its limit")
         else:
-            self.bridge.post(self._spawn, self._register, session)
+            self.bridge.spawn(self._register, session)
 
     def lost(self, session: Session, why: str) -> None:
         """See SessionKeeper."""
@@ -102,11 +101,11 @@ class Node:
             if not session.refused:
                 self.log("link_lost", peer=session.peer, reason=why)
         else:
-            self.bridge.post(self._spawn, self._unregister, session, why)
+            self.bridge.spawn(self._unregister, session, why)
 
     def updated(self, session: Session) -> None:
         """See SessionKeeper."""
-        self.bridge.post(self._spawn, self._republish, session)
+        self.bridge.spawn(self._republish, session)
 
     def log(self, event: str, **fields: object) -> None:
         """See SessionKeeper."""
@@ -146,8 +145,7 @@ class Node:
                 sock.close()
                 raise
             self._links = await self.bridge.run(lambda: self.relay.listen(sock, self._accept_link))
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
+            async with self.bridge.open_nursery() as nursery:
                 nursery.start_soon(self._heartbeats)
                 self._log.info(
                     "broker_ready", node=self.node, listen=self.config.listen, ip=self.ip,
@@ -271,9 +269,6 @@ class Node:
             session.end("the broker stops")
 
     # Registering, in trio's thread.
-
-    def _spawn(self, job: object, *args: object) -> None:
-        self._nursery.start_soon(job, *args)  # type: ignore[arg-type]
 
     async def _register(self, session: Session) -> None:
         """Ports, tuples, Welcome; all or nothing."""

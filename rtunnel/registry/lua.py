@@ -46,9 +46,13 @@ local function superseded(node, incarnation)
   if not taken or taken < tonumber(incarnation) then redis.call('SET', key, incarnation, 'PX', LAST) end
 end
 
+local indexed = {}
 local function index(set, member)
   redis.call('SADD', set, member)
-  redis.call('PEXPIRE', set, LEASE)
+  if not indexed[set] then
+    redis.call('PEXPIRE', set, LEASE)
+    indexed[set] = true
+  end
 end
 
 -- A lease of a port for an owner. '' as mode: as asked for; 'keep': of a registration; 'back': of a beat.

@@ -39,10 +39,13 @@ from rtunnel.registry.base import (
 # The changes that a gateway may be behind before it has to take a snapshot: one node of 50,000 sessions that stops and
 # comes back elsewhere. About 35 MB in Redis when full.
 FEED_LENGTH = 100_000
-BATCH = 1000  # tuples in one call of the beat: 3 ms of Redis, and 50 calls for 50,000 sessions
-PAGE = 500  # tuples in one page of a snapshot or purge: 2 ms of Redis
+BATCH = 1000  # sessions in one call of the quiet beat: 3 ms of Redis, and 50 calls for 50,000 sessions
+WRITE_BATCH = 250  # sessions in one call that writes them in full: 5 ms of Redis
+PAGE = 250  # tuples in one page of a snapshot or purge: 2 to 4 ms of Redis
 CHANGES_AT_ONCE = 1000
-VERIFY_EVERY = 12  # each session is written in full every so many beats (a minute), which also prunes dead neighbours
+# Each session is written in full every so many beats (five minutes at 5 s): prunes dead neighbours, mends what an old
+# dump brought back.
+VERIFY_EVERY = 60
 LAST_PORT = 30 * 86400.0  # how long an owner's port, and a node's incarnation, are remembered
 
 _SENTINEL = "redis+sentinel"
@@ -152,13 +155,14 @@ class RedisRegistry:
 
     def beat(self, record: NodeRecord, registrations: list[Registration]) -> int:
         self._beats += 1
-        back = 0
-        for batch in _batches(registrations):
+        again: list[Registration] = []
+        for batch in _batches(registrations, BATCH):
             missing = self._refresh(record, batch)
-            again = missing | set(range(self._beats % VERIFY_EVERY, len(batch), VERIFY_EVERY))
-            if again:
-                chosen = [batch[n] for n in sorted(again)]
-                back += self._put("back", record.node, record.incarnation, chosen)
+            turns = range(self._beats % VERIFY_EVERY, len(batch), VERIFY_EVERY)
+            again += [batch[n] for n in sorted(missing.union(turns))]
+        back = 0
+        for batch in _batches(again, WRITE_BATCH):
+            back += self._put("back", record.node, record.incarnation, batch)
         return back
 
     def _refresh(self, record: NodeRecord, batch: list[Registration]) -> set[int]:
@@ -406,12 +410,12 @@ def _change(entry: list[Any]) -> Change:
     return Change(of.namespace, of.agent_ip, of.agent_port, of.node, of.epoch, of if kind == b"put" else None)
 
 
-def _batches(registrations: Iterable[Registration]) -> Iterator[list[Registration]]:
-    """At most about BATCH tuples each, at least one batch: the node's own heartbeat travels with it."""
+def _batches(registrations: Iterable[Registration], most: int) -> Iterator[list[Registration]]:
+    """About `most` tuples each; at least one batch, for the node's own heartbeat travels with it."""
     batch: list[Registration] = []
     size = 0
     for registration in registrations:
-        if size >= BATCH:
+        if size >= most:
             yield batch
             batch, size = [], 0
         batch.append(registration)

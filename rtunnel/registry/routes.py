@@ -115,19 +115,25 @@ class RouteTable:
         """Compare everything. Adds and replaces at once; what the snapshot lacks goes after the grace period."""
         with self._control:
             self.set_nodes(snapshot.nodes)
-            self.learn(snapshot.tuples)
-            shown: dict[_Key, list[_Id]] = {}
+            shown: dict[_Key, list[tuple[str, int]]] = {}
             for entry in snapshot.tuples:
-                shown.setdefault((entry.namespace, entry.agent_ip), []).append(_id(entry))
+                key = (entry.namespace, entry.agent_ip)
+                shown.setdefault(key, []).append((entry.node, entry.agent_port))
+                for have in self._routes.get(key, ()):  # nearly always it is known, and costs no lock
+                    if _same(have, entry):
+                        break
+                else:
+                    self._put(entry, announced=False)
             now = self._clock()
             empty: list[_Key] = []
             absent: dict[_Id, float] = {}
             for key, entries in self._routes.items():
                 if not entries:
                     empty.append(key)
-                ids = shown.get(key, ())
-                for at in map(_id, entries):
-                    if at not in ids:
+                fields = shown.get(key, ())
+                for have in entries:
+                    if (have.node, have.agent_port) not in fields:
+                        at = _id(have)
                         absent[at] = self._absent.get(at, now)
             self._absent = absent
             for key in empty:
@@ -186,7 +192,7 @@ class RouteTable:
                 return
             old = self._routes.get(key, ())
             for have in old:
-                if _id(have) == at and (have.epoch > entry.epoch or _same(have, entry)):
+                if _same(have, entry) or (_id(have) == at and have.epoch > entry.epoch):
                     break
             else:
                 kept = [have for have in old if _id(have) != at]
@@ -318,14 +324,16 @@ def _ends(over: Tuple | Change, have: Tuple) -> bool:
 
 
 def _same(one: Tuple, other: Tuple) -> bool:
-    """Equal, whatever their heartbeats; compares first what differs most often."""
-    return (one.epoch, one.state, one.ps_port, one.ps_ip, one.exposes, one.agent_id) == (
-        other.epoch,
-        other.state,
-        other.ps_port,
-        other.ps_ip,
-        other.exposes,
-        other.agent_id,
+    """Equal, whatever their heartbeats; for two tuples of one target."""
+    return (
+        one.epoch == other.epoch
+        and one.node == other.node
+        and one.agent_port == other.agent_port
+        and one.state == other.state
+        and one.ps_port == other.ps_port
+        and one.ps_ip == other.ps_ip
+        and one.exposes == other.exposes
+        and one.agent_id == other.agent_id
     )
 
 

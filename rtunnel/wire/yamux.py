@@ -13,7 +13,8 @@ slices of the caller's buffer, piece by piece as it arrives: nothing is copied, 
 and a slice is valid only until its hook returns.
 
 What the spec leaves open is decided here: SYN rides on the first Data frame, ACK on the first frame back; frames for a
-stream that is already gone are skipped (they crossed our reset on the wire), frames for one that never was are an error.
+stream that is already gone are skipped (they crossed our reset on the wire), frames for one that never was are an
+error; SYNs may overtake each other by a little.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ MAX_WINDOW: Final = 2**32 - 1
 DATA, WINDOW_UPDATE, PING, GO_AWAY = range(4)
 SYN, ACK, FIN, RST = 1, 2, 4, 8
 _KNOWN_FLAGS = SYN | ACK | FIN | RST
+
+#: SYNs may come a little out of order, because hashicorp's own OpenStream hands out the id before it queues the SYN:
+#: so many ids that the peer has passed over stay open to it.
+MAX_PASSED_OVER: Final = 256
 
 
 class GoAwayCode(IntEnum):
@@ -50,7 +55,7 @@ class Fault(StrEnum):
     STREAM_ZERO = "stream_zero"  # Data or a window update for the session
     SESSION_STREAM = "session_stream"  # Ping or GoAway for a stream
     WRONG_PARITY = "wrong_parity"  # SYN for an id that is ours to open
-    STREAM_REUSED = "stream_reused"  # SYN for an id that is or was open, or goes backwards
+    STREAM_REUSED = "stream_reused"  # SYN for an id that is or was open, or was passed over long ago
     UNKNOWN_STREAM = "unknown_stream"
     WINDOW_EXCEEDED = "window_exceeded"
     WINDOW_OVERFLOW = "window_overflow"
@@ -142,7 +147,7 @@ class Stream:
         if self.gone:
             return
         self._gone()
-        if not self._pending_flags & SYN:  # else the peer never heard of it
+        if self.id and not self._pending_flags & SYN:  # else the peer never heard of it
             self.session.emit(HEADER.pack(0, WINDOW_UPDATE, RST | self._pending_flags, self.id, 0))
 
     def consumed(self, size: int) -> None:
@@ -181,7 +186,8 @@ class Session:
         self.going_away: GoAwayCode | None = None  # what the peer said
         self._client = client
         self._next_id = 1 if client else 2
-        self._peer_last_id = 0
+        self._peer_last_id = 0 if client else -1  # the highest that a SYN named
+        self._passed_over: set[int] = set()  # ids below it that no SYN has named yet
         self._partial = b""  # of a header
         self._left = 0  # payload bytes to come of the frame at hand
         self._into: Stream | None = None  # whose they are; None: to be skipped
@@ -194,7 +200,10 @@ class Session:
         raise NotImplementedError
 
     def accepts(self) -> Stream | None:
-        """A SYN came: the stream to use for it, or None to refuse it (it is reset)."""
+        """A SYN came: the stream to use for it, or None to refuse it (it is reset).
+
+        The stream has no id before this returns: say nothing on it yet. Resetting it here refuses it too.
+        """
         raise NotImplementedError
 
     def on_pong(self, value: int) -> None:
@@ -206,7 +215,9 @@ class Session:
     # What this end does.
 
     def attach(self, stream: Stream) -> None:
-        """Give a new stream of ours its id; SYN goes with its first frame."""
+        """Give a new stream of ours its id; SYN goes with its first frame. Raises OverflowError when `exhausted`."""
+        if self.exhausted:
+            raise OverflowError("all stream ids of this link are used up")
         stream.id = self._next_id
         self._next_id += 2
         stream._pending_flags = SYN
@@ -232,8 +243,9 @@ class Session:
         self.over = True
         streams, self.streams = self.streams, {}
         for stream in streams.values():
-            stream.gone = True
-            stream.on_reset()
+            if not stream.gone:  # else another one's hook has reset it
+                stream.gone = True
+                stream.on_reset()
 
     # What the peer sent.
 
@@ -275,14 +287,14 @@ class Session:
                 self._data(stream, flags, length)
             else:
                 self._window_update(stream, flags, length)
+        elif kind > GO_AWAY:
+            raise YamuxError(Fault.BAD_TYPE, f"frame of unknown type {kind}")
         elif stream_id:
             raise YamuxError(Fault.SESSION_STREAM, f"session frame of type {kind} names stream {stream_id}")
         elif kind == PING:
             self._ping(flags, length)
-        elif kind == GO_AWAY:
-            self._go_away(length)
         else:
-            raise YamuxError(Fault.BAD_TYPE, f"frame of unknown type {kind}")
+            self._go_away(length)
 
     def _find(self, stream_id: int, flags: int) -> Stream | None:
         """The frame's stream; None when it is gone already or was refused just now."""
@@ -293,7 +305,7 @@ class Session:
             if not stream_id:
                 raise YamuxError(Fault.STREAM_ZERO, "stream frame for the session")
             ours = bool(stream_id & 1) == self._client
-            if stream_id > (self._next_id - 2 if ours else self._peer_last_id):
+            if stream_id > (self._next_id - 2 if ours else self._peer_last_id) or stream_id in self._passed_over:
                 raise YamuxError(Fault.UNKNOWN_STREAM, f"stream {stream_id} was never opened")
         return stream
 
@@ -302,17 +314,34 @@ class Session:
             raise YamuxError(Fault.STREAM_ZERO, "SYN for the session")
         if bool(stream_id & 1) == self._client:
             raise YamuxError(Fault.WRONG_PARITY, f"SYN for stream {stream_id}, an id of this end")
-        if stream_id <= self._peer_last_id:
+        if stream_id > self._peer_last_id:
+            self._pass_over(stream_id)
+        elif stream_id in self._passed_over:
+            self._passed_over.remove(stream_id)
+        else:
             raise YamuxError(Fault.STREAM_REUSED, f"SYN for stream {stream_id} after {self._peer_last_id}")
-        self._peer_last_id = stream_id
         stream = self.accepts()
-        if stream is None:
+        if self.over:  # accepts() has ended it
+            if stream is not None and not stream.gone:
+                stream.gone = True
+                stream.on_reset()
+            return None
+        if stream is None or stream.gone:
             self.emit(HEADER.pack(0, WINDOW_UPDATE, RST, stream_id, 0))
             return None
         stream.id = stream_id
         stream._pending_flags = ACK
         self.streams[stream_id] = stream
         return stream
+
+    def _pass_over(self, stream_id: int) -> None:
+        """The highest id is now this one; those between may still come, if they are not too many."""
+        following = self._peer_last_id + 2
+        if stream_id > following:
+            oldest = stream_id - 2 * MAX_PASSED_OVER
+            kept = {passed for passed in self._passed_over if passed >= oldest}
+            self._passed_over = kept.union(range(max(following, oldest), stream_id, 2))
+        self._peer_last_id = stream_id
 
     def _data(self, stream: Stream | None, flags: int, length: int) -> None:
         self._left = length

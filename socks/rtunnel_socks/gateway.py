@@ -70,7 +70,6 @@ class Gateway:
         self._asking: dict[tuple[str, str], list[Client]] = {}
         self._listener: Listener | None = None
         self._log = get_logger("gateway")
-        self._nursery: trio.Nursery
         self._full_logged = -60.0
 
     # What clients and dials call, in the relay's thread.
@@ -88,7 +87,7 @@ class Gateway:
             self._asking[key].append(client)
         else:
             self._asking[key] = [client]
-            self.bridge.post(self._ask, key)
+            self.bridge.spawn(self._look_up, key)
         return ()
 
     def new_dial(self, client: Client, target: Target) -> TargetDial:
@@ -148,9 +147,6 @@ class Gateway:
 
     # A registry miss: the one question that a stream may wait for.
 
-    def _ask(self, key: tuple[str, str]) -> None:
-        self._nursery.start_soon(self._look_up, key)
-
     async def _look_up(self, key: tuple[str, str]) -> None:
         tuples: tuple[Tuple, ...] = ()
         refused: Refused | None = None
@@ -180,8 +176,7 @@ class Gateway:
         self.relay.start()
         try:
             sock = listening_socket(*parse_endpoint(self.config.listen), key="gateway.listen")
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
+            async with self.bridge.open_nursery() as nursery:
                 nursery.start_soon(self._follow)
                 self._listener = await self.bridge.run(lambda: self.relay.listen(sock, self._accept))
                 host, port = self.bound

@@ -19,7 +19,7 @@ import trio
 from click.testing import CliRunner, Result
 
 from rtunnel import cli, config, roles
-from rtunnel.registry import NodeRecord, Registration, Registry, RegistryUnavailable, Tuple
+from rtunnel.registry import COUNTER_BITS, NodeRecord, Registration, Registry, RegistryUnavailable, Tuple
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.roles import Role
 from rtunnel.trust import pki
@@ -154,17 +154,21 @@ def test_pki_commands(tmp_path: Path) -> None:
 # --- the registry's commands ------------------------------------------------------------------------------------------
 
 
+#: The first epoch of each node's incarnation.
+EPOCHS: dict[str, int] = {}
+
+
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
     """A registry with content, which the commands find behind redis://."""
     registry = MemoryRegistry(ttl=15, quarantine=60)
     for name in ("b1", "b2"):
         record = NodeRecord(node=name, host=f"host-{name}", ip="10.0.0.1", incarnation=0)
-        registry.start_node(record)
+        EPOCHS[name] = registry.start_node(record) << COUNTER_BITS
     agents = (("h7", "10.1.0.7", ("b1", "b2")), ("h8\x1b[2J", "10.1.0.8", ("b1",)))
     for index, (agent, ip, nodes) in enumerate(agents):
         for node in nodes:
-            epoch = (1 << 32) + index
+            epoch = EPOCHS[node] + index
             entry = Tuple("default", ip, 0, "10.0.0.1", 20000 + index, node, epoch, agent, exposes="22,8000-8100")
             registry.register(Registration(epoch, (entry,), ()))
     monkeypatch.setattr(cli, "connect", lambda _: registry)
@@ -225,7 +229,7 @@ def test_status_is_limited(registry: Registry) -> None:
     """More than 50 agents are counted, unless all are asked for."""
     for number in range(60):
         ip = f"10.2.0.{number}"
-        entry = Tuple("default", ip, 0, "10.0.0.1", 21000 + number, "b1", (1 << 32) + 9, f"a{number:02}")
+        entry = Tuple("default", ip, 0, "10.0.0.1", 21000 + number, "b1", EPOCHS["b1"] + 9, f"a{number:02}")
         registry.register(Registration(entry.epoch, (entry,), ()))
     assert "... and 12 more agents" in rtunnel("status").output
     assert "more agents" not in rtunnel("status", "--all").output
@@ -475,7 +479,7 @@ def test_a_bad_configuration_is_a_message() -> None:
 
 def test_roles_get_a_registry_only_when_they_need_one() -> None:
     """needs_registry decides."""
-    for what, word in (("return", "registry"), ("no-registry", "no registry")):
+    for what, word in (("serve", "registry"), ("no-registry", "no registry")):
         program = Program(what)
         program.until(word)
         program.until("ready")
@@ -518,10 +522,10 @@ async def test_one_role_that_ends_takes_the_others_along() -> None:
     """When one of two roles returns, the other is asked to stop."""
     stopped = []
 
-    async def short(*_: Any, stop: trio.Event, task_status: trio.TaskStatus[Any]) -> None:
+    async def short(config: Any, registry: Any, *, stop: trio.Event, task_status: trio.TaskStatus[Any]) -> None:
         task_status.started()
 
-    async def long(*_: Any, stop: trio.Event, task_status: trio.TaskStatus[Any]) -> None:
+    async def long(config: Any, registry: Any, *, stop: trio.Event, task_status: trio.TaskStatus[Any]) -> None:
         task_status.started()
         await stop.wait()
         stopped.append(True)

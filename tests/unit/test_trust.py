@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from hypothesis import given
 from hypothesis import strategies as st
@@ -213,10 +214,7 @@ def files(tmp_path: Path, made: Path) -> Iterator[Path]:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "empty").touch()
     (tmp_path / "garbage").write_bytes(os.urandom(500))
-    key = (made / "broker.key").read_bytes()
-    from cryptography.hazmat.primitives import serialization
-
-    loaded = serialization.load_pem_private_key(key, None)
+    loaded = serialization.load_pem_private_key((made / "broker.key").read_bytes(), None)
     (tmp_path / "encrypted.key").write_bytes(
         loaded.private_bytes(
             serialization.Encoding.PEM,
