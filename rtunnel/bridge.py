@@ -61,14 +61,14 @@ class Bridge:
             raise error
         return result  # type: ignore[return-value]  # None only when _T is None
 
-    def post(self, call: Callable[[Unpack[_A]], object], *args: Unpack[_A]) -> None:
+    def post(self, call: Callable[[Unpack[_A]], object], *args: *_A) -> None:
         """Run in trio's thread, soon. From the relay's thread (or any); dropped when trio's run is over."""
         try:
             self._token.run_sync_soon(call, *args)
         except trio.RunFinishedError:
             pass
 
-    def spawn(self, job: Callable[[Unpack[_A]], Awaitable[object]], *args: Unpack[_A]) -> None:
+    def spawn(self, job: Callable[[Unpack[_A]], Awaitable[object]], *args: *_A) -> None:
         """Start a task in trio's thread, soon. From the relay's thread (or any)."""
         self.post(self._start, job, args)
 
@@ -76,11 +76,11 @@ class Bridge:
         if self._nursery is not None:
             self._nursery.start_soon(job, *args)
 
-    async def registry(self, call: Callable[[Unpack[_A]], _T], *args: Unpack[_A]) -> _T:
+    async def registry(self, call: Callable[[Unpack[_A]], _T], *args: *_A) -> _T:
         """A registry call on a worker thread. Raises RegistryUnavailable."""
         return await trio.to_thread.run_sync(call, *args, limiter=self._limiter)
 
-    async def registry_tries(self, call: Callable[[Unpack[_A]], _T], *args: Unpack[_A]) -> _T | None:
+    async def registry_tries(self, call: Callable[[Unpack[_A]], _T], *args: *_A) -> _T | None:
         """The same, with None for a registry that can't be reached: the next heartbeat puts things right."""
         try:
             return await self.registry(call, *args)

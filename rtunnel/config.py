@@ -417,8 +417,8 @@ class RegistryConfig(_Section):
 
     url: A[str, _URL] = "memory://"
     prefix: A[str, Key("of every key in Redis", check_word, "word")] = "rtunnel"
-    heartbeat: A[float, _seconds("a node refreshes its tuples so often")] = 5.0
-    ttl: A[float, _seconds("a tuple dies so long after its last heartbeat; at least 2 heartbeats")] = 15.0
+    heartbeat: A[float, _seconds("a node refreshes its tuples so often")] = 3.0
+    ttl: A[float, _seconds("a tuple dies so long after its last heartbeat; at least 2 heartbeats")] = 8.0
     quarantine: A[float, _seconds("a freed port rests so long; at least ttl")] = 60.0
     timeout: A[float, _seconds("of one registry call", 0.05, 10)] = 1.0
     reconcile: A[float, _seconds("gateways compare everything so often")] = 60.0

@@ -1,7 +1,7 @@
 """`rtunnel demo`: two brokers, a VIP, agents and a gateway in one process, and requests through them.
 
-No root, no Redis: the hosts are loopback addresses (127.77.0.1, ...), the registry is in memory, TLS is on. Everything else is
-the product: the roles are the ones that run in production, each with a relay of its own.
+No root, no Redis: the hosts are loopback addresses (127.77.0.1, ...), the registry is in memory, TLS is on.
+Everything else is the product: the roles are the ones that run in production, each with a relay of its own.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Vip:
 
 
 def fetch(proxy: tuple[str, int], ip: str, port: int, *, socks: bool) -> str:
-    """GET / of ip:port through the gateway, with nothing of rtunnel's own: raw SOCKS5 (RFC 1928) or an HTTP proxy request."""
+    """GET / of ip:port through the gateway, with nothing of rtunnel's own: SOCKS5 (RFC 1928) or a proxy request."""
     with socket.create_connection(proxy, timeout=PATIENCE) as sock:
         path = "/"
         if socks:
@@ -299,7 +299,9 @@ class Story:
 
     async def fetch_all(self, cluster: Cluster) -> None:
         """Every host by its original IP, over both protocols."""
-        table = Table("asked for", "over", "answer", "took", "by way of", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+        table = Table(
+            "asked for", "over", "answer", "took", "by way of", box=None, pad_edge=False, padding=(0, 3, 0, 0)
+        )
         for ip in HOSTS:
             for socks in (True, False):
                 used = _watch_streams(cluster)
@@ -355,7 +357,9 @@ async def _stay(story: Story, cluster: Cluster) -> None:
     host, port = cluster.proxy
     story.chapter("It stays up until Ctrl-C. Try:")
     for ip in HOSTS:
-        story.console.print(f"  curl --socks5-hostname {host}:{port} http://{ip}:{cluster.target_port}/", soft_wrap=True)
+        story.console.print(
+            f"  curl --socks5-hostname {host}:{port} http://{ip}:{cluster.target_port}/", soft_wrap=True
+        )
     story.console.print(f"  curl --proxy http://{host}:{port} http://{HOSTS[0]}:{cluster.target_port}/", soft_wrap=True)
     await trio.sleep_forever()
 

@@ -1,7 +1,7 @@
 """The agent keeps `redundancy` sessions on different nodes behind a VIP that gives it no choice of node.
 
-Each slot dials; a broker that the agent already sits on refuses with `duplicate_node`, and the slot redials at once from a
-new source port. One slot dials at a time, so that what the Hello says about held nodes is true.
+Each slot dials; a broker that the agent already sits on refuses with `duplicate_node`, and the slot redials at
+once from a new source port. One slot dials at a time, so that what the Hello says about held nodes is true.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from rtunnel.trust.tls import client_context
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Bye, Hello, Publish
 from rtunnel.wire.refusal import Refusal
-
 from rtunnel_agent.handshake import AgentSession, new_nonce
 from rtunnel_agent.targets import IncomingStream, Targets
 
@@ -96,7 +95,7 @@ class Agent:
         self._dialling = trio.Lock()
         self._turn = random.randrange(1 << 16)  # noqa: S311 - which VIP address first
         self._stopping = False
-        self._log = get_logger("agent")
+        self._log = get_logger("agent").bind()
         self.bridge: Bridge
 
     # What sessions call, in the relay's thread.

@@ -151,5 +151,3 @@ class AgentSession:
 def new_nonce() -> bytes:
     """Sixteen random bytes."""
     return secrets.token_bytes(messages.NONCE_BYTES)
-
-

@@ -13,7 +13,6 @@ from rtunnel.relay.relay import Attempt, Relay
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Accepted, Decoder, Dial, DialBody, Dialling, MessageError, Refuse, decode_body, encode
 from rtunnel.wire.refusal import Refusal, Refused
-
 from rtunnel_agent.handshake import AgentSession
 
 #: A target that takes longer is announced with Dialling, so that no gateway takes a slow target for a dead path.
@@ -44,7 +43,12 @@ class Targets:
     """What this agent exposes, and the way there."""
 
     def __init__(
-        self, relay: Relay, namespace: str, addresses: frozenset[str], exposes: tuple[tuple[int, int], ...], timeout: float
+        self,
+        relay: Relay,
+        namespace: str,
+        addresses: frozenset[str],
+        exposes: tuple[tuple[int, int], ...],
+        timeout: float,
     ) -> None:
         self.relay = relay
         self.namespace = namespace

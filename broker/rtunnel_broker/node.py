@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 
 import trio
 
@@ -18,16 +17,25 @@ from rtunnel.bridge import Bridge
 from rtunnel.config import BrokerConfig, Config, default_address, host_name, parse_endpoint, parse_range
 from rtunnel.logs import get_logger
 from rtunnel.net import listening_socket
-from rtunnel.registry import NodeRecord, PortLease, Registration, Registry, RegistryUnavailable, Superseded, Tuple
+from rtunnel.registry import (
+    COUNTER_BITS,
+    NodeRecord,
+    PortLease,
+    Registration,
+    Registry,
+    RegistryUnavailable,
+    Superseded,
+    Tuple,
+)
 from rtunnel.registry.ports import PortAllocator, PortsExhausted, PortTaken
 from rtunnel.relay.relay import Listener, Relay
 from rtunnel.trust.keys import DialSigner, load_cluster_key, load_tokens
 from rtunnel.trust.tls import certificate_der, certificate_fingerprint, server_context
 from rtunnel.wire.messages import Bye, Drain, OpenPort, Publish, Welcome
 from rtunnel.wire.refusal import Refusal, Refused
-
 from rtunnel_broker.ports import DialChecker, GuardedPort, Networks, OpenPortServer, PortCounts
 from rtunnel_broker.session import Session
+
 
 @dataclass(frozen=True)
 class Leased:
@@ -48,11 +56,11 @@ class Node:
         self.host = broker.host or host_name()
         self.ip = broker.advertise_ip or default_address()
         self.handshake_timeout = broker.handshake_timeout
-        self.tokens: Mapping[str, bytes] = load_tokens(Path(broker.join_token))
+        self.tokens: Mapping[str, bytes] = load_tokens(broker.join_token)
         self.tls: ssl.SSLContext | None = None
         self.binding = b""
         if broker.security == "tls":
-            self.tls = server_context(Path(broker.certificate), Path(broker.key))
+            self.tls = server_context(broker.certificate, broker.key)
             self.binding = certificate_fingerprint(certificate_der(broker.certificate))
         self._bind_host, self._bind_port = parse_endpoint(broker.listen)
         self.draining = False
@@ -68,8 +76,8 @@ class Node:
         self._counter = count(1)
         self._owner_locks: dict[str, tuple[trio.Lock, int]] = {}
         self._left_during_beat: list[Registration] | None = None
-        self._checker = DialChecker(self.node, DialSigner(load_cluster_key(Path(broker.cluster_key))), broker.dial_window)
-        self._log = get_logger("broker")
+        self._checker = DialChecker(self.node, DialSigner(load_cluster_key(broker.cluster_key)), broker.dial_window)
+        self._log = get_logger("broker").bind()
         self._guarded = self._allocator(broker.port_range)
         self._open = self._allocator(broker.open_ports.range) if broker.open_ports.range else None
         self._open_allow: Networks = tuple(ipaddress.ip_network(cidr) for cidr in broker.open_ports.allow)
@@ -134,7 +142,7 @@ class Node:
     # Life.
 
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Node] = trio.TASK_STATUS_IGNORED) -> None:
-        """Started when links are accepted. Until `stop`, or until another process takes the node_id (raises Superseded)."""
+        """Started when links are accepted. Until `stop`; raises Superseded when another process takes the node_id."""
         self.bridge = Bridge(self.relay)
         self.relay.start()
         try:
@@ -281,7 +289,7 @@ class Node:
                 await self._replace(older)
             if session.state != "proven":
                 return
-            session.epoch = self.incarnation << 32 | next(self._counter)
+            session.epoch = self.incarnation << COUNTER_BITS | next(self._counter)
             leased: list[Leased] = []
             try:
                 guarded = await self._take_port(session)
@@ -292,8 +300,8 @@ class Node:
             except (Refused, RegistryUnavailable, PortsExhausted) as error:
                 await self._give_back(leased)
                 session.registration = None
-                code = _refusal_of(error)
-                await self.bridge.run(lambda: session.refuse(code, str(error)))
+                code, text = _refusal_of(error), str(error)
+                await self.bridge.run(lambda: session.refuse(code, text))
                 return
             self.sessions[session.owner] = session
             live = await self.bridge.run(lambda: self._open_shop(session, leased, granted, notices))
@@ -413,7 +421,8 @@ class Node:
             return
         exposes = ",".join(session.exposes)
         tuples = tuple(
-            Tuple(**{**{f: getattr(t, f) for f in t.__struct_fields__}, "exposes": exposes}) for t in registration.tuples
+            Tuple(**{**{f: getattr(t, f) for f in t.__struct_fields__}, "exposes": exposes})
+            for t in registration.tuples
         )
         session.registration = Registration(registration.epoch, tuples, registration.leases)
         await self.bridge.registry_tries(self._registry.register, session.registration)
@@ -492,5 +501,3 @@ def _refusal_of(error: Exception) -> Refusal:
     if isinstance(error, Refused):
         return error.code
     return Refusal.REGISTRY_UNAVAILABLE if isinstance(error, RegistryUnavailable) else Refusal.PORTS_EXHAUSTED
-
-

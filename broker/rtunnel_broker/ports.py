@@ -31,7 +31,6 @@ from rtunnel.wire.messages import (
     encode_body,
 )
 from rtunnel.wire.refusal import Refusal, Refused
-
 from rtunnel_broker.session import Session
 
 Networks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]

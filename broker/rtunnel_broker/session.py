@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from rtunnel.config import canonical_ip, check_word, parse_exposes
 from rtunnel.registry import Registration
 from rtunnel.relay.ends import Talker
 from rtunnel.relay.link import Link, StreamEnd
@@ -146,6 +147,10 @@ class Session:
             text = f"the agent speaks protocol version {hello.version}, this broker {messages.VERSION}"
             self.refuse(Refusal.VERSION, text)
             return
+        fault = hello_fault(hello)
+        if fault:
+            self.refuse(Refusal.BAD_REQUEST, fault)
+            return
         secret = self.keeper.tokens.get(hello.token_id)
         if secret is None:
             self.refuse(Refusal.BAD_TOKEN, f"join token {hello.token_id!r} is not known to this broker")
@@ -220,3 +225,15 @@ class Session:
             self._deadline = None
 
 
+def hello_fault(hello: Hello) -> str:
+    """What is wrong with the words of a Hello (they become keys in the registry and fields in logs), or ""."""
+    try:
+        check_word(hello.agent_id)
+        check_word(hello.namespace)
+        parse_exposes(hello.exposes)
+        for address in [*hello.addresses, *(entry.ip for entry in hello.publish)]:
+            if canonical_ip(address) != address:
+                return f"{address!r} is not the canonical form of an IP address"
+    except ValueError as fault:
+        return str(fault)
+    return ""

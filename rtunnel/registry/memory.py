@@ -129,7 +129,8 @@ class MemoryRegistry:
                 if field[0] == node and live.tuple.epoch < floor:
                     self._drop(live.tuple)
         for at, port in self._ports.items():
-            if port.lease.node == node and port.lease.epoch < floor and not port.quarantined:
+            held = port.until > now and not port.quarantined
+            if held and port.lease.node == node and port.lease.epoch < floor:
                 self._ports[at] = _Port(port.lease, True, now + self.quarantine)
 
     def _alive(self, beat: float, now: float) -> bool:

@@ -248,6 +248,10 @@ class RouteTable:
         return epoch <= over and self._clock() < until
 
 
+#: Nodes are few and their deaths matter: they are looked at this often (seconds).
+NODES_EVERY = 1.0
+
+
 class Mirror:
     """Keeps a RouteTable true to a registry, one blocking step at a time; for one worker thread.
 
@@ -288,7 +292,7 @@ class Mirror:
         if self._cursor is None or now >= self._snapshot_due:
             self._take_snapshot(now)
         elif now >= self._nodes_due:
-            self._nodes_due = now + self.registry.ttl / 3
+            self._nodes_due = now + NODES_EVERY
             if self.table.set_nodes(self.registry.nodes()):
                 self._take_snapshot(now)
         assert self._cursor is not None
@@ -309,7 +313,7 @@ class Mirror:
         self.table.reconcile(snapshot)
         # The old cursor goes on while it can: the removals between it and the snapshot are explicit, an absence is not.
         self._cursor = self._cursor or snapshot.cursor
-        self._nodes_due = now + self.registry.ttl / 3
+        self._nodes_due = now + NODES_EVERY
         self._snapshot_due = now + self._reconcile * random.uniform(0.9, 1.1)  # noqa: S311 - spreads load, no secret
         self.synced = True
 

@@ -37,7 +37,7 @@ class End(Protocol):
     closed: bool
 
     def talk(self, talker: Talker, deadline: float | None = None) -> None:
-        """Give what the peer says to this talker. After `deadline` seconds without `pause` or a join: lost("deadline")."""
+        """Give what the peer says to this talker. `deadline` seconds without `pause` or a join: lost("deadline")."""
 
     def say(self, data: bytes) -> None:
         """Send; small, and only while talking."""
@@ -118,7 +118,8 @@ class SocketEnd:
             sent = 0
         except OSError as error:
             # The talker is in the middle of something: it hears of it in the next turn.
-            self.loop.soon(lambda: self._lose(error.strerror or "reset"))
+            why = error.strerror or "reset"
+            self.loop.soon(lambda: self._lose(why))
             return
         if sent < len(data):
             self._out = data[sent:]

@@ -1,9 +1,10 @@
 """Two ends become a pair: bytes, half-closes and resets flow between them, and are counted.
 
-Socket to socket is two `_Flow`s, one a direction: copying at first, `os.splice` through a pooled pipe once a flow proves
-to be bulk. Socket to stream is a `StreamPair`: upwards the socket is read straight behind the frame's header and both
-leave in one call; downwards a frame's payload goes from the link's read buffer into the socket. What a slow
-reader does not take stays in the kernel (sockets) or within its window (streams): nothing else waits for it.
+Socket to socket is two `_Flow`s, one a direction: copying at first, `os.splice` through a pooled pipe once a flow
+proves to be bulk. Socket to stream is a `StreamPair`: upwards the socket is read straight behind the frame's
+header and both leave in one call; downwards a frame's payload goes from the link's read buffer into the socket.
+What a slow reader does not take stays in the kernel (sockets) or within its window (streams): nothing else waits
+for it.
 
 FIN follows the last byte and closes one direction only. A reset on one side is a reset on the other.
 """

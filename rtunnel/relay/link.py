@@ -1,8 +1,8 @@
 """A link: one TCP connection between agent and broker, plain or TLS, carrying yamux.
 
-Out: small frames of one turn leave together at its end; large ones go straight from the buffer that they were read into.
-When the kernel takes no more the link is `blocked`: pairs that have something to send stop reading their sockets, wait
-in line, and get their turns in order.
+Out: small frames of one turn leave together at its end; large ones go straight from the buffer that they were
+read into. When the kernel takes no more the link is `blocked`: pairs that have something to send stop reading
+their sockets, wait in line, and get their turns in order.
 
 In: one large read, and every frame's payload is handed on as a slice of it.
 """
@@ -463,7 +463,7 @@ class Link(yamux.Session):
             self._down(why)
 
     def _die_soon(self, error: OSError) -> None:
-        """A write failed, deep in somebody's call: the link goes down in the next turn, and takes nothing until then."""
+        """A write failed, deep in somebody's call: the link goes down in the next turn and takes nothing until then."""
         self.blocked = True
         self._death = _reason(error)
         self.loop.soon(lambda: self._down(self._death))

@@ -7,7 +7,7 @@ import socket
 import ssl
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 from rtunnel.relay.ends import End, SocketEnd
@@ -278,7 +278,7 @@ class Relay:
         gate: Gate | None = None,
         on_end: OnEnd,
     ) -> None:
-        """Let bytes flow. `up` and `down` were read already and go first. `on_end` may be called before this returns."""
+        """Let bytes flow; `up` and `down` were read already and go first. `on_end` may come before this returns."""
         if client.closed or target.closed:
             ending = Ending.CLIENT_RESET if client.closed else Ending.TARGET_RESET
             client.abort()

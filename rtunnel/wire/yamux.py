@@ -196,7 +196,7 @@ class Session:
     # Hooks.
 
     def emit(self, frame: bytes) -> None:
-        """Send a control frame, soon and in order with data."""
+        """Send a control frame, soon and in order with data. Drop it when `over`."""
         raise NotImplementedError
 
     def accepts(self) -> Stream | None:

@@ -11,7 +11,6 @@ from rtunnel.relay.join import Account, Gate
 from rtunnel.relay.relay import Relay
 from rtunnel.wire import http, socks5
 from rtunnel.wire.refusal import Refusal, Refused
-
 from rtunnel_socks.dial import Paths, Reached, Target, TargetDial
 
 
@@ -48,7 +47,18 @@ class ClientOwner(Protocol):
 class Client:
     """The talker of a client's socket."""
 
-    __slots__ = ("_dial", "_end", "_gateway", "_http", "_reply_http", "_request", "_socks", "_started", "over", "target")
+    __slots__ = (
+        "_dial",
+        "_end",
+        "_gateway",
+        "_http",
+        "_reply_http",
+        "_request",
+        "_socks",
+        "_started",
+        "over",
+        "target",
+    )
 
     def __init__(self, gateway: ClientOwner, end: SocketEnd) -> None:
         self._gateway = gateway
@@ -222,7 +232,9 @@ class Client:
 
     def _log(self, event: str, **fields: object) -> None:
         target = str(self.target) if self.target else ""
-        self._gateway.log(event, client=self.peer, target=target, via="http" if self._reply_http else "socks5", **fields)
+        self._gateway.log(
+            event, client=self.peer, target=target, via="http" if self._reply_http else "socks5", **fields
+        )
 
     def _leave(self) -> None:
         if not self.over:

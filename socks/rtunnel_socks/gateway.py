@@ -19,7 +19,6 @@ from rtunnel.relay.join import Account
 from rtunnel.relay.relay import Listener, Relay
 from rtunnel.trust.keys import DialSigner, load_cluster_key
 from rtunnel.wire.refusal import Refusal, Refused
-
 from rtunnel_socks.client import Client
 from rtunnel_socks.dial import Paths, Target, TargetDial
 
@@ -61,7 +60,7 @@ class Gateway:
         self.counts = GatewayCounts()
         self.draining = False
         self.registry_down = "not contacted yet"
-        self.table = RouteTable(grace=config.registry.ttl)
+        self.table = RouteTable(grace=config.registry.heartbeat + 1.0)  # a wiped registry is whole again by then
         self.relay = Relay(self.report, "relay-gateway")
         self.bridge: Bridge
         self._registry = registry
@@ -69,7 +68,7 @@ class Gateway:
         self._misses: dict[tuple[str, str], float] = {}
         self._asking: dict[tuple[str, str], list[Client]] = {}
         self._listener: Listener | None = None
-        self._log = get_logger("gateway")
+        self._log = get_logger("gateway").bind()
         self._full_logged = -60.0
 
     # What clients and dials call, in the relay's thread.
@@ -197,7 +196,7 @@ class Gateway:
         return address[0], address[1]
 
     def reasons(self) -> list[str]:
-        """Why it is not ready; empty when it is. A registry that was lost later does not count: it serves what it knew."""
+        """Why it is not ready; empty when it is. A registry lost later does not count: it serves what it knew."""
         reasons = []
         if self.registry_down == "not contacted yet" or (self.registry_down and not self._mirror.synced):
             reasons.append(f"registry: {self.registry_down}")

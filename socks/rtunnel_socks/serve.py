@@ -8,7 +8,6 @@ from rtunnel import admin
 from rtunnel.config import Config
 from rtunnel.registry import Registry
 from rtunnel.roles import Role
-
 from rtunnel_socks.gateway import Gateway
 
 

@@ -282,9 +282,9 @@ def test_types_in_a_file_are_strict(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        ({"registry__ttl": 9}, "registry.ttl: 9 s is less than 2 heartbeats of 5 s: one late beat loses tuples"),
-        ({"registry__heartbeat": 8}, "override: registry.ttl: 15 s is less than 2 heartbeats"),
-        ({"registry__quarantine": 14}, "registry.quarantine: 14 s is less than ttl"),
+        ({"registry__ttl": 5}, "registry.ttl: 5 s is less than 2 heartbeats of 3 s: one late beat loses tuples"),
+        ({"registry__heartbeat": 8}, "override: registry.ttl: 8 s is less than 2 heartbeats"),
+        ({"registry__quarantine": 7}, "registry.quarantine: 7 s is less than ttl"),
         ({"broker__port_range": "6000-8000"}, "6000-8000 overlaps broker.listen (7000)"),
         ({"broker__port_range": "7050-8000"}, "overlaps broker.admin (7070)"),
         ({"broker__admin": "0.0.0.0:7000"}, "broker.admin: 7000 overlaps broker.listen (7000)"),

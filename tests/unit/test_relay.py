@@ -332,9 +332,7 @@ def test_an_idle_pair_ends_at_its_timeout() -> None:
             b.setblocking(False)
             ends.append((a, b))
         relay.do(
-            lambda: relay.join(
-                relay.end(ends[0][1], ""), relay.end(ends[1][1], ""), idle=0.1, on_end=accounts.append
-            )
+            lambda: relay.join(relay.end(ends[0][1], ""), relay.end(ends[1][1], ""), idle=0.1, on_end=accounts.append)
         )
         with pytest.raises(ConnectionResetError):
             ends[0][0].recv(1)

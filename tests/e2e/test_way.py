@@ -1,0 +1,187 @@
+"""The way of one request, end to end: real roles, real sockets, real clients."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.cluster import Cluster, SocksRefused, Target, in_thread, read_line, running_cluster
+from support.plumbing import close_kept, read_all
+
+
+@pytest.fixture(autouse=True)
+def _no_socket_left() -> Iterator[None]:
+    yield
+    close_kept()
+
+
+async def test_a_target_answers_by_its_original_ip(tmp_path: Path) -> None:
+    """Two agents, two brokers: each answers for its own IP, and only for it."""
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.start(brokers=2, agents=2)
+        targets = [Target("127.1.0.1"), Target("127.1.0.2")]
+        for target in targets:
+            answer = await cluster.ask(target.ip, target.port, b"who are you")
+            assert answer == f"{target.ip}:who are you".encode()
+
+
+@pytest.mark.parametrize("security", ["tls", "plain"])
+async def test_half_close_and_bulk(tmp_path: Path, security: str) -> None:
+    """The client sends 8 MiB, shuts its side, and gets the digest of all of it."""
+    keys = {"broker__security": security, "agent__security": security}
+    async with running_cluster(tmp_path, **keys) as cluster:
+        await cluster.start()
+        target = Target("127.1.0.1")
+        data = os.urandom(8 << 20).replace(b"\n", b" ")
+
+        def client() -> bytes:
+            with cluster.socks_blocking(target.ip, target.port) as sock:
+                sock.sendall(data)
+                sock.shutdown(socket.SHUT_WR)
+                return read_all(sock)
+
+        answer = await in_thread(client)
+        assert answer.decode().split()[-1] == hashlib.sha256(data).hexdigest()
+
+
+async def test_ipv6_target(tmp_path: Path) -> None:
+    """An IPv6 address is an original IP as well."""
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.start(agents=0)
+        await cluster.start_agent("six", "::1")
+        await cluster.whole()
+        target = Target("::1")
+        assert await cluster.ask("::1", target.port) == b"::1:hello"
+
+
+def answers(host: str, port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex((host, port)) == 0
+
+
+async def curl(cluster: Cluster, *arguments: str) -> str:
+    host, port = cluster.gateway.bound
+    command = ["curl", "-sS", "-m", "10", *(a.replace("@", f"{host}:{port}") for a in arguments)]
+    done = await in_thread(lambda: subprocess.run(command, capture_output=True, text=True, check=False))
+    return done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+async def test_curl_by_every_proxy_protocol(tmp_path: Path) -> None:
+    """--socks5, --socks5-hostname, --proxy with CONNECT and with an absolute-form request."""
+    (tmp_path / "page").write_text("a page\n")
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.start()
+        probe = socket.create_server(("127.1.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        server = subprocess.Popen(
+            [sys.executable, "-m", "http.server", str(port), "--bind", "127.1.0.1", "--directory", str(tmp_path)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            url = f"http://127.1.0.1:{port}/page"
+            await cluster.until(lambda: answers("127.1.0.1", port))
+            assert await curl(cluster, "--socks5-hostname", "@", url) == "a page\n"
+            assert await curl(cluster, "--socks5", "@", url) == "a page\n"
+            assert await curl(cluster, "--proxy", "http://@", url) == "a page\n"
+            assert await curl(cluster, "--proxy", "http://@", "--proxytunnel", url) == "a page\n"
+            twice = await curl(cluster, "--proxy", "http://@", url, url)
+            assert twice == "a page\na page\n"
+        finally:
+            server.kill()
+            server.wait()
+
+
+async def test_four_failures_have_four_answers(tmp_path: Path) -> None:
+    """Unknown target, not exposed, refused, timed out: each its own SOCKS code and its own HTTP answer."""
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.start(brokers=1, agents=0)
+        with socket.create_server(("127.1.0.1", 0)) as nobody:
+            refused = nobody.getsockname()[1]
+        silent = socket.create_server(("127.1.0.1", 0), backlog=0)
+        timed_out = silent.getsockname()[1]
+        fillers = [socket.socket() for _ in range(3)]
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(("127.1.0.1", timed_out))
+        await cluster.start_agent("a1", redundancy=1, exposes=[str(refused), str(timed_out)], target_timeout=0.3)
+        await cluster.whole()
+        expected = {
+            ("127.9.9.9", 80): (0x04, 502, "destination_not_found"),
+            ("127.1.0.1", 1): (0x02, 403, "destination_ip_prohibited"),
+            ("127.1.0.1", refused): (0x05, 502, "connection_refused"),
+            ("127.1.0.1", timed_out): (0x06, 504, "connection_timeout"),
+        }
+        for (ip, port), (socks, status, token) in expected.items():
+            with pytest.raises(SocksRefused) as caught:
+                await cluster.socks(ip, port)
+            assert caught.value.code == socks, (ip, port)
+            answer = await cluster.http(f"CONNECT {ip}:{port} HTTP/1.1\r\nHost: {ip}\r\n\r\n".encode())
+            assert answer.startswith(f"HTTP/1.1 {status} ".encode()), answer
+            assert f"error={token}".encode() in answer
+        for sock in (silent, *fillers):
+            sock.close()
+
+
+async def test_agents_sit_on_two_different_nodes(tmp_path: Path) -> None:
+    """Round robin over three brokers: every agent is 2/2, on distinct nodes."""
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.start(brokers=3, agents=4)
+        for part in cluster.agents.values():
+            nodes = {slot.session.node for slot in part.agent.slots if slot.session is not None}
+            assert len(nodes) == 2
+            assert part.agent.redundancy == "2/2"
+
+
+async def test_a_pinned_vip_degrades_and_says_why(tmp_path: Path) -> None:
+    """Source pinning: 1/2, with the reason, and the one session serves."""
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.start(brokers=2, agents=0)
+        cluster.vip.pinned = cluster.vip.backends[0]
+        part = await cluster.start_agent("a1")
+        await cluster.until(lambda: any("same node" in reason for reason in part.agent.reasons()))
+        assert (part.agent.redundancy, part.agent.state) == ("1/2", "degraded")
+        target = Target("127.1.0.1")
+        assert await cluster.ask(target.ip, target.port) == b"127.1.0.1:hello"
+
+
+async def test_an_open_port_relays_at_once_and_only_for_its_sources(tmp_path: Path) -> None:
+    """(PS IP, PS port) reaches the target with raw bytes; a source outside the list gets a reset."""
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.start_broker("b1", open_ports__range="29000-29099", open_ports__allow=["127.0.0.0/29"])
+        await cluster.start_gateway()
+        target = Target("127.1.0.1")
+        publish = [
+            {"target": f"127.1.0.1:{target.port}"},
+            {"target": f"127.1.0.1:{target.port}", "port": 29050, "allow": ["127.0.0.3/32"]},
+            {"target": f"127.1.0.1:{target.port}", "port": 4444},
+        ]
+        part = await cluster.start_agent("a1", redundancy=1, publish=publish, exposes=["1"])
+        await cluster.whole()
+        session = part.agent.slots[0].session
+        assert session is not None and session.welcome is not None
+        granted = {port.port for port in session.welcome.open_ports}
+        assert 29050 in granted and len(granted) == 2
+        assert any("4444" in notice for notice in session.welcome.notices)
+        anyone = next(port for port in granted if port != 29050)
+
+        def ask(port: int, source: str) -> bytes:
+            with socket.create_connection(("127.0.0.1", port), timeout=5, source_address=(source, 0)) as sock:
+                sock.sendall(b"direct\n")
+                return read_line(sock)
+
+        assert await in_thread(lambda: ask(anyone, "127.0.0.1")) == b"127.1.0.1:direct"
+        assert await in_thread(lambda: ask(29050, "127.0.0.3")) == b"127.1.0.1:direct"
+        for port, source in ((29050, "127.0.0.1"), (anyone, "127.0.0.9")):
+            with pytest.raises(ConnectionError):
+                await in_thread(lambda port=port, source=source: ask(port, source))  # type: ignore[misc]
