@@ -208,7 +208,8 @@ class RedisRegistry:
         clock, flat = self._exchange(
             ("TIME",), ("HGETALL", f"{self._prefix}:target:{_quote(namespace)}:{_quote_ip(ip)}")
         )
-        now = int(clock[0]) + int(clock[1]) / 1e6
+        # To the millisecond, as the scripts have it: what one reader calls dead the next must not call alive.
+        dead = float(f"{int(clock[0])}.{int(clock[1]) // 1000:03d}") - self.ttl
         fields = dict(zip(flat[::2], flat[1::2], strict=True))
         found = []
         for field, json in fields.items():
@@ -216,7 +217,7 @@ class RedisRegistry:
                 continue
             entry = _tuple.decode(json)
             beat = float(fields.get(b"%s@%d" % (field, entry.epoch), 0))
-            if now - beat < self.ttl:
+            if beat > dead:
                 found.append(msgspec.structs.replace(entry, beat=beat))
         return found
 

@@ -380,9 +380,8 @@ class Session:
             stream._take_fin()
 
     def _reset(self, stream: Stream) -> None:
-        if not stream.gone:
-            stream._gone()
-            stream.on_reset()
+        stream._gone()
+        stream.on_reset()
 
     def _ping(self, flags: int, value: int) -> None:
         if flags == SYN:

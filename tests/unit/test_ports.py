@@ -347,4 +347,4 @@ class Allocation(RuleBasedStateMachine):
 
 
 TestAllocation = Allocation.TestCase
-TestAllocation.settings = settings(max_examples=4000, stateful_step_count=40, deadline=None)
+TestAllocation.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)

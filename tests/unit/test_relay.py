@@ -11,6 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from rtunnel.relay.ends import SocketEnd
+from rtunnel.relay.join import Account, Ending
+from rtunnel.trust import pki
+from rtunnel.trust.tls import client_context, server_context
+from rtunnel.wire.refusal import Refusal
 from support.plumbing import (
     PATIENCE,
     Quiet,
@@ -25,12 +31,6 @@ from support.plumbing import (
     reset,
     running_relay,
 )
-
-from rtunnel.relay.ends import SocketEnd
-from rtunnel.relay.join import Account, Ending
-from rtunnel.trust import pki
-from rtunnel.trust.tls import client_context, server_context
-from rtunnel.wire.refusal import Refusal
 
 Through = Callable[[], tuple[socket.socket, socket.socket]]
 
@@ -272,7 +272,7 @@ def test_nothing_is_left_behind(hop: Hop) -> None:
 
 def descriptors() -> int:
     """How many this process has, without the sockets of the test itself that are still being collected."""
-    return len(os.listdir("/proc/self/fd"))
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def test_a_refused_connect_has_its_own_code() -> None:
@@ -350,7 +350,7 @@ def test_running_out_of_descriptors_pauses_accepting() -> None:
         relay.do(lambda: relay.listen(sock.dup(), lambda s, _peer: accepted.append(s)))
         client = socket.socket()
         client.settimeout(PATIENCE)
-        top = max(int(name) for name in os.listdir("/proc/self/fd"))
+        top = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
         fillers = []
         resource.setrlimit(resource.RLIMIT_NOFILE, (top + 1, hard))
         try:
