@@ -148,10 +148,13 @@ class Node:
         try:
             sock = listening_socket(self._bind_host, self._bind_port, key="broker.listen")
             try:
-                await self._join_registry()
+                joined = await self._join_registry(stop)
             except BaseException:
                 sock.close()
                 raise
+            if not joined:
+                sock.close()
+                return
             self._links = await self.bridge.run(lambda: self.relay.listen(sock, self._accept_link))
             async with self.bridge.open_nursery() as nursery:
                 nursery.start_soon(self._heartbeats)
@@ -197,17 +200,19 @@ class Node:
             reasons.append("draining")
         return reasons
 
-    async def _join_registry(self) -> None:
-        """The incarnation comes from the registry: without one this node can't fence, so it waits for it."""
-        while True:
+    async def _join_registry(self, stop: trio.Event) -> bool:
+        """The incarnation comes from the registry: without one this node can't fence, so it waits. False: stopped."""
+        while not stop.is_set():
             try:
                 self.incarnation = await self.bridge.registry(self._registry.start_node, self.record())
             except RegistryUnavailable as error:
                 self._registry_is_down(error)
-                await trio.sleep(min(1.0, self.heartbeat))
+                with trio.move_on_after(min(1.0, self.heartbeat)):
+                    await stop.wait()
             else:
                 self.registry_down = ""
-                return
+                return True
+        return False
 
     async def _heartbeats(self) -> None:
         while True:
@@ -286,7 +291,7 @@ class Node:
             older = self.sessions.get(session.owner)
             if older is not None:
                 # The agent says that it has no session here: its old link is one that only we believe in.
-                await self._replace(older)
+                await self._replace(older, session)
             if session.state != "proven":
                 return
             session.epoch = self.incarnation << COUNTER_BITS | next(self._counter)
@@ -429,7 +434,14 @@ class Node:
 
     # Leaving.
 
-    async def _replace(self, older: Session) -> None:
+    async def _replace(self, older: Session, newer: Session) -> None:
+        assert older.hello is not None and newer.hello is not None
+        same = older.hello.instance == newer.hello.instance
+        self._log.warning(
+            "session_replaced", node=self.node, agent=newer.hello.agent_id, epoch=str(older.epoch), peer=newer.peer,
+            older_peer=older.peer, reason="its link was dead" if same else "another process with this agent_id came; "
+            "if this repeats, two hosts have one agent_id",
+        )  # fmt: skip
         await self.bridge.run(lambda: older.end("replaced: the agent has a new session here"))
         await self._leave(older)
 

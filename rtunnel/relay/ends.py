@@ -11,6 +11,8 @@ from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
 
 #: A talking end reads pieces of this size: negotiations are short.
 TALK_BYTES: Final = 16 * 1024
+#: Reads that a closing end throws away before others get their turn.
+DROPS_A_TURN: Final = 16
 #: How long a closing end may take to get its last words through.
 LINGER_SECONDS: Final = 5.0
 
@@ -213,8 +215,12 @@ class SocketEnd:
             if not self._fin_sent:
                 self._fin_sent = True
                 self.sock.shutdown(socket.SHUT_WR)
-            while self.sock.recv(TALK_BYTES):
-                pass
+            for _ in range(DROPS_A_TURN):
+                if not self.sock.recv(TALK_BYTES):
+                    break
+            else:
+                self.loop.soon(self._die)  # it talks and talks: others get their turn
+                return
         except BlockingIOError:
             return
         except OSError:

@@ -21,7 +21,7 @@ from typing import Final, Protocol
 
 from rtunnel.relay.ends import SocketEnd, reset_on_close
 from rtunnel.relay.link import StreamEnd
-from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop
+from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
 from rtunnel.relay.transport import Scratch
 from rtunnel.wire.refusal import Refused
 from rtunnel.wire.yamux import HEADER_BYTES
@@ -120,7 +120,7 @@ class Pipes:
 class Pair:
     """Two joined ends. `abort` is for drain deadlines and for whoever must end it."""
 
-    __slots__ = ("_idle", "_live", "_on_end", "account", "done", "loop", "moved")
+    __slots__ = ("_idle", "_live", "_on_end", "_timer", "account", "done", "loop", "moved")
 
     def __init__(self, loop: Loop, live: set[Pair], idle: float, on_end: OnEnd) -> None:
         self.loop = loop
@@ -131,8 +131,7 @@ class Pair:
         self._on_end = on_end
         self._idle = idle
         live.add(self)
-        if idle:
-            loop.after(idle, self._idle_check)
+        self._timer: Timer | None = loop.after(idle, self._idle_check) if idle else None
 
     def abort(self, ending: Ending) -> None:
         """Reset both sides."""
@@ -141,19 +140,19 @@ class Pair:
     def _finish(self, ending: Ending) -> None:
         self.done = True
         self._live.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
         account = self.account
         account.ended = self.loop.now
         account.ending = ending
         self._on_end(account)
 
     def _idle_check(self) -> None:
-        if self.done:
-            return
         left = self.moved + self._idle - self.loop.now
         if left <= 0:
             self.abort(Ending.IDLE)
         else:
-            self.loop.after(left, self._idle_check)
+            self._timer = self.loop.after(left, self._idle_check)
 
 
 class _Flow:
@@ -432,7 +431,7 @@ class StreamPair(Pair):
         self._waits = False  # in the link's line
         self._queued = False
         unread = stream.hand_over(self)
-        self._held = end.hand_over(self._event) + back  # not counted against the window: consumed already
+        self._held = bytearray(end.hand_over(self._event) + back)  # not the window's: consumed already
         self._stream_bytes_first(unread)
         if out and not self.done:
             stream.link.write(stream.frame(out))
@@ -522,19 +521,18 @@ class StreamPair(Pair):
         if sent:
             self._count_back(sent)
         if sent < len(data):
-            self._held = bytes(data[sent:])
+            self._held += data[sent:]
 
     def flush(self) -> None:
         """The socket takes bytes again."""
-        held = self._held
         try:
-            sent = self._socket.sock.send(held)
+            sent = self._socket.sock.send(self._held)
         except BlockingIOError:
             return
         except OSError:
             self._socket_lost()
             return
-        self._held = held[sent:]
+        del self._held[:sent]
         self._count_back(sent)
         if not self._held and self._stream.eof:
             self._fin_back()
@@ -615,7 +613,7 @@ class StreamPair(Pair):
             self._over(ending)
 
     def _over(self, ending: Ending) -> None:
-        self._held = b""
+        self._held.clear()
         self._socket.closed = True
         self._stream.pair = None
         self._stream.closed = True

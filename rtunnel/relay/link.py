@@ -83,7 +83,7 @@ class StreamEnd(yamux.Stream):
         self.eof = False
         self.closed = False
         self.pair: StreamJoin | None = None
-        self.backlog = b""  # came while nobody was reading; at most the window
+        self.backlog = bytearray()  # came while nobody was reading; at most the window
         self._talker: Talker | None = None
         self._reading = False
         self._deadline: Timer | None = None
@@ -131,8 +131,8 @@ class StreamEnd(yamux.Stream):
         self._stop_deadline()
         self._talker = None
         self.pair = pair
-        backlog, self.backlog = self.backlog, b""
-        return backlog
+        backlog, self.backlog = self.backlog, bytearray()
+        return bytes(backlog)
 
     # Hooks of yamux.Stream.
 
@@ -168,7 +168,7 @@ class StreamEnd(yamux.Stream):
         if self._talker is None or not self._reading or self.closed:
             return
         if self.backlog:
-            data, self.backlog = self.backlog, b""
+            data, self.backlog = bytes(self.backlog), bytearray()
             self.consumed(len(data))
             self._talker.received(data)
         if self.eof and self._reading and self._talker is not None and not self.backlog:
@@ -190,7 +190,7 @@ class StreamEnd(yamux.Stream):
         self.closed = True
         self._talker = None
         self.pair = None
-        self.backlog = b""
+        self.backlog = bytearray()
         self._stop_deadline()
 
     def _stop_deadline(self) -> None:

@@ -175,7 +175,7 @@ class Client:
             return
         if self._request is None:
             self._end.say(http.response_connected() if self._reply_http else socks5.reply_ok())
-        self._gateway.paths.opened(reached.used.epoch)
+        self._gateway.paths.opened(reached.used)
         self._gateway.stream_began()
         self._leave()
         setup = self._gateway.relay.loop.now - self._started
@@ -204,7 +204,7 @@ class Client:
 
     def ended(self, account: Account, used: Tuple, attempts: int, setup: float) -> None:
         """The pair is over: one log line."""
-        self._gateway.paths.closed(used.epoch)
+        self._gateway.paths.closed(used)
         self._gateway.stream_ended(account)
         self._log(
             "stream_ended", reason=account.ending.value, up=account.up, down=account.down,

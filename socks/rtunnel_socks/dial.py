@@ -48,7 +48,7 @@ class Paths:
 
     def __init__(self) -> None:
         self._suspects: dict[str, float] = {}
-        self._open: dict[int, int] = {}  # streams by epoch
+        self._open: dict[tuple[str, int], int] = {}  # streams by session: two nodes may give out the same epoch
 
     def order(self, tuples: Sequence[Tuple], nodes: Mapping[str, NodeRecord], now: float) -> list[Tuple]:
         """Best first: live before draining before no heartbeat, then nodes that answer, then the fewest streams."""
@@ -60,7 +60,7 @@ class Paths:
             return (
                 2 if node is None else int(node.state != "live"),
                 self._suspects.get(candidate.node, 0.0) > now,
-                self._open.get(candidate.epoch, 0),
+                self._open.get((candidate.node, candidate.epoch), 0),
                 random.random(),  # noqa: S311
             )
 
@@ -74,17 +74,19 @@ class Paths:
         """It did."""
         self._suspects.pop(node, None)
 
-    def opened(self, epoch: int) -> None:
+    def opened(self, used: Tuple) -> None:
         """A stream more."""
-        self._open[epoch] = self._open.get(epoch, 0) + 1
+        session = used.node, used.epoch
+        self._open[session] = self._open.get(session, 0) + 1
 
-    def closed(self, epoch: int) -> None:
+    def closed(self, used: Tuple) -> None:
         """A stream less."""
-        left = self._open.get(epoch, 0) - 1
+        session = used.node, used.epoch
+        left = self._open.get(session, 0) - 1
         if left > 0:
-            self._open[epoch] = left
+            self._open[session] = left
         else:
-            self._open.pop(epoch, None)
+            self._open.pop(session, None)
 
 
 class DialOwner(Protocol):
