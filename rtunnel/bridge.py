@@ -18,6 +18,8 @@ _A = TypeVarTuple("_A")
 REGISTRY_THREADS = 8
 #: The relay's turns take milliseconds; a thread that is silent for so many seconds is gone.
 RELAY_PATIENCE = 10.0
+#: How soon a thread that has ended is noticed.
+RELAY_LOOK = 0.1
 
 
 class Bridge:
@@ -52,9 +54,12 @@ class Bridge:
             self.post(done.set)
 
         self.relay.call(there)
-        with trio.move_on_after(RELAY_PATIENCE, shield=True) as scope:
-            await done.wait()
-        if scope.cancelled_caught:
+        with trio.move_on_after(RELAY_PATIENCE, shield=True):
+            while not done.is_set() and self.relay.running:
+                with trio.move_on_after(RELAY_LOOK):
+                    await done.wait()
+        if not box:
+            await trio.lowlevel.checkpoint_if_cancelled()  # then it was stopped by whoever cancels us
             raise RuntimeError("the relay's thread does not answer")
         result, error = box[0]
         if error is not None:

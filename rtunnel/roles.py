@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -160,6 +161,7 @@ def run(roles: Sequence[Role], config: Config, *, name: str = "") -> int:
     name = name or roles[0].name
     notes = check(config, name)
     logs.setup(config.log)
+    raise_descriptor_limit()
     try:
         for problem in notes:
             log.warning("config_warning", source=problem.source, key=problem.key, text=problem.reason, fix=problem.fix)
@@ -170,6 +172,16 @@ def run(roles: Sequence[Role], config: Config, *, name: str = "") -> int:
     log.info("stopped", role=name, code=code)
     logs.flush()
     return code
+
+
+def raise_descriptor_limit() -> None:
+    """As many descriptors as the hard limit allows: a session is one on a broker, a stream one or two."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError):
+            log.warning("descriptor_limit", limit=soft, hint="ulimit -n could not be raised")
 
 
 def _run(roles: Sequence[Role], config: Config) -> int:

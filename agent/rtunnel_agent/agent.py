@@ -57,6 +57,7 @@ class Slot:
     number: int
     session: AgentSession | None = None
     reason: str = "not dialled yet"  # why there is none; empty when there is
+    told: str = ""  # the reason that the log has
     since: float = 0.0
     duplicates: int = 0
     backoff: float = BACKOFF_FIRST
@@ -106,7 +107,17 @@ class Agent:
 
     def session_down(self, session: AgentSession, code: Refusal | None, why: str) -> None:
         """See SessionOwner."""
-        self.bridge.post(self._gone, session, Outcome(code=code, why=why))
+        self.bridge.post(self._gone, session, Outcome(code=code, why=self._explained(session, why)))
+
+    def _explained(self, session: AgentSession, why: str) -> str:
+        """With the keys to look at, where two ends that can't talk to each other can't tell each other why."""
+        if "certificate not accepted" in why:
+            return f"{why}; see agent.ca ({self.config.ca}) and agent.server_name ({self.config.server_name})"
+        if why.startswith("handshake: TLS"):
+            return f"{why}; if the broker has security = plain, agent.security must say so"
+        if self._tls is None and session.link is not None and not session.answered:
+            return f"{why}; if the broker speaks TLS, agent.security must be tls"
+        return why
 
     def session_draining(self, session: AgentSession, deadline: float) -> None:
         """See SessionOwner."""
@@ -182,8 +193,9 @@ class Agent:
             while self.targets.counts.streams:
                 await trio.sleep(0.05)
         sessions = list(self._watches)
+        cut = self.targets.counts.streams  # the links take them along
         await self.bridge.run(lambda: _say_goodbye(sessions))
-        self._log.info("agent_stopped", agent=self.agent_id, streams_cut=self.targets.counts.streams)
+        self._log.info("agent_stopped", agent=self.agent_id, streams_cut=cut)
 
     # One slot.
 
@@ -205,7 +217,7 @@ class Agent:
         welcome = session.welcome
         assert welcome is not None
         slot.session = session
-        slot.reason = ""
+        slot.reason = slot.told = ""
         slot.since = time.time()
         slot.duplicates = 0
         self._log.info(
@@ -241,7 +253,8 @@ class Agent:
             reason = outcome.why
             pause = random.uniform(0, slot.backoff)  # noqa: S311 - full jitter
             slot.backoff = min(self.config.backoff_cap, slot.backoff * 2)
-        if reason != slot.reason:
+        if reason != slot.told:
+            slot.told = reason
             self._log.warning(
                 "no_session", agent=self.agent_id, slot=slot.number + 1, reason=reason, redundancy=self.redundancy
             )

@@ -48,6 +48,7 @@ class AgentSession:
     link: Link | None = None
     welcome: Welcome | None = None
     draining: bool = False
+    answered: bool = False  # the broker said something that could be understood
     streams: int = 0
 
     _control: StreamEnd | None = None
@@ -101,6 +102,7 @@ class AgentSession:
             self.end(f"control stream {why}")
 
     def _take(self, message: Any) -> None:
+        self.answered = True
         if isinstance(message, Challenge):
             self._prove(message)
         elif isinstance(message, Welcome):
@@ -121,6 +123,10 @@ class AgentSession:
     def _prove(self, challenge: Challenge) -> None:
         """The broker must know the token as well: TLS says who it is, this says that it is of our cluster."""
         assert self.link is not None
+        if challenge.version != messages.VERSION:
+            self._code = Refusal.VERSION
+            self.end(f"the broker speaks protocol version {challenge.version}, this agent {messages.VERSION}")
+            return
         certificate = self.link.peer_certificate
         binding = hashlib.sha256(certificate).digest() if certificate else b""
         expected = token_mac(self.secret, BROKER_LABEL, self._frame, challenge.nonce, binding)

@@ -258,17 +258,11 @@ class Node:
         with trio.move_on_after(deadline):
             while self.sessions or self.counts.streams:
                 await trio.sleep(0.05)
-        registrations = [s.registration for s in self.sessions.values() if s.registration is not None]
+        cut = self.counts.streams  # the links take them along
         await self.bridge.run(self._end_sessions)
-        for registration in registrations:
-            if await self.bridge.registry_tries(self._try_unregister, registration) is None:
-                break
+        # One call for whatever is left: tuples out, ports into quarantine.
         await self.bridge.registry_tries(self._registry.stop_node, self.node, self.incarnation)
-        self._log.info("broker_stopped", node=self.node, streams_cut=self.counts.streams)
-
-    def _try_unregister(self, registration: Registration) -> bool:
-        self._registry.unregister(registration)
-        return True
+        self._log.info("broker_stopped", node=self.node, streams_cut=cut)
 
     def _start_drain(self) -> None:
         if self._links is not None:
@@ -302,7 +296,7 @@ class Node:
                 granted, notices = await self._take_open_ports(session, leased)
                 session.registration = self._registration(session, guarded, leased, granted)
                 await self.bridge.registry(self._registry.register, session.registration)
-            except (Refused, RegistryUnavailable, PortsExhausted) as error:
+            except (Refused, RegistryUnavailable, PortsExhausted, OSError) as error:
                 await self._give_back(leased)
                 session.registration = None
                 code, text = _refusal_of(error), str(error)
@@ -512,4 +506,6 @@ class _OwnerLock:
 def _refusal_of(error: Exception) -> Refusal:
     if isinstance(error, Refused):
         return error.code
+    if isinstance(error, OSError):  # no descriptor, no memory for one more listener
+        return Refusal.OVERLOADED
     return Refusal.REGISTRY_UNAVAILABLE if isinstance(error, RegistryUnavailable) else Refusal.PORTS_EXHAUSTED

@@ -77,7 +77,8 @@ class DialChecker:
             raise Refused(Refusal.VERSION, text)
         age = time.time() - body.time / 1000
         if abs(age) > self._window:
-            raise Refused(Refusal.EXPIRED, f"the Dial is {age:.1f} s old by this broker's clock: check both clocks")
+            off = f"{abs(age):.1f} s {'behind' if age > 0 else 'ahead of'}"
+            raise Refused(Refusal.EXPIRED, f"the Dial's time is {off} this broker's clock: check both clocks")
         if body.node != self._node:
             raise Refused(Refusal.STALE_NODE, f"this is {self._node}, the Dial is for {body.node}")
         hello = session.hello

@@ -240,7 +240,7 @@ class _Flow:
             return self._pass_fin()
         if self._pipe is None and size < wanted and not self.hup:
             self.readable = False  # epoll(7): a short read has drained the socket
-        elif self._pipe is None and size == wanted and self._gate is None:
+        elif self._pipe is None and size == wanted and self._gate is None and not self._pair.done:
             self._pipe = self._pair.pipes.take()
         return size
 

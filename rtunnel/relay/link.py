@@ -485,7 +485,8 @@ def _reason(error: OSError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate not accepted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
-        return f"TLS: {(error.reason or str(error)).replace('_', ' ').lower()}"
+        guess = "; the peer does not seem to speak TLS" if error.reason == "WRONG_VERSION_NUMBER" else ""
+        return f"TLS: {(error.reason or str(error)).replace('_', ' ').lower()}{guess}"
     return error.strerror or str(error)
 
 

@@ -61,6 +61,7 @@ class Loop:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._mailbox: deque[Callable[[], None]] = deque()
         self._thread: int | None = None
+        self._waking = threading.Lock()  # a late call must not write to a descriptor that is another's by now
         self._epoll.register(self._wake_fd, IN | select.EPOLLET)
         self.handlers[self._wake_fd] = self._woken
 
@@ -89,10 +90,12 @@ class Loop:
     # For other threads.
 
     def call(self, call: Callable[[], None]) -> None:
-        """Run `call` in the loop's thread, soon. From any thread."""
+        """Run `call` in the loop's thread, soon; dropped when the loop is over. From any thread."""
         self._mailbox.append(call)
         if threading.get_ident() != self._thread:
-            os.eventfd_write(self._wake_fd, 1)
+            with self._waking:
+                if self._wake_fd >= 0:
+                    os.eventfd_write(self._wake_fd, 1)
         elif len(self._mailbox) == 1:
             self._ready.append(self._read_mailbox)
 
@@ -174,4 +177,6 @@ class Loop:
     def _shut(self) -> None:
         self._bury()
         self._epoll.close()
-        os.close(self._wake_fd)
+        with self._waking:
+            os.close(self._wake_fd)
+            self._wake_fd = -1

@@ -207,7 +207,7 @@ class Relay:
         self.loop.call(call)
 
     def stop(self, timeout: float = 5.0) -> None:
-        """End everything at once (links and pairs are reset) and wait for the thread."""
+        """End everything at once (links, pairs and ends are reset) and wait for the thread."""
         if self._thread.is_alive():
             self.call(self._end_all)
             self._thread.join(timeout)
@@ -309,6 +309,12 @@ class Relay:
             pair.abort(Ending.DRAINED)
         for link in list(self.links):
             link.kill("stopped")
+        for handler in list(self.loop.handlers.values()):
+            owner = getattr(handler, "__self__", None)
+            if isinstance(owner, SocketEnd):
+                owner.abort()  # neither joined nor refused yet
+            elif isinstance(owner, Attempt):
+                owner.cancel()
         self.pipes.close()
         self.loop.stop()
 

@@ -278,7 +278,8 @@ class Session:
 
     def _frame(self, version: int, kind: int, flags: int, stream_id: int, length: int) -> None:
         if version:
-            raise YamuxError(Fault.BAD_VERSION, f"frame of yamux version {version}, expected 0")
+            tls = "; this looks like TLS" if version in (0x15, 0x16) else ""  # an alert, a handshake
+            raise YamuxError(Fault.BAD_VERSION, f"frame of yamux version {version}, expected 0{tls}")
         if flags & ~_KNOWN_FLAGS:
             raise YamuxError(Fault.BAD_FLAGS, f"flags {flags:#06x}")
         if kind <= WINDOW_UPDATE:

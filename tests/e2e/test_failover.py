@@ -15,13 +15,13 @@ import pytest
 import structlog
 import trio
 from structlog.testing import capture_logs
-from support.cluster import Cluster, Part, SocksRefused, Target, in_thread, read_line, running_cluster
-from support.plumbing import close_kept, kept, read_all
-from support.redis_server import RedisServer
 
 from rtunnel.config import RegistryConfig
 from rtunnel.registry import COUNTER_BITS, NodeRecord, Registration, Superseded, Tuple, connect, incarnation_of
 from rtunnel_broker.node import Node
+from support.cluster import Cluster, Part, SocksRefused, Target, in_thread, read_line, running_cluster
+from support.plumbing import close_kept, kept, read_all
+from support.redis_server import RedisServer
 
 Events = list[Any]  # captured log lines
 
@@ -173,7 +173,11 @@ async def test_a_restarted_agent_takes_over_at_once(tmp_path: Path, events: Even
         old = cluster.agents["a1"]
         before = epochs(old)
         frozen = threading.Event()
-        old.agent.relay.call(lambda: frozen.wait() and None)
+
+        def freeze() -> None:
+            frozen.wait()
+
+        old.agent.relay.call(freeze)
         try:
             began = time.monotonic()
             new = await cluster.start_agent("a1")
@@ -188,7 +192,8 @@ async def test_a_restarted_agent_takes_over_at_once(tmp_path: Path, events: Even
             for _ in range(4):
                 assert await cluster.ask(target.ip, target.port) == b"127.1.0.1:hello"
             replaced = [line for line in named(events, "session_down") if "replaced" in line["reason"]]
-            assert {line["epoch"] for line in replaced if "node" in line} == {str(epoch) for epoch, _ in before.values()}
+            ended = {line["epoch"] for line in replaced if "node" in line}
+            assert ended == {str(epoch) for epoch, _ in before.values()}
         finally:
             old.scope.cancel()
             frozen.set()
@@ -201,8 +206,8 @@ async def test_a_restarted_broker_purges_what_it_left(tmp_path: Path) -> None:
     """The same node_id again: a higher incarnation, no tuple of the earlier one, the agents back on the same port."""
     ranges = {"b1": free_ports(50), "b2": free_ports(50)}
     async with running_cluster(tmp_path) as cluster:
-        for node, ports in ranges.items():
-            await cluster.start_broker(node, port_range=ports)
+        for name, ports in ranges.items():
+            await cluster.start_broker(name, port_range=ports)
         await cluster.start_gateway()
         part = await cluster.start_agent("a1")
         await cluster.whole()
@@ -216,6 +221,7 @@ async def test_a_restarted_broker_purges_what_it_left(tmp_path: Path) -> None:
         assert {t.node for t in cluster.registry.lookup("default", target.ip)} == {"b2"}
         await cluster.until(lambda: {t.node for t in cluster.gateway.table.lookup("default", target.ip)} == {"b2"})
         cluster.vip.pinned = None
+        await cluster.until(lambda: incarnation_of(epochs(part).get("b1", (0, 0))[0]) == node.incarnation)
         await cluster.whole()
         epoch, port = epochs(part)["b1"]
         assert incarnation_of(epoch) == node.incarnation and port == before["b1"][1]
@@ -240,9 +246,9 @@ async def test_of_two_brokers_with_one_node_id_the_older_ends(tmp_path: Path, ev
                 await trio.sleep_forever()  # until its failure ends this nursery
         assert caught.value.split(Superseded)[1] is None
         assert named(events, "node_superseded")[0]["node"] == "b1"
-        await cluster.whole()
         newer = cluster.brokers["b1"].node
-        assert incarnation_of(epochs(part)["b1"][0]) == newer.incarnation
+        await cluster.until(lambda: incarnation_of(epochs(part).get("b1", (0, 0))[0]) == newer.incarnation)
+        await cluster.whole()
         for _ in range(3):  # heartbeats
             await newer.beat()
         target = Target("127.1.0.1")
