@@ -310,12 +310,17 @@ def resolve(target: str, namespace: str, config_file: Path | None, as_json: bool
     """Show the tuples through which IP[:PORT] is reached; exit code 1 when there are none."""
     ip, port = _parse_target(target)
     with _open_registry(config_file, values) as registry:
-        tuples = sorted(registry.lookup(namespace, ip), key=lambda item: (item.state != "live", item.node))
+        states = {node.node: node.state for node in registry.nodes()}
+        tuples = [_as_it_is(item, states) for item in registry.lookup(namespace, ip)]
+        tuples.sort(key=lambda item: (item.state != "live", item.node))
     # The registry's clock is not to be had with a look-up: an age is as good as this machine's clock.
     now = time.time()
     usable = [item for item in tuples if port == 0 or _serves(item, port)]
     if as_json:
-        _print_json([{**msgspec.to_builtins(item), "age": _age(now, item.beat)} for item in usable])
+        # An epoch has 64 bits, which jq and JavaScript would round.
+        _print_json(
+            [{**msgspec.to_builtins(item), "epoch": str(item.epoch), "age": _age(now, item.beat)} for item in usable]
+        )
     elif usable:
         columns = ("ps", "agent port", "node", "epoch", "state", "agent", "exposes", "heartbeat")
         _print_table(columns, [_tuple_row(item, now) for item in usable])
@@ -327,6 +332,12 @@ def resolve(target: str, namespace: str, config_file: Path | None, as_json: bool
                 f"{_names_of(tuples)} has {ip}, but does not expose {port} (exposes: {tuples[0].exposes or 'nothing'})"
             )
         raise _Failure(f"{where}: {reason}", EXIT_FAILED)
+
+
+def _as_it_is(item: Tuple, states: Mapping[str, str]) -> Tuple:
+    """The tuple with the state of its node: a node that drains says so once, and not in each of its tuples."""
+    state = states.get(item.node, "no heartbeat")
+    return item if state == "live" else msgspec.structs.replace(item, state=state)
 
 
 def _parse_target(text: str) -> tuple[str, int]:
@@ -379,7 +390,8 @@ class _Agent(msgspec.Struct):
     sessions: int
     nodes: list[str]
     hosts: list[str]
-    draining: int
+    draining: int  # sessions
+    live: int  # nodes that are neither draining nor without a heartbeat
 
 
 @_registry_options
@@ -408,12 +420,13 @@ def status(everything: bool, config_file: Path | None, as_json: bool, **values: 
 def _agents(snapshot: Snapshot) -> list[_Agent]:
     """The agents, the least redundant first."""
     hosts = {node.node: node.host for node in snapshot.nodes}
+    states = {node.node: node.state for node in snapshot.nodes}
     groups: dict[tuple[str, str], list[Tuple]] = {}
     for item in snapshot.tuples:
         groups.setdefault((item.namespace, item.agent_id), []).append(item)
     agents = []
     for (namespace, agent_id), items in groups.items():
-        sessions = {(item.node, item.epoch): item.state for item in items}
+        sessions = {(item.node, item.epoch): _as_it_is(item, states).state for item in items}
         nodes = sorted({node for node, _ in sessions})
         agents.append(
             _Agent(
@@ -424,9 +437,10 @@ def _agents(snapshot: Snapshot) -> list[_Agent]:
                 nodes,
                 sorted({hosts.get(node, node) for node in nodes}),
                 sum(state == "draining" for state in sessions.values()),
+                len({node for (node, _), state in sessions.items() if state == "live"}),
             )
         )
-    return sorted(agents, key=lambda agent: (len(agent.nodes), agent.namespace, agent.agent_id))
+    return sorted(agents, key=lambda agent: (agent.live, agent.namespace, agent.agent_id))
 
 
 def _node_row(node: NodeRecord, now: float) -> tuple[str, ...]:
@@ -438,8 +452,7 @@ def _agent_row(agent: _Agent) -> tuple[str, ...]:
     more = len(agent.addresses) - 2
     addresses = " ".join(agent.addresses[:2]) + (f" +{more}" if more > 0 else "")
     sessions = f"{agent.sessions}" + (f" ({agent.draining} draining)" if agent.draining else "")
-    redundancy = f"{len(agent.nodes)} node{'s' * (len(agent.nodes) != 1)}"
-    return agent.agent_id, agent.namespace, addresses, sessions, redundancy, " ".join(agent.nodes)
+    return agent.agent_id, agent.namespace, addresses, sessions, _nodes(agent.live), " ".join(agent.nodes)
 
 
 def _summary(snapshot: Snapshot, agents: Sequence[_Agent]) -> dict[str, int]:
@@ -447,7 +460,7 @@ def _summary(snapshot: Snapshot, agents: Sequence[_Agent]) -> dict[str, int]:
         "nodes": len(snapshot.nodes),
         "nodes_draining": sum(node.state == "draining" for node in snapshot.nodes),
         "agents": len(agents),
-        "agents_on_one_node": sum(len(agent.nodes) == 1 for agent in agents),
+        "agents_on_one_node": sum(agent.live < 2 for agent in agents),  # or on none: all theirs are draining
         "sessions": sum(agent.sessions for agent in agents),
         "tuples": len(snapshot.tuples),
     }
@@ -455,10 +468,14 @@ def _summary(snapshot: Snapshot, agents: Sequence[_Agent]) -> dict[str, int]:
 
 def _summary_line(url: str, summary: Mapping[str, int]) -> str:
     return (
-        f"{summary['nodes']} nodes ({summary['nodes_draining']} draining), {summary['agents']} agents "
+        f"{_nodes(summary['nodes'])} ({summary['nodes_draining']} draining), {summary['agents']} agents "
         f"({summary['agents_on_one_node']} on one node only), {summary['sessions']} sessions, "
         f"{summary['tuples']} tuples in {url}"
     )
+
+
+def _nodes(count: int) -> str:
+    return f"{count} node" if count == 1 else f"{count} nodes"
 
 
 # --- output -----------------------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ class AgentSession:
             if self._deadline is not None:
                 self._deadline.cancel()
             self.welcome = message
-            self._decoder.expect(Drain | Bye)
+            self._decoder.expect(Drain | Bye | Refuse)
             self.owner.session_up(self)
         elif isinstance(message, Refuse):
             self._code = Refusal.parse(message.code)

@@ -14,7 +14,15 @@ import trio
 
 import rtunnel
 from rtunnel.bridge import Bridge
-from rtunnel.config import BrokerConfig, Config, default_address, host_name, parse_endpoint, parse_range
+from rtunnel.config import (
+    BrokerConfig,
+    Config,
+    default_address,
+    format_endpoint,
+    host_name,
+    parse_endpoint,
+    parse_range,
+)
 from rtunnel.logs import get_logger
 from rtunnel.net import listening_socket
 from rtunnel.registry import (
@@ -94,7 +102,7 @@ class Node:
     def wants(self, session: Session) -> None:
         """See SessionKeeper."""
         self._handshake_over(session)
-        if len(self.sessions) >= self.config.max_sessions:
+        if len(self.sessions) >= self.config.max_sessions and session.owner not in self.sessions:
             session.refuse(Refusal.OVERLOADED, f"this broker holds {len(self.sessions)} sessions, its limit")
         else:
             self.bridge.spawn(self._register, session)
@@ -159,7 +167,7 @@ class Node:
             async with self.bridge.open_nursery() as nursery:
                 nursery.start_soon(self._heartbeats)
                 self._log.info(
-                    "broker_ready", node=self.node, listen=self.config.listen, ip=self.ip,
+                    "broker_ready", node=self.node, listen=format_endpoint(*self.bound), ip=self.ip,
                     incarnation=self.incarnation, security=self.config.security,
                 )  # fmt: skip
                 task_status.started(self)
@@ -302,6 +310,10 @@ class Node:
                 code, text = _refusal_of(error), str(error)
                 await self.bridge.run(lambda: session.refuse(code, text))
                 return
+            except BaseException:  # cancelled, or superseded: the node ends
+                for port in leased:
+                    port.sock.close()
+                raise
             self.sessions[session.owner] = session
             live = await self.bridge.run(lambda: self._open_shop(session, leased, granted, notices))
             if not live:
@@ -415,16 +427,19 @@ class Node:
         return Registration(session.epoch, tuple(tuples), tuple(port.lease for port in leased))
 
     async def _republish(self, session: Session) -> None:
-        registration = session.registration
-        if registration is None or self.sessions.get(session.owner) is not session:
-            return
-        exposes = ",".join(session.exposes)
-        tuples = tuple(
-            Tuple(**{**{f: getattr(t, f) for f in t.__struct_fields__}, "exposes": exposes})
-            for t in registration.tuples
-        )
-        session.registration = Registration(registration.epoch, tuples, registration.leases)
-        await self.bridge.registry_tries(self._registry.register, session.registration)
+        """One at a time, with the latest: two calls to the registry may overtake each other."""
+        async with self._owner_lock(session.owner):
+            session.update_due = False  # before `exposes` is read: what comes later is told later
+            registration = session.registration
+            if registration is None or self.sessions.get(session.owner) is not session:
+                return
+            exposes = ",".join(session.exposes)
+            tuples = tuple(
+                Tuple(**{**{f: getattr(t, f) for f in t.__struct_fields__}, "exposes": exposes})
+                for t in registration.tuples
+            )
+            session.registration = Registration(registration.epoch, tuples, registration.leases)
+            await self.bridge.registry_tries(self._registry.register, session.registration)
 
     # Leaving.
 

@@ -10,10 +10,11 @@ import secrets
 import socket
 import time
 from dataclasses import dataclass, field
+from typing import Final
 
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account
-from rtunnel.relay.link import StreamEnd
+from rtunnel.relay.link import Link, StreamEnd
 from rtunnel.relay.relay import Relay
 from rtunnel.trust.keys import DialSigner, NonceWindow
 from rtunnel.wire import messages
@@ -32,6 +33,10 @@ from rtunnel.wire.messages import (
 )
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_broker.session import Session
+
+_OVERLOADED: Final = encode(
+    Refuse(code=Refusal.OVERLOADED.value, text="too many connections to this broker's ports wait for their Dial")
+)
 
 Networks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
 
@@ -77,12 +82,12 @@ class DialChecker:
             raise Refused(Refusal.VERSION, text)
         age = time.time() - body.time / 1000
         if abs(age) > self._window:
-            off = f"{abs(age):.1f} s {'behind' if age > 0 else 'ahead of'}"
-            raise Refused(Refusal.EXPIRED, f"the Dial's time is {off} this broker's clock: check both clocks")
+            off = f"{age:.1f} s old" if age > 0 else f"{-age:.1f} s ahead"
+            raise Refused(Refusal.EXPIRED, f"the Dial is {off} by this broker's clock: check both clocks")
         if body.node != self._node:
             raise Refused(Refusal.STALE_NODE, f"this is {self._node}, the Dial is for {body.node}")
         hello = session.hello
-        if hello is None or session.state != "live" or session.link is None or session.link.over:
+        if hello is None or session.state != "live" or not _takes_streams(session.link):
             raise Refused(Refusal.LINK_LOST)
         if body.namespace != hello.namespace or body.ip not in session.addresses:
             raise Refused(Refusal.STALE_TARGET, f"this port is not leased to {body.namespace}/{body.ip}")
@@ -151,6 +156,10 @@ class GuardedPort:
         """A connection: its Dial must come in time."""
         if self.counts.waiting >= self.max_waiting:
             self.counts.refuse(Refusal.OVERLOADED)
+            try:
+                sock.send(_OVERLOADED)  # and no lingering: there are too many already
+            except OSError:
+                pass
             sock.close()
             return
         self.counts.waiting += 1
@@ -200,7 +209,7 @@ class OpenConnection:
         self._decoder.feed(data)
         try:
             answer = self._decoder.next()
-            if isinstance(answer, Dialling):
+            while isinstance(answer, Dialling):
                 answer = self._decoder.next()
         except MessageError as error:
             self._fail(Refusal.PROTOCOL_ERROR, str(error))
@@ -254,7 +263,7 @@ class OpenPortServer:
         session = self.session
         if not all(any(source in network for network in networks) for networks in self.allow):
             self.refuse(end, Refusal.NOT_AUTHORISED, "the source is not on the allow-list")
-        elif session.link is None or session.link.over or session.hello is None:
+        elif session.link is None or session.hello is None or not _takes_streams(session.link):
             self.refuse(end, Refusal.LINK_LOST, "")
         else:
             connection = OpenConnection(self, end)
@@ -284,3 +293,8 @@ class OpenPortServer:
             target=f"{self.ip}:{self.target_port}",
         )  # fmt: skip
         end.abort()
+
+
+def _takes_streams(link: Link | None) -> bool:
+    """The link is there, and the agent has not said GoAway."""
+    return link is not None and not link.over and link.going_away is None

@@ -12,7 +12,7 @@ import hmac
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from rtunnel.config import canonical_ip, check_word, parse_exposes
 from rtunnel.registry import Registration
@@ -28,6 +28,9 @@ from rtunnel.wire.refusal import Refusal
 #: What the two MACs of the handshake are over, beside the Hello, the nonce and the broker's certificate.
 BROKER_LABEL = b"rtunnel broker 1"
 AGENT_LABEL = b"rtunnel agent 1"
+
+#: What a link may send before its Proof has come: the longest Hello, the Proof, and room for frames' headers and pings.
+UNPROVEN_BYTES: Final = 2 * messages.MAX_UNAUTHENTICATED
 
 
 class SessionKeeper(Protocol):
@@ -62,6 +65,7 @@ class Session:
     epoch: int = 0
     registration: Registration | None = None
     exposes: tuple[str, ...] = ()
+    update_due: bool = False  # the registry is to be told of `exposes`
     addresses: frozenset[str] = frozenset()
     listeners: list[Listener] = field(default_factory=list)
     handshaking: bool = True  # until the Proof
@@ -90,6 +94,7 @@ class Session:
     def link_up(self, link: Link) -> None:
         """See LinkOwner."""
         self.link = link
+        link.allowance = UNPROVEN_BYTES
         self._deadline = link.loop.after(
             self.keeper.handshake_timeout, lambda: self.end("no Welcome within the handshake deadline")
         )
@@ -118,7 +123,7 @@ class Session:
             while self.state != "over" and (frame := self._decoder.next_frame()) is not None:
                 self._take(*frame)
         except MessageError as error:
-            code = Refusal.VERSION if "speaks version" in str(error) else Refusal.PROTOCOL_ERROR
+            code = Refusal.VERSION if error.other_version else Refusal.PROTOCOL_ERROR
             self.refuse(code, str(error))
 
     def finished(self) -> None:
@@ -136,8 +141,7 @@ class Session:
         elif self.state == "hello":
             self._take_proof(message)
         elif isinstance(message, Update):
-            self.exposes = tuple(message.exposes)
-            self.keeper.updated(self)
+            self._take_update(message)
         else:
             self.end(f"agent said goodbye: {message.reason}" if message.reason else "agent said goodbye")
 
@@ -178,10 +182,23 @@ class Session:
             self.refuse(Refusal.BAD_TOKEN, f"the proof for join token {self.hello.token_id!r} is wrong")
             return
         self.state = "proven"
+        if self.link is not None:
+            self.link.allowance = None
         self._hello_frame = b""
         self._decoder.expect(Update | Bye)
         self._decoder.limit = messages.MAX_MESSAGE
         self.keeper.wants(self)
+
+    def _take_update(self, update: Update) -> None:
+        try:
+            parse_exposes(update.exposes)
+        except ValueError as fault:
+            self.refuse(Refusal.BAD_REQUEST, str(fault))
+            return
+        self.exposes = tuple(update.exposes)
+        if not self.update_due:
+            self.update_due = True
+            self.keeper.updated(self)
 
     # The control plane's answers.
 

@@ -69,9 +69,13 @@ class Listener:
         loop.add(sock.fileno(), self._event)
 
     def close(self) -> None:
-        """Accept no more. What was accepted lives on."""
+        """Accept no more; the port is free for others when this returns. What was accepted lives on."""
         if not self.closed:
             self.closed = True
+            try:
+                self.sock.shutdown(socket.SHUT_RDWR)  # the descriptor itself is closed at the end of the turn
+            except OSError:
+                pass
             if self._paused is not None:
                 self._paused.cancel()
             self._loop.close(self.sock)

@@ -39,7 +39,14 @@ Unsigned64 = Annotated[int, msgspec.Meta(ge=0)]  # MessagePack has no larger one
 
 
 class MessageError(Exception):
-    """The peer sent something that is not a message of this protocol; the text names the fault."""
+    """The peer sent something that is not a message of this protocol; the text names the fault.
+
+    `other_version`: it said that it speaks another version, which explains the rest.
+    """
+
+    def __init__(self, text: str, *, other_version: bool = False) -> None:
+        super().__init__(text)
+        self.other_version = other_version
 
 
 class Message(msgspec.Struct, tag_field="t", frozen=True):
@@ -232,7 +239,8 @@ class Decoder:
         try:
             return self._decoder.decode(frame[4:]), frame
         except (msgspec.DecodeError, RecursionError, ValueError) as fault:
-            raise MessageError(f"bad message: {fault}{_version_note(frame[4:])}") from None
+            note = _version_note(frame[4:])
+            raise MessageError(f"bad message: {fault}{note}", other_version=bool(note)) from None
 
     def rest(self) -> bytes:
         """Take out the bytes after the last message."""

@@ -279,7 +279,7 @@ class Attempt:
         self._decoder.feed(data)
         try:
             answer = self._decoder.next()
-            if isinstance(answer, Dialling):
+            while isinstance(answer, Dialling):
                 self.dialling = True
                 answer = self._decoder.next()
         except MessageError as error:

@@ -10,7 +10,7 @@ from typing import Final
 import trio
 
 from rtunnel.bridge import Bridge
-from rtunnel.config import Config, GatewayConfig, host_name, parse_endpoint
+from rtunnel.config import Config, GatewayConfig, format_endpoint, host_name, parse_endpoint
 from rtunnel.logs import get_logger
 from rtunnel.net import listening_socket
 from rtunnel.registry import Registry, RegistryUnavailable, Tuple
@@ -80,14 +80,25 @@ class Gateway:
         if tuples:
             return tuples
         now = self.relay.loop.now
-        if self._misses.get(key, 0.0) > now or len(self._asking) >= MAX_MISSES:
+        if self._misses.get(key, 0.0) > now:
             self.relay.loop.soon(lambda: client.found(()))
+        elif refused := self._unaskable(key):
+            self.relay.loop.soon(lambda: client.failed(refused))
         elif key in self._asking:
             self._asking[key].append(client)
         else:
             self._asking[key] = [client]
             self.bridge.spawn(self._look_up, key)
         return ()
+
+    def _unaskable(self, key: tuple[str, str]) -> Refused | None:
+        """Why the registry is not asked: it would time out, one question after the other, or has enough to answer."""
+        if self.registry_down not in ("", "not contacted yet"):
+            text = f"no tuple is known here for {key[1]}, and: {self.registry_down}"
+            return Refused(Refusal.REGISTRY_UNAVAILABLE, text)
+        if len(self._asking) >= MAX_MISSES and key not in self._asking:
+            return Refused(Refusal.OVERLOADED, "too many questions wait for the registry")
+        return None
 
     def new_dial(self, client: Client, target: Target) -> TargetDial:
         """See ClientOwner."""
@@ -178,8 +189,7 @@ class Gateway:
             async with self.bridge.open_nursery() as nursery:
                 nursery.start_soon(self._follow)
                 self._listener = await self.bridge.run(lambda: self.relay.listen(sock, self._accept))
-                host, port = self.bound
-                self._log.info("gateway_ready", listen=f"{host}:{port}", namespace=self.namespace)
+                self._log.info("gateway_ready", listen=format_endpoint(*self.bound), namespace=self.namespace)
                 task_status.started(self)
                 await stop.wait()
                 await self._drain()

@@ -81,7 +81,8 @@ class Way:
         sock = socket.create_connection(self.address, PATIENCE)
         sock.settimeout(None)
         # Not settimeout: with it Python asks poll() before each call.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", PATIENCE, 0))
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", PATIENCE, 0))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.socks:
             sock.sendall(b"\5\1\0")
@@ -163,17 +164,16 @@ class Target:
         def handler(_mask: int) -> None:
             try:
                 data = sock.recv(65536)
+                if data[:1] == b"E":
+                    sock.send(data)
             except OSError:
                 data = b""
             if not data:
                 self._drop(sock)
             elif data[:1] == b"E":
-                sock.send(data)
                 self._watch(sock, _IN, self._echo(sock))
             elif data[:1] == b"U":
                 self._watch(sock, _IN, self._sink(sock))
-            elif data[:1] == b"D":
-                self._watch(sock, _IN | _OUT, self._both(sock))
             else:
                 self._watch(sock, _IN | _OUT, self._both(sock))
 
@@ -230,7 +230,7 @@ class Target:
 
 def run_target(listener: socket.socket, board: Board) -> NoReturn:
     """The target's process."""
-    _become_a_load_process()
+    become_a_load_process()
     Target(listener, board).run()
 
 
@@ -512,14 +512,14 @@ class DelayRelay:
 
 def run_delay(listener: socket.socket, onward: Address, delay: float) -> NoReturn:
     """The delay relay's process."""
-    _become_a_load_process()
+    become_a_load_process()
     DelayRelay(listener, onward, delay).run()
 
 
 # --- processes ----------------------------------------------------------------------------------------------------
 
 
-def _become_a_load_process() -> None:
+def become_a_load_process() -> None:
     """The terminal's Ctrl-C is the bench's affair, and so is our end."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -528,7 +528,7 @@ def _become_a_load_process() -> None:
 
 def run_client(work: Callable[..., None], way: Way, board: Board, pipe: Connection, args: tuple[int, ...]) -> None:
     """A client's process: it sends what went wrong ("" for nothing), and its samples."""
-    _become_a_load_process()
+    become_a_load_process()
     samples: array[float] = array("d")
     fault = ""
     try:

@@ -156,7 +156,7 @@ class Processes:
                 stderr=subprocess.STDOUT,
                 cwd=self.directory,
                 env={**os.environ, **(env or {})},
-                preexec_fn=die_with_parent,  # noqa: PLW1509 - this process has one thread
+                preexec_fn=die_with_parent,  # safe: this process has one thread
             )
         process = Process(name, popen, path)
         self.running.append(process)

@@ -17,10 +17,11 @@ import trio
 from structlog.testing import capture_logs
 
 from rtunnel.config import RegistryConfig
+from rtunnel.net import listening_socket
 from rtunnel.registry import COUNTER_BITS, NodeRecord, Registration, Superseded, Tuple, connect, incarnation_of
 from rtunnel_broker.node import Node
 from support.cluster import Cluster, Part, SocksRefused, Target, in_thread, read_line, running_cluster
-from support.plumbing import close_kept, kept, read_all
+from support.plumbing import close_kept, kept, read_all, running_relay
 from support.redis_server import RedisServer
 
 Events = list[Any]  # captured log lines
@@ -202,12 +203,26 @@ async def test_a_restarted_agent_takes_over_at_once(tmp_path: Path, events: Even
         assert await cluster.ask(target.ip, target.port) == b"127.1.0.1:hello"
 
 
+def test_a_port_is_free_as_soon_as_its_listener_is_closed() -> None:
+    """Else a session that replaces another one would sometimes not get its port back."""
+    with running_relay() as relay:
+
+        def close_and_listen() -> None:
+            listener = relay.listen(listening_socket("127.0.0.1", 0), lambda sock, peer: sock.close())
+            host, port = listener.sock.getsockname()
+            relay.unlisten(listener)
+            relay.unlisten(relay.listen(listening_socket(host, port), lambda sock, peer: sock.close()))
+
+        relay.do(close_and_listen)
+
+
 async def test_a_restarted_broker_purges_what_it_left(tmp_path: Path) -> None:
     """The same node_id again: a higher incarnation, no tuple of the earlier one, the agents back on the same port."""
     ranges = {"b1": free_ports(50), "b2": free_ports(50)}
     async with running_cluster(tmp_path) as cluster:
         for name, ports in ranges.items():
-            await cluster.start_broker(name, port_range=ports)
+            ip = f"127.0.0.{name[1]}"  # ports are remembered by PS IP
+            await cluster.start_broker(name, port_range=ports, listen=f"{ip}:0", advertise_ip=ip)
         await cluster.start_gateway()
         part = await cluster.start_agent("a1")
         await cluster.whole()

@@ -1,0 +1,547 @@
+"""The command line as an operator runs it: processes, TOML files, a real Redis, curl and PySocks, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.cluster import Target
+from support.plumbing import close_kept, kept
+from support.polling import until
+from support.redis_server import RedisServer
+
+ROOT = Path(__file__).parents[2]
+IP1, IP2 = "127.2.0.1", "127.2.0.2"
+DRAIN = 20.0
+TTL = 1.5
+WEB = """
+import http.server, sys
+class Page(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = ("hello from %s\\n" % self.server.server_address[0]).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *_): pass
+server = http.server.ThreadingHTTPServer((sys.argv[1], int(sys.argv[2])), Page)
+print(server.server_address[1], flush=True)
+server.serve_forever()
+"""
+
+needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+
+
+@pytest.fixture(autouse=True)
+def _no_socket_left() -> Iterator[None]:
+    yield
+    close_kept()
+
+
+def environment() -> dict[str, str]:
+    """Ours, without what would configure rtunnel or curl."""
+    return {k: v for k, v in os.environ.items() if not (k.startswith("RTUNNEL_") or k.lower().endswith("_proxy"))}
+
+
+def run(*command: str, code: int | None = 0) -> str:
+    """A command to its end; its output. Its exit code is as expected (None: any)."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=environment())
+    assert code is None or done.returncode == code, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def rtunnel(*arguments: str, code: int = 0) -> str:
+    """The command `rtunnel` to its end; its output."""
+    return run(sys.executable, "-m", "rtunnel.cli", *arguments, code=code)
+
+
+class Process:
+    """A running `rtunnel ROLE`; its log lines are read from its stderr."""
+
+    def __init__(self, directory: Path, name: str, *arguments: str) -> None:
+        self.name = name
+        self._log = directory / f"{name}.{time.monotonic_ns()}.log"
+        command = [sys.executable, "-m", "rtunnel.cli", *arguments]
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment())
+
+    @property
+    def text(self) -> str:
+        return self._log.read_text()
+
+    def lines(self, event: str) -> list[dict[str, Any]]:
+        """The log lines of one event, so far."""
+        whole = [json.loads(line) for line in self.text.splitlines(keepends=True) if line.endswith("}\n")]
+        return [line for line in whole if line["event"] == event]
+
+    def wait_for(self, event: str) -> dict[str, Any]:
+        """The first line of this event."""
+
+        def found() -> list[dict[str, Any]]:
+            lines = self.lines(event)
+            assert lines or self.process.poll() is None, f"{self.name} ended: {self.text}"
+            return lines
+
+        return until(found, 15.0, what=f"{event} of {self.name}")[0]
+
+    def address(self, event: str) -> str:
+        """Where it listens: the kernel chose the port, and the log tells it."""
+        return str(self.wait_for(event)["listen"])
+
+    def admin(self, number: int = 0) -> str:
+        """Its health address."""
+        until(lambda: len(self.lines("admin_listening")) > number, what="admin")
+        return str(self.lines("admin_listening")[number]["address"])
+
+    def end(self, number: signal.Signals = signal.SIGTERM, patience: float = DRAIN) -> tuple[int, float]:
+        """Signal it; its exit code, and the seconds that it took."""
+        began = time.monotonic()
+        self.process.send_signal(number)
+        return self.process.wait(patience), time.monotonic() - began
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.kill()
+        self.process.wait()
+
+
+def health(address: str, path: str) -> tuple[int, dict[str, Any]]:
+    """A probe's look: the status, and the JSON of the answer."""
+    try:
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=5) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as answer:
+        with answer:
+            return answer.code, json.load(answer)
+
+
+def ready(address: str) -> bool:
+    return health(address, "/readyz")[0] == 200
+
+
+@dataclass
+class Site:
+    """A directory with keys and TOML files, and the processes that were started from it."""
+
+    directory: Path
+    stack: ExitStack
+    registry_url: str
+    processes: dict[str, Process] = field(default_factory=dict)
+    spare: list[str] = field(default_factory=list)  # addresses of brokers to come
+
+    def toml(self, name: str, text: str) -> Path:
+        """A configuration file; paths in it are relative to it."""
+        common = f"""
+            [log]
+            format = "json"
+            [registry]
+            url = "{self.registry_url}"
+            heartbeat = 0.4
+            ttl = {TTL}
+            quarantine = 2.0
+            reconcile = 2.0
+            """
+        path = self.directory / f"{name}.toml"
+        path.write_text(textwrap.dedent(common) + textwrap.dedent(text))
+        return path
+
+    def start(self, name: str, role: str, text: str, *flags: str) -> Process:
+        """A role from a file of its own."""
+        path = self.toml(name, text)
+        process = Process(self.directory, name, role, "--config", str(path), *flags)
+        self.stack.callback(process.kill)
+        self.processes[name] = process
+        return process
+
+    def broker(self, node: str, number: int, *flags: str) -> Process:
+        """Each node has an IP of its own, as on machines of their own."""
+        first = 22000 + 200 * number
+        text = f"""
+            [broker]
+            listen = "127.0.0.{number}:0"
+            advertise_ip = "127.0.0.{number}"
+            node_id = "{node}"
+            host = "{node}"
+            port_range = "{first}-{first + 199}"
+            certificate = "pki/broker.pem"
+            key = "pki/broker.key"
+            cluster_key = "pki/cluster.key"
+            join_token = "pki/join.token"
+            drain = {DRAIN}
+            admin = "127.0.0.1:0"
+            """
+        return self.start(node, "broker", text, *flags)
+
+    def gateway(self) -> Process:
+        text = f"""
+            [gateway]
+            listen = "127.0.0.1:0"
+            cluster_key = "pki/cluster.key"
+            drain = {DRAIN}
+            admin = "127.0.0.1:0"
+            """
+        return self.start("gateway", "gateway", text)
+
+    def agent(self, name: str, ip: str, brokers: list[str], *flags: str) -> Process:
+        text = f"""
+            [agent]
+            brokers = {json.dumps(brokers)}
+            agent_id = "{name}"
+            addresses = ["{ip}"]
+            exposes = ["1024-65535"]
+            ca = "pki/ca.pem"
+            join_token = "pki/join.token"
+            backoff_cap = 0.5
+            drain = {DRAIN}
+            admin = "127.0.0.1:0"
+            """
+        return self.start(name, "agent", text, *flags)
+
+    def web(self, ip: str, port: int = 0) -> int:
+        """An HTTP server on this IP, a process of its own; its port."""
+        command = [sys.executable, "-c", WEB, ip, str(port)]
+        server = self.stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        self.stack.callback(server.kill)
+        assert server.stdout is not None
+        return int(server.stdout.readline())
+
+    def ask_registry(self, *arguments: str, code: int = 0) -> str:
+        """`rtunnel status` or `resolve`, with the gateway's file."""
+        return rtunnel(*arguments, "--config", str(self.directory / "gateway.toml"), code=code)
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.ask_registry("status", "--json"))
+        return found
+
+
+@contextmanager
+def site(directory: Path, registry_url: str) -> Iterator[Site]:
+    """Keys by `rtunnel pki init`; at the end every process is killed."""
+    made = rtunnel("pki", "init", str(directory / "pki"))
+    assert all(name in made for name in ("ca.pem", "broker.pem", "cluster.key", "join.token"))
+    with ExitStack() as stack:
+        yield Site(directory, stack, registry_url)
+
+
+@contextmanager
+def whole_site(directory: Path, registry_url: str, *spare: str) -> Iterator[Site]:
+    """Two brokers, a gateway, two agents at IP1 and IP2, all ready."""
+    with site(directory, registry_url) as here:
+        here.spare += spare
+        brokers = [here.broker(f"b{n}", n) for n in (1, 2)]
+        here.gateway()
+        for name, ip in (("a1", IP1), ("a2", IP2)):
+            here.agent(name, ip, [broker.address("broker_ready") for broker in brokers] + here.spare)
+        for process in here.processes.values():
+            until(lambda process=process: ready(process.admin()), what=process.name)  # type: ignore[misc]
+        gateway = here.processes["gateway"].admin()
+        until(lambda: health(gateway, "/statusz")[1]["tuples"] == 4, what="the gateway to know all")
+        yield here
+
+
+def fetch(proxy: str, url: str, *, socks: bool = True, code: int | None = 0) -> str:
+    """What curl prints."""
+    way = ["--socks5-hostname", proxy] if socks else ["--proxy", f"http://{proxy}"]
+    return run("curl", "-sS", "-m", "5", *way, url, code=code)
+
+
+# --- the whole ----------------------------------------------------------------------------------------------
+
+
+@needs_curl
+def test_an_operators_day(tmp_path: Path, redis_server: RedisServer) -> None:
+    """pki, files, five processes, curl and PySocks, status and resolve, probes, and an end in order."""
+    began = time.monotonic()
+    with whole_site(tmp_path, redis_server.url) as here:
+        print(f"five processes ready after {time.monotonic() - began:.1f} s")
+        port = here.web(IP1)
+        here.web(IP2, port)
+        proxy = here.processes["gateway"].address("gateway_ready")
+        for ip in (IP1, IP2):
+            for socks in (True, False):
+                assert fetch(proxy, f"http://{ip}:{port}/", socks=socks) == f"hello from {ip}\n"
+        assert pysocks(proxy, IP1, port) == f"hello from {IP1}\n"
+        for name in ("b1", "gateway", "a1"):
+            role = {"b1": "broker", "gateway": "gateway", "a1": "agent"}[name]
+            path = tmp_path / f"{name}.toml"
+            assert rtunnel("config", "check", str(path), "--role", role) == f"{path}: good for {role}\n"
+        assert "(4)" in fetch(proxy, f"http://127.2.9.9:{port}/", code=97)  # host unreachable
+        check_resolve(here, port)
+        check_status(here)
+        check_health(here)
+        check_ends(here)
+
+
+def pysocks(proxy: str, ip: str, port: int) -> str:
+    """The page by PySocks, in a process where `socks` is its module."""
+    host, _, number = proxy.partition(":")
+    script = f"""
+import socks, sys
+s = socks.socksocket()
+s.set_proxy(socks.SOCKS5, "{host}", {number}, rdns=True)
+s.settimeout(5)
+s.connect(("{ip}", {port}))
+s.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")
+data = b""
+while piece := s.recv(4096):
+    data += piece
+s.close()
+sys.stdout.write(data.partition(b"\\r\\n\\r\\n")[2].decode())
+"""
+    return run(sys.executable, "-c", script)
+
+
+def check_resolve(here: Site, port: int) -> None:
+    """The tuples are those that the agents were given, fresh, on both nodes."""
+    told = {line["broker"]: line for line in here.processes["a1"].lines("session_up")}
+    tuples = json.loads(here.ask_registry("resolve", f"{IP1}:{port}", "--json"))
+    assert {t["node"] for t in tuples} == {"b1", "b2"}
+    for item in tuples:
+        line = told[item["node"]]
+        assert f"{item['ps_ip']}:{item['ps_port']}" == line["ps"]
+        assert item["epoch"] == line["epoch"]
+        assert (item["agent_id"], item["agent_ip"], item["state"]) == ("a1", IP1, "live")
+        assert 0 <= item["age"] < TTL
+    table = here.ask_registry("resolve", IP1)
+    assert re.search(rf"{re.escape(told['b1']['ps'])} +any exposed +b1 .* live +a1 +1024-65535 +\d\.\d s ago", table)
+    assert table.count("a1") == 2
+    assert "does not expose 22" in here.ask_registry("resolve", f"{IP1}:22", code=1)
+    assert "no agent answers for 127.2.9.9" in here.ask_registry("resolve", "127.2.9.9", code=1)
+
+
+def check_status(here: Site) -> None:
+    """Nodes, agents, redundancy: in JSON and for people."""
+    status = here.status()
+    assert {n["node"]: (n["state"], n["host"]) for n in status["nodes"]} == {"b1": ("live", "b1"), "b2": ("live", "b2")}
+    assert all(0 <= n["age"] < TTL for n in status["nodes"])
+    assert [(a["agent_id"], a["sessions"], a["nodes"]) for a in status["agents"]] == [
+        ("a1", 2, ["b1", "b2"]),
+        ("a2", 2, ["b1", "b2"]),
+    ]
+    assert status["summary"]["agents_on_one_node"] == 0 and status["summary"]["tuples"] == 4
+    table = here.ask_registry("status")
+    assert re.search(r"^b1 +b1 +127\.0\.0\.1 +live .* s ago", table, re.MULTILINE)
+    assert re.search(rf"^a2 +default +{re.escape(IP2)} +2 ", table, re.MULTILINE)
+
+
+def check_health(here: Site) -> None:
+    """/livez, /readyz and /statusz of each role."""
+    for name, process in here.processes.items():
+        address = process.admin()
+        assert health(address, "/livez") == (200, {"live": True})
+        assert health(address, "/readyz") == (200, {"ready": True, "reasons": []})
+        code, status = health(address, "/statusz")
+        assert code == 200 and status["role"] == {"a": "agent", "b": "broker", "g": "gateway"}[name[0]]
+
+
+def check_ends(here: Site) -> None:
+    """SIGTERM ends each with 0, soon, and nothing is left in the registry."""
+    took = {}
+    for name in ("a1", "a2", "gateway", "b1", "b2"):
+        process = here.processes[name]
+        code, took[name] = process.end()
+        assert code == 0, process.text
+        assert process.lines("stopped")[0]["code"] == 0
+        assert not re.search("Traceback|crash", process.text)
+        if name == "a1":
+            assert "no agent answers" in here.ask_registry("resolve", IP1, code=1)
+    print("ended after", {name: round(seconds, 2) for name, seconds in took.items()})
+    assert max(took.values()) < DRAIN / 2
+    status = here.status()
+    assert (status["nodes"], status["agents"]) == ([], [])
+
+
+@needs_curl
+def test_a_broker_is_killed_and_comes_back(tmp_path: Path, redis_server: RedisServer) -> None:
+    """SIGKILL: no request fails, probes and status say what is missing; restarted, everything is as before."""
+    with whole_site(tmp_path, redis_server.url) as here:
+        port = here.web(IP1)
+        proxy = here.processes["gateway"].address("gateway_ready")
+        agent = here.processes["a1"].admin()
+        victim = here.processes["b1"]
+        before = {line["broker"]: line for line in here.processes["a1"].lines("session_up")}
+        victim.kill()
+        for _ in range(8):
+            assert fetch(proxy, f"http://{IP1}:{port}/") == f"hello from {IP1}\n"
+        until(lambda: not ready(agent), what="the agent to be degraded")
+        assert health(agent, "/livez")[0] == 200
+        code, answer = health(agent, "/readyz")
+        assert code == 503 and answer["reasons"] and health(agent, "/statusz")[1]["redundancy"] == "1/2"
+        again = here.broker("b1", 1, "--listen", victim.address("broker_ready"))
+        began = time.monotonic()
+        until(lambda: ready(agent), 25.0, what="2/2")  # if it takes long, it looks at a slow pace by now
+        print(f"2/2 again {time.monotonic() - began:.1f} s after the start of the process")
+        assert again.wait_for("broker_ready")["incarnation"] > victim.wait_for("broker_ready")["incarnation"]
+        ups = here.processes["a1"].lines
+        new = until(lambda: [line for line in ups("session_up") if line["broker"] == "b1"][1:], what="the log")[0]
+        assert new["ps"] == before["b1"]["ps"] and int(new["epoch"]) > int(before["b1"]["epoch"])
+        assert fetch(proxy, f"http://{IP1}:{port}/") == f"hello from {IP1}\n"
+        again.kill()
+        until(lambda: len(here.status()["nodes"]) == 1, what="b1's heartbeat to run out")
+        status = here.status()
+        assert [(a["agent_id"], a["nodes"]) for a in status["agents"]] == [("a1", ["b2"]), ("a2", ["b2"])]
+        assert status["summary"]["agents_on_one_node"] == 2
+        assert "1 node (0 draining), 2 agents (2 on one node only)" in here.ask_registry("status")
+
+
+def open_stream(proxy: str, target: Target) -> socket.socket:
+    """A stream through the gateway to a Target, in use."""
+    host, _, port = proxy.partition(":")
+    sock = kept(socket.create_connection((host, int(port)), timeout=5))
+    sock.sendall(f"CONNECT {target.ip}:{target.port} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    reply = b""
+    while not reply.endswith(b"\r\n\r\n"):
+        reply += sock.recv(1)
+    assert b" 200 " in reply, reply
+    assert talk(sock) == f"{target.ip}:hello\n".encode()
+    return sock
+
+
+def talk(sock: socket.socket) -> bytes:
+    sock.sendall(b"hello\n")
+    return sock.recv(4096)
+
+
+def test_status_shows_a_drain(tmp_path: Path, redis_server: RedisServer) -> None:
+    """SIGTERM with a stream open: the broker is draining in status and probe, goes on serving, and ends with it."""
+    third = free_address()
+    with whole_site(tmp_path, redis_server.url, third) as here:
+        proxy = here.processes["gateway"].address("gateway_ready")
+        target = Target(IP1)
+        streams = [open_stream(proxy, target) for _ in range(2)]  # one on each node
+        broker = here.processes["b1"]
+        assert health(broker.admin(), "/statusz")[1]["streams"] == 1
+        broker.process.send_signal(signal.SIGTERM)
+        until(lambda: not ready(broker.admin()), what="b1 not to be ready")
+        assert health(broker.admin(), "/readyz") == (503, {"ready": False, "reasons": ["draining"]})
+        states = {"b1": "draining", "b2": "live"}
+        until(lambda: {n["node"]: n["state"] for n in here.status()["nodes"]} == states, what="status")
+        table = here.ask_registry("status")
+        assert re.search(r"^b1 .* draining ", table, re.MULTILINE)
+        assert re.search(r"^a1 .* 2 \(1 draining\) +1 node +b1 b2$", table, re.MULTILINE)
+        assert "(1 draining), 2 agents (2 on one node only), 4 sessions" in table
+        table = here.ask_registry("resolve", IP1)
+        assert re.search(r" b1 .* draining ", table) and re.search(r" b2 .* live ", table)
+        here.broker("b3", 3, "--listen", third)
+        until(lambda: all(ready(here.processes[name].admin()) for name in ("a1", "a2")), 25.0, what="2/2")
+        assert broker.process.poll() is None
+        assert [talk(sock) for sock in streams] == [f"{IP1}:hello\n".encode()] * 2
+        for sock in streams:
+            sock.close()
+        began = time.monotonic()
+        assert broker.process.wait(DRAIN) == 0
+        print(f"ended {time.monotonic() - began:.2f} s after its last stream")
+        assert time.monotonic() - began < 3.0
+        assert {n["node"] for n in here.status()["nodes"]} == {"b2", "b3"}
+
+
+def free_address() -> str:
+    """An address that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def test_a_second_process_with_the_same_node_id_ends_the_first(tmp_path: Path, redis_server: RedisServer) -> None:
+    """The older one ends with code 1 and says why."""
+    with site(tmp_path, redis_server.url) as here:
+        older = here.broker("b1", 1)
+        older.wait_for("broker_ready")
+        newer = here.broker("b1", 2)
+        newer.wait_for("broker_ready")
+        assert older.process.wait(5) == 1
+        assert older.lines("node_superseded") and "Traceback" not in older.text
+        assert newer.end()[0] == 0
+
+
+def test_without_redis_roles_wait_and_can_be_stopped(tmp_path: Path) -> None:
+    """Nobody answers at [registry] url: alive, not ready with the reason, status says it, SIGTERM is code 0."""
+    with site(tmp_path, f"unix://{tmp_path}/nobody.sock") as here:
+        for process in (here.broker("b1", 1), here.gateway()):
+            process.wait_for("registry_unavailable")
+            address = process.admin()
+            assert health(address, "/livez")[0] == 200
+            code, answer = health(address, "/readyz")
+            assert code == 503 and "registry" in answer["reasons"][0]
+        assert "registry: " in here.ask_registry("status", code=1)
+        for process in here.processes.values():
+            code, seconds = process.end()
+            assert code == 0 and seconds < 3.0, process.text
+
+
+# --- one process --------------------------------------------------------------------------------------------
+
+
+@needs_curl
+def test_standalone(tmp_path: Path) -> None:
+    """Broker and gateway in one process on the memory registry, with an agent beside it: no Redis."""
+    with site(tmp_path, "memory://") as here:
+        text = """
+            [broker]
+            listen = "127.0.0.1:0"
+            advertise_ip = "127.0.0.1"
+            port_range = "23000-23099"
+            certificate = "pki/broker.pem"
+            key = "pki/broker.key"
+            cluster_key = "pki/cluster.key"
+            join_token = "pki/join.token"
+            admin = "127.0.0.1:0"
+            [gateway]
+            listen = "127.0.0.1:0"
+            cluster_key = "pki/cluster.key"
+            admin = "127.0.0.1:0"
+            """
+        process = here.start("gateway", "standalone", text)
+        proxy = process.address("gateway_ready")
+        agent = here.agent("a1", IP1, [process.address("broker_ready")], "--redundancy", "1")
+        for address in (process.admin(0), process.admin(1), agent.admin()):
+            until(lambda address=address: ready(address), what="ready")  # type: ignore[misc]
+            assert health(address, "/livez")[0] == 200
+        port = here.web(IP1)
+        assert fetch(proxy, f"http://{IP1}:{port}/") == f"hello from {IP1}\n"
+        assert "memory registry lives inside one process" in here.ask_registry("status", code=2)
+        assert agent.end()[0] == 0
+        code, seconds = process.end()
+        assert code == 0 and seconds < DRAIN / 2
+
+
+@needs_curl
+def test_demo_tells_its_story(tmp_path: Path) -> None:
+    """`rtunnel demo --stay`: all of it works, its curl lines do what they say, Ctrl-C ends it with 0."""
+    began = time.monotonic()
+    process = Process(tmp_path, "demo", "demo", "--stay")
+    try:
+        until(lambda: process.text.count("  curl ") >= 4 or process.process.poll() is not None, 30.0, what="the demo")
+        told = process.text
+        print(f"the demo took {time.monotonic() - began:.1f} s")
+        for line in [line.strip() for line in told.splitlines() if line.startswith("  curl ")]:
+            (ip,) = re.findall(r" http://(127\.77\.0\.\d):", line)
+            assert run(*line.split(), "-sS", "-m", "5") == f"hello from {ip}\n"
+        assert re.search(r"kill -9", told)
+        code, seconds = process.end(signal.SIGINT)
+        assert code == 0 and seconds < 5.0, process.text
+        assert "Traceback" not in process.text
+    finally:
+        process.kill()
+
+
+def test_demo_ends_with_0() -> None:
+    """`rtunnel demo`: exit status 0, and says so."""
+    assert "all of it worked" in rtunnel("demo")

@@ -1,0 +1,251 @@
+"""docs/wire.md says what the code does: its tables, numbers and test vectors are compared, or computed anew."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import msgspec
+import pytest
+
+from rtunnel.config import Config
+from rtunnel.trust.keys import DialSigner, token_mac
+from rtunnel.wire import messages
+from rtunnel.wire.messages import Decoder, Dial, Hello, Message, Proof, decode_body
+from rtunnel.wire.refusal import Refusal
+from rtunnel.wire.yamux import Fault
+
+TEXT = (Path(__file__).parents[2] / "docs" / "wire.md").read_text(encoding="utf-8")
+
+
+def section(title: str) -> str:
+    """What stands under a heading, up to the next one."""
+    found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#+ |\Z)", TEXT, re.MULTILINE | re.DOTALL)
+    assert found, f"docs/wire.md has no section {title!r}"
+    return found[1]
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Each table's rows of cells, without its head."""
+    found: list[list[list[str]]] = []
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in block.splitlines()]
+        found.append([[cell.strip() for cell in row] for row in rows[2:]])
+    return found
+
+
+def vectors() -> dict[str, bytes]:
+    """All named values of the blocks of the kind `vector`."""
+    found: dict[str, bytes] = {}
+    for block in re.findall(r"^```vector\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL):
+        for name, digits in re.findall(r"^(\w[\w ]*):\n((?:  [0-9a-f ]+\n)+)", block, re.MULTILINE):
+            assert name not in found
+            found[name] = bytes.fromhex("".join(digits.split()))
+    return found
+
+
+VECTORS = vectors()
+
+# The join token.
+
+
+def proof(label: bytes, binding: bytes) -> bytes:
+    """The MAC as the page describes it, without the code under test."""
+    text = b""
+    for part in (label, VECTORS["hello frame"], VECTORS["nonce"], binding):
+        text += len(part).to_bytes(4, "big") + part
+    return hmac.new(VECTORS["secret"], text, hashlib.sha256).digest()
+
+
+@pytest.mark.parametrize("end", ["broker", "agent"])
+@pytest.mark.parametrize("plain", [False, True], ids=["tls", "plain"])
+def test_the_example_of_a_join_proof_is_right(end: str, plain: bool) -> None:
+    """The page's recipe, the page's result and the code agree, on TLS and on plain links."""
+    label = f"rtunnel {end} 1"
+    assert f"`{label}`" in section("Proof of the join token")
+    binding = b"" if plain else VECTORS["binding"]
+    expected = VECTORS[f"{end} mac on a plain link" if plain else f"{end} mac"]
+    assert proof(label.encode(), binding) == expected
+    frame, nonce = VECTORS["hello frame"], VECTORS["nonce"]
+    assert token_mac(VECTORS["secret"], label.encode(), frame, nonce, binding) == expected
+
+
+@pytest.mark.parametrize("module", ["rtunnel_broker.session", "rtunnel_agent.handshake"])
+def test_both_roles_use_the_labels_of_the_page(module: str) -> None:
+    """They are written down in each role, because roles import no other."""
+    role = importlib.import_module(module)
+    assert role.BROKER_LABEL == b"rtunnel broker 1"
+    assert role.AGENT_LABEL == b"rtunnel agent 1"
+
+
+def test_the_binding_is_the_certificates_hash() -> None:
+    """SHA-256 over the DER."""
+    assert hashlib.sha256(VECTORS["certificate"]).digest() == VECTORS["binding"]
+
+
+def one(frame: bytes, expected: Any) -> Any:
+    """The one message of a frame."""
+    decoder = Decoder(expected)
+    decoder.feed(frame)
+    message = decoder.next()
+    assert message is not None
+    assert decoder.rest() == b""
+    return message
+
+
+def test_the_hello_of_the_example_says_what_the_page_says() -> None:
+    """The frame decodes, with ours and with an independent decoder, to the words below it."""
+    frame = VECTORS["hello frame"]
+    hello = one(frame, Hello)
+    assert hello == Hello(
+        version=1,
+        agent_id="host-7",
+        instance=bytes(range(16)),
+        namespace="default",
+        addresses=["10.1.0.7"],
+        nonce=bytes(range(16, 32)),
+        token_id="example",
+        exposes=["9100"],
+    )
+    assert msgpack.unpackb(frame[4:])["t"] == "hello"
+    for word in (hello.agent_id, hello.namespace, *hello.addresses, hello.token_id, *hello.exposes):
+        assert f"`{word}`" in section("Proof of the join token")
+    assert one(VECTORS["proof frame"], Proof) == Proof(mac=VECTORS["agent mac"])
+
+
+def test_the_example_of_a_dial_is_right() -> None:
+    """MAC over the body's bytes under the cluster key, and what is asked for, as the page says."""
+    key, body, mac = VECTORS["cluster key"], VECTORS["dial body"], VECTORS["dial mac"]
+    assert hmac.new(key, body, hashlib.sha256).digest() == mac == DialSigner(key).sign(body)
+    assert one(VECTORS["dial frame"], Dial) == Dial(body=body, mac=mac)
+    asked = decode_body(body)
+    assert (asked.version, asked.namespace, asked.ip, asked.port) == (1, "default", "10.1.0.7", 9100)
+    assert (asked.node, asked.epoch, asked.time) == ("b1", 2**32 + 1, 1_800_000_000_000)
+    assert asked.nonce == bytes(range(16))
+    assert asked.who == "alice@10.9.0.4"
+    assert msgpack.unpackb(body)["who"] == asked.who
+
+
+# The fields of messages.
+
+PARTS = {
+    "publish": messages.Publish,
+    "open_port": messages.OpenPort,
+    "dial body": messages.DialBody,
+}
+MESSAGES = {str(kind.__struct_config__.tag): kind for kind in Message.__subclasses__()}
+
+
+def bounds(low: float | None, high: float | None) -> str:
+    """How the page writes the limits of a type."""
+    if high is None:
+        return "" if low is None else f" >= {low}"
+    low = low or 0
+    return f" {low}" if low == high else f" {low}..{high}"
+
+
+def spelled(kind: Any) -> str:
+    """How the page writes a type."""
+    if isinstance(kind, msgspec.inspect.StrType):
+        return "str" + bounds(kind.min_length, kind.max_length)
+    if isinstance(kind, msgspec.inspect.BytesType):
+        return "bin" + bounds(kind.min_length, kind.max_length)
+    if isinstance(kind, msgspec.inspect.IntType):
+        return "int" + (f" {kind.ge}..{kind.le}" if kind.le is not None else bounds(kind.ge, None))
+    if isinstance(kind, msgspec.inspect.FloatType):
+        return "float" + (f" {kind.ge}..{kind.le}" if kind.le is not None else bounds(kind.ge, None))
+    if isinstance(kind, msgspec.inspect.ListType):
+        size = "" if kind.max_length is None else bounds(kind.min_length, kind.max_length)
+        return f"array{size} of {spelled(kind.item_type)}"
+    if isinstance(kind, msgspec.inspect.StructType):
+        return next(name for name, part in PARTS.items() if part is kind.cls)
+    assert isinstance(kind, msgspec.inspect.UnionType), kind
+    strings = [part for part in kind.types if isinstance(part, msgspec.inspect.StrType)]
+    assert len(strings) == len(kind.types)
+    low, high = (f([getattr(s, n) for s in strings]) for f, n in ((min, "min_length"), (max, "max_length")))
+    return "str" + bounds(low, high)
+
+
+def default(field: msgspec.inspect.Field) -> str:
+    """How the page writes a default."""
+    if field.required:
+        return ""
+    value = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
+    return json.dumps(value.decode() if isinstance(value, bytes) else value)
+
+
+@pytest.mark.parametrize("name", [*MESSAGES, *PARTS])
+def test_every_field_of_every_message_is_on_the_page(name: str) -> None:
+    """Keys in order, with their types, limits and defaults; a meaning is for people."""
+    info = msgspec.inspect.type_info((MESSAGES | PARTS)[name])
+    assert isinstance(info, msgspec.inspect.StructType)
+    expected = [[f"`{field.encode_name}`", spelled(field.type), default(field)] for field in info.fields]
+    found = tables(section(name))
+    assert [row[:3] for row in (found[0] if found else [])] == expected
+
+
+# The rest.
+
+
+def refusal_rows() -> list[str]:
+    """The table of refusal codes, as it must stand on the page."""
+    return [
+        f"| `{code}` | 0x{code.telling.socks:02x} | {code.telling.http} | {code.telling.proxy_status} "
+        f"| {code.telling.next.value} | {code.telling.text} |"
+        for code in Refusal
+    ]
+
+
+def test_the_refusal_codes_are_those_of_the_enum() -> None:
+    """The same rows in the same order; the page is wrong as soon as a code changes."""
+    found = [line for line in section("Refusal codes").splitlines() if line.startswith("| `")]
+    assert found == refusal_rows()
+
+
+def test_every_refusal_word_on_the_page_exists() -> None:
+    """The tables of checks name no code that is not there."""
+    words = {code.value for code in Refusal}
+    for title in ("dial body", "hello", "publish", "proof"):
+        for table in tables(section(title)):
+            for row in table:
+                if len(row) == 2:
+                    assert set(re.findall(r"`(\w+)`", row[1])) <= words, row
+    named = set(re.findall(r"\(`(\w+)`", section("publish")))
+    assert {"version", "bad_token", "draining", "duplicate_node"} <= named <= words
+
+
+def test_the_faults_are_those_of_the_enum() -> None:
+    """Every illegal frame of yamux is on the page."""
+    found = [row[0] for table in tables(section("yamux")) for row in table if row[0].startswith("`")]
+    assert found == [f"`{fault}`" for fault in Fault]
+
+
+UNITS = {"": 1, "bytes": 1, "KiB": 1024, "MiB": 1024**2, "s": 1, "ms": 0.001}
+
+
+def value_of(name: str) -> float:
+    """A constant of a module, or the default of a key of the configuration."""
+    holder, _, last = name.rpartition(".")
+    if holder in ("broker", "agent", "gateway"):
+        return float(getattr(getattr(Config(), holder), last))
+    return float(getattr(importlib.import_module(holder), last))
+
+
+@pytest.mark.parametrize("row", tables(section("Limits and timeouts"))[0], ids=lambda row: row[2].strip("`"))
+def test_a_limit_is_what_the_page_says(row: list[str]) -> None:
+    """The number beside each name is the code's, or the configuration's default."""
+    _, written, where = row
+    number, _, unit = written.partition(" ")
+    assert float(number) * UNITS[unit] == pytest.approx(value_of(where.strip("`")))
+
+
+def test_the_page_names_the_protocol() -> None:
+    """ALPN and the version that the page describes are those of the code."""
+    assert f"`{messages.ALPN}`" in section("Link")
+    assert f"The version is one integer, {messages.VERSION} at present" in section("Versions")
