@@ -175,7 +175,7 @@ def says(data: bytes, *, fin: bool = False) -> Attack:
     def attack(attacker: Attacker) -> None:
         attacker.say(data)
         if fin:
-            attacker.sock.shutdown(socket.SHUT_WR)
+            socket.socket.shutdown(attacker.sock, socket.SHUT_WR)
 
     return attack
 
@@ -1778,7 +1778,7 @@ async def handmade(
 def shut(sock: socket.socket) -> None:
     """End it, whoever reads from it just now."""
     try:
-        sock.shutdown(socket.SHUT_RDWR)
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # SSLSocket's own takes TLS off before the reader is done
     except OSError:
         pass
 

@@ -36,8 +36,7 @@ async def test_a_target_answers_by_its_original_ip(tmp_path: Path) -> None:
 @pytest.mark.parametrize("security", ["tls", "plain"])
 async def test_half_close_and_bulk(tmp_path: Path, security: str) -> None:
     """The client sends 8 MiB, shuts its side, and gets the digest of all of it."""
-    keys = {"broker__security": security, "agent__security": security}
-    async with running_cluster(tmp_path, **keys) as cluster:
+    async with running_cluster(tmp_path, broker__security=security, agent__security=security) as cluster:
         await cluster.start()
         target = Target("127.1.0.1")
         data = os.urandom(8 << 20).replace(b"\n", b" ")
