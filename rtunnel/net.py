@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from rtunnel.config import format_endpoint
@@ -17,24 +19,38 @@ def listening_socket(host: str, port: int, *, key: str = "") -> socket.socket:
 
     Raises ListenError when `key`, the configuration's name for this address, is given, else OSError.
     """
-    try:
-        return _listen(host, port)
-    except OSError as error:
-        if not key:
-            raise
-        raise ListenError(key, format_endpoint(host, port), error) from error
+    sock = bound_socket(host, port, key=key)
+    with _told(host, port, key, sock):
+        sock.listen(BACKLOG)
+    return sock
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def bound_socket(host: str, port: int, *, key: str = "") -> socket.socket:
+    """The same before it listens: the address is known to be good, and nobody can connect yet. For `listen`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
+    with _told(host, port, key, sock):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         sock.bind((host, port))
-        sock.listen(BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
     return sock
+
+
+def listen(sock: socket.socket, *, key: str) -> None:
+    """Let a `bound_socket` take connections. Raises ListenError, and closes it then."""
+    host, port = sock.getsockname()[:2]
+    with _told(host, port, key, sock):
+        sock.listen(BACKLOG)
+
+
+@contextmanager
+def _told(host: str, port: int, key: str, sock: socket.socket) -> Iterator[None]:
+    """Close the socket when something goes wrong, and say it by the key's name."""
+    try:
+        yield
+    except OSError as error:
+        sock.close()
+        if not key:
+            raise
+        raise ListenError(key, format_endpoint(host, port), error) from error

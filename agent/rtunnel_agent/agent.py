@@ -36,6 +36,8 @@ QUICK_REDIALS: Final = 12
 QUICK_JITTER: Final = 0.05
 #: A pinned agent looks for a second node this often (seconds, with jitter).
 SLOW_REDIAL: Final = 10.0
+#: With one session left and no other node to be had, an agent leaves a draining node after so many seconds.
+DRAIN_GRACE: Final = 2.0
 BACKOFF_FIRST: Final = 0.25
 #: A session that lasted so long has proved the path: backoff starts anew.
 STABLE: Final = 60.0
@@ -82,7 +84,7 @@ class Agent:
         self.agent_id = agent.agent_id or host_name()
         self.addresses = tuple(agent.addresses) or (default_address(),)
         self.slots = [Slot(number) for number in range(agent.redundancy)]
-        self.draining: dict[AgentSession, Watch] = {}
+        self.draining: dict[AgentSession, float] = {}  # since when (monotonic)
         self.relay = Relay(self.report, f"relay-{self.agent_id}")
         self.targets = Targets(
             self.relay, agent.namespace, frozenset(self.addresses), parse_exposes(agent.exposes), agent.target_timeout
@@ -149,7 +151,7 @@ class Agent:
     def _retire(self, session: AgentSession) -> None:
         watch = self._watches.get(session)
         if watch is not None:
-            self.draining[session] = watch
+            self.draining[session] = trio.current_time()
             watch.retire.set()
 
     # Life.
@@ -330,12 +332,15 @@ class Agent:
 
     # Drain.
 
+    def _covered(self, since: float) -> bool:
+        return self.state == "ready" or (self.state == "degraded" and trio.current_time() - since >= DRAIN_GRACE)
+
     async def _leave_draining_nodes(self) -> None:
-        """A draining node's session ends when its streams are done and a replacement is up."""
+        """A draining node's session ends when its streams are done and a replacement is up, or none was to be had."""
         while True:
             await trio.sleep(0.1)
-            for session in list(self.draining):
-                if session.streams == 0 and self.state == "ready":
+            for session, since in list(self.draining.items()):
+                if session.streams == 0 and self._covered(since):
                     await self.bridge.run(lambda s=session: _say_goodbye([s]))  # type: ignore[misc]
 
 

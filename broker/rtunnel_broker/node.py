@@ -24,7 +24,7 @@ from rtunnel.config import (
     parse_range,
 )
 from rtunnel.logs import get_logger
-from rtunnel.net import listening_socket
+from rtunnel.net import bound_socket, listen, listening_socket
 from rtunnel.registry import (
     COUNTER_BITS,
     NodeRecord,
@@ -154,7 +154,8 @@ class Node:
         self.bridge = Bridge(self.relay)
         self.relay.start()
         try:
-            sock = listening_socket(self._bind_host, self._bind_port, key="broker.listen")
+            # A node that can't serve yet must look so to the VIP: it listens only when it has its incarnation.
+            sock = bound_socket(self._bind_host, self._bind_port, key="broker.listen")
             try:
                 joined = await self._join_registry(stop)
             except BaseException:
@@ -163,6 +164,7 @@ class Node:
             if not joined:
                 sock.close()
                 return
+            listen(sock, key="broker.listen")
             self._links = await self.bridge.run(lambda: self.relay.listen(sock, self._accept_link))
             async with self.bridge.open_nursery() as nursery:
                 nursery.start_soon(self._heartbeats)
@@ -341,7 +343,8 @@ class Node:
             own = tuple(ipaddress.ip_network(cidr, strict=False) for cidr in publish.allow)
             server = OpenPortServer(
                 self.relay, session, port.lease.port, publish.ip, publish.target_port,
-                (self._open_allow, own) if own else (self._open_allow,), self.node, self.counts, self.handshake_timeout,
+                (self._open_allow, own) if own else (self._open_allow,), self.node, self.counts,
+                self.config.max_handshakes,
             )  # fmt: skip
             session.listeners.append(self.relay.listen(port.sock, server.accept))
         session.welcome(

@@ -38,6 +38,9 @@ _OVERLOADED: Final = encode(
     Refuse(code=Refusal.OVERLOADED.value, text="too many connections to this broker's ports wait for their Dial")
 )
 
+#: An agent answers for its target within `agent.target_timeout` (10 s); one that has not by now never will.
+OPEN_DEADLINE: Final = 30.0
+
 Networks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
 
 
@@ -45,7 +48,7 @@ Networks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
 class PortCounts:
     """What a broker's ports did since its start."""
 
-    waiting: int = 0  # connections whose Dial has not come yet
+    waiting: int = 0  # connections whose Dial, or whose agent's answer, has not come yet
     streams: int = 0  # live ones
     accepted: int = 0
     refused: dict[str, int] = field(default_factory=dict)
@@ -231,11 +234,13 @@ class OpenConnection:
         assert self._stream is not None
         self._stream.pause()
         counts = self._port.counts
+        counts.waiting -= 1
         counts.accepted += 1
         counts.streams += 1
         self._port.relay.join(self._client, self._stream, down=self._decoder.rest(), on_end=counts.end)
 
     def _fail(self, code: Refusal, text: str) -> None:
+        self._port.counts.waiting -= 1
         self._port.refuse(self._client, code, text)
         if self._stream is not None:
             self._stream.abort()
@@ -253,10 +258,14 @@ class OpenPortServer:
     allow: tuple[Networks, ...]  # a source must be in each list
     node: str
     counts: PortCounts
-    timeout: float
+    max_waiting: int
 
     def accept(self, sock: socket.socket, peer: str) -> None:
         """A connection."""
+        if self.counts.waiting >= self.max_waiting:
+            self.counts.refuse(Refusal.OVERLOADED)
+            sock.close()
+            return
         end = self.relay.end(sock, peer)
         source = ipaddress.ip_address(peer)
         source = getattr(source, "ipv4_mapped", None) or source
@@ -268,7 +277,8 @@ class OpenPortServer:
         else:
             connection = OpenConnection(self, end)
             end.pause()
-            connection.begin(session.link.open(connection, encode(self._dial(session, peer)), self.timeout))
+            self.counts.waiting += 1
+            connection.begin(session.link.open(connection, encode(self._dial(session, peer)), OPEN_DEADLINE))
 
     def _dial(self, session: Session, peer: str) -> Dial:
         assert session.hello is not None

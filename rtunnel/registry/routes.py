@@ -302,6 +302,8 @@ class Mirror:
             self._cursor = None
             changes = []
         self.table.apply(changes)
+        if any(change.tuple is not None and change.node not in self.table.nodes for change in changes):
+            self._nodes_due = 0.0  # a node that was not there at the last look: until then its tuples come last
         if self._was_out:
             self._was_out = False
             self.table.restart_grace()

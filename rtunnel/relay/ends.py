@@ -65,6 +65,7 @@ class SocketEnd:
         "_dying",
         "_fin_sent",
         "_out",
+        "_queued",
         "_reading",
         "_talker",
         "closed",
@@ -91,6 +92,7 @@ class SocketEnd:
         self._out = b""
         self._dying = False
         self._fin_sent = False
+        self._queued = False
         self._deadline: Timer | None = None
         if watched:
             loop.handlers[self.fd] = self._event
@@ -146,7 +148,7 @@ class SocketEnd:
         if self._out or not self.eof:
             self._dying = True
             self._deadline = self.loop.after(LINGER_SECONDS, self.abort)
-            self.loop.soon(self._die)
+            self._die_later()
         else:
             self._bury()
 
@@ -173,7 +175,7 @@ class SocketEnd:
         if mask & OUT and self._out:
             self._flush()
         if self._dying:
-            self._die()
+            self._die_later()
         elif self._reading:
             self._read()  # first: a peer's last words may stand before its reset
         if mask & LOST:
@@ -207,8 +209,14 @@ class SocketEnd:
             return
         self._out = self._out[sent:]
 
+    def _die_later(self) -> None:
+        if not self._queued:
+            self._queued = True
+            self.loop.soon(self._die)
+
     def _die(self) -> None:
         """Last words out, then FIN, then the peer's FIN."""
+        self._queued = False
         if self.closed or self._out:
             return
         try:
@@ -219,7 +227,7 @@ class SocketEnd:
                 if not self.sock.recv(TALK_BYTES):
                     break
             else:
-                self.loop.soon(self._die)  # it talks and talks: others get their turn
+                self._die_later()  # it talks and talks: others get their turn
                 return
         except BlockingIOError:
             return

@@ -26,6 +26,8 @@ COALESCE_BYTES: Final = 4 * 1024
 MAX_BACKLOG: Final = 8 * 1024 * 1024
 #: Reads of one link before others get their turn.
 READS_A_TURN: Final = 4
+#: Frames of one link before others get their turn.
+FRAMES_A_TURN: Final = 512
 
 #: A link opens so many streams in its life (yamux: 31 bits, two apart), but for a reserve until the next look. At 5000
 #: streams a second that is five days; then it is closed, and the agent dials a new one.
@@ -260,6 +262,8 @@ class Link(yamux.Session):
         self._owner = owner
         self._out = bytearray()
         self._flushing = False
+        self._unread = b""  # frames that came beyond this turn's share
+        self._queued = False
         self._heard = loop.now  # the last sign of life
         self._ping_after = PING_AFTER_CLIENT if client else PING_AFTER_SERVER
         self._ping_sent = 0.0
@@ -405,14 +409,18 @@ class Link(yamux.Session):
     def _read(self) -> None:
         transport = self._transport
         try:
+            if self._unread:
+                rest, self._unread = self._unread, b""
+                self._take(memoryview(rest))
             for _ in range(READS_A_TURN):
+                if self._unread:
+                    break
                 data = transport.receive(self.scratch)
                 if data:
                     self._heard = self.loop.now
-                    if self.allowance is None:
-                        self.receive(data)
-                    else:
-                        self._receive_little(data, self.allowance)
+                    self._take(data)
+                if self._unread:
+                    break
                 if self.over:
                     return
                 if transport.eof:
@@ -428,20 +436,32 @@ class Link(yamux.Session):
         except OSError as error:
             self._down(_reason(error))
             return
-        self.loop.soon(self._read_more)
+        if not self._queued:
+            self._queued = True
+            self.loop.soon(self._read_more)
 
-    def _receive_little(self, data: memoryview, allowance: int) -> None:
-        """Tiny frames cost the most: 1 MiB of them, from one unproven peer, would stop the loop for a second."""
+    def _take(self, data: memoryview) -> None:
+        """Tiny frames cost the most: 1 MiB of them would stop the loop for a second, so a turn takes only so many."""
+        if self.allowance is not None:
+            self._take_little(data, self.allowance)
+            return
+        used = self.receive(data, FRAMES_A_TURN)
+        if used < len(data) and not self.over:
+            self._unread = bytes(data[used:])
+
+    def _take_little(self, data: memoryview, allowance: int) -> None:
+        """From a peer that has not proved itself."""
         self.allowance = allowance - len(data)
         self.receive(data[:allowance])
         if self.allowance is None:
-            self.receive(data[allowance:])
+            self._take(data[allowance:])
         elif self.allowance < 0 and not self.over:
             self.go_away(yamux.GoAwayCode.PROTOCOL_ERROR)
             self._flush()
             self._down("protocol error: too many bytes before the peer proved itself")
 
     def _read_more(self) -> None:
+        self._queued = False
         if not self.over:
             self._read()
 
@@ -499,6 +519,7 @@ class Link(yamux.Session):
         self._live.discard(self)
         self.loop.close(self.sock)
         self._out.clear()
+        self._unread = b""
         self.waiting.clear()
         self.end()
         self._owner.link_down(self, why)

@@ -249,24 +249,32 @@ class Session:
 
     # What the peer sent.
 
-    def receive(self, data: memoryview) -> None:
-        """Take bytes in any split. Raises YamuxError for an illegal frame; the session must then end."""
+    def receive(self, data: memoryview, frames: int = 2**32) -> int:
+        """Take bytes in any split; how many were taken: all, or what `frames` headers (and their payload) were in.
+
+        Raises YamuxError for an illegal frame; the session must then end.
+        """
         position, end = 0, len(data)
         while position < end and not self.over:
             if self._left:
                 size = min(self._left, end - position)
                 self._payload(data[position : position + size])
                 position += size
+            elif frames <= 0:
+                return position
             elif self._partial or end - position < HEADER_BYTES:
                 piece = data[position : position + HEADER_BYTES - len(self._partial)]
                 self._partial += piece
                 position += len(piece)
                 if len(self._partial) == HEADER_BYTES:
                     header, self._partial = self._partial, b""
+                    frames -= 1
                     self._frame(*HEADER.unpack(header))
             else:
+                frames -= 1
                 self._frame(*HEADER.unpack_from(data, position))
                 position += HEADER_BYTES
+        return end
 
     def _payload(self, data: memoryview) -> None:
         self._left -= len(data)
