@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint lab clean
+.PHONY: demo test lint lab bench bench-quick clean
 .DEFAULT_GOAL := test
 
 .venv/.ready: pyproject.toml
@@ -27,6 +27,12 @@ lint: .venv/.ready ## ruff, mypy --strict, import contracts
 
 lab: .venv/.ready ## isolated VPCs in network namespaces (root)
 	$(BIN)/python -m pytest tests/lab -v --timeout 300
+
+bench: .venv/.ready ## side by side with every peer on PATH or in RTUNNEL_BENCH_PEERS; ARGS="--only 'rtunnel-*,frp-tls'"
+	PYTHONPATH=tests $(BIN)/python -m bench $(ARGS)
+
+bench-quick: .venv/.ready ## a subset of it in under 3 minutes
+	PYTHONPATH=tests $(BIN)/python -m bench --quick $(ARGS)
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache

@@ -67,6 +67,7 @@ class Site:
     processes: Processes
     board: Board = field(default_factory=Board)
     redis: RedisServer | None = None
+    left_open: int = 0  # connections to the target that some tunnel has forgotten
     _helpers: list[ForkProcess] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -118,7 +118,7 @@ def titles(run: Run) -> Iterator[Workload]:
 
 
 #: Metrics that no ratio is shown for.
-_ALONE: Final = ("errors", "jain", "stalled", "p999")
+_ALONE: Final = ("errors", "jain", "stalled", "p999", "left")
 
 
 def cells(run: Run, workload: Workload) -> tuple[list[str], list[list[str]]]:
@@ -131,11 +131,20 @@ def cells(run: Run, workload: Workload) -> tuple[list[str], list[list[str]]]:
         line = [name]
         for metric in workload.shown:
             row = run.find(name, workload.name, metric)
-            line.append(f"{number(row.value)} [{number(row.low)}..{number(row.high)}]" if row else "-")
+            line.append(cell(row))
             if metric not in _ALONE:
                 line.append(against_frp(run, row))
         lines.append([*line, *_loads(run, name, workload.name)])
     return [*headings, "load", "others"], lines
+
+
+def cell(row: Row | None) -> str:
+    """The median, and the least and largest round; of failures the largest alone."""
+    if row is None:
+        return "-"
+    if row.metric in ("errors", "left"):
+        return number(row.high)
+    return f"{number(row.value)} [{number(row.low)}..{number(row.high)}]"
 
 
 def against_frp(run: Run, row: Row | None) -> str:

@@ -37,6 +37,7 @@ METRICS: Final[dict[str, tuple[str, str, bool]]] = {
     "beside": ("Gbit/s", "what the bulk stream moved meanwhile", True),
     "stalled": ("KiB", "growth of the tunnel's PSS per stalled stream", False),
     "errors": ("", "connections that failed", False),
+    "left": ("", "connections to the target that the tunnel kept open after their clients had gone", False),
     "load": ("cores", "CPU time of the load generator per second", False),
     "others": ("cores", "CPU time of everybody else on the machine per second", False),
 }
@@ -120,6 +121,7 @@ class Measurement:
     system: System
     seconds: float
     warm_up: float
+    left: int = 0  # connections to the target that were still open 3 s after the load had ended
 
     @contextlib.contextmanager
     def running(self, *workers: Worker) -> Iterator[list[array[float]]]:
@@ -142,10 +144,13 @@ class Measurement:
             self._settle()
 
     def _settle(self) -> None:
-        """What is left in the tunnel's buffers must not count for the next system."""
+        """What is left in the tunnel's buffers must not count for the next system. Counts what it never lets go."""
+        site = self.site
         deadline = time.monotonic() + 3.0
-        while self.site.board[OPEN] and time.monotonic() < deadline:
+        while site.board[OPEN] > site.left_open and time.monotonic() < deadline:
             time.sleep(0.005)
+        self.left = max(0, site.board[OPEN] - site.left_open)
+        site.left_open = site.board[OPEN]
 
     def look(self, *workers: Worker) -> Look:
         """Now."""
@@ -168,6 +173,7 @@ class Measurement:
         return {
             "load": (second.load - first.load) / span,
             "others": max(0.0, (second.busy - first.busy - ours) / span),
+            "left": float(self.left),
         }
 
 
@@ -340,7 +346,7 @@ class Workload:
 
 _STREAM: Final = ("rate", "cpu_gb")
 _TRIP: Final = ("p50", "p99", "p999")
-_CONN: Final = ("conns", "cpu_conn", "p50", "p99", "errors")
+_CONN: Final = ("conns", "cpu_conn", "p50", "p99", "errors", "left")
 
 WORKLOADS: Final = (
     Workload("up", "One stream up", up, _STREAM),
@@ -367,6 +373,11 @@ def fits(workload: Workload, system: System) -> bool:
     return system.path != LONG or workload.name in LONG_WORKLOADS
 
 
+_QUIET: Final = ("load", "others", "left")
+
+
 def describe(figures: dict[str, Any]) -> str:
     """One line for the terminal."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in figures.items() if name not in ("load", "others"))
+    return "  ".join(
+        f"{name} {value:.4g}" for name, value in figures.items() if name not in _QUIET or (name == "left" and value)
+    )
