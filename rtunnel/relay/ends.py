@@ -85,7 +85,7 @@ class SocketEnd:
         self.peer = peer  # the other side's IP
         self.eof = False
         self.closed = False
-        self.readable = True  # until a read says otherwise
+        self.readable = False  # until an event says so: watching begins with one
         self.hup = False  # a FIN is under way: read until it comes
         self._talker: Talker | None = None
         self._reading = False

@@ -217,8 +217,8 @@ class _Flow:
             except OSError:
                 pair.lost(self.source)
                 return
-            if size < 0:
-                return
+            if size < 0 or self._held:
+                return  # ended; or the sink took a part, and its next event goes on
             budget -= size if self._gate is None else size * GATE_COST
         if self.readable and not self.end and not self._queued and not pair.done:
             self._queued = True

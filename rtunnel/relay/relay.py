@@ -13,7 +13,7 @@ from typing import Final
 from rtunnel.relay.ends import End, SocketEnd
 from rtunnel.relay.join import Account, Ending, Gate, OnEnd, Pair, Pipes, SocketPair, StreamPair
 from rtunnel.relay.link import Link, LinkOwner, StreamEnd
-from rtunnel.relay.loop import HUP, LOST, OUT, Loop, Timer
+from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
 from rtunnel.relay.transport import Scratch
 from rtunnel.wire.refusal import Refusal
 
@@ -157,7 +157,9 @@ class Attempt:
             self._sock = None
             done, self._done = self._done, None
             end = SocketEnd(self._loop, sock, self.where, watched=True)
-            end.hup = bool(mask & HUP)  # a FIN that came along with the connection has no edge of its own
+            # Bytes and a FIN that came along with the connection have no edge of their own.
+            end.readable = bool(mask & (IN | HUP))
+            end.hup = bool(mask & HUP)
             done(end, Refusal.INTERNAL, "")
 
     def _late(self) -> None:
