@@ -37,6 +37,12 @@ DEAD_AFTER: Final = 15.0
 #: The agent asks after 5 s of silence; the broker only when the agent seems not to.
 PING_AFTER_CLIENT: Final = 5.0
 PING_AFTER_SERVER: Final = 8.0
+#: A window doubles when half of it is used up within two round trips: it was the limit, not the path. A round trip on
+#: a busy link counts as this long at least, because what it waits for is not the wire but a turn.
+LEAST_RTT: Final = 0.002
+#: 1 Gbit/s over 50 ms is 6 MiB under way, and half a window again until it is given back.
+MAX_STREAM_WINDOW: Final = 16 * 1024 * 1024
+WINDOW_BUDGET: Final = 256 * 1024 * 1024
 #: Unsent bytes that the kernel may queue: what a small frame waits behind.
 NOTSENT_LOWAT: Final = 256 * 1024
 
@@ -77,10 +83,19 @@ class StreamJoin(Protocol):
         """There is send window again."""
 
 
+class Windows:
+    """What the windows of all streams of a process may grow by, together. Used up, they stay as they are."""
+
+    __slots__ = ("left",)
+
+    def __init__(self, budget: int = WINDOW_BUDGET) -> None:
+        self.left = budget
+
+
 class StreamEnd(yamux.Stream):
     """One yamux stream as an end that talks and can be joined."""
 
-    __slots__ = ("_deadline", "_reading", "_talker", "backlog", "closed", "eof", "link", "pair")
+    __slots__ = ("_deadline", "_reading", "_talker", "backlog", "closed", "eof", "granted", "link", "pair")
     session: Link
 
     def __init__(self, link: Link) -> None:
@@ -88,6 +103,7 @@ class StreamEnd(yamux.Stream):
         self.link = link
         self.eof = False
         self.closed = False
+        self.granted = link.loop.now  # when window was given back last
         self.pair: StreamJoin | None = None
         self.backlog = bytearray()  # came while nobody was reading; at most the window
         self._talker: Talker | None = None
@@ -244,9 +260,11 @@ class Link(yamux.Session):
         handshake_timeout: float = 10.0,
         watched: bool = False,
         live: set[Link],
+        windows: Windows,
     ) -> None:
         super().__init__(client=client)
         self._live = live
+        self._windows = windows
         live.add(self)
         self.loop = loop
         self.scratch = scratch
@@ -313,6 +331,23 @@ class Link(yamux.Session):
         if stream._talker is None:
             stream.talk(talker)
         return stream
+
+    def grows(self, stream: yamux.Stream) -> int:
+        """See yamux.Session."""
+        assert isinstance(stream, StreamEnd)
+        now = self.loop.now
+        fast = now - stream.granted < 2 * max(self.rtt, LEAST_RTT)
+        stream.granted = now
+        window = stream.receive_window
+        if not fast or window >= MAX_STREAM_WINDOW:
+            return 0
+        more = min(window, MAX_STREAM_WINDOW - window, self._windows.left)
+        self._windows.left -= more
+        return more
+
+    def gave_up(self, stream: yamux.Stream) -> None:
+        """See yamux.Session."""
+        self._windows.left += stream.receive_window - yamux.INITIAL_WINDOW
 
     # Out.
 
@@ -403,6 +438,7 @@ class Link(yamux.Session):
                 self._timer.cancel()
             self._timer = self.loop.after(self._ping_after * random.uniform(0.5, 1.0), self._beat)  # noqa: S311
             self._owner.link_up(self)
+            self._measure()
             self._flush()
             self._read()  # bytes may have come with the handshake's last
 
@@ -477,11 +513,14 @@ class Link(yamux.Session):
             self.kill(f"no sign of life for {silent:.0f} s")
             return
         if silent >= self._ping_after * 0.5:
-            self._pings += 1
-            self._ping_sent = self.loop.now
-            self.ping(self._pings & 0xFFFFFFFF)
+            self._measure()
         pause = min(self._ping_after * random.uniform(0.5, 1.0), DEAD_AFTER - silent + 0.05)  # noqa: S311
         self._timer = self.loop.after(pause, self._beat)
+
+    def _measure(self) -> None:
+        self._pings += 1
+        self._ping_sent = self.loop.now
+        self.ping(self._pings & 0xFFFFFFFF)
 
     def on_pong(self, value: int) -> None:
         """See yamux.Session."""

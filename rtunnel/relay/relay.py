@@ -12,7 +12,7 @@ from typing import Final
 
 from rtunnel.relay.ends import End, SocketEnd
 from rtunnel.relay.join import Account, Ending, Gate, OnEnd, Pair, Pipes, SocketPair, StreamPair
-from rtunnel.relay.link import Link, LinkOwner, StreamEnd
+from rtunnel.relay.link import Link, LinkOwner, StreamEnd, Windows
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
 from rtunnel.relay.transport import Scratch
 from rtunnel.wire.refusal import Refusal
@@ -195,6 +195,7 @@ class Relay:
         self.loop = Loop(self._crashed)
         self.scratch = Scratch()
         self.pipes = Pipes()
+        self.windows = Windows()
         self.pairs: set[Pair] = set()
         self.listeners: set[Listener] = set()
         self.links: set[Link] = set()
@@ -271,6 +272,7 @@ class Relay:
             handshake_timeout=handshake_timeout,
             watched=watched,
             live=self.links,
+            windows=self.windows,
         )
 
     def join(

@@ -154,7 +154,9 @@ class Stream:
         """`size` bytes of on_data's payload have left this process: gives window back when half of it is owed."""
         self._owed += size
         if self._owed * 2 >= self.receive_window and not (self.fin_received or self.gone):
-            delta, self._owed = self._owed, 0
+            more = self.session.grows(self)
+            self.receive_window += more
+            delta, self._owed = self._owed + more, 0
             self._allowance += delta
             flags, self._pending_flags = self._pending_flags, 0
             self.session.emit(HEADER.pack(0, WINDOW_UPDATE, flags, self.id, delta))
@@ -175,6 +177,7 @@ class Stream:
     def _gone(self) -> None:
         self.gone = True
         self.session.streams.pop(self.id, None)
+        self.session.gave_up(self)
 
 
 class Session:
@@ -205,6 +208,13 @@ class Session:
         The stream has no id before this returns: say nothing on it yet. Resetting it here refuses it too.
         """
         raise NotImplementedError
+
+    def grows(self, stream: Stream) -> int:
+        """The peer is about to get window back: how many bytes more than it had (0: the window stays as it is)."""
+        return 0
+
+    def gave_up(self, stream: Stream) -> None:
+        """The stream is gone, and what it grew by is free."""
 
     def on_pong(self, value: int) -> None:
         """The answer to `ping(value)`."""
@@ -245,6 +255,7 @@ class Session:
         for stream in streams.values():
             if not stream.gone:  # else another one's hook has reset it
                 stream.gone = True
+                self.gave_up(stream)
                 stream.on_reset()
 
     # What the peer sent.

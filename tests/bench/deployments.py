@@ -153,6 +153,12 @@ def none(site: Site) -> Iterator[System]:
     yield System("none", "none", "-", OPEN, Way(site.target, site.target), ())
 
 
+def none_long(site: Site) -> Iterator[System]:
+    """The long way's own ceiling."""
+    way = Way(("127.0.0.1", site.delay(site.target, LONG_WAY / 2)), site.target)
+    yield System("none-long", "none", "-", LONG, way, ())
+
+
 def rtunnel(site: Site, security: str) -> Iterator[System]:
     """Broker, agent, gateway and a real Redis; the open port leads through the first two only."""
     broker, links = start_broker(site, f"rtunnel-{security}", security)
@@ -490,6 +496,7 @@ DEPLOYMENTS: Final = (
     Deployment(("chisel", "chisel-socks"), chisel, ("chisel",)),
     Deployment(("ssh",), ssh, ("ssh", "sshd", "ssh-keygen")),
     Deployment(("haproxy",), haproxy, ("haproxy",)),
+    Deployment(("none-long",), none_long),
     Deployment(("rtunnel-tls-long",), rtunnel_long),
     Deployment(("frp-tls-long",), frp_long, ("frps", "frpc")),
 )

@@ -441,73 +441,93 @@ def _reset(sock: socket.socket) -> None:
 # --- a long way ---------------------------------------------------------------------------------------------------
 
 
+class Late:
+    """One direction of a connection: what `source` says reaches `sink` some time later."""
+
+    def __init__(self, source: socket.socket, sink: socket.socket) -> None:
+        self.source = source
+        self.sink = sink
+        self.over = False
+        self._queue: deque[tuple[float, memoryview]] = deque()
+
+    def read(self, due: float) -> bool:
+        """Take what there is; False at its end."""
+        buffer = bytearray(CHUNK)
+        try:
+            size = self.source.recv_into(buffer)
+        except BlockingIOError:
+            return True
+        except OSError:
+            size = 0
+        self._queue.append((due, memoryview(buffer)[:size]))
+        return size > 0
+
+    def write(self, now: float) -> None:
+        """Pass on what is due. The empty piece is the end."""
+        queue = self._queue
+        while queue and queue[0][0] <= now:
+            due, data = queue[0]
+            try:
+                if data:
+                    sent = self.sink.send(data)
+                else:
+                    self.over = True
+                    self.sink.shutdown(socket.SHUT_WR)
+                    sent = 0
+            except BlockingIOError:
+                return
+            except OSError:
+                queue.clear()
+                self.over = True
+                return
+            if sent < len(data):
+                queue[0] = (due, data[sent:])
+                return
+            queue.popleft()
+
+
 class DelayRelay:
-    """Passes one TCP connection's bytes on, each `delay` seconds late, either way: a long line without netem."""
+    """Passes connections on, every byte `delay` seconds late, either way: a long line without netem."""
 
     def __init__(self, listener: socket.socket, onward: Address, delay: float) -> None:
         self._listener = listener
         self._onward = onward
         self._delay = delay
         self._epoll = select.epoll()
-        self._late: dict[int, deque[tuple[float, memoryview]]] = {}
-        self._socks: dict[int, tuple[socket.socket, socket.socket]] = {}
+        self._pairs: list[tuple[Late, Late]] = []
+        self._readers: dict[int, Late] = {}
 
     def run(self) -> NoReturn:
         """For ever."""
         self._epoll.register(self._listener.fileno(), _IN)
         while True:
-            for fd, _ in self._epoll.poll(0.001 if any(self._late.values()) else 1.0):
+            for fd, _ in self._epoll.poll(0.001 if self._pairs else 1.0):
                 if fd == self._listener.fileno():
-                    self._pair()
-                elif fd in self._socks:
-                    self._read(*self._socks[fd])
+                    self._accept()
+                elif not self._readers[fd].read(time.monotonic() + self._delay):
+                    self._epoll.unregister(fd)
             now = time.monotonic()
-            for fd in list(self._late):
-                self._write(fd, now)
+            for pair in list(self._pairs):
+                for late in pair:
+                    late.write(now)
+                if pair[0].over and pair[1].over:
+                    self._close(pair)
 
-    def _pair(self) -> None:
+    def _accept(self) -> None:
         near, _ = self._listener.accept()
         far = socket.create_connection(self._onward)
-        for sock, other in ((near, far), (far, near)):
+        for sock in (near, far):
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._socks[sock.fileno()] = (sock, other)
-            self._late[sock.fileno()] = deque()
             self._epoll.register(sock.fileno(), _IN)
+        pair = (Late(near, far), Late(far, near))
+        self._readers |= {near.fileno(): pair[0], far.fileno(): pair[1]}
+        self._pairs.append(pair)
 
-    def _read(self, sock: socket.socket, other: socket.socket) -> None:
-        buffer = bytearray(CHUNK)
-        try:
-            size = sock.recv_into(buffer)
-        except BlockingIOError:
-            return
-        except OSError:
-            size = 0
-        if not size:
-            self._epoll.unregister(sock.fileno())
-        queue = self._late.get(other.fileno())
-        if queue is not None:
-            queue.append((time.monotonic() + self._delay, memoryview(buffer)[:size]))
-
-    def _write(self, fd: int, now: float) -> None:
-        queue = self._late[fd]
-        sock = self._socks[fd][0]
-        while queue and queue[0][0] <= now:
-            due, data = queue.popleft()
-            if not len(data):
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_WR)
-                return
-            try:
-                sent = sock.send(data)
-            except BlockingIOError:
-                sent = 0
-            except OSError:
-                queue.clear()
-                return
-            if sent < len(data):
-                queue.appendleft((due, data[sent:]))
-                return
+    def _close(self, pair: tuple[Late, Late]) -> None:
+        self._pairs.remove(pair)
+        for late in pair:
+            late.source.close()
 
 
 def run_delay(listener: socket.socket, onward: Address, delay: float) -> NoReturn:

@@ -9,7 +9,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -79,7 +79,9 @@ class Run:
     def load(cls, path: Path) -> Run:
         """From JSON."""
         data = json.loads(path.read_text())
-        rows = [Row(**{k: v for k, v in row.items() if k not in ("min", "max")}) for row in data["rows"]]
+        names = {field.name for field in fields(Row)}
+        rows = [Row(**{k: v for k, v in row.items() if k in names}) for row in data["rows"]]
+        rows = [replace(row, rounds=tuple(row.rounds)) for row in rows]
         return cls(data["about"], rows, data["missing"])
 
 
@@ -254,6 +256,8 @@ def judge(run: Run) -> Iterator[Verdict]:
         if {ours, theirs} <= names:
             yield _compare(run, "stream throughput", ("up", "down"), "rate", (ours, theirs), 1.0, more=True)
     yield from _neighbours(run)
+    yield from _stalled(run)
+    yield from _left(run)
     yield from _long_way(run)
     yield from _fleet(run)
 
@@ -285,6 +289,24 @@ def _neighbours(run: Run) -> Iterator[Verdict]:
                 title = next(w.title for w in WORKLOADS if w.name == workload).partition(" beside ")[2]
                 word = "pass" if more <= 1 else "fail"
                 yield Verdict(f"p99 beside {title}", name, "the quiet one", "+ 1 ms", f"{more:+.2f} ms{beside}", word)
+
+
+def _stalled(run: Run) -> Iterator[Verdict]:
+    """A stalled stream may hold its window: nobody's has grown, because nobody ever read."""
+    for name in ("rtunnel-tls", "rtunnel-plain"):
+        row = run.find(name, "trip-stalled", "stalled")
+        if row:
+            word = "pass" if row.value <= 256 else "fail"
+            yield Verdict("memory of a stalled stream", name, "", "<= 256 KiB", f"{number(row.value)} KiB", word)
+
+
+def _left(run: Run) -> Iterator[Verdict]:
+    """Connections that were forgotten, over the whole run."""
+    for name in ("rtunnel-tls", "rtunnel-plain", "rtunnel-tls-socks", "rtunnel-plain-socks"):
+        rows = [row for row in run.rows if row.name == name and row.metric == "left"]
+        if rows:
+            left = sum(sum(row.rounds) for row in rows)
+            yield Verdict("connections left open", name, "", "0", number(left), "fail" if left else "pass")
 
 
 def _long_way(run: Run) -> Iterator[Verdict]:

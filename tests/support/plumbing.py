@@ -106,10 +106,10 @@ def read_all(sock: socket.socket) -> bytes:
 
 def read_exactly(sock: socket.socket, size: int) -> bytes:
     """So many bytes, or less at EOF."""
-    data = b""
-    while len(data) < size and (piece := sock.recv(size - len(data))):
+    data = bytearray()
+    while len(data) < size and (piece := sock.recv(min(size - len(data), 1 << 18))):
         data += piece
-    return data
+    return bytes(data)
 
 
 def reset(sock: socket.socket) -> None:

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from rtunnel.relay.ends import SocketEnd
-from rtunnel.relay.join import Account, Ending
+from rtunnel.relay.join import Account, Ending, StreamPair
+from rtunnel.relay.link import MAX_STREAM_WINDOW
 from rtunnel.trust import pki
 from rtunnel.trust.tls import client_context, server_context
 from rtunnel.wire.refusal import Refusal
+from rtunnel.wire.yamux import INITIAL_WINDOW
 from support.plumbing import (
     PATIENCE,
     Quiet,
@@ -413,3 +415,68 @@ class TestLoop:
         assert relay.do(lambda: 7) == 7
         relay.stop()
         assert [event for event, _ in relay.reports] == ["relay_crash"]
+
+
+class TestWindows:
+    """Windows grow for those who use them, from one budget."""
+
+    @staticmethod
+    def push(client: socket.socket, served: socket.socket, size: int) -> None:
+        """So many bytes upwards, read as they come."""
+        sender = threading.Thread(target=client.sendall, args=(bytes(size),))
+        sender.start()
+        assert len(read_exactly(served, size)) == size
+        sender.join(PATIENCE)
+
+    def test_a_fast_stream_gets_more_and_gives_it_back(self) -> None:
+        """64 MiB through a link: the window has grown; when the stream is gone the budget is whole again."""
+        with running_relay() as near, running_relay() as far:
+            tunnel = Tunnel(near, far)
+            budget = far.windows.left
+            client, served = tunnel.through()
+            self.push(client, served, 64 << 20)
+            (stream,) = far.do(lambda: list(tunnel.far_link.streams.values()))
+            assert INITIAL_WINDOW < stream.receive_window <= MAX_STREAM_WINDOW
+            assert far.windows.left == budget - (stream.receive_window - INITIAL_WINDOW)
+            client.close()
+            served.close()
+            far.settle(lambda: far.windows.left == budget)
+
+    def test_a_used_up_budget_stops_growth_and_nothing_else(self) -> None:
+        """With nothing left every window stays as it began, and bytes go on."""
+        with running_relay() as near, running_relay() as far:
+            tunnel = Tunnel(near, far)
+            far.windows.left = 100_000
+            client, served = tunnel.through()
+            self.push(client, served, 32 << 20)
+            (stream,) = far.do(lambda: list(tunnel.far_link.streams.values()))
+            assert stream.receive_window == INITIAL_WINDOW + 100_000
+            assert far.windows.left == 0
+
+    def test_a_dead_link_gives_its_budget_back(self) -> None:
+        """Grown windows of streams that die with their link are free again."""
+        with running_relay() as near, running_relay() as far:
+            tunnel = Tunnel(near, far)
+            budget = far.windows.left
+            client, served = tunnel.through()
+            self.push(client, served, 32 << 20)
+            assert far.windows.left < budget
+            far.do(lambda: tunnel.far_link.kill("test"))
+            assert far.windows.left == budget
+
+    def test_a_stalled_stream_holds_no_more_than_its_window(self) -> None:
+        """What a reader that sleeps leaves in this process is at most its window, grown or not."""
+        with running_relay() as near, running_relay() as far:
+            tunnel = Tunnel(near, far)
+            client, served = tunnel.through()
+            self.push(client, served, 32 << 20)
+            client.setblocking(False)
+            while select.select([], [client], [], 0.3)[1]:
+                try:
+                    client.send(bytes(1 << 16))
+                except BlockingIOError:
+                    pass
+            (stream,) = far.do(lambda: list(tunnel.far_link.streams.values()))
+            (pair,) = far.pairs
+            assert isinstance(pair, StreamPair)
+            assert len(pair._held) <= stream.receive_window
