@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint lab bench bench-quick clean
+.PHONY: demo test lint lab soak bench bench-quick clean
 .DEFAULT_GOAL := test
 
 .venv/.ready: pyproject.toml
@@ -27,6 +27,9 @@ lint: .venv/.ready ## ruff, mypy --strict, import contracts
 
 lab: .venv/.ready ## isolated VPCs in network namespaces (root)
 	$(BIN)/python -m pytest tests/lab -v --timeout 300
+
+soak: .venv/.ready ## a long life in minutes, then everything as before; RTUNNEL_SOAK_SHORT=1 for under one
+	$(BIN)/python -m pytest tests/soak -s --timeout 1200
 
 bench: .venv/.ready ## side by side with every peer on PATH or in RTUNNEL_BENCH_PEERS; ARGS="--only 'rtunnel-*,frp-tls'"
 	PYTHONPATH=tests $(BIN)/python -m bench $(ARGS)

@@ -338,7 +338,7 @@ class Node:
             self.relay, session, leased[0].lease.port, self._checker, self.counts,
             self.config.max_handshakes, self.handshake_timeout,
         )  # fmt: skip
-        session.listeners.append(self.relay.listen(leased[0].sock, guarded.accept))
+        session.listeners.append(self.relay.listen(leased[0].sock, guarded.accept, client_speaks=True))
         for port, (publish, _) in zip(leased[1:], granted, strict=True):
             own = tuple(ipaddress.ip_network(cidr, strict=False) for cidr in publish.allow)
             server = OpenPortServer(

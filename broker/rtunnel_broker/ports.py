@@ -166,7 +166,7 @@ class GuardedPort:
             sock.close()
             return
         self.counts.waiting += 1
-        end = self.relay.end(sock, peer)
+        end = self.relay.end(sock, peer, spoken=True)
         end.talk(GuardedConnection(self, end), self.timeout)
 
     def pass_on(self, end: SocketEnd, first: bytes, body: DialBody) -> None:

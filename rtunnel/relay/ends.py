@@ -37,6 +37,7 @@ class End(Protocol):
 
     eof: bool  # the peer has finished
     closed: bool
+    broken: bool  # `say` failed: the talker hears `lost` in the next turn, and no pair may be made of it
 
     def talk(self, talker: Talker, deadline: float | None = None) -> None:
         """Give what the peer says to this talker. `deadline` seconds without `pause` or a join: lost("deadline")."""
@@ -61,6 +62,7 @@ class SocketEnd:
     """A connected, non-blocking TCP socket."""
 
     __slots__ = (
+        "_awaits_room",
         "_deadline",
         "_dying",
         "_fin_sent",
@@ -68,6 +70,7 @@ class SocketEnd:
         "_queued",
         "_reading",
         "_talker",
+        "broken",
         "closed",
         "eof",
         "fd",
@@ -85,6 +88,7 @@ class SocketEnd:
         self.peer = peer  # the other side's IP
         self.eof = False
         self.closed = False
+        self.broken = False
         self.readable = False  # until an event says so: watching begins with one
         self.hup = False  # a FIN is under way: read until it comes
         self._talker: Talker | None = None
@@ -94,10 +98,11 @@ class SocketEnd:
         self._fin_sent = False
         self._queued = False
         self._deadline: Timer | None = None
+        self._awaits_room = watched  # whoever watched it before watched for everything
         if watched:
             loop.handlers[self.fd] = self._event
         else:
-            loop.add(self.fd, self._event)
+            loop.add(self.fd, self._event, out=False)
 
     def talk(self, talker: Talker, deadline: float | None = None) -> None:
         """See End."""
@@ -123,10 +128,12 @@ class SocketEnd:
         except OSError as error:
             # The talker is in the middle of something: it hears of it in the next turn.
             why = error.strerror or "reset"
+            self.broken = True
             self.loop.soon(lambda: self._lose(why))
             return
         if sent < len(data):
             self._out = data[sent:]
+            self.await_room()
 
     def pause(self) -> None:
         """See End."""
@@ -158,6 +165,12 @@ class SocketEnd:
             reset_on_close(self.sock)
             self._talker = None
             self._bury()
+
+    def await_room(self) -> None:
+        """A write found no room: be told when there is some."""
+        if not self._awaits_room:
+            self._awaits_room = True
+            self.loop.add_out(self.fd)
 
     def hand_over(self, handler: Callable[[int], None]) -> bytes:
         """The join takes the descriptor; returns bytes that still have to go out first."""

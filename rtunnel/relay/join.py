@@ -197,8 +197,10 @@ class _Flow:
         while not self.end and not pair.done:
             try:
                 if (self._held or self._in_pipe) and not self._write():
+                    self.sink.await_room()
                     return
             except BlockingIOError:
+                self.sink.await_room()
                 return
             except OSError:
                 pair.lost(self.sink)
@@ -217,8 +219,12 @@ class _Flow:
             except OSError:
                 pair.lost(self.source)
                 return
-            if size < 0 or self._held:
-                return  # ended; or the sink took a part, and its next event goes on
+            if size < 0:
+                return
+            if self._held:  # the sink took a part; its next event goes on
+                if not pair.done:
+                    self.sink.await_room()
+                return
             budget -= size if self._gate is None else size * GATE_COST
         if self.readable and not self.end and not self._queued and not pair.done:
             self._queued = True
@@ -522,18 +528,21 @@ class StreamPair(Pair):
             self._count_back(sent)
         if sent < len(data):
             self._held += data[sent:]
+            self._socket.await_room()
 
     def flush(self) -> None:
         """The socket takes bytes again."""
         try:
             sent = self._socket.sock.send(self._held)
         except BlockingIOError:
-            return
+            sent = 0
         except OSError:
             self._socket_lost()
             return
         del self._held[:sent]
         self._count_back(sent)
+        if self._held:
+            self._socket.await_room()
         if not self._held and self._stream.eof:
             self._fin_back()
 

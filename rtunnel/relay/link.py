@@ -97,6 +97,7 @@ class StreamEnd(yamux.Stream):
 
     __slots__ = ("_deadline", "_reading", "_talker", "backlog", "closed", "eof", "granted", "link", "pair")
     session: Link
+    broken = False  # see End: a stream's failure is its link's, and comes as a reset
 
     def __init__(self, link: Link) -> None:
         super().__init__(link)

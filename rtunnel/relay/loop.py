@@ -23,7 +23,8 @@ IN: Final = select.EPOLLIN
 OUT: Final = select.EPOLLOUT
 HUP: Final = select.EPOLLRDHUP | select.EPOLLHUP
 LOST: Final = select.EPOLLHUP | select.EPOLLERR
-_EVERYTHING: Final = IN | OUT | select.EPOLLRDHUP | select.EPOLLET
+_READING: Final = IN | select.EPOLLRDHUP | select.EPOLLET
+_EVERYTHING: Final = _READING | OUT
 
 Handler = Callable[[int], None]
 
@@ -67,10 +68,17 @@ class Loop:
 
     # For owners of descriptors.
 
-    def add(self, fd: int, handler: Handler) -> None:
-        """Watch a non-blocking descriptor, edge-triggered, for everything."""
+    def add(self, fd: int, handler: Handler, *, out: bool = True) -> None:
+        """Watch a non-blocking descriptor, edge-triggered, for everything; or, at first, not for room to write.
+
+        A new socket is writable, which nobody needs to hear: that event alone would be a turn for each connection.
+        """
         self.handlers[fd] = handler
-        self._epoll.register(fd, _EVERYTHING)
+        self._epoll.register(fd, _EVERYTHING if out else _READING)
+
+    def add_out(self, fd: int) -> None:
+        """Watch it for room to write as well; if there is room by now, that is an event too."""
+        self._epoll.modify(fd, _EVERYTHING)
 
     def close(self, sock: socket.socket) -> None:
         """Stop watching now, close at the end of the turn."""

@@ -21,6 +21,8 @@ from rtunnel.wire.refusal import Refusal
 ACCEPTS_A_TURN: Final = 64
 #: A listener that ran out of descriptors looks again after so many seconds.
 ACCEPT_PAUSE: Final = 0.5
+#: A client that has the first word may keep it for so long before it is accepted all the same (tcp(7)).
+DEFER_SECONDS: Final = 1
 #: Sockets with a dead peer are noticed after 60 + 4 * 15 s of silence, by TCP keep-alive.
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
 
@@ -57,7 +59,7 @@ class Listener:
 
     __slots__ = ("_accept", "_loop", "_paused", "_report", "closed", "sock")
 
-    def __init__(self, loop: Loop, sock: socket.socket, accept: Accept, report: Report) -> None:
+    def __init__(self, loop: Loop, sock: socket.socket, accept: Accept, report: Report, *, client_speaks: bool) -> None:
         self._loop = loop
         self._accept = accept
         self._report = report
@@ -66,7 +68,9 @@ class Listener:
         self.closed = False
         sock.setblocking(False)
         tune(sock)
-        loop.add(sock.fileno(), self._event)
+        if client_speaks:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_SECONDS)
+        loop.add(sock.fileno(), self._event, out=False)
 
     def close(self) -> None:
         """Accept no more; the port is free for others when this returns. What was accepted lives on."""
@@ -226,9 +230,13 @@ class Relay:
 
     # In the relay's thread.
 
-    def listen(self, sock: socket.socket, accept: Accept) -> Listener:
-        """Accept from a bound, listening socket: `accept(socket, peer IP)`."""
-        listener = Listener(self.loop, sock, accept, self._report)
+    def listen(self, sock: socket.socket, accept: Accept, *, client_speaks: bool = False) -> Listener:
+        """Accept from a bound, listening socket: `accept(socket, peer IP)`.
+
+        `client_speaks`: the client has the first word, so a connection is accepted when that is there (or a second
+        later): one wake-up for both.
+        """
+        listener = Listener(self.loop, sock, accept, self._report, client_speaks=client_speaks)
         self.listeners.add(listener)
         return listener
 
@@ -237,9 +245,11 @@ class Relay:
         self.listeners.discard(listener)
         listener.close()
 
-    def end(self, sock: socket.socket, peer: str) -> SocketEnd:
-        """An accepted socket as an end."""
-        return SocketEnd(self.loop, sock, peer)
+    def end(self, sock: socket.socket, peer: str, *, spoken: bool = False) -> SocketEnd:
+        """An accepted socket as an end; `spoken`: from a `client_speaks` listener, so that reading at once pays."""
+        end = SocketEnd(self.loop, sock, peer)
+        end.readable = spoken
+        return end
 
     def connect(self, host: str, port: int, timeout: float, done: Connected) -> Attempt:
         """Connect to an IP: `done(end, _, "")` or `done(None, refusal, text)`."""
@@ -287,8 +297,8 @@ class Relay:
         on_end: OnEnd,
     ) -> None:
         """Let bytes flow; `up` and `down` were read already and go first. `on_end` may come before this returns."""
-        if client.closed or target.closed:
-            ending = Ending.CLIENT_RESET if client.closed else Ending.TARGET_RESET
+        if client.closed or client.broken or target.closed or target.broken:
+            ending = Ending.CLIENT_RESET if client.closed or client.broken else Ending.TARGET_RESET
             client.abort()
             target.abort()
             on_end(Account(self.loop.now, ended=self.loop.now, ending=ending))

@@ -14,6 +14,8 @@ from typing import Final
 
 #: One read from a link's socket; beyond 256 KiB the gain is gone.
 READ_BYTES: Final = 256 * 1024
+#: The most that one TLS record carries (RFC 8446 section 5.1).
+RECORD_BYTES: Final = 16 * 1024
 
 
 class Scratch:
@@ -139,21 +141,26 @@ class TlsTransport(Transport):
         super().send(memoryview(self._outgoing.read()))
 
     def receive(self, scratch: Scratch) -> memoryview:
-        """See Transport. Whole records only: a part of one stays in the BIO."""
+        """See Transport. Whole records only: a part of one stays inside OpenSSL.
+
+        Reads stop when the BIO is empty, and not at SSLWantReadError: an exception costs as much as a record.
+        """
         size = self._read_kernel(scratch.cipher)
+        incoming = self._incoming
         if size:
-            self._incoming.write(scratch.cipher[:size])
+            incoming.write(scratch.cipher[:size])
         plain, filled = scratch.plain, 0
         read = self._tls.read
         try:
-            while filled < READ_BYTES:
+            while incoming.pending:
+                if filled > READ_BYTES - RECORD_BYTES:
+                    self.drained = False  # no room for another record
+                    break
                 got = int(read(READ_BYTES - filled, plain[filled:]))
                 if not got:
                     self.eof = True
                     break
                 filled += got
-            else:
-                self.drained = False  # the BIO holds more
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLZeroReturnError:

@@ -514,8 +514,9 @@ def version(name: str) -> str:
     """What a peer's binary says of itself."""
     flag = _VERSION_FLAGS.get(name, "--version")
     done = subprocess.run([find(name), flag], capture_output=True, text=True, check=False)
-    found = re.search(r"\d+(\.\d+)+\S*", done.stdout + done.stderr)
-    return found[0].rstrip(",") if found else "?"
+    said = done.stdout + done.stderr
+    found = re.search(r"[Vv]ersion:?\s+(\d\S*)", said) or re.search(r"(\d+(?:\.\d+)+\w*)", said)
+    return found[1] if found else "?"
 
 
 def echo_works(way: Way) -> bool:

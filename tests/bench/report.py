@@ -273,22 +273,26 @@ def _compare(
     word = "not measured"
     if len(found) == len(ratios):
         word = "pass" if (min(found) >= limit if more else max(found) <= limit) else "fail"
-    measured = ", ".join(f"{workload} {ratio:.2f} x" for workload, ratio in ratios.items() if ratio is not None)
+    measured = ", ".join(f"{workload} {ratio:.3f} x" for workload, ratio in ratios.items() if ratio is not None)
     return Verdict(what, *pair, f"{'>=' if more else '<='} {limit:g} x", measured, word)
 
 
 def _neighbours(run: Run) -> Iterator[Verdict]:
-    """The 99th percentile beside others against the quiet one."""
+    """The 99th percentile beside others against the quiet one; and what the same costs without a tunnel."""
     for name in ("rtunnel-tls", "rtunnel-plain", "rtunnel-tls-socks"):
-        quiet = run.find(name, "trip64", "p99")
         for workload in ("trip-down", "trip-up", "trip-stalled"):
-            busy, bare = run.find(name, workload, "p99"), run.find("none", workload, "p99")
-            if quiet and busy:
-                more = (busy.value - quiet.value) / 1000
-                beside = f" (none: {(bare.value - quiet.value) / 1000:+.2f} ms)" if bare else ""
+            more, bare = _added(run, name, workload), _added(run, "none", workload)
+            if more is not None:
+                beside = f" (none: {bare:+.2f} ms)" if bare is not None else ""
                 title = next(w.title for w in WORKLOADS if w.name == workload).partition(" beside ")[2]
                 word = "pass" if more <= 1 else "fail"
                 yield Verdict(f"p99 beside {title}", name, "the quiet one", "+ 1 ms", f"{more:+.2f} ms{beside}", word)
+
+
+def _added(run: Run, name: str, workload: str) -> float | None:
+    """Milliseconds by which p99 is worse than the quiet one."""
+    quiet, busy = run.find(name, "trip64", "p99"), run.find(name, workload, "p99")
+    return (busy.value - quiet.value) / 1000 if quiet and busy else None
 
 
 def _stalled(run: Run) -> Iterator[Verdict]:

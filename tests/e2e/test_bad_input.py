@@ -1594,7 +1594,8 @@ async def test_redis_lost_later_is_told_and_felt_by_nobody(
 
 
 async def test_a_full_gateway_shuts_the_door_and_opens_it_again(here: Path) -> None:
-    """Silent clients hold every place until their deadline: others are closed at once, counted, and served later."""
+    """Clients that begin and fall silent hold every place until their deadline: others are closed at once, counted,
+    and served later. (Who says nothing at all is not even accepted.)"""
     async with running_cluster(here, gateway__max_clients=8, **FAST) as cluster:
         await cluster.start(brokers=1)
         target = Target("127.1.0.1")
@@ -1602,8 +1603,10 @@ async def test_a_full_gateway_shuts_the_door_and_opens_it_again(here: Path) -> N
         counts = cluster.gateway.counts
         with capture_logs() as logs:
             idle = [Attacker(cluster.gateway.bound) for _ in range(7)]
+            for attacker in idle:
+                attacker.sock.sendall(b"\5")
             await cluster.until(lambda: counts.clients == 7)
-            turned = await attack_all(cluster.gateway.bound, {str(n): says(b"") for n in range(5)})
+            turned = await attack_all(cluster.gateway.bound, {str(n): says(b"\5") for n in range(5)})
             assert all(attacker.seconds < DEADLINE for attacker in turned.values())
             assert counts.refused == {"overloaded": 5}
             stream.sendall(b"mine\n")

@@ -82,7 +82,7 @@ def test_a_run_survives_its_file_and_becomes_a_page(tmp_path: Path) -> None:
     run = Run.load(tmp_path / "bench.json")
     assert run.rows == rows
     throughput = next(judge(run))
-    assert (throughput.measured, throughput.word) == ("up 2.00 x, down 1.33 x", "fail")
+    assert (throughput.measured, throughput.word) == ("up 2.000 x, down 1.333 x", "fail")
     page = write_page(run, tmp_path).read_text()
     assert "| rtunnel-tls | 6.00 [5.00..7.00] | 2.00 x |" in page
     assert "chisel: not here" in page

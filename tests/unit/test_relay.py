@@ -480,3 +480,31 @@ class TestWindows:
             (pair,) = far.pairs
             assert isinstance(pair, StreamPair)
             assert len(pair._held) <= stream.receive_window
+
+
+def test_an_end_that_broke_while_it_was_told_is_not_joined() -> None:
+    """The client is reset while the reply to it is sent: the join that follows at once ends both sides, and says so."""
+    with running_relay() as relay, listener() as meeting:
+        client, target = dial(meeting.getsockname()), None
+        accepted = [meeting.accept()[0]]
+        target = dial(meeting.getsockname())
+        accepted.append(meeting.accept()[0])
+        for sock in accepted:
+            sock.setblocking(False)
+        ends = relay.do(lambda: [relay.end(sock, "") for sock in accepted])
+        quiet = Quiet()
+        relay.do(lambda: ends[0].talk(quiet))
+        relay.do(ends[0].pause)
+        accounts: list[Account] = []
+
+        def tell_and_join() -> None:
+            reset(client)
+            while not ends[0].broken:  # the first words after the reset fail
+                ends[0].say(b"connected")
+            relay.join(ends[0], ends[1], on_end=accounts.append)
+
+        relay.do(tell_and_join)
+        with pytest.raises(ConnectionResetError):
+            target.recv(1)
+        relay.settle(lambda: not relay.pairs and accepted[0].fileno() == accepted[1].fileno() == -1)
+        assert [account.ending for account in accounts] == [Ending.CLIENT_RESET]
