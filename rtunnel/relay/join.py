@@ -27,7 +27,7 @@ from rtunnel.wire.refusal import Refused
 from rtunnel.wire.yamux import HEADER_BYTES
 
 #: What one direction may move before others get their turn.
-QUANTUM: Final = 1024 * 1024
+QUANTUM: Final = 256 * 1024
 #: One frame upwards, and the piece of a copying flow.
 PIECE: Final = 128 * 1024
 #: A gate may cost microseconds a byte (one-byte chunks): it gets little at a time, and turns often.

@@ -77,12 +77,12 @@ class Stream:
 
     __slots__ = (
         "_allowance",
-        "_owed",
         "_pending_flags",
         "fin_received",
         "fin_sent",
         "gone",
         "id",
+        "owed",
         "receive_window",
         "send_window",
         "session",
@@ -94,7 +94,7 @@ class Stream:
         self.send_window = INITIAL_WINDOW
         self.receive_window = INITIAL_WINDOW
         self._allowance = INITIAL_WINDOW  # what the peer may still send
-        self._owed = 0  # consumed here, not yet given back to the peer
+        self.owed = 0  # consumed here, not yet given back to the peer
         self._pending_flags = 0  # SYN or ACK, on the next frame
         self.fin_sent = False
         self.fin_received = False
@@ -152,11 +152,11 @@ class Stream:
 
     def consumed(self, size: int) -> None:
         """`size` bytes of on_data's payload have left this process: gives window back when half of it is owed."""
-        self._owed += size
-        if self._owed * 2 >= self.receive_window and not (self.fin_received or self.gone):
+        self.owed += size
+        if self.owed * 2 >= self.receive_window and not (self.fin_received or self.gone):
             more = self.session.grows(self)
             self.receive_window += more
-            delta, self._owed = self._owed + more, 0
+            delta, self.owed = self.owed + more, 0
             self._allowance += delta
             flags, self._pending_flags = self._pending_flags, 0
             self.session.emit(HEADER.pack(0, WINDOW_UPDATE, flags, self.id, delta))

@@ -188,7 +188,9 @@ class Gateway:
             sock = listening_socket(*parse_endpoint(self.config.listen), key="gateway.listen")
             async with self.bridge.open_nursery() as nursery:
                 nursery.start_soon(self._follow)
-                self._listener = await self.bridge.run(lambda: self.relay.listen(sock, self._accept, client_speaks=True))
+                self._listener = await self.bridge.run(
+                    lambda: self.relay.listen(sock, self._accept, client_speaks=True)
+                )
                 self._log.info("gateway_ready", listen=format_endpoint(*self.bound), namespace=self.namespace)
                 task_status.started(self)
                 await stop.wait()

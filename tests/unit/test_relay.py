@@ -14,7 +14,7 @@ import pytest
 
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account, Ending, StreamPair
-from rtunnel.relay.link import MAX_STREAM_WINDOW
+from rtunnel.relay.link import LEAST_RTT, MAX_STREAM_WINDOW
 from rtunnel.trust import pki
 from rtunnel.trust.tls import client_context, server_context
 from rtunnel.wire.refusal import Refusal
@@ -421,6 +421,14 @@ class TestWindows:
     """Windows grow for those who use them, from one budget."""
 
     @staticmethod
+    def long_way(near: TestRelay, far: TestRelay) -> Tunnel:
+        """A tunnel whose far end takes the path for one of 50 ms."""
+        tunnel = Tunnel(near, far)
+        far.settle(lambda: tunnel.far_link.rtt > 0)
+        tunnel.far_link._least_rtt = 0.05
+        return tunnel
+
+    @staticmethod
     def push(client: socket.socket, served: socket.socket, size: int) -> None:
         """So many bytes upwards, read as they come."""
         sender = threading.Thread(target=client.sendall, args=(bytes(size),))
@@ -431,7 +439,7 @@ class TestWindows:
     def test_a_fast_stream_gets_more_and_gives_it_back(self) -> None:
         """64 MiB through a link: the window has grown; when the stream is gone the budget is whole again."""
         with running_relay() as near, running_relay() as far:
-            tunnel = Tunnel(near, far)
+            tunnel = self.long_way(near, far)
             budget = far.windows.left
             client, served = tunnel.through()
             self.push(client, served, 64 << 20)
@@ -445,7 +453,7 @@ class TestWindows:
     def test_a_used_up_budget_stops_growth_and_nothing_else(self) -> None:
         """With nothing left every window stays as it began, and bytes go on."""
         with running_relay() as near, running_relay() as far:
-            tunnel = Tunnel(near, far)
+            tunnel = self.long_way(near, far)
             far.windows.left = 100_000
             client, served = tunnel.through()
             self.push(client, served, 32 << 20)
@@ -456,7 +464,7 @@ class TestWindows:
     def test_a_dead_link_gives_its_budget_back(self) -> None:
         """Grown windows of streams that die with their link are free again."""
         with running_relay() as near, running_relay() as far:
-            tunnel = Tunnel(near, far)
+            tunnel = self.long_way(near, far)
             budget = far.windows.left
             client, served = tunnel.through()
             self.push(client, served, 32 << 20)
@@ -464,10 +472,20 @@ class TestWindows:
             far.do(lambda: tunnel.far_link.kill("test"))
             assert far.windows.left == budget
 
+    def test_a_short_path_needs_no_window(self) -> None:
+        """Over a path of microseconds a window of 16 MiB would only fill buffers: it keeps to what the path needs."""
+        with running_relay() as near, running_relay() as far:
+            tunnel = Tunnel(near, far)
+            client, served = tunnel.through()
+            self.push(client, served, 64 << 20)
+            (stream,) = far.do(lambda: list(tunnel.far_link.streams.values()))
+            least = max(tunnel.far_link._least_rtt, LEAST_RTT)
+            assert stream.receive_window <= max(INITIAL_WINDOW, 2 * 5e9 * least)
+
     def test_a_stalled_stream_holds_no_more_than_its_window(self) -> None:
         """What a reader that sleeps leaves in this process is at most its window, grown or not."""
         with running_relay() as near, running_relay() as far:
-            tunnel = Tunnel(near, far)
+            tunnel = self.long_way(near, far)
             client, served = tunnel.through()
             self.push(client, served, 32 << 20)
             client.setblocking(False)
