@@ -230,6 +230,12 @@ class OpenConnection:
         """See Talker."""
         self._fail(Refusal.LINK_LOST if why == "link_lost" else Refusal.DIAL_TIMEOUT, why)
 
+    def client_lost(self) -> None:
+        """Nobody waits for the target any more."""
+        if self._stream is not None and not self._stream.closed:
+            self._port.counts.waiting -= 1
+            self._stream.abort()
+
     def _join(self) -> None:
         assert self._stream is not None
         self._stream.pause()
@@ -244,6 +250,25 @@ class OpenConnection:
         self._port.refuse(self._client, code, text)
         if self._stream is not None:
             self._stream.abort()
+
+
+class _ClientWatch:
+    """The talker of an open port's client, which is not read before its target answers."""
+
+    __slots__ = ("_connection",)
+
+    def __init__(self, connection: OpenConnection) -> None:
+        self._connection = connection
+
+    def received(self, data: bytes) -> None:
+        """See Talker: does not come to a paused end."""
+
+    def finished(self) -> None:
+        """See Talker: neither."""
+
+    def lost(self, why: str) -> None:
+        """See Talker."""
+        self._connection.client_lost()
 
 
 @dataclass(eq=False)
@@ -276,6 +301,7 @@ class OpenPortServer:
             self.refuse(end, Refusal.LINK_LOST, "")
         else:
             connection = OpenConnection(self, end)
+            end.talk(_ClientWatch(connection))
             end.pause()
             self.counts.waiting += 1
             connection.begin(session.link.open(connection, encode(self._dial(session, peer)), OPEN_DEADLINE))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from support.cluster import Cluster, SocksRefused, Target, in_thread, read_line, running_cluster
-from support.plumbing import close_kept, read_all
+from support.plumbing import close_kept, dial, kept, read_all, reset
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +152,28 @@ async def test_a_pinned_vip_degrades_and_says_why(tmp_path: Path) -> None:
         assert (part.agent.redundancy, part.agent.state) == ("1/2", "degraded")
         target = Target("127.1.0.1")
         assert await cluster.ask(target.ip, target.port) == b"127.1.0.1:hello"
+
+
+async def test_a_client_that_leaves_an_open_port_takes_its_dial_along(tmp_path: Path) -> None:
+    """Reset while the agent still connects the target: the stream ends at once, on broker and agent."""
+    async with running_cluster(tmp_path) as cluster:
+        part = await cluster.start_broker("b1", open_ports__range="29100-29199", open_ports__allow=["127.0.0.0/8"])
+        await cluster.start_gateway()
+        silent = kept(socket.create_server(("127.1.0.1", 0), backlog=0))
+        port = silent.getsockname()[1]
+        for _ in range(3):
+            filler = kept(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(("127.1.0.1", port))
+        agent = await cluster.start_agent("a1", redundancy=1, publish=[{"target": f"127.1.0.1:{port}"}])
+        await cluster.whole()
+        session = agent.agent.slots[0].session
+        assert session is not None and session.welcome is not None and session.link is not None
+        client = await in_thread(lambda: dial(("127.0.0.1", session.welcome.open_ports[0].port)))  # type: ignore[union-attr]
+        link = session.link
+        await cluster.until(lambda: part.node.counts.waiting == 1 and len(link.streams) == 2)
+        reset(client)
+        await cluster.until(lambda: part.node.counts.waiting == 0 and len(link.streams) == 1)
 
 
 async def test_an_open_port_relays_at_once_and_only_for_its_sources(tmp_path: Path) -> None:
