@@ -8,7 +8,8 @@ probe that works is done in milliseconds, so the oldest is the one that does not
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import h11
 import msgspec
@@ -49,6 +50,33 @@ def health_routes(reasons: Callable[[], Sequence[str]], status: Callable[[], Map
         return json_answer({"ready": not missing, "reasons": missing}, 503 if missing else 200)
 
     return {"/livez": lambda: json_answer({"live": True}), "/readyz": ready, "/statusz": lambda: json_answer(status())}
+
+
+class Part(Protocol):
+    """A role's main object."""
+
+    async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Any]) -> None:
+        """Its life."""
+
+    def reasons(self) -> list[str]:
+        """Why it is not ready."""
+
+
+async def run_beside(
+    part: Part,
+    address: str,
+    *,
+    key: str,
+    status: Callable[[], Mapping[str, Any]],
+    stop: trio.Event,
+    task_status: trio.TaskStatus[Any],
+) -> None:
+    """Run a role with its health endpoint beside it, unless `address` is empty."""
+    async with trio.open_nursery() as nursery:
+        if address:
+            await nursery.start(partial(serve, address, health_routes(part.reasons, status), key=key))
+        await part.run(stop, task_status)
+        nursery.cancel_scope.cancel()
 
 
 async def serve(

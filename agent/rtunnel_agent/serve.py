@@ -20,16 +20,14 @@ async def serve(
 ) -> None:
     """Run one agent until `stop`; started when it begins to dial."""
     agent = Agent(config)
-    async with trio.open_nursery() as nursery:
-        if config.agent.admin:
-            await nursery.start(_serve_admin, agent)
-        await agent.run(stop, task_status)
-        nursery.cancel_scope.cancel()
-
-
-async def _serve_admin(agent: Agent, *, task_status: trio.TaskStatus[tuple[str, int]]) -> None:
-    routes = admin.health_routes(agent.reasons, lambda: status(agent))
-    await admin.serve(agent.config.admin, routes, key="agent.admin", task_status=task_status)
+    await admin.run_beside(
+        agent,
+        config.agent.admin,
+        key="agent.admin",
+        status=lambda: status(agent),
+        stop=stop,
+        task_status=task_status,
+    )
 
 
 def status(agent: Agent) -> dict[str, object]:
@@ -60,11 +58,7 @@ def status(agent: Agent) -> dict[str, object]:
             if (session := slot.session) is not None and session.welcome is not None
         ],
         "draining": [session.node for session in agent.draining],
-        "streams": counts.streams,
-        "accepted": counts.accepted,
-        "refused": counts.refused,
-        "bytes_up": counts.bytes_up,
-        "bytes_down": counts.bytes_down,
+        **counts.shown(),
     }
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Final
 
+from rtunnel.counts import StreamCounts
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account
 from rtunnel.relay.link import StreamEnd
@@ -24,21 +24,6 @@ _ACCEPTED: Final = encode(Accepted())
 _DIALLING: Final = encode(Dialling())
 
 
-@dataclass
-class TargetCounts:
-    """What this agent's streams did since its start."""
-
-    streams: int = 0
-    accepted: int = 0
-    refused: dict[str, int] = field(default_factory=dict)
-    bytes_up: int = 0
-    bytes_down: int = 0
-
-    def refuse(self, code: Refusal) -> None:
-        """Count one refusal."""
-        self.refused[code.value] = self.refused.get(code.value, 0) + 1
-
-
 class Targets:
     """What this agent exposes, and the way there."""
 
@@ -56,7 +41,7 @@ class Targets:
         self.exposes = exposes
         self.published: frozenset[tuple[str, int]] = frozenset()
         self.timeout = timeout
-        self.counts = TargetCounts()
+        self.counts = StreamCounts()
 
     def check(self, body: DialBody, session: AgentSession) -> None:
         """Raises Refused unless this Dial is for us, for this session, and for something that is exposed."""
@@ -117,18 +102,13 @@ class IncomingStream:
         if target is None:
             self._refuse(code, why)
             return
-        counts = self._targets.counts
-        counts.accepted += 1
-        counts.streams += 1
+        self._targets.counts.began()
         self._session.streams += 1
         self._stream.say(_ACCEPTED)
         self._targets.relay.join(self._stream, target, up=self._decoder.rest(), on_end=self._ended)
 
     def _ended(self, account: Account) -> None:
-        counts = self._targets.counts
-        counts.streams -= 1
-        counts.bytes_up += account.up
-        counts.bytes_down += account.down
+        self._targets.counts.ended(account)
         self._session.streams -= 1
 
     def finished(self) -> None:

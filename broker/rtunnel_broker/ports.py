@@ -9,11 +9,11 @@ import ipaddress
 import secrets
 import socket
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
+from rtunnel.counts import StreamCounts
 from rtunnel.relay.ends import SocketEnd
-from rtunnel.relay.join import Account
 from rtunnel.relay.link import Link, StreamEnd
 from rtunnel.relay.relay import Relay
 from rtunnel.trust.keys import DialSigner, NonceWindow
@@ -45,25 +45,10 @@ Networks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
 
 
 @dataclass
-class PortCounts:
+class PortCounts(StreamCounts):
     """What a broker's ports did since its start."""
 
     waiting: int = 0  # connections whose Dial, or whose agent's answer, has not come yet
-    streams: int = 0  # live ones
-    accepted: int = 0
-    refused: dict[str, int] = field(default_factory=dict)
-    bytes_up: int = 0
-    bytes_down: int = 0
-
-    def refuse(self, code: Refusal) -> None:
-        """Count one refusal."""
-        self.refused[code.value] = self.refused.get(code.value, 0) + 1
-
-    def end(self, account: Account) -> None:
-        """Count a stream's end."""
-        self.streams -= 1
-        self.bytes_up += account.up
-        self.bytes_down += account.down
 
 
 class DialChecker:
@@ -177,9 +162,8 @@ class GuardedPort:
         stream = StreamEnd(link)
         link.attach(stream)
         stream.say(first)
-        self.counts.accepted += 1
-        self.counts.streams += 1
-        self.relay.join(end, stream, on_end=self.counts.end)
+        self.counts.began()
+        self.relay.join(end, stream, on_end=self.counts.ended)
 
     def refuse(self, end: SocketEnd, refused: Refused) -> None:
         """Tell the gateway why not."""
@@ -241,9 +225,8 @@ class OpenConnection:
         self._stream.pause()
         counts = self._port.counts
         counts.waiting -= 1
-        counts.accepted += 1
-        counts.streams += 1
-        self._port.relay.join(self._client, self._stream, down=self._decoder.rest(), on_end=counts.end)
+        counts.began()
+        self._port.relay.join(self._client, self._stream, down=self._decoder.rest(), on_end=counts.ended)
 
     def _fail(self, code: Refusal, text: str) -> None:
         self._port.counts.waiting -= 1

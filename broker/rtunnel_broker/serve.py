@@ -21,16 +21,14 @@ async def serve(
     """Run one broker node until `stop`; started when it accepts links."""
     assert registry is not None
     node = Node(config, registry)
-    async with trio.open_nursery() as nursery:
-        if config.broker.admin:
-            await nursery.start(_serve_admin, node)
-        await node.run(stop, task_status)
-        nursery.cancel_scope.cancel()
-
-
-async def _serve_admin(node: Node, *, task_status: trio.TaskStatus[tuple[str, int]]) -> None:
-    routes = admin.health_routes(node.reasons, lambda: status(node))
-    await admin.serve(node.config.admin, routes, key="broker.admin", task_status=task_status)
+    await admin.run_beside(
+        node,
+        config.broker.admin,
+        key="broker.admin",
+        status=lambda: status(node),
+        stop=stop,
+        task_status=task_status,
+    )
 
 
 def status(node: Node) -> dict[str, object]:
@@ -46,11 +44,9 @@ def status(node: Node) -> dict[str, object]:
         "registry": node.registry_down or "ok",
         "sessions": len(node.sessions),
         "handshakes": node.handshakes,
-        "streams": counts.streams,
-        "accepted": counts.accepted,
-        "refused": counts.refused,
-        "bytes_up": counts.bytes_up,
-        "bytes_down": counts.bytes_down,
+        "waiting": counts.waiting,
+        "window_budget": node.relay.windows.left,
+        **counts.shown(),
         "pairs": len(node.relay.pairs),
         "links": len(node.relay.links),
     }

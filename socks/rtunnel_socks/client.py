@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from rtunnel.counts import StreamCounts
 from rtunnel.registry import Tuple
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account, Gate
@@ -22,6 +23,10 @@ class ClientOwner(Protocol):
     namespace: str
     idle_timeout: float
 
+    @property
+    def counts(self) -> StreamCounts:
+        """What is counted."""
+
     def new_dial(self, client: Client, target: Target) -> TargetDial:
         """A dial that reports to `client.dialled`."""
 
@@ -33,15 +38,6 @@ class ClientOwner(Protocol):
 
     def log(self, event: str, **fields: object) -> None:
         """A log line."""
-
-    def count_refusal(self, code: Refusal) -> None:
-        """One more."""
-
-    def stream_began(self) -> None:
-        """One more."""
-
-    def stream_ended(self, account: Account) -> None:
-        """One less."""
 
 
 class Client:
@@ -176,7 +172,7 @@ class Client:
         if self._request is None:
             self._end.say(http.response_connected() if self._reply_http else socks5.reply_ok())
         self._gateway.paths.opened(reached.used)
-        self._gateway.stream_began()
+        self._gateway.counts.began()
         self._leave()
         setup = self._gateway.relay.loop.now - self._started
         self._gateway.relay.join(
@@ -205,7 +201,7 @@ class Client:
     def ended(self, account: Account, used: Tuple, attempts: int, setup: float) -> None:
         """The pair is over: one log line."""
         self._gateway.paths.closed(used)
-        self._gateway.stream_ended(account)
+        self._gateway.counts.ended(account)
         self._log(
             "stream_ended", reason=account.ending.value, up=account.up, down=account.down,
             seconds=round(account.seconds, 3), setup_ms=round(setup * 1000, 2), node=used.node, epoch=str(used.epoch),
@@ -223,7 +219,7 @@ class Client:
         if not reply and self.target is not None:
             self._refuse(refused)
             return
-        self._gateway.count_refusal(refused.code)
+        self._gateway.counts.refuse(refused.code)
         self._log("refused", code=refused.code.value, reason=refused.text)
         if reply:
             self._end.say(reply)

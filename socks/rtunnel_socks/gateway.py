@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -11,11 +11,11 @@ import trio
 
 from rtunnel.bridge import Bridge
 from rtunnel.config import Config, GatewayConfig, format_endpoint, host_name, parse_endpoint
+from rtunnel.counts import StreamCounts
 from rtunnel.logs import get_logger
 from rtunnel.net import listening_socket
 from rtunnel.registry import Registry, RegistryUnavailable, Tuple
 from rtunnel.registry.routes import Mirror, RouteTable
-from rtunnel.relay.join import Account
 from rtunnel.relay.relay import Listener, Relay
 from rtunnel.trust.keys import DialSigner, load_cluster_key
 from rtunnel.wire.refusal import Refusal, Refused
@@ -33,15 +33,10 @@ RETRY_SECONDS: Final = 0.5
 
 
 @dataclass
-class GatewayCounts:
+class GatewayCounts(StreamCounts):
     """What this gateway did since its start."""
 
     clients: int = 0  # negotiating
-    streams: int = 0
-    accepted: int = 0
-    refused: dict[str, int] = field(default_factory=dict)
-    bytes_up: int = 0
-    bytes_down: int = 0
 
 
 class Gateway:
@@ -112,24 +107,9 @@ class Gateway:
         """See ClientOwner."""
         self._log.info(event, **fields)
 
-    def count_refusal(self, code: Refusal) -> None:
-        """See ClientOwner."""
-        self.counts.refused[code.value] = self.counts.refused.get(code.value, 0) + 1
-
     def client_over(self, client: Client) -> None:
         """See ClientOwner."""
         self.counts.clients -= 1
-
-    def stream_began(self) -> None:
-        """See ClientOwner."""
-        self.counts.accepted += 1
-        self.counts.streams += 1
-
-    def stream_ended(self, account: Account) -> None:
-        """See ClientOwner."""
-        self.counts.streams -= 1
-        self.counts.bytes_up += account.up
-        self.counts.bytes_down += account.down
 
     def report(self, event: str, fields: dict[str, object]) -> None:
         """What the relay has to say: never good news."""
@@ -139,7 +119,7 @@ class Gateway:
         counts = self.counts
         if counts.clients + counts.streams >= self.config.max_clients:
             sock.close()
-            self.count_refusal(Refusal.OVERLOADED)
+            self.counts.refuse(Refusal.OVERLOADED)
             if self.relay.loop.now > self._full_logged + 10:
                 self._full_logged = self.relay.loop.now
                 self._log.warning("too_many_clients", limit=self.config.max_clients, client=peer)

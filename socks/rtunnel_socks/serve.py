@@ -21,16 +21,14 @@ async def serve(
     """Run one gateway until `stop`; started when it accepts clients."""
     assert registry is not None
     gateway = Gateway(config, registry)
-    async with trio.open_nursery() as nursery:
-        if config.gateway.admin:
-            await nursery.start(_serve_admin, gateway)
-        await gateway.run(stop, task_status)
-        nursery.cancel_scope.cancel()
-
-
-async def _serve_admin(gateway: Gateway, *, task_status: trio.TaskStatus[tuple[str, int]]) -> None:
-    routes = admin.health_routes(gateway.reasons, lambda: status(gateway))
-    await admin.serve(gateway.config.admin, routes, key="gateway.admin", task_status=task_status)
+    await admin.run_beside(
+        gateway,
+        config.gateway.admin,
+        key="gateway.admin",
+        status=lambda: status(gateway),
+        stop=stop,
+        task_status=task_status,
+    )
 
 
 def status(gateway: Gateway) -> dict[str, object]:
@@ -44,11 +42,7 @@ def status(gateway: Gateway) -> dict[str, object]:
         "nodes": [{"node": n.node, "state": n.state} for n in gateway.table.nodes.values()],
         "registry": gateway.registry_down or "ok",
         "clients": counts.clients,
-        "streams": counts.streams,
-        "accepted": counts.accepted,
-        "refused": counts.refused,
-        "bytes_up": counts.bytes_up,
-        "bytes_down": counts.bytes_down,
+        **counts.shown(),
         "pairs": len(gateway.relay.pairs),
     }
 

@@ -65,6 +65,12 @@ PATIENCE = 10.0
 #: Deadlines of the tests' roles: short, and long enough for a loaded machine.
 DEADLINE = 0.6
 
+
+def noise(size: int) -> bytes:
+    """Random bytes, the same in every run: what they happen to begin with decides what is answered."""
+    return random.Random(size).randbytes(size)
+
+
 Address = tuple[str, int]
 Logs = list[Any]
 
@@ -241,7 +247,7 @@ def holdings(cluster: Cluster) -> dict[str, int]:
 
 
 @asynccontextmanager
-async def unharmed(cluster: Cluster, target: Target, *, slowest: float = 2.0, spare: int = 0) -> AsyncIterator[Logs]:
+async def unharmed(cluster: Cluster, target: Target, *, slowest: float = 10.0, spare: int = 0) -> AsyncIterator[Logs]:
     """A good client is served the whole time, nothing crashes, and at the end is held what was held before and no more.
 
     Gives the log. `spare`: descriptors that a pool of connections to Redis may have come to.
@@ -555,7 +561,7 @@ def wraps_then_breaks_tls(context: ssl.SSLContext) -> Attack:
     def attack(attacker: Attacker) -> None:
         attacker.wrap(context)
         with socket.socket(fileno=os.dup(attacker.sock.fileno())) as raw:
-            raw.sendall(b"\x17\x03\x03\x40\x00" + os.urandom(1 << 14))
+            raw.sendall(b"\x17\x03\x03\x40\x00" + noise(1 << 14))
 
     return attack
 
@@ -566,14 +572,14 @@ async def test_the_link_port_withstands_every_handshake(here: Path, secrets: Pat
     old.maximum_version = ssl.TLSVersion.TLSv1_2
     first = client_hello(secrets)
     attacks: dict[str, tuple[Attack, str]] = {
-        "garbage": (says(os.urandom(1 << 16)), "TLS"),
+        "garbage": (says(noise(1 << 16)), "TLS"),
         "zeros": (says(bytes(1 << 16)), "TLS"),
         "an HTTP request": (says(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"), "http request"),
         "an SSH banner": (says(b"SSH-2.0-OpenSSH_9.6\r\n"), "TLS"),
         "a SOCKS greeting": (says(b"\5\1\0"), "deadline"),
         "TLS 1.2": (wraps(old), "unsupported protocol"),
         "a huge record": (says(b"\x16\x03\x01\xff\xff" + bytes(1 << 16)), "TLS"),
-        "a broken ClientHello": (says(first[:60] + os.urandom(len(first) - 60)), "TLS"),
+        "a broken ClientHello": (says(first[:60] + b"\xff" * (len(first) - 60)), "TLS"),
         "silence": (says(b""), "deadline"),
         "half a ClientHello": (says(first[: len(first) // 2]), "deadline"),
         "half a ClientHello and the end": (says(first[: len(first) // 2], fin=True), "during the TLS handshake"),
@@ -591,7 +597,7 @@ async def test_the_link_port_withstands_every_handshake(here: Path, secrets: Pat
         wrong = {
             name: (told(logs, done[name]), done[name].ending, done[name].seconds)
             for name, (_, reason) in attacks.items()
-            if reason not in told(logs, done[name]) or done[name].ending == "never" or done[name].seconds > 5 * DEADLINE
+            if reason not in told(logs, done[name]) or done[name].ending == "never" or done[name].seconds > PATIENCE
         }
         assert not wrong
 
@@ -646,7 +652,7 @@ async def test_the_guarded_port_withstands_every_input(here: Path, secrets: Path
         part, welcome = cluster.brokers["b1"], session_of(cluster)
         good = signed(secrets, encode_body(dial_body(part, welcome, (target.ip, target.port))))
         attacks: dict[str, tuple[Attack, str, str]] = {
-            "garbage": (says(b"\xff" + os.urandom(1 << 16)), "protocol_error", "over the limit of 4096"),
+            "garbage": (says(b"\xff" + noise(1 << 16)), "protocol_error", "over the limit of 4096"),
             "zeros": (says(bytes(1 << 16)), "protocol_error", "truncated"),
             "an HTTP request": (says(b"GET / HTTP/1.1\r\n\r\n"), "protocol_error", "over the limit"),
             "an oversized length": (says(b"\xff\xff\xff\xff"), "protocol_error", "over the limit"),
@@ -740,7 +746,7 @@ async def test_an_open_port_withstands_a_flood_of_connects(here: Path) -> None:
 
         def hurried(_: int) -> bytes:
             attacker = Attacker(address)
-            attacker.say(os.urandom(20_000))
+            attacker.say(noise(20_000))
             reset(attacker.sock)
             return b""
 
@@ -814,7 +820,7 @@ async def test_the_gateway_withstands_every_socks_client(here: Path) -> None:
     attacks: dict[str, tuple[Attack, bytes, str]] = {
         "a garbage byte": (says(b"\xfe"), b"", "the first byte is 0xfe"),
         "SOCKS4": (says(b"\4\1\0\x50\x7f\1\0\1\0"), b"", "SOCKS4 is not supported"),
-        "a TLS ClientHello": (says(b"\x16\3\1\2\0\1" + os.urandom(600)), b"", "TLS to the proxy"),
+        "a TLS ClientHello": (says(b"\x16\3\1\2\0\1" + noise(600)), b"", "TLS to the proxy"),
         "no method": (says(b"\5\0"), b"\5\xff", "offers no method"),
         "unknown methods": (says(b"\5\3\1\x80\xfe"), b"\5\xff", "does not offer no authentication"),
         "255 unknown methods": (says(b"\5\xff" + bytes(range(1, 256))), b"\5\xff", "does not offer"),
@@ -953,7 +959,7 @@ async def test_the_admin_ports_withstand_everything(here: Path, monkeypatch: pyt
     monkeypatch.setattr(admin, "DEADLINE", DEADLINE)
     monkeypatch.setattr(admin, "LINGER", 0.1)
     attacks: dict[str, tuple[Attack, bytes]] = {
-        "garbage": (says(os.urandom(1 << 16)), b""),
+        "garbage": (says(noise(1 << 16)), b""),
         "a TLS ClientHello": (says(b"\x16\3\1\2\0\1" + bytes(600)), b"HTTP/1.1 400 "),
         "an oversized head": (says(b"GET / HTTP/1.1\r\nX: " + b"x" * (1 << 15)), b"HTTP/1.1 431 "),
         "no such path": (says(b"GET /../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n"), b"HTTP/1.1 404 "),
