@@ -264,6 +264,8 @@ async def test_a_stale_tuple_alone_is_a_refusal(tmp_path: Path) -> None:
         scene = await start_scene(cluster)
         stale = wrong_port(scene)
         await cluster.agents.pop("a1").shut()
+        await cluster.until(lambda: not cluster.registry.lookup("default", ASKED))
+        await cluster.until(lambda: not cluster.gateway.table.lookup("default", ASKED))
         scene.cluster.registry.register(Registration(stale.epoch, (stale,), ()))
         await cluster.until(lambda: bool(cluster.gateway.table.lookup("default", ASKED)))
         with pytest.raises(SocksRefused) as caught:
