@@ -1,9 +1,9 @@
 """One thread, one epoll: descriptors, timers, a run queue, and calls from other threads.
 
-Descriptors are registered once, edge-triggered, for everything; after an event the owner drains until EAGAIN or
-puts itself on the run queue. Handlers are plain callables by descriptor, so that an owner hands a socket on by
-one dictionary store. Sockets given to `close` are closed at the end of the turn: a number can't come back in the
-same batch.
+Descriptors are watched edge-triggered, for room to write only once that was missing; after an event the owner
+drains until EAGAIN or puts itself on the run queue. Handlers are plain callables by descriptor, so that an owner
+hands a socket on by one dictionary store. Sockets given to `close` are closed at the end of the turn: a number
+can't come back in the same batch.
 """
 
 from __future__ import annotations
