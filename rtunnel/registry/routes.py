@@ -11,6 +11,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable
+from math import inf
 from sys import intern
 
 import msgspec
@@ -173,6 +174,12 @@ class RouteTable:
                     del self._buried[at]
             return before - self._tuples
 
+    def expires_in(self) -> float:
+        """Seconds until `expire` has something to drop, 0 or less when it has; infinity when nothing is missing."""
+        with self._control:
+            since = min(min(self._absent.values(), default=inf), min(self._lost.values(), default=inf))
+            return since + self.grace - self._clock()
+
     def restart_grace(self) -> None:
         """The registry was out of reach: what it did not show before says nothing about now."""
         with self._control:
@@ -296,6 +303,8 @@ class Mirror:
             if self.table.set_nodes(self.registry.nodes()):
                 self._take_snapshot(now)
         assert self._cursor is not None
+        # Not beyond the next look at the nodes nor the end of a grace period: these times add up after a node's death.
+        wait = max(0.0, min(wait, self._nodes_due - now, self.table.expires_in()))
         try:
             self._cursor, changes = self.registry.changes(self._cursor, wait)
         except CursorLost:

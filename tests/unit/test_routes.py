@@ -281,6 +281,7 @@ class Source(MemoryRegistry):
 
     away = False
     snapshots = 0
+    waited = 0.0  # what the last call for changes was ready to wait
 
     def snapshot(self) -> Snapshot:
         self.snapshots += 1
@@ -290,6 +291,7 @@ class Source(MemoryRegistry):
         return self._reach(super().nodes)
 
     def changes(self, cursor: str, wait: float) -> tuple[str, list[Change]]:
+        self.waited = wait
         return self._reach(lambda: super(Source, self).changes(cursor, 0.0))
 
     def _reach(self, call: Callable[[], T]) -> T:
@@ -391,6 +393,25 @@ def test_silent_death_of_a_node_empties_the_table_without_a_snapshot(world: Worl
     world.run(2 * GRACE + 7, beat=False)
     assert world.known() == 0
     assert world.registry.snapshots == 1
+
+
+def test_waits_for_changes_end_when_a_dead_node_is_due(world: World) -> None:
+    """The look at the nodes and the end of the grace period come on time, not one whole wait later."""
+    world.start()
+    world.run(5)
+    world.mirror.follow_once(0.0)
+    world.clock.now += 0.4
+    world.mirror.follow_once(1.0)
+    assert world.registry.waited == pytest.approx(0.6)  # then the nodes are looked at
+    while not world.table._lost:
+        world.run(1, beat=False)
+    world.run(GRACE - 1, beat=False)
+    world.clock.now += 0.7
+    world.mirror.follow_once(1.0)
+    assert world.registry.waited == pytest.approx(0.3)
+    world.clock.now += 0.3
+    world.mirror.follow_once(1.0)
+    assert world.known() == 0
 
 
 def test_node_that_was_only_paused_is_taken_back(world: World) -> None:
