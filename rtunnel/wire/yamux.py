@@ -210,7 +210,7 @@ class Session:
         raise NotImplementedError
 
     def grows(self, stream: Stream) -> int:
-        """The peer is about to get window back: how many bytes more than it had (0: the window stays as it is)."""
+        """The peer is about to get window back, `stream.owed`: how many bytes more than that, or (negative) less."""
         return 0
 
     def gave_up(self, stream: Stream) -> None:

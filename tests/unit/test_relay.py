@@ -482,6 +482,27 @@ class TestWindows:
             least = max(tunnel.far_link._least_rtt, LEAST_RTT)
             assert stream.receive_window <= max(INITIAL_WINDOW, 2 * 5e9 * least)
 
+    def test_a_neighbour_makes_a_grown_window_small_again(self) -> None:
+        """On a near path a window that grew while its stream was alone shrinks when another one speaks as well."""
+        with running_relay() as near, running_relay() as far:
+            tunnel = self.long_way(near, far)
+            budget = far.windows.left
+            client, served = tunnel.through()
+            self.push(client, served, 32 << 20)
+            (stream,) = far.do(lambda: list(tunnel.far_link.streams.values()))
+            assert stream.receive_window > INITIAL_WINDOW
+            tunnel.far_link._least_rtt = 0.0001
+            neighbour, met = tunnel.through()
+            for _ in range(200):
+                neighbour.sendall(b"ping")
+                assert read_exactly(met, 4) == b"ping"
+                self.push(client, served, 1 << 20)
+                if stream.receive_window == INITIAL_WINDOW:
+                    break
+            assert stream.receive_window == INITIAL_WINDOW
+            assert far.windows.left == budget
+            self.push(client, served, 8 << 20)  # and bytes go on
+
     def test_a_stalled_stream_holds_no_more_than_its_window(self) -> None:
         """What a reader that sleeps leaves in this process is at most its window, grown or not."""
         with running_relay() as near, running_relay() as far:
