@@ -57,7 +57,7 @@ def tune(sock: socket.socket) -> None:
 class Listener:
     """Accepts from one socket until `close`; survives running out of descriptors."""
 
-    __slots__ = ("_accept", "_family", "_held", "_loop", "_paused", "_report", "closed", "sock")
+    __slots__ = ("_accept", "_held", "_loop", "_paused", "_report", "closed", "sock")
 
     def __init__(self, loop: Loop, sock: socket.socket, accept: Accept, report: Report, *, client_speaks: bool) -> None:
         self._loop = loop
@@ -66,7 +66,6 @@ class Listener:
         self._paused: Timer | None = None
         self._held = False
         self.sock = sock
-        self._family = sock.family
         self.closed = False
         sock.setblocking(False)
         tune(sock)
@@ -104,9 +103,7 @@ class Listener:
             if self.closed or self._held or self._paused is not None:
                 return
             try:
-                # What `accept` does, without asking each socket for the family that it must have.
-                fd, address = self.sock._accept()
-                sock = socket.socket(self._family, socket.SOCK_STREAM, 0, fileno=fd)
+                sock, address = self.sock.accept()
             except BlockingIOError:
                 return
             except OSError as error:
