@@ -20,7 +20,7 @@ from support.cluster import Target, in_thread, read_line, running_cluster
 from support.plumbing import close_kept, kept
 from support.polling import until
 from support.redis_server import RedisServer
-from support.site import Process, Site, fetch, health, ready, site
+from support.site import Process, Site, fetch, free_address, health, ready, site
 
 IP1, IP2 = "127.2.0.1", "127.2.0.2"
 TWO = ("--workers", "2")
@@ -220,17 +220,18 @@ def test_one_worker_is_one_process(tmp_path: Path, redis_server: RedisServer) ->
 
 async def test_a_fixed_open_port_is_had_on_whichever_node_of_the_host(tmp_path: Path) -> None:
     """Two nodes share IP and range; one session gets the port, the other is told; when its node dies it moves."""
-    open_ports = {"open_ports__range": "31100-31103", "open_ports__allow": ["127.0.0.0/8"]}
+    fixed = int(free_address().rpartition(":")[2])
+    open_ports = {"open_ports__range": f"{fixed}-{fixed}", "open_ports__allow": ["127.0.0.0/8"]}
     async with running_cluster(tmp_path) as cluster:
         for node in ("b.1", "b.2"):
             await cluster.start_broker(node, host="b", **open_ports)
         target = Target(IP1)
-        publish = [{"target": f"{IP1}:{target.port}", "port": 31101}]
+        publish = [{"target": f"{IP1}:{target.port}", "port": fixed}]
         agent = (await cluster.start_agent("a1", IP1, publish=publish)).agent
 
         def has_it() -> list[str]:
             welcomes = [slot.session.welcome for slot in agent.slots if slot.session and slot.session.welcome]
-            return [welcome.node for welcome in welcomes if [port.port for port in welcome.open_ports] == [31101]]
+            return [welcome.node for welcome in welcomes if [port.port for port in welcome.open_ports] == [fixed]]
 
         await cluster.until(lambda: agent.state == "ready")
         (first,) = has_it()
@@ -238,7 +239,7 @@ async def test_a_fixed_open_port_is_had_on_whichever_node_of_the_host(tmp_path: 
         cluster.brokers.pop(first).kill()
         await cluster.start_broker("b.3", host="b", port_range="22800-22899", **open_ports)
         await cluster.until(lambda: agent.state == "ready" and has_it() == ["b.3"])
-        sock = await in_thread(lambda: kept(socket.create_connection(("127.0.0.1", 31101), timeout=5)))
+        sock = await in_thread(lambda: kept(socket.create_connection(("127.0.0.1", fixed), timeout=5)))
         await in_thread(lambda: sock.sendall(b"hello\n"))
         assert await in_thread(lambda: read_line(sock)) == f"{IP1}:hello".encode()
     close_kept()
