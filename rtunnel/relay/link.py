@@ -34,7 +34,7 @@ FRAMES_A_TURN: Final = 512
 LAST_STREAM_ID: Final = 2**32 - 2**20
 
 DEAD_AFTER: Final = 15.0
-#: The agent asks after 5 s of silence; the broker only when the agent seems not to.
+#: So often each end looks whether the other was silent; the broker asks only when the agent seems not to.
 PING_AFTER_CLIENT: Final = 5.0
 PING_AFTER_SERVER: Final = 8.0
 #: A window grows towards twice what its stream moves in a round trip, at most doubling each time that it is looked at.
@@ -42,14 +42,14 @@ PING_AFTER_SERVER: Final = 8.0
 #: least, because even on loopback the other end needs a turn. More would only fill buffers that small frames wait
 #: behind: windows of 4 MiB on loopback gave a round trip beside a bulk stream a p99 of 33 ms.
 LEAST_RTT: Final = 0.0005
-#: On a farther path windows are given back in eighths: in halves a stream moves half of its window in a round trip.
-FAR_GIVE_BACK: Final = 8
 #: A rate over less time than this is that of a burst out of some buffer.
 RATE_SECONDS: Final = 0.01
 #: A stream is alone on its link when none other has spoken for so long. The window of one that is not shrinks again to
 #: where it began, on a path that is nearer than `NEAR_RTT`: more would only queue up in front of its neighbours' bytes.
 ALONE_SECONDS: Final = 0.25
 NEAR_RTT: Final = 0.001
+#: On a farther path windows are given back in eighths: in halves a stream moves half of its window in a round trip.
+FAR_GIVE_BACK: Final = 8
 #: 1 Gbit/s over 50 ms is 6 MiB under way, and half a window again until it is given back.
 MAX_STREAM_WINDOW: Final = 16 * 1024 * 1024
 WINDOW_BUDGET: Final = 256 * 1024 * 1024
