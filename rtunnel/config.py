@@ -476,7 +476,7 @@ class AgentConfig(_Section):
     server_name: A[str, Key("that the broker's certificate must carry", _server_name, "name")] = "broker.rtunnel"
     join_token: A[str, _file("the agent's token", secret=True)] = ""
     connect_timeout: A[float, _seconds("to a broker")] = 5.0
-    handshake_timeout: A[float, _seconds("for a link until Welcome")] = 10.0
+    handshake_timeout: A[float, _seconds("for a link until Welcome")] = 20.0
     target_timeout: A[float, _seconds("to a target")] = 10.0
     backoff_cap: A[float, _seconds("longest pause between two dials")] = 10.0
     drain: A[float, _DRAIN] = 30.0

@@ -134,18 +134,24 @@ class Node:
     def _handshake_over(self, session: Session) -> None:
         session.handshaking = False
         self.handshakes -= 1
+        if self._links is not None:
+            self._links.release()
+
+    def _listen(self, sock: socket.socket) -> None:
+        self._links = self.relay.listen(sock, self._accept_link)
 
     def _accept_link(self, sock: socket.socket, peer: str) -> None:
-        if self.handshakes >= self.config.max_handshakes:
-            sock.close()
-            if self.relay.loop.now > self._overload_logged + 10:
-                self._overload_logged = self.relay.loop.now
-                self._log.warning("too_many_handshakes", node=self.node, limit=self.config.max_handshakes, peer=peer)
-            return
         self.handshakes += 1
         self.relay.link(
             sock, Session(self), peer=peer, client=False, tls=self.tls, handshake_timeout=self.handshake_timeout
         )
+        # In a storm of agents the others wait in the kernel's queue. To turn them away costs nearly as much as to take
+        # them, and they come back: 5000 agents tried 16,000 times.
+        if self.handshakes >= self.config.max_handshakes and self._links is not None:
+            self._links.hold()
+            if self.relay.loop.now > self._overload_logged + 10:
+                self._overload_logged = self.relay.loop.now
+                self._log.warning("too_many_handshakes", node=self.node, limit=self.config.max_handshakes, peer=peer)
 
     # Life.
 
@@ -165,7 +171,7 @@ class Node:
                 sock.close()
                 return
             listen(sock, key="broker.listen")
-            self._links = await self.bridge.run(lambda: self.relay.listen(sock, self._accept_link))
+            await self.bridge.run(lambda: self._listen(sock))
             async with self.bridge.open_nursery() as nursery:
                 nursery.start_soon(self._heartbeats)
                 self._log.info(

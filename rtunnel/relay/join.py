@@ -295,12 +295,11 @@ class _Flow:
         self.end = True
         self.readable = False
         self._release_pipe()
-        try:
-            self.sink.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            self._pair.lost(self.sink)
-            return -1
-        self._pair.half_done()
+        if not self._pair.ends():  # else the sockets are closed now, which sends the FIN
+            try:
+                self.sink.sock.shutdown(socket.SHUT_WR)
+            except OSError:
+                self._pair.lost(self.sink)
         return -1
 
     def _release_pipe(self) -> None:
@@ -369,10 +368,11 @@ class SocketPair(Pair):
         if mask & LOST and not self.done and reads.source.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.lost(reads.source)
 
-    def half_done(self) -> None:
-        """One direction has ended; after both the pair is over."""
+    def ends(self) -> bool:
+        """A direction has ended; after both the pair is over, and this True."""
         if self.upward.end and self.downward.end:
             self._over(Ending.CLOSED)
+        return self.done
 
     def lost(self, end: SocketEnd) -> None:
         """A socket failed: reset the other."""
@@ -555,12 +555,12 @@ class StreamPair(Pair):
         if self._back_ended or self.done:
             return
         self._back_ended = True
-        try:
-            self._socket.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            self._socket_lost()
-            return
         self._ended_one()
+        if not self.done:  # else the socket is closed now, which sends the FIN
+            try:
+                self._socket.sock.shutdown(socket.SHUT_WR)
+            except OSError:
+                self._socket_lost()
 
     # Both.
 

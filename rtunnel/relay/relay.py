@@ -57,14 +57,16 @@ def tune(sock: socket.socket) -> None:
 class Listener:
     """Accepts from one socket until `close`; survives running out of descriptors."""
 
-    __slots__ = ("_accept", "_loop", "_paused", "_report", "closed", "sock")
+    __slots__ = ("_accept", "_family", "_held", "_loop", "_paused", "_report", "closed", "sock")
 
     def __init__(self, loop: Loop, sock: socket.socket, accept: Accept, report: Report, *, client_speaks: bool) -> None:
         self._loop = loop
         self._accept = accept
         self._report = report
         self._paused: Timer | None = None
+        self._held = False
         self.sock = sock
+        self._family = sock.family
         self.closed = False
         sock.setblocking(False)
         tune(sock)
@@ -84,12 +86,27 @@ class Listener:
                 self._paused.cancel()
             self._loop.close(self.sock)
 
+    def hold(self) -> None:
+        """Accept no more until `release`: the kernel's queue keeps the next ones, and drops SYNs when it is full."""
+        self._held = True
+
+    def release(self) -> None:
+        """See `hold`."""
+        if self._held:
+            self._held = False
+            self._loop.soon(self._accept_some)
+
     def _event(self, _mask: int) -> None:
+        self._accept_some()
+
+    def _accept_some(self) -> None:
         for _ in range(ACCEPTS_A_TURN):
-            if self.closed or self._paused is not None:
+            if self.closed or self._held or self._paused is not None:
                 return
             try:
-                sock, address = self.sock.accept()
+                # What `accept` does, without asking each socket for the family that it must have.
+                fd, address = self.sock._accept()
+                sock = socket.socket(self._family, socket.SOCK_STREAM, 0, fileno=fd)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -99,7 +116,7 @@ class Listener:
                 continue  # the peer was gone before we came: the next one
             sock.setblocking(False)
             self._accept(sock, address[0])
-        self._loop.soon(lambda: self._event(0))
+        self._loop.soon(self._accept_some)
 
     def _pause(self, error: OSError) -> None:
         self._report("accept_paused", {"reason": error.strerror, "seconds": ACCEPT_PAUSE})
@@ -107,7 +124,7 @@ class Listener:
 
     def _resume(self) -> None:
         self._paused = None
-        self._event(0)
+        self._accept_some()
 
 
 class Attempt:

@@ -74,6 +74,7 @@ class Transport:
             size = self.sock.recv_into(buffer)
         except BlockingIOError:
             self.drained = True
+            self.hup = False  # a FIN that had come would have been read
             return 0
         if not size:
             self.eof = True

@@ -10,6 +10,7 @@ a wrong type or size, and a frame over the limit are each a `MessageError` whose
 from __future__ import annotations
 
 import struct
+from functools import cache
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -197,6 +198,12 @@ def decode_body(body: bytes) -> DialBody:
         raise MessageError(f"bad Dial body: {fault}") from None
 
 
+@cache
+def _decoder_of(expected: Any) -> msgspec.msgpack.Decoder[Any]:
+    """Making one takes longer than decoding with it, and each connection needs some."""
+    return msgspec.msgpack.Decoder(expected)
+
+
 class Decoder:
     """Cuts a byte stream into messages of the expected types.
 
@@ -207,13 +214,13 @@ class Decoder:
     __slots__ = ("_buffer", "_decoder", "limit")
 
     def __init__(self, expected: Any, limit: int = MAX_UNAUTHENTICATED) -> None:
-        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(expected)
+        self._decoder = _decoder_of(expected)
         self._buffer = bytearray()
         self.limit = limit
 
     def expect(self, expected: Any) -> None:
         """Take messages of other types from here on."""
-        self._decoder = msgspec.msgpack.Decoder(expected)
+        self._decoder = _decoder_of(expected)
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Take bytes in any split."""

@@ -18,6 +18,7 @@ from typing import Final, NoReturn
 from bench.deployments import Site, start_broker
 from bench.load import ERRORS, UNITS, Board, become_a_load_process
 from bench.procs import BenchError, Memory, cpu_seconds, memory
+from rtunnel.config import AgentConfig
 from rtunnel.relay.ends import SocketEnd, Talker
 from rtunnel.relay.link import StreamEnd
 from rtunnel.relay.relay import Relay
@@ -30,7 +31,7 @@ from rtunnel_agent.agent import BACKOFF_FIRST
 from rtunnel_agent.handshake import AgentSession, new_nonce
 
 _FORK: Final = get_context("fork")
-BACKOFF_CAP: Final = 10.0
+_AGENT: Final = AgentConfig()
 #: A storm that is not through by then has failed.
 STORM_PATIENCE: Final = 300.0
 #: The broker is looked at so long after the storm, and so long.
@@ -66,7 +67,7 @@ class Fleet:
             token_id=self._token.id,
             exposes=["9100"],
         )
-        session = AgentSession(self, hello, self._token.secret, 10.0)
+        session = AgentSession(self, hello, self._token.secret, _AGENT.handshake_timeout)
         self._sessions[session] = number
 
         def connected(end: SocketEnd | None, code: Refusal, why: str) -> None:
@@ -75,10 +76,10 @@ class Fleet:
                 return
             session.link = self._relay.link(
                 end.sock, session, peer=end.peer, client=True, tls=self._tls, server_name="broker.rtunnel",
-                handshake_timeout=10.0, watched=True,
+                handshake_timeout=_AGENT.handshake_timeout, watched=True,
             )  # fmt: skip
 
-        self._relay.connect("127.0.0.1", self._port, 5.0, connected)
+        self._relay.connect("127.0.0.1", self._port, _AGENT.connect_timeout, connected)
 
     def session_up(self, session: AgentSession) -> None:
         """See SessionOwner."""
@@ -94,7 +95,7 @@ class Fleet:
             self._slots[UNITS] -= 1
         self._slots[ERRORS] += 1
         backoff = self._backoff[number]
-        self._backoff[number] = min(BACKOFF_CAP, backoff * 2)
+        self._backoff[number] = min(_AGENT.backoff_cap, backoff * 2)
         self._relay.loop.after(random.uniform(0, backoff), lambda: self._dial(number))
 
     def session_draining(self, session: AgentSession, deadline: float) -> None:

@@ -1685,18 +1685,14 @@ def paused(logs: Logs) -> set[str]:
 
 
 async def test_a_broker_full_of_handshakes_serves_its_agents_and_takes_others_later(here: Path) -> None:
-    """Silent links hold every place until the deadline: sessions go on, a new agent is turned away, then gets in."""
+    """Silent links hold every place until the deadline: sessions go on, a new agent waits and gets in."""
     async with running_cluster(here, broker__max_handshakes=6, **FAST) as cluster:
         await cluster.start(brokers=1)
         node = cluster.brokers["b1"].node
         async with unharmed(cluster, Target("127.1.0.1")) as logs:
             idle = [Attacker(node.bound) for _ in range(6)]
             await cluster.until(lambda: node.handshakes == 6)
-            turned = await attack_all(node.bound, {str(n): says(b"") for n in range(5)})
-            assert all(attacker.seconds < DEADLINE for attacker in turned.values())
             late = await cluster.start_agent("late", "127.1.0.8", redundancy=1)
-            await cluster.until(lambda: "not dialled yet" not in str(late.agent.reasons()))
-            assert "closed" in late.agent.reasons()[0] or "reset" in late.agent.reasons()[0], late.agent.reasons()
             await cluster.until(lambda: late.agent.state == "ready")
             for attacker in idle:
                 attacker.sock.close()
