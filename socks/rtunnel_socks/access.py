@@ -5,7 +5,7 @@ compute it, few at a time, for a queue that is short and that no source can fill
 minute under a keyed digest, so that a password is nowhere kept; a wrong one too, so that a client that repeats it costs
 nothing.
 
-Both files are looked at every second. A changed one that is good is in force at once, also for streams that are open
+Both files are looked at twice a second. A changed one that is good is in force at once, also for streams that are open
 (`changed`); a bad one changes nothing and is told in the log and in `/statusz`.
 """
 
@@ -39,7 +39,7 @@ MAX_WAITING_OF_SOURCE: Final = 8
 #: Checks at once: half of the cores stay for streams, whoever guesses passwords.
 CHECKS: Final = max(1, (os.cpu_count() or 1) // 2)
 #: A changed file is read when it has been the same in two looks.
-LOOK_SECONDS: Final = 1.0
+LOOK_SECONDS: Final = 0.5
 
 #: For a user whose line is gone, or has another password.
 NO_USER: Final = Verdict(False, 0, "users")
@@ -132,21 +132,28 @@ class Access:
 
     async def _run_check(self, digest: bytes, check: _Check) -> None:
         users = self.users
-        fits = await trio.to_thread.run_sync(check.run, users, limiter=self._limiter)
-        self._relay.call(lambda: self._answer(digest, check, users, fits))
+        try:
+            fits = await trio.to_thread.run_sync(check.run, users, limiter=self._limiter)
+        except Exception as fault:  # no memory, no thread: the next one may have more luck
+            self._log.error("password_check_failed", reason=f"{type(fault).__name__}: {fault}")
+            self._relay.call(lambda: self._done(digest, check, None))
+        else:
+            self._relay.call(lambda: self._answer(digest, check, users, fits))
 
     def _answer(self, digest: bytes, check: _Check, users: Users | None, fits: bool | None) -> None:
         if check.wanted and (fits is None or users is not self.users):
             # Somebody joined when the others had gone, or the file changed meanwhile.
             self.bridge.spawn(self._run_check, digest, check)
             return
+        entry = users.hashes[check.name] if fits and users is not None else None
+        if fits is not None:
+            if len(self._remembered) >= MAX_REMEMBERED:
+                self._remembered.clear()
+            self._remembered[digest] = entry, self._relay.loop.now + REMEMBER_SECONDS
+        self._done(digest, check, entry)
+
+    def _done(self, digest: bytes, check: _Check, entry: Hash | None) -> None:
         del self._checks[digest]
-        if fits is None or users is None:
-            return
-        entry = users.hashes[check.name] if fits else None
-        if len(self._remembered) >= MAX_REMEMBERED:
-            self._remembered.clear()
-        self._remembered[digest] = entry, self._relay.loop.now + REMEMBER_SECONDS
         for asker in check.waiting:
             asker.logged_in(check.name, entry)
 
@@ -184,8 +191,8 @@ class Access:
         file.seen = look
         try:
             loaded = await trio.to_thread.run_sync(file.load, file.path)
-        except TrustError as fault:
-            file.rejected = str(fault)
+        except Exception as fault:  # TrustError says all; but whatever a file does, the gateway goes on
+            file.rejected = str(fault) if isinstance(fault, TrustError) else f"{type(fault).__name__}: {fault}"
             hint = "what was in force stays in force"
             self._log.error(f"{file.what}_rejected", file=str(file.path), reason=file.rejected, hint=hint)
             return

@@ -11,11 +11,13 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from structlog.testing import capture_logs
 
 from rtunnel.config import default_address
@@ -27,6 +29,7 @@ from support.cluster import Cluster, SocksRefused, Target, in_thread, read_line,
 from support.plumbing import close_kept, kept, read_all
 
 PATIENCE = 10.0
+LOOK_SECONDS = access_module.LOOK_SECONDS
 PASSWORD, OTHER = "correct horse", "battery staple"
 Logs = list[Any]
 
@@ -439,6 +442,42 @@ async def test_a_user_is_revoked(tmp_path: Path, logs: Logs, change: str) -> Non
         assert [(line["user"], line["rule"]) for line in cut] == [("alice", "users")]
 
 
+async def test_revocation_takes_less_than_five_seconds(
+    tmp_path: Path, logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the product's own pace: a user is removed, and a rule; the streams of both end."""
+    monkeypatch.setattr(access_module, "LOOK_SECONDS", LOOK_SECONDS)
+    async with running_cluster(tmp_path) as cluster:
+        target = await logged_in_cluster(cluster, tmp_path)
+        alice = await socks(cluster, target, login=("alice", PASSWORD))
+        bob = await socks(cluster, target, login=("bob", PASSWORD))
+        began = time.monotonic()
+        remove_user(tmp_path / "users", "alice")
+        await reset_comes(alice)
+        user = time.monotonic() - began
+        rules(tmp_path, 'action = "deny"')
+        await reset_comes(bob)
+        rule = time.monotonic() - began - user
+        print(f"a removed user's stream ended after {user:.2f} s, a forbidden one after {rule:.2f} s")
+        assert max(user, rule) < 5.0
+
+
+async def test_an_impatient_client_says_everything_at_once(tmp_path: Path, logs: Logs) -> None:
+    """Greeting, login, request and the first line in one piece, before any answer."""
+    async with running_cluster(tmp_path) as cluster:
+        target = await logged_in_cluster(cluster, tmp_path)
+        login = b"\1\5alice" + bytes([len(PASSWORD)]) + PASSWORD.encode()
+        request = b"\5\1\0\1" + socket.inet_aton(target.ip) + struct.pack(">H", target.port)
+
+        def blocking() -> bytes:
+            sock = kept(socket.create_connection(cluster.gateway.bound, timeout=PATIENCE))
+            sock.sendall(b"\5\1\2" + login + request + b"early\n")
+            return read_exactly(sock, 2 + 2 + 10) + read_line(sock)
+
+        for _ in range(2):  # the second time the password is remembered
+            assert await in_thread(blocking) == b"\5\2\1\0\5\0\0\1" + bytes(6) + b"127.1.0.1:early"
+
+
 async def test_passwords_are_checked_once_a_minute(tmp_path: Path, logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Right and wrong answers are remembered, for each password by itself, until the file changes."""
     asked = slow_checks(monkeypatch, lambda password: None)
@@ -496,7 +535,7 @@ async def test_logins_wait_off_the_data_plane(tmp_path: Path, logs: Logs, monkey
 
 
 async def test_many_with_one_password_ask_once(tmp_path: Path, logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten connections of one browser: one hash. Those who left meanwhile cost none."""
+    """Ten connections of one browser: one hash. Who left while others were checked costs none."""
     gate = threading.Event()
     asked = slow_checks(monkeypatch, lambda password: gate.wait(PATIENCE))
     async with running_cluster(tmp_path) as cluster:
@@ -514,6 +553,23 @@ async def test_many_with_one_password_ask_once(tmp_path: Path, logs: Logs, monke
         for thread in threads:
             await in_thread(thread.join)
         assert len(got) == 10 and len(asked) == 1
+
+        gate.clear()
+        monkeypatch.setattr(cluster.gateway.access, "_limiter", trio.CapacityLimiter(1))
+
+        def waiting() -> object:
+            return cluster.gateway.access.shown()["passwords_waiting"]
+
+        for name in ("first", "leaves"):
+            sock = kept(socket.create_connection(cluster.gateway.bound, timeout=PATIENCE))
+            sock.sendall(b"\5\1\2\1" + bytes([len(name)]) + name.encode() + b"\1x")
+            await cluster.until(lambda: len(asked) == 2 and waiting())
+        await cluster.until(lambda: waiting() == 2)
+        sock.close()
+        await cluster.until(lambda: cluster.gateway.counts.clients == 1)
+        gate.set()
+        await cluster.until(lambda: waiting() == 0)
+        assert [name for name, _ in asked] == ["alice", "first"]
 
 
 # --- real clients -----------------------------------------------------------------------------------------

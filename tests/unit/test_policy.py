@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
@@ -78,7 +79,8 @@ def walked(rules: list[Rule], ask: Question) -> int:
 # Few different values, close to each other: then rules overlap and edges are hit.
 ADDRESSES = """
     10.0.0.0 10.0.0.1 10.0.0.7 10.0.0.8 10.0.1.0 10.255.255.255 9.255.255.255 0.0.0.1 127.0.0.1 127.5.0.7
-    169.254.169.254 224.0.0.1 255.255.255.255 :: ::1 fd00::1 fd00::2 fe80::1 ff02::1 ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff
+    169.254.169.254 224.0.0.1 255.255.255.255 :: ::1 fd00::1 fd00::2 fe80::1 ff02::1
+    ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff
 """
 addresses = st.sampled_from(ADDRESSES.split())
 
@@ -249,6 +251,36 @@ def test_what_is_wrong_is_told(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(TrustError) as caught:
         load_policy(path)
     assert str(caught.value).replace(str(path), "FILE").startswith(told)
+
+
+@settings(deadline=None)
+@given(
+    st.binary(max_size=60)
+    | st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(policy._KEYS), inner, max_size=4),
+        max_leaves=8,
+    )
+)
+def test_any_file_loads_or_is_refused(content: object) -> None:
+    """Nothing but TrustError comes out of a file, or the gateway that looks at it would die of it."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "policy.toml"
+        text = content if isinstance(content, bytes) else f"rule = [{_inline(content)}]".encode("utf-8", "replace")
+        path.write_bytes(text)
+        try:
+            load_policy(path)
+        except TrustError as fault:
+            assert str(path) in str(fault)
+
+
+def _inline(value: object) -> str:
+    """As an inline value of TOML; what TOML can't say becomes nonsense, which is as good."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_inline(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_inline, value)) + "]"
+    return json.dumps(value)
 
 
 def test_all_faults_are_told_up_to_a_limit(tmp_path: Path) -> None:
