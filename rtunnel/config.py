@@ -263,6 +263,7 @@ def _addresses(values: list[str]) -> list[str]:
 
 
 def check_network(text: str) -> str:
+    """A network, or one address as a network, in its one spelling. Raises ValueError."""
     try:
         return str(ipaddress.ip_network(text))
     except ValueError:

@@ -54,8 +54,8 @@ class Asker(Protocol):
     def peer(self) -> str:
         """Its address."""
 
-    def logged_in(self, name: str, entry: Hash | None) -> None:
-        """The answer: the user's hash, which fits, or None."""
+    def logged_in(self, name: str, entry: Hash | Refused) -> None:
+        """The answer: the user's hash, which fits, or why not."""
 
 
 @dataclass(eq=False, slots=True)
@@ -113,7 +113,7 @@ class Access:
         digest = hmac.digest(self._key, f"{name}\0{password}".encode(), "sha256")
         entry, until = self._remembered.get(digest, (None, 0.0))
         if until > self._relay.loop.now:
-            asker.logged_in(name, entry)
+            asker.logged_in(name, entry or Refused(Refusal.BAD_CREDENTIALS))
         elif check := self._checks.get(digest):
             check.waiting.append(asker)
         else:
@@ -136,7 +136,7 @@ class Access:
             fits = await trio.to_thread.run_sync(check.run, users, limiter=self._limiter)
         except Exception as fault:  # no memory, no thread: the next one may have more luck
             self._log.error("password_check_failed", reason=f"{type(fault).__name__}: {fault}")
-            self._relay.call(lambda: self._done(digest, check, None))
+            self._relay.call(lambda: self._done(digest, check, None, Refusal.INTERNAL))
         else:
             self._relay.call(lambda: self._answer(digest, check, users, fits))
 
@@ -150,12 +150,12 @@ class Access:
             if len(self._remembered) >= MAX_REMEMBERED:
                 self._remembered.clear()
             self._remembered[digest] = entry, self._relay.loop.now + REMEMBER_SECONDS
-        self._done(digest, check, entry)
+        self._done(digest, check, entry, Refusal.BAD_CREDENTIALS)
 
-    def _done(self, digest: bytes, check: _Check, entry: Hash | None) -> None:
+    def _done(self, digest: bytes, check: _Check, entry: Hash | None, otherwise: Refusal) -> None:
         del self._checks[digest]
         for asker in check.waiting:
-            asker.logged_in(check.name, entry)
+            asker.logged_in(check.name, entry or Refused(otherwise))
 
     # May it?
 

@@ -180,13 +180,13 @@ class Client:
             self._claims = name
         self._gateway.access.login(self, name, password)
 
-    def logged_in(self, name: str, entry: Hash | None) -> None:
+    def logged_in(self, name: str, entry: Hash | Refused) -> None:
         """See Asker."""
         if self.over:
             return
         try:
-            if entry is None:
-                raise Refused(Refusal.BAD_CREDENTIALS)
+            if isinstance(entry, Refused):
+                raise entry
             self.user, self._entry, self._claims = name, entry, ""
             if self._socks is not None:
                 self._logging_in = False
