@@ -7,7 +7,7 @@ probe that works is done in milliseconds, so the oldest is the one that does not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -24,12 +24,14 @@ MAX_HEAD = 8 * 1024
 #: A connection from accept to close.
 DEADLINE = 5.0
 MAX_CONNECTIONS = 32
+#: "fd:7" is a listening socket that the supervisor has handed down. No key can say that: a host is an address there.
+INHERITED = "fd"
 #: After the answer the client may close first so long; a reset could otherwise overtake the answer.
 LINGER = 1.0
 
 #: What a path answers: status, content type, body.
 Answer = tuple[int, str, bytes]
-Route = Callable[[], Answer]
+Route = Callable[[], Answer | Awaitable[Answer]]
 
 JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
@@ -86,13 +88,17 @@ async def serve(
     key: str = "admin",
     task_status: trio.TaskStatus[tuple[str, int]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve `routes` on "host:port" until cancelled; `started` gives the bound (host, port).
+    """Serve `routes` on "host:port" (or a listening socket, "fd:number") until cancelled; `started` gives the bound
+    (host, port).
 
     Routes run in the trio thread and must not block. Raises ListenError, which names `key`, when it can't listen.
     """
     host, port = parse_endpoint(address)
     try:
-        (listener,) = await trio.open_tcp_listeners(port, host=host)
+        if host == INHERITED:
+            listener = trio.SocketListener(trio.socket.socket(fileno=port))
+        else:
+            (listener,) = await trio.open_tcp_listeners(port, host=host)
     except OSError as fault:
         raise ListenError(key, address, fault) from fault
     bound: tuple[str, int] = listener.socket.getsockname()[:2]
@@ -131,7 +137,7 @@ async def _converse(stream: trio.SocketStream, routes: Mapping[str, Route]) -> N
         if request is None:
             return
         head = request.method == b"HEAD"
-        answer, allow = _answer(request, routes)
+        answer, allow = await _answer(request, routes)
     await _send(http, stream, answer, head, allow)
     await stream.send_eof()
     with trio.move_on_after(LINGER):
@@ -154,7 +160,7 @@ async def _request(http: h11.Connection, stream: trio.SocketStream) -> h11.Reque
         http.receive_data(data)
 
 
-def _answer(request: h11.Request, routes: Mapping[str, Route]) -> tuple[Answer, bool]:
+async def _answer(request: h11.Request, routes: Mapping[str, Route]) -> tuple[Answer, bool]:
     """The answer, and whether it must name the allowed methods."""
     path = request.target.partition(b"?")[0].decode("ascii", "replace")
     route = routes.get(path)
@@ -163,7 +169,8 @@ def _answer(request: h11.Request, routes: Mapping[str, Route]) -> tuple[Answer, 
     if request.method not in (b"GET", b"HEAD"):
         return (405, TEXT, b"GET and HEAD only\n"), True
     try:
-        return route(), False
+        answer = route()
+        return (answer if isinstance(answer, tuple) else await answer), False
     except Exception:
         log.exception("admin_route_failed", path=path)
         return json_answer({"error": "internal error, see the log"}, 500), False

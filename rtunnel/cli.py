@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rtunnel import __version__, config, roles
+from rtunnel import __version__, config, roles, workers
 from rtunnel.config import Config, ConfigError, Flag
 from rtunnel.logs import printable
 from rtunnel.registry import NodeRecord, Registry, RegistryUnavailable, Snapshot, Tuple, connect
@@ -173,7 +173,7 @@ def _role_command(name: str) -> click.Command:
 
     def callback(config_file: Path | None, **values: Any) -> None:
         with _told():
-            sys.exit(roles.run([roles.find_role(name)], _load(config_file, values)))
+            sys.exit(workers.run(roles.find_role(name), _load(config_file, values)))
 
     options = [_config_option(), *_flags(_section_keys(name), False), *_flags(_COMMON, True)]
     return click.Command(name, params=list(options), callback=callback, help=text)
@@ -187,6 +187,7 @@ def _standalone(config_file: Path | None, **values: Any) -> None:
 
 
 _standalone_keys = [*_section_keys("broker"), *_section_keys("gateway"), *_COMMON]
+_standalone_keys = [path for path in _standalone_keys if not path.endswith(".workers")]  # it is one process
 cli.add_command(
     click.Command(
         "standalone",
@@ -539,12 +540,13 @@ class _Agent(msgspec.Struct):
     hosts: list[str]
     draining: int  # sessions
     live: int  # nodes that are neither draining nor without a heartbeat
+    live_hosts: int  # theirs
 
 
 @_registry_options
 @click.option("--all", "everything", is_flag=True, help=f"Show all agents, not only {SHOWN_AGENTS}.")
 def status(everything: bool, config_file: Path | None, as_json: bool, **values: Any) -> None:
-    """Show the nodes, and the agents with their sessions; those with the fewest nodes first."""
+    """Show the nodes, and the agents with their sessions; those with the fewest nodes and hosts first."""
     with _open_registry(config_file, values) as registry:
         snapshot = registry.snapshot()
         url = registry.url
@@ -575,6 +577,7 @@ def _agents(snapshot: Snapshot) -> list[_Agent]:
     for (namespace, agent_id), items in groups.items():
         sessions = {(item.node, item.epoch): _as_it_is(item, states).state for item in items}
         nodes = sorted({node for node, _ in sessions})
+        live = {node for (node, _), state in sessions.items() if state == "live"}
         agents.append(
             _Agent(
                 namespace,
@@ -584,10 +587,11 @@ def _agents(snapshot: Snapshot) -> list[_Agent]:
                 nodes,
                 sorted({hosts.get(node, node) for node in nodes}),
                 sum(state == "draining" for state in sessions.values()),
-                len({node for (node, _), state in sessions.items() if state == "live"}),
+                len(live),
+                len({hosts.get(node, node) for node in live}),
             )
         )
-    return sorted(agents, key=lambda agent: (agent.live, agent.namespace, agent.agent_id))
+    return sorted(agents, key=lambda agent: (agent.live, agent.live_hosts, agent.namespace, agent.agent_id))
 
 
 def _node_row(node: NodeRecord, now: float) -> tuple[str, ...]:
@@ -599,7 +603,8 @@ def _agent_row(agent: _Agent) -> tuple[str, ...]:
     more = len(agent.addresses) - 2
     addresses = " ".join(agent.addresses[:2]) + (f" +{more}" if more > 0 else "")
     sessions = f"{agent.sessions}" + (f" ({agent.draining} draining)" if agent.draining else "")
-    return agent.agent_id, agent.namespace, addresses, sessions, _nodes(agent.live), " ".join(agent.nodes)
+    redundancy = _nodes(agent.live) + (" on one host" if agent.live > 1 and agent.live_hosts == 1 else "")
+    return agent.agent_id, agent.namespace, addresses, sessions, redundancy, " ".join(agent.nodes)
 
 
 def _summary(snapshot: Snapshot, agents: Sequence[_Agent]) -> dict[str, int]:
@@ -608,6 +613,7 @@ def _summary(snapshot: Snapshot, agents: Sequence[_Agent]) -> dict[str, int]:
         "nodes_draining": sum(node.state == "draining" for node in snapshot.nodes),
         "agents": len(agents),
         "agents_on_one_node": sum(agent.live < 2 for agent in agents),  # or on none: all theirs are draining
+        "agents_on_one_host": sum(agent.live_hosts < 2 for agent in agents),
         "sessions": sum(agent.sessions for agent in agents),
         "tuples": len(snapshot.tuples),
     }
@@ -616,7 +622,8 @@ def _summary(snapshot: Snapshot, agents: Sequence[_Agent]) -> dict[str, int]:
 def _summary_line(url: str, summary: Mapping[str, int]) -> str:
     return (
         f"{_nodes(summary['nodes'])} ({summary['nodes_draining']} draining), {summary['agents']} agents "
-        f"({summary['agents_on_one_node']} on one node only), {summary['sessions']} sessions, "
+        f"({summary['agents_on_one_node']} on one node only, {summary['agents_on_one_host']} on one host only), "
+        f"{summary['sessions']} sessions, "
         f"{summary['tuples']} tuples in {url}"
     )
 

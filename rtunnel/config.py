@@ -36,6 +36,8 @@ MAX_EXPOSES = 256
 MAX_PUBLISH = 64
 MAX_ALLOW = 64
 MAX_WORD = 128
+#: Processes on one port: more than that are several machines.
+MAX_WORKERS = 64
 #: Timers count milliseconds in 31 bits (24 days); nobody means more than this.
 MAX_SECONDS = 7 * 86400.0
 #: A configuration is a page of text: a larger file is the wrong file.
@@ -108,6 +110,13 @@ def parse_range(text: str) -> tuple[int, int]:
     if low > high:
         raise BadValue(f"{text!r} ends before it begins", f"write {high}-{low}")
     return low, high
+
+
+def slice_of(text: str, number: int, count: int) -> str:
+    """Part `number` (from 1) of `count` of a range, as a range: disjoint, all of it, as equal as can be."""
+    first, last = parse_range(text)
+    size = last - first + 1
+    return f"{first + size * (number - 1) // count}-{first + size * number // count - 1}"
 
 
 def parse_exposes(items: Sequence[str]) -> tuple[tuple[int, int], ...]:
@@ -398,6 +407,8 @@ _LEVEL = _choice("the least level that is written: debug, info, warning or error
 _FORMAT = _choice("json, console, or auto: console on a terminal", "auto", "json", "console")
 _URL = Key("memory://, redis://, rediss://, unix://, redis+sentinel://host,host/service/db", _registry_url, "URL")
 _ADVERTISE = "the PS IP, where gateways reach this node's ports; default: the address of the default route"
+_WORKERS = _count("processes on one port, each a node of its own with its part of the ranges", MAX_WORKERS)
+_GATEWAY_WORKERS = _count("processes on one port", MAX_WORKERS)
 _OPEN_ALLOW = "networks that may connect; an agent's own list can only narrow it"
 _NO_AUTH = "networks whose clients need not log in, though there is a file of users"
 _BROKERS = "the VIP; several are used in turn, names are resolved at every dial"
@@ -439,6 +450,8 @@ class OpenPortsConfig(_Section):
 
     range: A[str, Key("for agents' publish requests, fixed or random", _optional(_range), "ports")] = ""
     allow: A[list[str], Key(_OPEN_ALLOW, _each(check_network, MAX_ALLOW), "CIDRs")] = []
+    #: Not a key: the part of `range` that this worker gives out at random (rtunnel/workers.py); "" for all of it.
+    own: str = ""
 
 
 class BrokerConfig(_Section):
@@ -460,6 +473,7 @@ class BrokerConfig(_Section):
     max_sessions: A[int, _count("agents on this node")] = 60000
     max_handshakes: A[int, _count("links without Welcome, and guarded connections without Dial, each")] = 1024
     drain: A[float, _DRAIN] = 30.0
+    workers: A[int, _WORKERS] = 1
     admin: A[str, _ADMIN] = "127.0.0.1:7070"
 
 
@@ -520,6 +534,7 @@ class GatewayConfig(_Section):
     idle_timeout: A[float, _seconds("a silent stream is closed; 0: never", 0)] = 0.0
     max_clients: A[int, _count("connections at once")] = 20000
     drain: A[float, _DRAIN] = 30.0
+    workers: A[int, _GATEWAY_WORKERS] = 1
     admin: A[str, _ADMIN] = "127.0.0.1:7072"
 
 
@@ -785,6 +800,7 @@ def _cross_check(config: Config) -> Iterator[Problem]:
     if config.gateway.no_auth and not config.gateway.users:
         fix = "give users, or leave no_auth out: without users nobody can log in"
         yield _problem(config, "gateway.no_auth", "means nothing without users", fix)
+    yield from _check_workers(config)
     if config.agent.addresses:
         yield from _check_publish(config, config.agent.addresses)
 
@@ -807,6 +823,21 @@ def _check_open_ports(config: Config) -> Iterator[Problem]:
     if open_ports.allow and not open_ports.range:
         fix = 'give the ports, like range = "30000-30999"'
         yield _problem(config, "broker.open_ports.range", "open ports need a range", fix, "broker.open_ports.allow")
+
+
+def _check_workers(config: Config) -> Iterator[Problem]:
+    broker = config.broker
+    if broker.workers == 1:
+        return
+    for key in ("broker.port_range", "broker.open_ports.range"):
+        low, high = parse_range(text) if (text := _get(config, key)) else (1, MAX_WORKERS)
+        if high - low + 1 < broker.workers:
+            reason = f"{text} has {high - low + 1} ports, and {broker.workers} workers need some each"
+            yield _problem(config, key, reason, "widen it, or lower broker.workers", "broker.workers")
+    suffix = len(f".{broker.workers}")
+    if len(broker.node_id) + suffix > MAX_WORD:
+        reason = f"is {len(broker.node_id)} characters long, and each worker's number comes behind it"
+        yield _problem(config, "broker.node_id", reason, f"use at most {MAX_WORD - suffix}")
 
 
 def _check_ports(config: Config, sections: Sequence[str]) -> Iterator[Problem]:
@@ -882,9 +913,16 @@ def check_role(config: Config, role: str) -> None:
         if all(keys) and len({Path(key).resolve() for key in keys}) > 1:
             fix = "give both the same file"
             problems.append(_problem(config, "gateway.cluster_key", "is not broker.cluster_key", fix))
+        for key in ("broker.workers", "gateway.workers"):
+            if _get(config, key) > 1:
+                fix = "use 1, or run `rtunnel broker` and `rtunnel gateway`"
+                problems.append(_problem(config, key, "`rtunnel standalone` is one process", fix))
     elif role == "gateway" and is_memory(config):
         reason = "the memory registry lives inside one process: a gateway of its own would never see a tuple"
         problems.append(_problem(config, "registry.url", reason, "use redis://..., or run `rtunnel standalone`"))
+    elif role == "broker" and is_memory(config) and config.broker.workers > 1:
+        reason = "the memory registry lives inside one process, and several workers need one together"
+        problems.append(_problem(config, "registry.url", reason, "use redis://...", "broker.workers"))
     if problems:
         raise ConfigError(problems)
 

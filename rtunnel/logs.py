@@ -18,7 +18,7 @@ import threading
 import time
 import unicodedata
 from collections import deque
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -127,7 +127,8 @@ class Writer:
                     batch.append(item)
                 else:
                     done = item
-            self._write(b"".join(batch))
+            for piece in _pieces(batch):
+                self._write(piece)
             self._report_drops()
             if done is not None:
                 done.set()
@@ -149,6 +150,17 @@ class Writer:
                 select.select([], [self.fd], [], 1.0)
             except OSError:
                 return  # nobody reads any more: there is nowhere to say so
+
+
+def _pieces(lines: list[bytes]) -> Iterator[bytes]:
+    """The lines in writes that a pipe takes whole (pipe(7)): workers share stderr, and larger ones could mix."""
+    piece = b""
+    for line in lines:
+        if piece and len(piece) + len(line) > select.PIPE_BUF:
+            yield piece
+            piece = b""
+        piece += line
+    yield piece
 
 
 # --- rendering --------------------------------------------------------------------------------------------
@@ -272,17 +284,17 @@ def _console_value(value: Any) -> str:
 # --- structlog --------------------------------------------------------------------------------------------
 
 
-def event_line(render: Render) -> structlog.typing.Processor:
-    """The only processor: fields in, bytes of one line out. It never raises: a line about itself comes instead."""
+def event_line(render: Render, **common: Any) -> structlog.typing.Processor:
+    """The only processor: fields in, bytes of one line out, with `common` in each. It never raises: a line about
+    itself comes instead."""
 
     def process(logger: Any, method: str, fields: Fields) -> bytes:
         if "exc_info" in fields or "stack_info" in fields:
             fields = structlog.processors.format_exc_info(logger, method, fields)
-        line = {"time": timestamp(), "level": method, "event": fields.pop("event", "")}
-        size = 3 + len(fields)
-        line.update(fields)
-        if len(line) != size:  # a field of our own name: ours wins
-            line = {"time": timestamp(), "level": method, "event": line["event"]}
+        head = {"time": timestamp(), "level": method, "event": fields.pop("event", ""), **common}
+        line = {**head, **fields}
+        if len(line) != len(head) + len(fields):  # a field of our own name: ours wins
+            line = dict(head)
             line.update({name if name not in line else f"{name}_": value for name, value in fields.items()})
         try:
             return render(line)
@@ -321,8 +333,8 @@ _bridge: _Bridge | None = None
 _processors: list[structlog.typing.Processor] = []
 
 
-def setup(config: LogConfig, *, fd: int = 2) -> None:
-    """Direct all logging of this process to `fd` as configured.
+def setup(config: LogConfig, *, fd: int = 2, **common: Any) -> None:
+    """Direct all logging of this process to `fd` as configured; every line carries `common`.
 
     May be called again: loggers in use follow in all but the level.
     """
@@ -330,7 +342,7 @@ def setup(config: LogConfig, *, fd: int = 2) -> None:
     colour = console and os.isatty(fd) and not os.environ.get("NO_COLOR")
     render = (lambda fields: render_console(fields, colour)) if console else render_json
     output = _Output(_open_writer(fd, render).put)
-    _processors[:] = [event_line(render)]
+    _processors[:] = [event_line(render, **common)]
     structlog.configure(
         processors=_processors,
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[config.level]),

@@ -14,23 +14,25 @@ from rtunnel.roles import ListenError
 BACKLOG: Final = 4096
 
 
-def listening_socket(host: str, port: int, *, key: str = "") -> socket.socket:
-    """A listening TCP socket; `::` also takes IPv4.
+def listening_socket(host: str, port: int, *, key: str = "", shared: bool = False) -> socket.socket:
+    """A listening TCP socket; `::` also takes IPv4. `shared`: with other workers' sockets on the same port.
 
     Raises ListenError when `key`, the configuration's name for this address, is given, else OSError.
     """
-    sock = bound_socket(host, port, key=key)
+    sock = bound_socket(host, port, key=key, shared=shared)
     with _told(host, port, key, sock):
         sock.listen(BACKLOG)
     return sock
 
 
-def bound_socket(host: str, port: int, *, key: str = "") -> socket.socket:
+def bound_socket(host: str, port: int, *, key: str = "", shared: bool = False) -> socket.socket:
     """The same before it listens: the address is known to be good, and nobody can connect yet. For `listen`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     with _told(host, port, key, sock):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:  # never without need: a second process that was started by mistake would take its share
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         sock.bind((host, port))

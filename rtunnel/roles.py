@@ -11,7 +11,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
@@ -170,14 +170,20 @@ def run(roles: Sequence[Role], config: Config, *, name: str = "") -> int:
     name = name or roles[0].name
     notes = check(config, name)
     logs.setup(config.log)
+    return run_process(name, notes, lambda: run_roles(roles, config, watch_signals))
+
+
+def run_process(name: str, notes: Sequence[Problem], main: Callable[[], int], **fields: object) -> int:
+    """What every process of a role does around `main`, which gives its exit code; `fields` are for the first line."""
     raise_descriptor_limit()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
     try:
         for problem in notes:
             log.warning("config_warning", source=problem.source, key=problem.key, text=problem.reason, fix=problem.fix)
-        log.info("starting", role=name, version=__version__, pid=os.getpid(), python=sys.version.split()[0])
-        code = _run(roles, config)
+        python = sys.version.split()[0]
+        log.info("starting", role=name, version=__version__, pid=os.getpid(), python=python, **fields)
+        code = main()
     except BaseException as fault:
         code = _exit_code(fault)
     log.info("stopped", role=name, code=code)
@@ -195,20 +201,25 @@ def raise_descriptor_limit() -> None:
             log.warning("descriptor_limit", limit=soft, hint="ulimit -n could not be raised")
 
 
-def _run(roles: Sequence[Role], config: Config) -> int:
+#: Sets the event when the roles are to stop, calls the function when at once.
+Watch = Callable[..., Awaitable[None]]
+
+
+def run_roles(roles: Sequence[Role], config: Config, watch: Watch) -> int:
+    """Run roles until `watch` says stop; the exit code."""
     registry = connect(config.registry) if any(role.needs_registry for role in roles) else None
     try:
-        return trio.run(_serve_all, roles, config, registry)
+        return trio.run(_serve_all, roles, config, registry, watch)
     finally:
         if registry is not None:
             registry.close()
 
 
-async def _serve_all(roles: Sequence[Role], config: Config, registry: Registry | None) -> int:
+async def _serve_all(roles: Sequence[Role], config: Config, registry: Registry | None, watch: Watch) -> int:
     stop = trio.Event()
     async with trio.open_nursery() as nursery:
         # Before the roles: a signal that arrives while they start must not kill the process half way.
-        await nursery.start(_watch_signals, stop, nursery.cancel_scope)
+        await nursery.start(watch, stop, nursery.cancel_scope.cancel)
         async with trio.open_nursery() as serving:
             for role in roles:
                 await serving.start(_serve_one, role, config, registry, stop)
@@ -241,14 +252,15 @@ class _Status:
             status.started()
 
 
-async def _watch_signals(stop: trio.Event, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
+async def watch_signals(stop: trio.Event, at_once: Callable[[], object], *, task_status: trio.TaskStatus[None]) -> None:
+    """The first SIGTERM or SIGINT sets `stop`, the second calls `at_once`."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
         async for number in signals:
             name = signal.Signals(number).name
             if stop.is_set():
                 log.warning("stopping_at_once", signal=name)
-                scope.cancel()
+                at_once()
                 return
             log.info("stopping", signal=name, hint="a second signal stops at once")
             stop.set()

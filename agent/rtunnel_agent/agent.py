@@ -1,7 +1,7 @@
-"""The agent keeps `redundancy` sessions on different nodes behind a VIP that gives it no choice of node.
+"""The agent keeps `redundancy` sessions on different nodes and hosts behind a VIP that gives it no choice of either.
 
-Each slot dials; a broker that the agent already sits on refuses with `duplicate_node`, and the slot redials at
-once from a new source port. One slot dials at a time, so that what the Hello says about held nodes is true.
+Each slot dials; a broker on whose node, or host, the agent already sits refuses with `duplicate_node`, and the slot
+redials at once from a new source port. One slot dials at a time, so that what the Hello says about held ones is true.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from rtunnel_agent.targets import IncomingStream, Targets
 #: (`duplicate_node`) or to one that is dead and still behind the VIP (refused). So many follow each other closely; with
 #: 3 nodes of which only one is of use, that is enough in 99.2 % of all cases.
 QUICK_REDIALS: Final = 12
+#: So long it insists on another *host*. Then there may be only one: so many more, as closely, to any other node.
+ANY_HOST_REDIALS: Final = 6
 QUICK_JITTER: Final = 0.05
 #: Then the pauses double, up to this (seconds, with jitter): what an agent that the VIP pins to one node goes on with.
 SLOW_REDIAL: Final = 10.0
@@ -63,7 +65,7 @@ class Slot:
     reason: str = "not dialled yet"  # why there is none; empty when there is
     told: str = ""  # the reason that the log has
     since: float = 0.0
-    searches: int = 0  # dials that led to a held node or a dead one, since it last had a session
+    searches: int = 0  # dials that led to a held node or host or a dead one, since it last had a session
     backoff: float = BACKOFF_FIRST
 
 
@@ -100,6 +102,7 @@ class Agent:
         self._dialling = trio.Lock()
         self._turn = random.randrange(1 << 16)  # noqa: S311 - which VIP address first
         self._stopping = False
+        self._one_host = ""  # told in the log
         self._log = get_logger("agent").bind()
         self.bridge: Bridge
 
@@ -186,6 +189,13 @@ class Agent:
         up = sum(slot.session is not None for slot in self.slots)
         return "ready" if up == len(self.slots) else "degraded" if up else "down"
 
+    @property
+    def one_host(self) -> str:
+        """The host that all sessions are on, when there are several and should be several hosts; else empty."""
+        welcomes = [slot.session.welcome for slot in self.slots if slot.session is not None]
+        hosts = {welcome.host for welcome in welcomes if welcome is not None}
+        return hosts.pop() if len(welcomes) > 1 and len(hosts) == 1 else ""
+
     def reasons(self) -> list[str]:
         """Why it is not ready; empty when it is."""
         return [f"session {slot.number + 1}: {slot.reason}" for slot in self.slots if slot.session is None]
@@ -208,7 +218,7 @@ class Agent:
             async with self._dialling:
                 if self._stopping:
                     return
-                watch = await self._dial()
+                watch = await self._dial(slot)
                 if watch.outcome.session is not None:
                     self._fill(slot, watch.outcome.session)
             if slot.session is None:
@@ -231,6 +241,13 @@ class Agent:
         )  # fmt: skip
         for notice in welcome.notices:
             self._log.warning("broker_notice", agent=self.agent_id, broker=welcome.node, notice=notice)
+        if self.one_host != self._one_host:
+            self._one_host = self.one_host
+            if self._one_host:
+                self._log.warning(
+                    "on_one_host", agent=self.agent_id, host=self._one_host, redundancy=self.redundancy,
+                    reason="the VIP led to no other host",
+                )  # fmt: skip
 
     def _empty(self, slot: Slot, watch: Watch) -> None:
         session, slot.session = slot.session, None
@@ -250,7 +267,7 @@ class Agent:
         # A session elsewhere proves that the VIP works: then a refused connection is just one dead node behind it.
         if duplicate or (outcome.unreached and self.state != "down"):
             slot.searches += 1
-            late = slot.searches - QUICK_REDIALS
+            late = slot.searches - QUICK_REDIALS - ANY_HOST_REDIALS
             if late <= 0:
                 slot.reason = "looking for another node" if duplicate else reason
                 await trio.sleep(random.uniform(0, QUICK_JITTER))  # noqa: S311
@@ -271,14 +288,14 @@ class Agent:
 
     # One dial.
 
-    async def _dial(self) -> Watch:
+    async def _dial(self, slot: Slot) -> Watch:
         watch = Watch()
         try:
             host, port = await self._resolve()
         except OSError as error:
             watch.outcome.why = str(error)
             return watch
-        session = AgentSession(self, self._hello(), self._token.secret, self.config.handshake_timeout)
+        session = AgentSession(self, self._hello(slot), self._token.secret, self.config.handshake_timeout)
         self._watches[session] = watch
         try:
             await self.bridge.run(lambda: self._connect(session, host, port))
@@ -320,8 +337,13 @@ class Agent:
             watched=True,
         )
 
-    def _hello(self) -> Hello:
+    def _hello(self, slot: Slot) -> Hello:
         nodes = {session.node for session in self._watches if session.welcome is not None}
+        hosts: set[str] = set()
+        if slot.searches < QUICK_REDIALS:
+            # Of sessions that stay: the host of a node that drains may well be the one to go back to.
+            stays = [other.session.welcome for other in self.slots if other.session is not None]
+            hosts = {welcome.host for welcome in stays if welcome is not None}
         return Hello(
             version=messages.VERSION,
             agent_id=self.agent_id,
@@ -333,6 +355,7 @@ class Agent:
             exposes=list(self.config.exposes),
             publish=self._publish,
             holds=sorted(nodes),
+            holds_hosts=sorted(hosts),
             software=f"rtunnel {rtunnel.__version__}",
         )
 

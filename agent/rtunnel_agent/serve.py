@@ -42,6 +42,7 @@ def status(agent: Agent) -> dict[str, object]:
         "state": agent.state,
         "redundancy": agent.redundancy,
         "reason": "; ".join(agent.reasons()),
+        "one_host": agent.one_host,
         "sessions": [
             {
                 "node": session.node,

@@ -84,18 +84,21 @@ class Node:
         self._counter = count(1)
         self._owner_locks: dict[str, tuple[trio.Lock, int]] = {}
         self._left_during_beat: list[Registration] | None = None
+        self._beating = trio.Lock()
         self._checker = DialChecker(self.node, DialSigner(load_cluster_key(broker.cluster_key)), broker.dial_window)
         self._log = get_logger("broker").bind()
+        open_ports = broker.open_ports
         self._guarded = self._allocator(broker.port_range)
-        self._open = self._allocator(broker.open_ports.range) if broker.open_ports.range else None
-        self._open_allow: Networks = tuple(ipaddress.ip_network(cidr) for cidr in broker.open_ports.allow)
+        self._open = self._allocator(open_ports.range, open_ports.own) if open_ports.range else None
+        self._open_allow: Networks = tuple(ipaddress.ip_network(cidr) for cidr in open_ports.allow)
         self.relay = Relay(self.report, f"relay-{self.node}")
         self.bridge: Bridge
         self._links: Listener | None = None
 
-    def _allocator(self, ports: str) -> PortAllocator:
+    def _allocator(self, ports: str, own: str = "") -> PortAllocator:
         first, last = parse_range(ports)
-        return PortAllocator(self._registry, self.ip, first, last, quarantine=self._quarantine)
+        part = parse_range(own) if own else None
+        return PortAllocator(self._registry, self.ip, first, last, quarantine=self._quarantine, own=part)
 
     # What sessions and the relay call, in the relay's thread.
 
@@ -161,7 +164,8 @@ class Node:
         self.relay.start()
         try:
             # A node that can't serve yet must look so to the VIP: it listens only when it has its incarnation.
-            sock = bound_socket(self._bind_host, self._bind_port, key="broker.listen")
+            shared = self.config.workers > 1
+            sock = bound_socket(self._bind_host, self._bind_port, key="broker.listen", shared=shared)
             try:
                 joined = await self._join_registry(stop)
             except BaseException:
@@ -237,6 +241,10 @@ class Node:
 
     async def beat(self) -> None:
         """Refresh everything in the registry; put back what is missing. Raises Superseded."""
+        async with self._beating:
+            await self._beat()
+
+    async def _beat(self) -> None:
         registrations = [s.registration for s in self.sessions.values() if s.registration is not None]
         left: list[Registration] = []
         self._left_during_beat = left
@@ -276,8 +284,9 @@ class Node:
                 await trio.sleep(0.05)
         cut = self.counts.streams  # the links take them along
         await self.bridge.run(self._end_sessions)
-        # One call for whatever is left: tuples out, ports into quarantine.
-        await self.bridge.registry_tries(self._registry.stop_node, self.node, self.incarnation)
+        # One call for whatever is left: tuples out, ports into quarantine. Not beside a beat: that would bring it back.
+        async with self._beating:
+            await self.bridge.registry_tries(self._registry.stop_node, self.node, self.incarnation)
         self._log.info("broker_stopped", node=self.node, streams_cut=cut)
 
     def _start_drain(self) -> None:
@@ -490,10 +499,7 @@ class Node:
             await self.bridge.registry(self._allocator_of(port.lease).release, port.lease)
 
     def _allocator_of(self, lease: PortLease) -> PortAllocator:
-        first, last = parse_range(self.config.port_range)
-        if first <= lease.port <= last or self._open is None:
-            return self._guarded
-        return self._open
+        return self._guarded if self._open is None or lease.port in self._guarded.ports else self._open
 
     def _owner_lock(self, owner: str) -> _OwnerLock:
         return _OwnerLock(self._owner_locks, owner)

@@ -37,6 +37,7 @@ class SessionKeeper(Protocol):
     """The node, as its sessions see it. Called in the relay's thread."""
 
     node: str
+    host: str
     tokens: Mapping[str, bytes]
     binding: bytes  # SHA-256 of this broker's certificate; empty without TLS
     handshake_timeout: float
@@ -164,6 +165,9 @@ class Session:
             return
         if self.keeper.node in hello.holds:
             self.refuse(Refusal.DUPLICATE_NODE, f"the agent already has a session on {self.keeper.node}")
+            return
+        if self.keeper.host in hello.holds_hosts:
+            self.refuse(Refusal.DUPLICATE_NODE, f"the agent already has a session on the host {self.keeper.host}")
             return
         self.state = "hello"
         self.exposes = tuple(hello.exposes)

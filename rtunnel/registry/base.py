@@ -128,8 +128,8 @@ class Registry(Protocol):
     def nodes(self) -> list[NodeRecord]:
         """The nodes with a live heartbeat."""
 
-    def last_port(self, ip: str, owner: str) -> int | None:
-        """The port that this owner last had on this PS IP, if it is remembered."""
+    def last_port(self, node: str, owner: str) -> int | None:
+        """The port that this owner last had on this node, if it is remembered."""
 
     def lease_port(self, lease: PortLease) -> bool:
         """Take this port. False when another owner holds it or its quarantine is not over.
@@ -139,7 +139,7 @@ class Registry(Protocol):
         """
 
     def release_port(self, lease: PortLease) -> None:
-        """Put the port into quarantine (kept for its owner). No effect when the lease has another epoch by now.
+        """Put the port into quarantine (kept for its owner). No effect when it is another session's by now.
 
         A lease that the registry does not know (it was wiped) goes into quarantine too.
         """

@@ -269,9 +269,10 @@ local node, raw_node = arg(), arg()
 for _ = 1, tonumber(arg()) do
   local port, owner, epoch = arg(), arg(), arg()
   local key = P .. 'port:' .. port
-  local held = redis.call('HMGET', key, 'owner', 'epoch', 'state')
+  local held = redis.call('HMGET', key, 'owner', 'epoch', 'state', 'node')
   if not held[1] then redis.call('HSET', key, 'owner', owner, 'epoch', epoch, 'node', raw_node) end
-  if not held[1] or (held[1] == owner and held[2] == epoch and held[3] == 'leased') then
+  -- The node too: those of one PS IP may give out equal epochs, and the owner may have moved to another.
+  if not held[1] or (held[1] == owner and held[2] == epoch and held[3] == 'leased' and held[4] == raw_node) then
     rest(key)
     redis.call('SREM', P .. 'ports:' .. node, port)
   end

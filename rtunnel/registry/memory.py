@@ -29,7 +29,7 @@ from rtunnel.registry.base import (
 )
 
 FEED_LENGTH = 100_000  # changes kept; as the Redis feed
-LAST_PORTS = 200_000  # remembered (ip, owner) pairs; the oldest go first
+LAST_PORTS = 200_000  # remembered (node, owner) pairs; the oldest go first
 CHANGES_AT_ONCE = 1000
 
 _Target = tuple[str, str]  # (namespace, agent_ip)
@@ -138,9 +138,9 @@ class MemoryRegistry:
 
     # ------------------------------------------------------------------ ports
 
-    def last_port(self, ip: str, owner: str) -> int | None:
+    def last_port(self, node: str, owner: str) -> int | None:
         with self._changed:
-            return self._last.get((ip, owner))
+            return self._last.get((node, owner))
 
     def lease_port(self, lease: PortLease) -> bool:
         with self._changed:
@@ -162,14 +162,14 @@ class MemoryRegistry:
 
     def _hold(self, lease: PortLease, now: float) -> None:
         self._ports[lease.ip, lease.port] = _Port(lease, False, now + self.ttl + self.quarantine)
-        self._last.pop((lease.ip, lease.owner), None)
-        self._last[lease.ip, lease.owner] = lease.port
+        self._last.pop((lease.node, lease.owner), None)
+        self._last[lease.node, lease.owner] = lease.port
         if len(self._last) > LAST_PORTS:
             del self._last[next(iter(self._last))]
 
     def _release(self, lease: PortLease, now: float) -> None:
         held = self._port(lease, now)
-        same = held is None or (held.lease.owner, held.lease.epoch) == (lease.owner, lease.epoch)
+        same = held is None or held.lease == lease
         if same and not (held is not None and held.quarantined):
             self._ports[lease.ip, lease.port] = _Port(lease, True, now + self.quarantine)
 

@@ -12,13 +12,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 
 from rtunnel.registry.base import PortLease, Registry, RegistryUnavailable
 
-T = TypeVar("T")
+
+class Bound(Protocol):
+    """What `try_bind` returns: a socket."""
+
+    def close(self) -> None:
+        """Let the port go."""
+
+
+T = TypeVar("T", bound=Bound)
 TryBind = Callable[[int], T]
 
 # A port that another program has, or another node leases, is not tried again for so long: a try costs a round trip.
@@ -109,7 +117,10 @@ class _Resting:
 
 
 class PortAllocator:
-    """The ports first..last of `ip`, for one broker node. Thread-safe; registry and `try_bind` are called unlocked."""
+    """The ports first..last of `ip`, for one broker node. Thread-safe; registry and `try_bind` are called unlocked.
+
+    `own`: what `allocate` chooses from, where the nodes of one IP share the range; `allocate_fixed` gives any of it.
+    """
 
     def __init__(
         self,
@@ -120,18 +131,20 @@ class PortAllocator:
         quarantine: float,
         clock: Callable[[], float] = time.monotonic,
         *,
+        own: tuple[int, int] | None = None,
         rng: random.Random | None = None,
     ) -> None:
         if not 0 < first <= last < 65536:
             raise ValueError(f"port range {first}-{last} must lie within 1-65535, the smaller number first")
         self.ip = ip
         self.ports = range(first, last + 1)
+        self.own = self.ports if own is None else range(own[0], own[1] + 1)
         self._registry = registry
         self._clock = clock
         self._rng = rng or random.Random()  # noqa: S311 - spreads ports, hides nothing
         self._lock = threading.Lock()
-        # Each port of the range is in exactly one of these.
-        self._free = _Bag(self.ports)
+        # Each port of our own is in exactly one of these; of the others those that were asked for.
+        self._free = _Bag(self.own)
         self._used: dict[int, PortLease] = {}
         self._quarantined = _Resting(quarantine)
         self._elsewhere = _Resting(AVOID)
@@ -150,7 +163,7 @@ class PortAllocator:
         Raises PortsExhausted, RegistryUnavailable, Superseded, and any OSError of `try_bind` other than "in use".
         With the registry out of reach the owner still gets back a port that rests *here* for it.
         """
-        for port, resting in self._candidates(owner):
+        for port, resting in self._candidates(owner, node):
             lease = PortLease(self.ip, port, owner, node, epoch)
             try:
                 return port, self._secure(lease, try_bind, resting), lease
@@ -158,7 +171,7 @@ class PortAllocator:
                 continue
         counts = self.counts()
         raise PortsExhausted(
-            f"no free port of {self.ip} in {self.ports[0]}-{self.ports[-1]}: {counts.in_use} in use, "
+            f"no free port of {self.ip} in {self.own[0]}-{self.own[-1]}: {counts.in_use} in use, "
             f"{counts.quarantined} in quarantine, {counts.foreign} taken by other programs"
         )
 
@@ -191,9 +204,9 @@ class PortAllocator:
 
     # ------------------------------------------------------------------ inside
 
-    def _candidates(self, owner: str) -> Iterator[tuple[int, bool]]:
+    def _candidates(self, owner: str, node: str) -> Iterator[tuple[int, bool]]:
         """Ports to try, each marked as in use before it is yielded, and whether it rested here for this owner."""
-        port = self._preferred(owner)
+        port = self._preferred(owner, node)
         if port is not None:
             try:
                 yield port, self._claim(port, owner)
@@ -208,13 +221,13 @@ class PortAllocator:
                 self._mark(port, owner)
             yield port, False
 
-    def _preferred(self, owner: str) -> int | None:
+    def _preferred(self, owner: str, node: str) -> int | None:
         with self._lock:
             self._wake()
             port = self._owned.get(owner)
         if port is None:
-            port = self._registry.last_port(self.ip, owner)
-        return port if port is not None and port in self.ports else None
+            port = self._registry.last_port(node, owner)
+        return port if port is not None and port in self.own else None
 
     def _claim(self, port: int, owner: str) -> bool:
         """Mark this port as in use if this owner may have it; whether it rested here for the owner."""
@@ -240,25 +253,31 @@ class PortAllocator:
         self._used[port] = PortLease(self.ip, port, owner, "", 0)  # until the real one is there
 
     def _secure(self, lease: PortLease, try_bind: TryBind[T], resting: bool) -> T:
-        """Lease a port that is marked as in use, then bind it. On any failure it is in its proper place again."""
+        """Bind a port that is marked as in use, then lease it. On any failure it is in its proper place again.
+
+        In this order: another node of this IP may have it for the same owner, and only the host knows which one is
+        alive. The registry, which never stands in an owner's way, would take the lease from it.
+        """
         port = lease.port
-        try:
-            leased = self._lease(lease, resting)
-        except BaseException:
-            self._unmark(port, lease.owner if resting else None)
-            raise
-        if not leased:
-            with self._lock:
-                del self._used[port]
-                self._elsewhere.add(port, "", self._clock())
-            raise PortTaken(f"port {port} of {self.ip} is leased or in quarantine in the registry for another agent")
         try:
             bound = try_bind(port)
         except BaseException as exc:
-            self._abandon(lease, foreign=isinstance(exc, OSError) and exc.errno in _FOREIGN)
             if isinstance(exc, OSError) and exc.errno in _FOREIGN:
-                raise PortTaken(f"port {port} of {self.ip} is taken by another program ({exc.strerror})") from exc
+                self._set_aside(port, self._foreign)
+                reason = f"is taken by another program or node of this host ({exc.strerror})"
+                raise PortTaken(f"port {port} of {self.ip} {reason}") from exc
+            self._unmark(port, lease.owner if resting else None)
             raise
+        try:
+            leased = self._lease(lease, resting)
+        except BaseException:
+            bound.close()
+            self._unmark(port, lease.owner if resting else None)
+            raise
+        if not leased:
+            bound.close()
+            self._set_aside(port, self._elsewhere)
+            raise PortTaken(f"port {port} of {self.ip} is leased or in quarantine in the registry for another agent")
         with self._lock:
             self._used[port] = lease
         return bound
@@ -276,30 +295,25 @@ class PortAllocator:
         with self._lock:
             del self._used[port]
             if resting_for is None:
-                self._free.add(port)
+                self._set_free(port)
             else:
                 self._quarantined.add(port, resting_for, self._clock())
                 self._owned[resting_for] = port
 
-    def _abandon(self, lease: PortLease, *, foreign: bool) -> None:
-        """Bind failed: the lease goes, the port is set aside."""
+    def _set_aside(self, port: int, where: _Resting) -> None:
         with self._lock:
-            del self._used[lease.port]
-            if foreign:
-                self._foreign.add(lease.port, "", self._clock())
-            else:
-                self._quarantined.add(lease.port, lease.owner, self._clock())
-                self._owned[lease.owner] = lease.port
-        try:
-            self._registry.release_port(lease)
-        except RegistryUnavailable:
-            pass
+            del self._used[port]
+            where.add(port, "", self._clock())
+
+    def _set_free(self, port: int) -> None:
+        if port in self.own:
+            self._free.add(port)
 
     def _wake(self) -> None:
         """Ports whose time is over are free again."""
         now = self._clock()
         for resting in (self._quarantined, self._elsewhere, self._foreign):
             for port, owner in resting.over(now):
-                self._free.add(port)
+                self._set_free(port)
                 if self._owned.get(owner) == port:
                     del self._owned[owner]

@@ -132,8 +132,8 @@ class RedisRegistry:
 
     # ------------------------------------------------------------------ ports
 
-    def last_port(self, ip: str, owner: str) -> int | None:
-        port = self._command("GET", f"{self._prefix}:last:{_last(ip, owner)}")
+    def last_port(self, node: str, owner: str) -> int | None:
+        port = self._command("GET", f"{self._prefix}:last:{_last(node, owner)}")
         return None if port is None else int(port)
 
     def lease_port(self, lease: PortLease) -> bool:
@@ -361,8 +361,8 @@ def _at(ip: str, port: int) -> str:
     return f"{_quote_ip(ip)}:{port}"
 
 
-def _last(ip: str, owner: str) -> str:
-    return f"{_quote_ip(ip)}:{quote(owner, safe='/')}"
+def _last(node: str, owner: str) -> str:
+    return f"{_quote(node)}:{quote(owner, safe='/')}"
 
 
 def _node(registration: Registration) -> str | None:
@@ -383,7 +383,7 @@ def _field(entry: Tuple) -> str:
 
 
 def _lease_args(lease: PortLease) -> tuple[Any, ...]:
-    return _at(lease.ip, lease.port), lease.owner, _last(lease.ip, lease.owner), lease.epoch
+    return _at(lease.ip, lease.port), lease.owner, _last(lease.node, lease.owner), lease.epoch
 
 
 def _static(entry: Tuple) -> bytes:

@@ -121,18 +121,24 @@ class Pipes:
 class Pair:
     """Two joined ends. `abort` is for drain deadlines and for whoever must end it."""
 
-    __slots__ = ("_idle", "_live", "_timer", "account", "done", "loop", "moved", "on_end")
+    __slots__ = ("_idle", "_live", "_timer", "account", "done", "loop", "moved", "on_end", "watched")
 
     def __init__(self, loop: Loop, live: set[Pair], idle: float, on_end: OnEnd) -> None:
         self.loop = loop
         self.account = Account(loop.now)
         self.done = False
         self.moved = loop.now  # the last time that a byte moved
+        self.watched = False  # by TCP keep-alive
         self._live = live
         self.on_end = on_end  # whoever ends pairs of some kind knows them by it
         self._idle = idle
         live.add(self)
         self._timer: Timer | None = loop.after(idle, self._idle_check) if idle else None
+
+    @property
+    def sockets(self) -> tuple[socket.socket, ...]:
+        """Its sockets; a stream has none of its own."""
+        raise NotImplementedError
 
     def abort(self, ending: Ending) -> None:
         """Reset both sides."""
@@ -351,6 +357,11 @@ class SocketPair(Pair):
         if not self.done:
             self.downward.run()
 
+    @property
+    def sockets(self) -> tuple[socket.socket, ...]:
+        """See Pair."""
+        return self.client.sock, self.target.sock
+
     def _client_event(self, mask: int) -> None:
         self._event(mask, self.upward, self.downward)
 
@@ -445,6 +456,11 @@ class StreamPair(Pair):
             self._count_out(len(out))
         if not self.done:
             self._run_out()
+
+    @property
+    def sockets(self) -> tuple[socket.socket, ...]:
+        """See Pair."""
+        return (self._socket.sock,)
 
     def _stream_bytes_first(self, unread: bytes) -> None:
         if self._held:

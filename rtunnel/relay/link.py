@@ -314,6 +314,7 @@ class Link(yamux.Session):
             pass  # the peer is gone already: the first read tells
         if watched:
             loop.handlers[sock.fileno()] = self._event
+            loop.add_out(sock.fileno())
         else:
             loop.add(sock.fileno(), self._event)
         self._transport.hup = watched  # whoever watched it before may have seen the FIN's edge

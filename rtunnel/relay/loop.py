@@ -80,10 +80,12 @@ class Loop:
         """Watch it for room to write as well; if there is room by now, that is an event too."""
         self._epoll.modify(fd, _EVERYTHING)
 
-    def close(self, sock: socket.socket) -> None:
-        """Stop watching now, close at the end of the turn."""
-        if self.handlers.pop(sock.fileno(), None) is not None:
-            self._graves.append(sock)
+    def close(self, sock: socket.socket) -> bool:
+        """Stop watching now, close at the end of the turn. False: it is not watched, and stays as it is."""
+        if self.handlers.pop(sock.fileno(), None) is None:
+            return False
+        self._graves.append(sock)
+        return True
 
     def soon(self, call: Callable[[], None]) -> None:
         """Run in this turn's queue (or the next's, when the queue is running)."""

@@ -23,7 +23,9 @@ ACCEPTS_A_TURN: Final = 64
 ACCEPT_PAUSE: Final = 0.5
 #: A client that has the first word may keep it for so long before it is accepted all the same (tcp(7)).
 DEFER_SECONDS: Final = 1
-#: Sockets with a dead peer are noticed after 60 + 4 * 15 s of silence, by TCP keep-alive.
+#: Pairs that live longer get TCP keep-alive on both sides: four calls that a short connection never earns back.
+WATCH_SECONDS: Final = 30.0
+#: A dead peer is then noticed after 60 + 4 * 15 s of silence.
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
 
 #: errno of a connect -> what is told. Everything else is INTERNAL.
@@ -46,18 +48,20 @@ Connected = Callable[[SocketEnd | None, Refusal, str], None]
 Report = Callable[[str, dict[str, object]], None]
 
 
-def tune(sock: socket.socket) -> None:
-    """Options of every proxied socket; on a listener, because what it accepts inherits them at no cost."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _KEEPALIVE:
-        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+def _keep_alive(sock: socket.socket) -> None:
+    """Probe a silent peer (RFC 9293 section 3.8.4)."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    except OSError:
+        pass  # it is broken, and its next event says so
 
 
 class Listener:
     """Accepts from one socket until `close`; survives running out of descriptors."""
 
-    __slots__ = ("_accept", "_family", "_held", "_loop", "_paused", "_report", "closed", "sock")
+    __slots__ = ("_accept", "_held", "_loop", "_paused", "_report", "closed", "sock")
 
     def __init__(self, loop: Loop, sock: socket.socket, accept: Accept, report: Report, *, client_speaks: bool) -> None:
         self._loop = loop
@@ -66,10 +70,9 @@ class Listener:
         self._paused: Timer | None = None
         self._held = False
         self.sock = sock
-        self._family = sock.family
         self.closed = False
         sock.setblocking(False)
-        tune(sock)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what it accepts inherits this at no cost
         if client_speaks:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_SECONDS)
         loop.add(sock.fileno(), self._event, out=False)
@@ -104,9 +107,7 @@ class Listener:
             if self.closed or self._held or self._paused is not None:
                 return
             try:
-                # What `accept` does, without asking each socket for the family that it must have.
-                fd, address = self.sock._accept()
-                sock = socket.socket(self._family, socket.SOCK_STREAM, 0, fileno=fd)
+                sock, address = self.sock.accept()
             except BlockingIOError:
                 return
             except OSError as error:
@@ -140,7 +141,10 @@ class Attempt:
         self.where = where
 
     def begin(self, host: str, port: int, timeout: float) -> None:
-        """Connect; the outcome comes in a later step of the loop, never from within this call."""
+        """Connect, within `timeout` seconds (0: it is the caller's to `cancel`).
+
+        The outcome comes in a later step of the loop, never from within this call.
+        """
         try:
             sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         except OSError as error:
@@ -149,22 +153,33 @@ class Attempt:
         self._sock = sock
         sock.setblocking(False)
         try:
-            tune(sock)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # keep-alive: see Relay._watch_over
             code = sock.connect_ex((host, port))
+            if code == errno.EINPROGRESS:
+                # On one host, where an agent's targets are, the handshake is over by now: no event to wait for.
+                code = sock.connect_ex((host, port))
         except OSError as error:
             code = error.errno or errno.EINVAL
-        if code not in (0, errno.EINPROGRESS):
-            sock.close()
-            self._sock = None
+        if not code:
+            self._loop.soon(self._at_once)
+        elif code in (errno.EINPROGRESS, errno.EALREADY):
+            if timeout:
+                self._timer = self._loop.after(timeout, self._late)
+            self._loop.add(sock.fileno(), self._event)
+        else:
+            self._drop()
             self._fail_soon(code)
-            return
-        self._timer = self._loop.after(timeout, self._late)
-        self._loop.add(sock.fileno(), self._event)
 
     def cancel(self) -> None:
         """See the class."""
         self._done = None
         self._drop()
+
+    def _at_once(self) -> None:
+        sock, self._sock = self._sock, None
+        done, self._done = self._done, None
+        if sock is not None and done is not None:
+            done(SocketEnd(self._loop, sock, self.where), Refusal.INTERNAL, "")
 
     def _event(self, mask: int) -> None:
         sock = self._sock
@@ -198,9 +213,9 @@ class Attempt:
 
     def _drop(self) -> None:
         self._stop_timer()
-        if self._sock is not None:
-            self._loop.close(self._sock)
-            self._sock = None
+        sock, self._sock = self._sock, None
+        if sock is not None and not self._loop.close(sock):
+            sock.close()  # not watched yet
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -228,6 +243,7 @@ class Relay:
         """Start the thread."""
         # The interpreter's 5 ms would be added to a round trip whenever the control plane computes.
         sys.setswitchinterval(0.0005)
+        self.call(self._watch_over)
         self._thread.start()
 
     def call(self, call: Callable[[], None]) -> None:
@@ -269,7 +285,7 @@ class Relay:
         return end
 
     def connect(self, host: str, port: int, timeout: float, done: Connected) -> Attempt:
-        """Connect to an IP: `done(end, _, "")` or `done(None, refusal, text)`."""
+        """Connect to an IP: `done(end, _, "")` or `done(None, refusal, text)`. See `Attempt`."""
         attempt = Attempt(self.loop, f"[{host}]:{port}" if ":" in host else f"{host}:{port}", done)
         attempt.begin(host, port, timeout)
         return attempt
@@ -336,6 +352,15 @@ class Relay:
             )  # fmt: skip
         else:
             raise TypeError("two streams can't be joined")
+
+    def _watch_over(self) -> None:
+        """Pairs that have come to stay notice when a peer dies without a word."""
+        for pair in self.pairs:
+            if not pair.watched and self.loop.now - pair.account.started >= WATCH_SECONDS:
+                pair.watched = True
+                for sock in pair.sockets:
+                    _keep_alive(sock)
+        self.loop.after(WATCH_SECONDS, self._watch_over)
 
     def _end_all(self) -> None:
         for listener in list(self.listeners):

@@ -84,6 +84,7 @@ class Hello(Message, tag="hello", frozen=True):
     exposes: Annotated[list[Word], msgspec.Meta(max_length=256)] = []
     publish: Annotated[list[Publish], msgspec.Meta(max_length=64)] = []
     holds: Annotated[list[Word], msgspec.Meta(max_length=16)] = []  # nodes on which it has a live session
+    holds_hosts: Annotated[list[Word], msgspec.Meta(max_length=16)] = []  # hosts on which it wants no other
     software: Text = ""
 
 

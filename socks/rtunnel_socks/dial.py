@@ -238,8 +238,8 @@ class Attempt:
 
     def start(self) -> None:
         """Connect to the guarded port."""
-        owner = self.dial.owner
-        self._connecting = owner.relay.connect(self.used.ps_ip, self.used.ps_port, owner.dial_timeout, self._connected)
+        # No time limit of its own: the dial has one.
+        self._connecting = self.dial.owner.relay.connect(self.used.ps_ip, self.used.ps_port, 0.0, self._connected)
 
     def cancel(self) -> None:
         """Reset it; nothing is told."""

@@ -206,7 +206,8 @@ class Gateway:
         self.bridge = self.access.bridge = Bridge(self.relay)
         self.relay.start()
         try:
-            sock = listening_socket(*parse_endpoint(self.config.listen), key="gateway.listen")
+            shared = self.config.workers > 1
+            sock = listening_socket(*parse_endpoint(self.config.listen), key="gateway.listen", shared=shared)
             async with self.bridge.open_nursery() as nursery:
                 nursery.start_soon(self._follow)
                 nursery.start_soon(self.access.watch)

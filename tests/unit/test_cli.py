@@ -238,7 +238,9 @@ def test_status(registry: Registry) -> None:
     assert lines[0].startswith("NODE") and lines[1].startswith("b1")
     assert r"h8\u001b[2J" in lines[5] and "1 node " in lines[5]
     assert lines[6].startswith("h7") and "2 nodes" in lines[6]
-    assert lines[-1].startswith("2 nodes (0 draining), 2 agents (1 on one node only), 3 sessions, 3 tuples in memory")
+    assert lines[-1].startswith(
+        "2 nodes (0 draining), 2 agents (1 on one node only, 1 on one host only), 3 sessions, 3 tuples in memory"
+    )
     assert "\x1b" not in result.output
 
 
@@ -548,5 +550,5 @@ async def test_one_role_that_ends_takes_the_others_along() -> None:
         stopped.append(True)
 
     parts = [Role("long", "", long, False), Role("short", "", short, False)]
-    assert await roles._serve_all(parts, config.Config(), None) == 0
+    assert await roles._serve_all(parts, config.Config(), None, roles.watch_signals) == 0
     assert stopped == [True]

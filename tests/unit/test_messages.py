@@ -53,13 +53,13 @@ EXAMPLES: list[tuple[dict[str, Any], Message]] = [
             "addresses": ["10.1.0.7", "fd00::7"], "nonce": NONCE[::-1], "token_id": "ops",
             "exposes": ["22", "8000-8100"],
             "publish": [{"ip": "10.1.0.7", "target_port": 9100, "port": 30001, "allow": ["10.9.0.0/16"]}],
-            "holds": ["b1"], "software": "other 2",
+            "holds": ["b1"], "holds_hosts": ["h1"], "software": "other 2",
         },
         Hello(
             version=1, agent_id="host-7", instance=NONCE, namespace="default", addresses=["10.1.0.7", "fd00::7"],
             nonce=NONCE[::-1], token_id="ops", exposes=["22", "8000-8100"],
             publish=[Publish(ip="10.1.0.7", target_port=9100, port=30001, allow=["10.9.0.0/16"])],
-            holds=["b1"], software="other 2",
+            holds=["b1"], holds_hosts=["h1"], software="other 2",
         ),
     ),
     ({"t": "challenge", "nonce": NONCE, "mac": MAC, "version": 1}, Challenge(nonce=NONCE, mac=MAC)),
@@ -86,7 +86,7 @@ EXAMPLES: list[tuple[dict[str, Any], Message]] = [
 IDS = [str(example["t"]) for example, _ in EXAMPLES]
 #: What a message becomes when its optional keys are left out.
 OPTIONAL: dict[str, dict[str, Any]] = {
-    "hello": {"exposes": [], "publish": [], "holds": [], "software": ""},
+    "hello": {"exposes": [], "publish": [], "holds": [], "holds_hosts": [], "software": ""},
     "challenge": {"version": 1},
     "welcome": {"open_ports": [], "notices": [], "software": ""},
     "refused": {"text": ""},
@@ -282,6 +282,7 @@ CAPS: list[tuple[str, str, tuple[Any, ...], tuple[Any, ...]]] = [
     ("hello", "publish", ([PUBLISH | {"ip": "x"}],), ([PUBLISH | {"ip": "::"}],)),
     ("hello", "publish", ([PUBLISH | {"allow": ["::/0"] * 65}],), ([PUBLISH | {"allow": ["::/0"] * 64}],)),
     ("hello", "holds", (["n"] * 17, [""], ["n" * 129]), (["n" * 128] * 16,)),
+    ("hello", "holds_hosts", (["h"] * 17, [""], ["h" * 129]), (["h" * 128] * 16,)),
     ("hello", "software", *TEXTS),
     ("challenge", "nonce", *NONCES),
     ("challenge", "mac", *MACS),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import random
 import time
+from dataclasses import dataclass
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -41,9 +43,9 @@ class Source(MemoryRegistry):
         self._ask()
         super().release_port(lease)
 
-    def last_port(self, ip: str, owner: str) -> int | None:
+    def last_port(self, node: str, owner: str) -> int | None:
         self._ask()
-        return super().last_port(ip, owner)
+        return super().last_port(node, owner)
 
     def _ask(self) -> None:
         self.asked += 1
@@ -51,42 +53,60 @@ class Source(MemoryRegistry):
             raise RegistryUnavailable("away")
 
 
-class Host:
-    """A machine: the registry, its sockets, and one broker's allocator."""
+@dataclass(frozen=True)
+class Sock:
+    """A socket that holds a port until it is closed."""
 
-    def __init__(self, first: int = 100, last: int = 104) -> None:
-        self.clock = Clock()
-        self.registry = Source(TTL, QUARANTINE, self.clock)
-        self.bound: set[int] = set()
+    port: int
+    bound: set[int]
+
+    def close(self) -> None:
+        self.bound.remove(self.port)
+
+
+class Host:
+    """A machine: the registry, its sockets, and one broker's allocator. `beside`: another node on the same machine."""
+
+    def __init__(
+        self, first: int = 100, last: int = 104, *, node: str = NODE, own: tuple[int, int] | None = None,
+        beside: Host | None = None,
+    ) -> None:  # fmt: skip
+        self.clock: Clock = beside.clock if beside else Clock()
+        self.registry: Source = beside.registry if beside else Source(TTL, QUARANTINE, self.clock)
+        self.bound: set[int] = beside.bound if beside else set()
         self.foreign: set[int] = set()
         self.range = (first, last)
+        self.node = node
+        self.own = own
         self.restart()
 
     def restart(self) -> None:
         """The broker starts (again): its sockets are closed, its memory is gone."""
         self.bound.clear()
-        record = NodeRecord(node=NODE, host="h", ip=IP, incarnation=0)
+        record = NodeRecord(node=self.node, host="h", ip=IP, incarnation=0)
         self.incarnation = self.registry.start_node(record)
         self.counter = 0
-        self.ports = PortAllocator(self.registry, IP, *self.range, QUARANTINE, self.clock, rng=random.Random(1))
+        self.ports = PortAllocator(
+            self.registry, IP, *self.range, QUARANTINE, self.clock, own=self.own, rng=random.Random(1)
+        )
 
     def epoch(self) -> int:
         self.counter += 1
         return self.incarnation << COUNTER_BITS | self.counter
 
-    def bind(self, port: int) -> str:
+    def bind(self, port: int) -> Sock:
         if port in self.foreign or port in self.bound:
             raise OSError(errno.EADDRINUSE, "Address already in use")
         self.bound.add(port)
-        return f"socket {port}"
+        return Sock(port, self.bound)
 
     def allocate(self, owner: str) -> PortLease:
-        port, bound, lease = self.ports.allocate(owner, self.epoch(), NODE, self.bind)
-        assert (lease.port, bound) == (port, f"socket {port}")
+        port, bound, lease = self.ports.allocate(owner, self.epoch(), self.node, self.bind)
+        assert (lease.port, bound.port) == (port, port)
         return lease
 
     def allocate_fixed(self, port: int, owner: str) -> PortLease:
-        return self.ports.allocate_fixed(port, owner, self.epoch(), NODE, self.bind)[2]
+        return self.ports.allocate_fixed(port, owner, self.epoch(), self.node, self.bind)[2]
 
     def release(self, lease: PortLease) -> None:
         self.bound.remove(lease.port)
@@ -158,7 +178,7 @@ def test_fixed_port_is_had_or_the_reason_is_told(host: Host) -> None:
 
 
 def test_bind_failure_that_is_ours_is_told_and_leaks_nothing(host: Host) -> None:
-    def full(port: int) -> None:
+    def full(port: int) -> Sock:
         raise OSError(errno.EMFILE, "Too many open files")
 
     with pytest.raises(OSError, match="Too many open files"):
@@ -203,6 +223,62 @@ def test_releasing_twice_or_late_does_nothing(host: Host) -> None:
     host.release(again)
 
 
+@pytest.fixture
+def two() -> tuple[Host, Host]:
+    """Two nodes on one machine and IP, which share a range: each gives out its part at random."""
+    one = Host(100, 109, node="n.1", own=(100, 104))
+    return one, Host(100, 109, node="n.2", own=(105, 109), beside=one)
+
+
+def test_nodes_of_one_ip_give_out_their_own_part_and_any_fixed_port(two: tuple[Host, Host]) -> None:
+    one, other = two
+    assert {one.allocate(f"default/{n}").port for n in range(4)} <= set(range(100, 105))
+    lease = one.allocate_fixed(107, "default/f")
+    assert {other.allocate(f"default/{n}").port for n in range(4, 8)} == {105, 106, 108, 109}
+    with pytest.raises(PortsExhausted, match=r"in 105-109: 4 in use"):
+        other.allocate("default/8")
+    one.release(lease)
+    one.clock.now += QUARANTINE
+    assert (one.ports.counts().free, one.allocate("default/9").port in range(100, 105)) == (1, True)
+    with pytest.raises(PortsExhausted, match=r"in 100-104: 5 in use"):
+        one.allocate("default/10")  # not even 107, which it had before
+
+
+def test_a_port_is_remembered_for_each_node_of_one_ip(two: tuple[Host, Host]) -> None:
+    one, other = two
+    ports = [host.allocate("default/a").port for host in two]
+    for host in two:
+        host.restart()
+    assert [host.allocate("default/a").port for host in (other, one)] == ports[::-1]
+
+
+def test_a_fixed_port_stays_with_the_node_that_has_it_and_moves_when_that_is_gone(two: tuple[Host, Host]) -> None:
+    """Both sessions of one agent may be on one machine and ask for the same: the registry keeps telling who has it."""
+    one, other = two
+    lease = one.allocate_fixed(107, "default/a")
+    with pytest.raises(PortTaken, match="taken by another program"):
+        other.allocate_fixed(107, "default/a")
+    thief = msgspec.structs.replace(lease, owner="default/b")
+    assert not one.registry.lease_port(thief)
+    one.bound.clear()  # kill -9; its lease stands
+    other.clock.now += AVOID
+    assert other.allocate_fixed(107, "default/a").node == "n.2"
+    one.ports.release(lease)  # a late word of the dead
+    other.clock.now += QUARANTINE
+    assert not one.registry.lease_port(msgspec.structs.replace(thief, node="n.2"))
+
+
+def test_a_refused_lease_closes_the_socket(two: tuple[Host, Host]) -> None:
+    one, other = two
+    one.release(one.allocate_fixed(107, "default/a"))
+    with pytest.raises(PortTaken, match="in the registry for another agent"):
+        other.allocate_fixed(107, "default/b")
+    other.registry.away = True
+    with pytest.raises(RegistryUnavailable):
+        other.allocate("default/b")
+    assert not one.bound
+
+
 def test_bad_range_is_refused() -> None:
     for first, last in ((0, 10), (10, 9), (1, 65536)):
         with pytest.raises(ValueError, match="port range"):
@@ -216,7 +292,7 @@ def test_fifty_thousand_ports_are_given_out_in_constant_time() -> None:
     for n in range(50_000):
         if n % 10_000 == 0:
             times.append(time.process_time())
-        ports.allocate(f"default/{n}", n, NODE, str)
+        ports.allocate(f"default/{n}", n, NODE, lambda port: Sock(port, set()))
     times.append(time.process_time())
     assert ports.counts().in_use == 50_000
     assert times[5] - times[4] < 5 * (times[1] - times[0]) + 0.5

@@ -274,7 +274,7 @@ def test_names_never_collide(store: Store) -> None:
     assert [node.beat(session) for node, session in zip(nodes, sessions, strict=True)] == [1] * len(names)
     assert everything(registry) == expected
     for node, session in zip(nodes, sessions, strict=True):
-        assert registry.last_port(node.record.ip, session.leases[0].owner) == session.leases[0].port
+        assert registry.last_port(node.name, session.leases[0].owner) == session.leases[0].port
         registry.unregister(session)
     assert everything(registry) == []
 
@@ -399,7 +399,7 @@ def test_wiped_registry_is_whole_after_one_beat(store: Store) -> None:
     assert other.beat(elsewhere) == 1
     assert everything(registry) == before
     assert {record.node for record in registry.nodes()} == {"broker-1", "broker-2"}
-    assert registry.last_port("10.0.0.1", "default/a7") == 20007
+    assert registry.last_port("broker-1", "default/a7") == 20007
     lease = msgspec.structs.replace(sessions[5].leases[0], owner="default/thief", epoch=node.epoch())
     assert not registry.lease_port(lease)
     assert node.beat(*sessions) == 0
@@ -441,12 +441,12 @@ def test_leased_port_is_refused_to_others(store: Store) -> None:
     registry = store.open()
     one, two = Node(registry), Node(registry, "broker-2")
     lease = PortLease("10.0.0.1", 20001, "default/a", one.name, one.epoch())
-    assert registry.last_port("10.0.0.1", "default/a") is None
+    assert registry.last_port(one.name, "default/a") is None
     assert registry.lease_port(lease)
     assert not registry.lease_port(PortLease("10.0.0.1", 20001, "default/b", two.name, two.epoch()))
     assert registry.lease_port(PortLease("10.0.0.2", 20001, "default/b", two.name, two.epoch()))
     assert registry.lease_port(msgspec.structs.replace(lease, epoch=one.epoch()))
-    assert registry.last_port("10.0.0.1", "default/a") == 20001
+    assert registry.last_port(one.name, "default/a") == 20001
 
 
 def test_released_port_rests_and_only_its_owner_may_have_it_back(store: Store) -> None:
@@ -653,7 +653,7 @@ def every_call(registry: Registry) -> dict[str, Callable[[], object]]:
         "start_node": lambda: registry.start_node(record),
         "stop_node": lambda: registry.stop_node("n", 1),
         "nodes": registry.nodes,
-        "last_port": lambda: registry.last_port("10.0.0.1", "default/a"),
+        "last_port": lambda: registry.last_port("n", "default/a"),
         "lease_port": lambda: registry.lease_port(lease),
         "release_port": lambda: registry.release_port(lease),
         "register": lambda: registry.register(registration),

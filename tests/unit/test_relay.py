@@ -15,6 +15,7 @@ import pytest
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account, Ending, StreamPair
 from rtunnel.relay.link import LEAST_RTT, MAX_STREAM_WINDOW
+from rtunnel.relay.relay import WATCH_SECONDS
 from rtunnel.trust import pki
 from rtunnel.trust.tls import client_context, server_context
 from rtunnel.wire.refusal import Refusal
@@ -519,6 +520,22 @@ class TestWindows:
             (pair,) = far.pairs
             assert isinstance(pair, StreamPair)
             assert len(pair._held) <= stream.receive_window
+
+
+def test_pairs_that_come_to_stay_get_keep_alive() -> None:
+    """On every socket of a pair, sockets and streams alike; and not before."""
+    with running_relay() as near, running_relay() as far:
+        Tunnel(near, far).through()
+        (pair,) = far.do(lambda: list(far.pairs))
+
+        def probed() -> list[int]:
+            return [sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) for sock in pair.sockets]
+
+        far.do(far._watch_over)
+        assert probed() == [0]
+        pair.account.started -= WATCH_SECONDS
+        far.do(far._watch_over)
+        assert probed() == [1]
 
 
 def test_an_end_that_broke_while_it_was_told_is_not_joined() -> None:

@@ -1,0 +1,356 @@
+"""`--workers N`: N processes of one role on one port, and the supervisor that keeps them.
+
+A worker is an independent process of a fresh interpreter: a broker's is a node of its own, with its own name and its
+own part of the port ranges. Workers share the listening address (SO_REUSEPORT: the kernel spreads connections), the
+`host` label and stderr, and nothing else. The supervisor touches no connection.
+
+    supervisor -> worker   its stdin: one line of JSON, the `Task`; then a byte for "stop", another for "at once". Its
+                           end means that the supervisor is gone, however that came: stop.
+    worker -> supervisor   its exit code, and its health over HTTP, on a socket that the supervisor has handed down
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import msgspec
+import trio
+
+from rtunnel import admin, logs, roles
+from rtunnel.config import BrokerConfig, Config, format_endpoint, host_name, parse_endpoint, slice_of
+from rtunnel.net import bound_socket
+from rtunnel.roles import EXIT_FAILED, EXIT_LISTEN, EXIT_OK, EXIT_USAGE, Role
+
+#: A worker that died is started again at once, the next time after this, doubled up to the cap; anew when it has lived
+#: for `STABLE`.
+BACKOFF_FIRST: Final = 0.25
+BACKOFF_CAP: Final = 10.0
+STABLE: Final = 60.0
+#: After the order to stop at once.
+KILL_AFTER: Final = 2.0
+#: A worker answers a question about its health within this, once it had so long to start.
+PATIENCE: Final = 1.0
+START_PATIENCE: Final = 10.0
+ORDER: Final = b"."
+#: How a worker ends that was told to stop. A terminal's signal may find it before it can listen to any.
+IN_ORDER: Final = (EXIT_OK, -signal.SIGTERM, -signal.SIGINT)
+
+log = logs.get_logger("supervisor")
+
+
+class Task(msgspec.Struct):
+    """What a worker is told. By its stdin: there are passwords in it."""
+
+    role: str
+    number: int
+    config: Config
+
+
+def run(role: Role, config: Config) -> int:
+    """Run a role as `roles.run` does, in as many processes as its `workers` key says; the exit code."""
+    count = getattr(getattr(config, role.name), "workers", 1)
+    if count == 1:
+        return roles.run([role], config)
+    notes = roles.check(config, role.name)
+    logs.setup(config.log)
+    supervisor = Supervisor(role.name, config, count)
+    return roles.run_process(role.name, notes, lambda: trio.run(supervisor.run), workers=count)
+
+
+# --- the supervisor ---------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Worker:
+    """One of them, through all its processes."""
+
+    number: int
+    task: bytes
+    health: socket.socket | None  # listening; the same for each of its processes
+    process: trio.Process | None = None
+    since: float = 0.0  # trio's clock
+    restarts: int = 0
+    fate: str = "not started yet"  # of the last process
+
+
+class Supervisor:
+    """Starts the workers, passes orders on, starts again who dies. `run` is its life and gives the exit code."""
+
+    def __init__(self, role: str, config: Config, count: int) -> None:
+        self.role = role
+        self.config = config
+        self.count = count
+        self.workers: list[Worker] = []
+        self.stop = trio.Event()
+        self.at_once = trio.Event()
+        self.code = EXIT_OK
+
+    async def run(self) -> int:
+        """Until all workers have ended. Raises ListenError."""
+        section = getattr(self.config, self.role)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(roles.watch_signals, self.stop, self.at_once.set)
+            with _reserved(section.listen, f"{self.role}.listen") as listen, ExitStack() as stack:
+                for number in range(1, self.count + 1):
+                    health = stack.enter_context(socket.create_server(("127.0.0.1", 0))) if section.admin else None
+                    self.workers.append(Worker(number, self._task(number, listen, health), health))
+                if section.admin:
+                    await nursery.start(partial(admin.serve, section.admin, self._routes(), key=f"{self.role}.admin"))
+                async with trio.open_nursery() as serving:
+                    for worker in self.workers:
+                        serving.start_soon(self._keep, worker)
+            nursery.cancel_scope.cancel()
+        return self.code
+
+    def _task(self, number: int, listen: str, health: socket.socket | None) -> bytes:
+        address = f"{admin.INHERITED}:{health.fileno()}" if health is not None else ""
+        config = worker_config(self.config, self.role, number, listen, address)
+        return msgspec.json.encode(Task(self.role, number, config)) + b"\n"
+
+    async def _keep(self, worker: Worker) -> None:
+        pause = 0.0
+        while True:
+            worker.since = trio.current_time()
+            status = await self._live(worker)
+            if self.stop.is_set():
+                if status not in IN_ORDER:
+                    self.code = self.code or EXIT_FAILED
+                return
+            worker.fate = _told(status)
+            log.error("worker_died", worker=worker.number, status=worker.fate, restarts=worker.restarts)
+            if status in (EXIT_USAGE, EXIT_LISTEN) and worker.restarts == 0:
+                # Wrong from the start, and it said why. Later it is worth trying again: the others may do well.
+                self.code = status
+                self.stop.set()
+                return
+            if trio.current_time() - worker.since >= STABLE:
+                pause = 0.0
+            with trio.move_on_after(pause):
+                await self.stop.wait()
+                return
+            pause = min(BACKOFF_CAP, max(BACKOFF_FIRST, pause * 2))
+            worker.restarts += 1
+
+    async def _live(self, worker: Worker) -> int:
+        """One process, from its start to its end; how it ended."""
+        try:
+            process = await trio.lowlevel.open_process(
+                command(self.role, worker.number),
+                stdin=subprocess.PIPE,
+                pass_fds=[worker.health.fileno()] if worker.health is not None else [],
+                # Modules come from where ours do, and never from the working directory (-P).
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            )
+        except OSError as fault:  # no memory, too many processes
+            log.error("worker_not_started", worker=worker.number, reason=str(fault))
+            return EXIT_FAILED
+        worker.process = process
+        log.info("worker_started", worker=worker.number, pid=process.pid)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._instruct, worker, process)
+            status = await process.wait()
+            nursery.cancel_scope.cancel()
+        worker.process = None
+        if process.stdin is not None:
+            await process.stdin.aclose()
+        return status
+
+    async def _instruct(self, worker: Worker, process: trio.Process) -> None:
+        assert process.stdin is not None
+        try:
+            await process.stdin.send_all(worker.task)
+            await self.stop.wait()
+            await process.stdin.send_all(ORDER)
+            await self.at_once.wait()
+            await process.stdin.send_all(ORDER)
+        except trio.BrokenResourceError:
+            return  # it is ending, and the exit code tells more
+        await trio.sleep(KILL_AFTER)
+        process.kill()
+
+    # Health.
+
+    def _routes(self) -> dict[str, admin.Route]:
+        return {"/livez": self._livez, "/readyz": self._readyz, "/statusz": self._statusz}
+
+    async def _livez(self) -> admin.Answer:
+        """A worker that does not even answer is as bad as a process that doesn't."""
+        answers = await self._ask_all("/livez")
+        now = trio.current_time()
+        silent = [
+            worker.number
+            for worker, answer in zip(self.workers, answers, strict=True)
+            if answer is None and worker.process is not None and now - worker.since > START_PATIENCE
+        ]
+        return admin.json_answer({"live": not silent, "silent_workers": silent}, 503 if silent else 200)
+
+    async def _readyz(self) -> admin.Answer:
+        answers = await self._ask_all("/readyz")
+        reasons = [
+            f"worker {worker.number}: {reason}"
+            for worker, answer in zip(self.workers, answers, strict=True)
+            for reason in (answer["reasons"] if answer is not None else [_absence(worker)])
+        ]
+        return admin.json_answer({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+
+    async def _statusz(self) -> admin.Answer:
+        answers = await self._ask_all("/statusz")
+        shown = [
+            {
+                "worker": worker.number,
+                "pid": worker.process.pid if worker.process is not None else 0,
+                "admin": format_endpoint(*_address(worker)),
+                "restarts": worker.restarts,
+                **(answer if answer is not None else {"reason": _absence(worker)}),
+            }
+            for worker, answer in zip(self.workers, answers, strict=True)
+        ]
+        return admin.json_answer({"role": self.role, "workers": shown})
+
+    async def _ask_all(self, path: str) -> list[Mapping[str, Any] | None]:
+        """Every worker's own answer; None from one that gives none in time."""
+        answers: list[Mapping[str, Any] | None] = [None] * len(self.workers)
+
+        async def ask(index: int, worker: Worker) -> None:
+            with trio.move_on_after(PATIENCE):
+                try:
+                    answers[index] = await _get(*_address(worker), path)
+                except (OSError, trio.BrokenResourceError, msgspec.DecodeError):
+                    pass
+
+        async with trio.open_nursery() as nursery:
+            for index, worker in enumerate(self.workers):
+                if worker.process is not None:
+                    nursery.start_soon(ask, index, worker)
+        return answers
+
+
+@contextmanager
+def _reserved(address: str, key: str) -> Iterator[str]:
+    """The address for all workers to share, ours until the end.
+
+    Bound alone first, so that somebody else's socket is told now, also one that would share. The one that stays never
+    listens, so that no connection comes to it: it makes port 0 one port, and keeps it while a worker is away.
+    """
+    host, port = parse_endpoint(address)
+    if port:
+        bound_socket(host, port, key=key).close()
+    with bound_socket(host, port, key=key, shared=True) as sock:
+        yield format_endpoint(*sock.getsockname()[:2])
+
+
+def worker_config(config: Config, role: str, number: int, listen: str, admin_address: str) -> Config:
+    """The configuration of one worker: what it shares, and what is its own."""
+    section = getattr(config, role)
+    own: dict[str, Any] = {"listen": listen, "admin": admin_address}
+    if isinstance(section, BrokerConfig):
+        open_ports = section.open_ports
+        part = slice_of(open_ports.range, number, section.workers) if open_ports.range else ""
+        own["node_id"] = f"{section.node_id or host_name()}.{number}"
+        own["port_range"] = slice_of(section.port_range, number, section.workers)
+        own["open_ports"] = msgspec.structs.replace(open_ports, own=part)
+    return msgspec.structs.replace(config, **{role: msgspec.structs.replace(section, **own)})
+
+
+def command(role: str, number: int) -> list[str]:
+    """What starts a worker. Role and number are for whoever reads `ps`: its task comes by stdin."""
+    return [sys.executable, "-P", "-m", "rtunnel.workers", role, str(number)]
+
+
+def _told(status: int) -> str:
+    if status >= 0:
+        return f"exit code {status}"
+    try:
+        return signal.Signals(-status).name
+    except ValueError:  # a realtime signal
+        return f"signal {-status}"
+
+
+def _absence(worker: Worker) -> str:
+    return "does not answer" if worker.process is not None else f"does not run: {worker.fate}"
+
+
+def _address(worker: Worker) -> tuple[str, int]:
+    assert worker.health is not None
+    host, port = worker.health.getsockname()
+    return host, port
+
+
+async def _get(host: str, port: int, path: str) -> Mapping[str, Any]:
+    """The JSON of one of our own endpoints, which closes the connection behind it."""
+    async with await trio.open_tcp_stream(host, port) as stream:
+        await stream.send_all(f"GET {path} HTTP/1.1\r\nHost: worker\r\n\r\n".encode())
+        answer = b"".join([piece async for piece in stream])
+    return msgspec.json.decode(answer.partition(b"\r\n\r\n")[2], type=dict[str, Any])
+
+
+# --- a worker ---------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """A worker's process, which only a supervisor starts."""
+    line, early = _first_line()
+    try:
+        task = msgspec.json.decode(line, type=Task)
+    except msgspec.DecodeError:
+        sys.exit("rtunnel: a worker is started by its supervisor: use `rtunnel ROLE --workers N`")
+    logs.setup(task.config.log, worker=task.number)
+    role = roles.find_role(task.role)
+    # The supervisor has checked all and given the warnings.
+    sys.exit(roles.run_process(role.name, [], partial(roles.run_roles, [role], task.config, partial(_obey, early))))
+
+
+def _first_line() -> tuple[bytes, bytes]:
+    """The first line of stdin, and what came behind it."""
+    data = b""
+    while b"\n" not in data and (piece := os.read(0, 1 << 16)):
+        data += piece
+    line, _, rest = data.partition(b"\n")
+    return line, rest
+
+
+async def _obey(
+    early: bytes, stop: trio.Event, at_once: Callable[[], object], *, task_status: trio.TaskStatus[None]
+) -> None:
+    """A worker's way to watch for its end, in place of `roles.watch_signals`: orders count, and signals only once.
+
+    A terminal and an init system may send theirs to every process, beside the supervisor's order.
+    """
+
+    def told(by: str) -> None:
+        if not stop.is_set():
+            log.info("stopping", by=by)
+            stop.set()
+
+    async def heed(signals: Any) -> None:
+        async for number in signals:
+            told(signal.Signals(number).name)
+
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery, trio.lowlevel.FdStream(os.dup(0)) as orders:
+            nursery.start_soon(heed, signals)
+            task_status.started()
+            given = early
+            while True:
+                if given:
+                    told("the supervisor")
+                if len(given) > 1:
+                    log.warning("stopping_at_once", by="the supervisor")
+                    at_once()
+                if not (piece := await orders.receive_some()):
+                    break
+                given += piece
+            told("the supervisor's end")
+
+
+if __name__ == "__main__":
+    main()

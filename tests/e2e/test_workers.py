@@ -1,0 +1,245 @@
+"""`--workers N` as an operator runs it: a supervisor and its workers are processes, and are killed as such."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rtunnel.config import parse_range, slice_of
+from support.cluster import Target, in_thread, read_line, running_cluster
+from support.plumbing import close_kept, kept
+from support.polling import until
+from support.redis_server import RedisServer
+from support.site import Process, Site, fetch, free_address, health, ready, site
+
+IP1, IP2 = "127.2.0.1", "127.2.0.2"
+TWO = ("--workers", "2")
+
+needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+
+
+def pids(process: Process) -> dict[int, int]:
+    """The latest process of each worker."""
+    return {int(line["worker"]): int(line["pid"]) for line in process.lines("worker_started")}
+
+
+def alive(pid: int) -> bool:
+    """Whether this process runs; one that only nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def workers_site(directory: Path, registry_url: str) -> Iterator[Site]:
+    """As `site`; at the end it waits for the workers too, which would write into the next test's registry."""
+    with site(directory, registry_url) as here:
+        try:
+            yield here
+        finally:
+            here.stack.close()
+            for process in here.processes.values():
+                left = [line["pid"] for line in process.lines("worker_started")]
+                until(lambda left=left: not any(map(alive, left)), what=f"the end of {process.name}'s workers")  # type: ignore[misc]
+
+
+def whole(process: Process) -> str:
+    """The admin address of a supervisor whose workers are ready."""
+    process.wait_for("worker_started")
+    until(lambda: ready(process.admin()), what=f"{process.name} to be ready")
+    return process.admin()
+
+
+def agent_of(here: Site, name: str, ip: str, *brokers: Process) -> tuple[Process, dict[str, Any]]:
+    """An agent with all its sessions, and its status."""
+    agent = here.agent(name, ip, [broker.address("broker_ready") for broker in brokers])
+    until(lambda: ready(agent.admin()), what=f"2/2 of {name}")
+    return agent, health(agent.admin(), "/statusz")[1]
+
+
+def test_workers_are_nodes_of_one_host_and_come_back(tmp_path: Path, redis_server: RedisServer) -> None:
+    """Two nodes, an agent on both, which says so; kill -9 of one; SIGTERM ends all and leaves nothing."""
+    with workers_site(tmp_path, redis_server.url) as here:
+        broker = here.broker("b1", 1, *TWO)
+        admin = whole(broker)
+        agent, status = agent_of(here, "a1", IP1, broker)
+        here.gateway()
+        check_one_host(here, agent, status)
+        check_health(broker, admin)
+        before = {session["node"]: session["ps"] for session in status["sessions"]}
+
+        # The agent sleeps meanwhile: its quick dials would be over just before there is a second node again.
+        agent.process.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        os.kill(pids(broker)[1], signal.SIGKILL)
+        until(lambda: len(broker.lines("broker_ready")) == 3, what="the worker to be back")
+        print(f"a worker is ready again {time.monotonic() - began:.2f} s after its death")
+        agent.process.send_signal(signal.SIGCONT)
+        until(lambda: len(agent.lines("session_down")) == 1 and ready(agent.admin()), what="2/2 again")
+        (death,) = broker.lines("worker_died")
+        assert (death["worker"], death["status"]) == (1, "SIGKILL")
+        sessions = health(agent.admin(), "/statusz")[1]["sessions"]
+        assert {session["node"]: session["ps"] for session in sessions} == before, "the same ports again"
+        assert len(agent.lines("on_one_host")) == 1, "told once"
+
+        assert agent.end()[0] == 0
+        left = list(pids(broker).values())
+        code, seconds = broker.end()
+        assert code == 0 and seconds < 5.0, broker.text
+        assert not any(map(alive, left))
+        assert (here.status()["nodes"], here.status()["agents"]) == ([], [])
+        assert not re.search("Traceback|crash", broker.text)
+
+
+def check_one_host(here: Site, agent: Process, status: dict[str, Any]) -> None:
+    """Each session is on a port of its worker's part; that both are on one host is told."""
+    assert {session["node"] for session in status["sessions"]} == {"b1.1", "b1.2"}
+    for session in status["sessions"]:
+        first, last = parse_range(slice_of("22200-22399", int(session["node"][-1]), 2))
+        assert first <= int(session["ps"].rpartition(":")[2]) <= last
+    assert (status["redundancy"], status["state"], status["one_host"]) == ("2/2", "ready", "b1")
+    assert agent.wait_for("on_one_host")["host"] == "b1"
+    registry = here.status()
+    assert {(node["node"], node["host"], node["ip"]) for node in registry["nodes"]} == {
+        ("b1.1", "b1", "127.0.0.1"),
+        ("b1.2", "b1", "127.0.0.1"),
+    }
+    assert (registry["summary"]["agents_on_one_node"], registry["summary"]["agents_on_one_host"]) == (0, 1)
+    assert re.search(r"^a1 .* 2 nodes on one host +b1\.1 b1\.2$", here.ask_registry("status"), re.MULTILINE)
+
+
+def check_health(broker: Process, admin: str) -> None:
+    """The supervisor speaks for all, and says where each can be asked."""
+    assert health(admin, "/livez") == (200, {"live": True, "silent_workers": []})
+    assert health(admin, "/readyz") == (200, {"ready": True, "reasons": []})
+    status = health(admin, "/statusz")[1]
+    shown = [(worker["worker"], worker["pid"], worker["node"], worker["sessions"]) for worker in status["workers"]]
+    assert shown == [(number, pid, f"b1.{number}", 1) for number, pid in sorted(pids(broker).items())]
+    own = health(status["workers"][1]["admin"], "/statusz")[1]
+    assert (status["role"], own["node"]) == ("broker", "b1.2")
+    assert {(line["worker"], line["node"]) for line in broker.lines("broker_ready")} == {(1, "b1.1"), (2, "b1.2")}
+
+
+def test_an_agent_is_on_two_hosts_where_there_are_two(tmp_path: Path, redis_server: RedisServer) -> None:
+    with workers_site(tmp_path, redis_server.url) as here:
+        brokers = [here.broker(f"b{number}", number, *TWO) for number in (1, 2)]
+        for broker in brokers:
+            whole(broker)
+        here.gateway()
+        for name, ip in (("a1", IP1), ("a2", IP2)):
+            agent, status = agent_of(here, name, ip, *brokers)
+            assert {session["host"] for session in status["sessions"]} == {"b1", "b2"}
+            assert status["one_host"] == "" and not agent.lines("on_one_host")
+        assert here.status()["summary"]["agents_on_one_host"] == 0
+
+
+@needs_curl
+def test_traffic_through_a_gateway_with_workers(tmp_path: Path, redis_server: RedisServer) -> None:
+    """One port, and the kernel gives both workers their share."""
+    with workers_site(tmp_path, redis_server.url) as here:
+        broker = here.broker("b1", 1, *TWO)
+        gateway = here.gateway(*TWO)
+        admin = whole(gateway)
+        whole(broker)
+        agent_of(here, "a1", IP1, broker)
+        port = here.web(IP1)
+        proxy = gateway.address("gateway_ready")
+
+        def both() -> bool:
+            assert fetch(proxy, f"http://{IP1}:{port}/") == f"hello from {IP1}\n"
+            return all(worker["accepted"] for worker in health(admin, "/statusz")[1]["workers"])
+
+        until(both, what="both workers to have had a client")
+        assert gateway.end()[0] == 0
+
+
+def test_no_worker_outlives_its_supervisor(tmp_path: Path, redis_server: RedisServer) -> None:
+    """SIGKILL, which nobody can catch: the workers see it, and leave in order."""
+    with workers_site(tmp_path, redis_server.url) as here:
+        broker = here.broker("b1", 1, *TWO)
+        here.gateway()
+        whole(broker)
+        assert {node["node"] for node in here.status()["nodes"]} == {"b1.1", "b1.2"}
+        left = list(pids(broker).values())
+        broker.kill()
+        until(lambda: not any(map(alive, left)), what="the workers' end")
+        assert here.status()["nodes"] == []
+        assert [line["by"] for line in broker.lines("stopping")] == ["the supervisor's end"] * 2
+
+
+def test_a_second_signal_ends_all_at_once(tmp_path: Path, redis_server: RedisServer) -> None:
+    """The agent has nowhere to go, so that the drain would last."""
+    with workers_site(tmp_path, redis_server.url) as here:
+        broker = here.broker("b1", 1, *TWO)
+        whole(broker)
+        agent_of(here, "a1", IP1, broker)
+        broker.process.send_signal(signal.SIGTERM)
+        until(lambda: len(broker.lines("draining")) == 2, what="both to drain")
+        for pid in pids(broker).values():
+            os.kill(pid, signal.SIGTERM)  # as an init system that signals everybody: not a second one
+        assert health(broker.admin(), "/readyz")[1]["reasons"] == ["worker 1: draining", "worker 2: draining"]
+        left = list(pids(broker).values())
+        code, seconds = broker.end(signal.SIGINT)
+        assert code == 1 and seconds < 3.0, broker.text
+        assert not any(map(alive, left))
+        assert len(broker.lines("stopping_at_once")) == 3
+
+
+def test_a_port_that_is_taken_is_refused_however_many_workers(tmp_path: Path, redis_server: RedisServer) -> None:
+    """SO_REUSEPORT must not let a second start take half of the connections."""
+    with workers_site(tmp_path, redis_server.url) as here:
+        first = here.broker("b1", 1, *TWO)
+        whole(first)
+        address = first.address("broker_ready")
+        for node, flags in (("b2", TWO), ("b3", ())):
+            other = here.broker(node, 2, *flags, "--listen", address)
+            assert other.process.wait(10) == 3
+            (told,) = other.lines("can_not_listen")
+            assert told["text"].startswith(f"broker.listen: can't listen on {address}: the address is in use")
+            assert not other.lines("worker_started")
+
+
+def test_one_worker_is_one_process(tmp_path: Path, redis_server: RedisServer) -> None:
+    with site(tmp_path, redis_server.url) as here:
+        broker = here.broker("b1", 1, "--workers", "1")
+        assert broker.wait_for("broker_ready")["node"] == "b1"
+        assert not broker.lines("worker_started")
+        assert broker.end()[0] == 0
+
+
+async def test_a_fixed_open_port_is_had_on_whichever_node_of_the_host(tmp_path: Path) -> None:
+    """Two nodes share IP and range; one session gets the port, the other is told; when its node dies it moves."""
+    fixed = int(free_address().rpartition(":")[2])
+    open_ports = {"open_ports__range": f"{fixed}-{fixed}", "open_ports__allow": ["127.0.0.0/8"]}
+    async with running_cluster(tmp_path) as cluster:
+        for node in ("b.1", "b.2"):
+            await cluster.start_broker(node, host="b", **open_ports)
+        target = Target(IP1)
+        publish = [{"target": f"{IP1}:{target.port}", "port": fixed}]
+        agent = (await cluster.start_agent("a1", IP1, publish=publish)).agent
+
+        def has_it() -> list[str]:
+            welcomes = [slot.session.welcome for slot in agent.slots if slot.session and slot.session.welcome]
+            return [welcome.node for welcome in welcomes if [port.port for port in welcome.open_ports] == [fixed]]
+
+        await cluster.until(lambda: agent.state == "ready")
+        (first,) = has_it()
+        assert agent.one_host == "b"
+        cluster.brokers.pop(first).kill()
+        await cluster.start_broker("b.3", host="b", port_range="22800-22899", **open_ports)
+        await cluster.until(lambda: agent.state == "ready" and has_it() == ["b.3"])
+        sock = await in_thread(lambda: kept(socket.create_connection(("127.0.0.1", fixed), timeout=5)))
+        await in_thread(lambda: sock.sendall(b"hello\n"))
+        assert await in_thread(lambda: read_line(sock)) == f"{IP1}:hello".encode()
+    close_kept()
