@@ -42,12 +42,14 @@ PING_AFTER_SERVER: Final = 8.0
 #: least, because even on loopback the other end needs a turn. More would only fill buffers that small frames wait
 #: behind: windows of 4 MiB on loopback gave a round trip beside a bulk stream a p99 of 33 ms.
 LEAST_RTT: Final = 0.0005
-NEAR_RTT: Final = 0.001
+#: On a farther path windows are given back in eighths: in halves a stream moves half of its window in a round trip.
+FAR_GIVE_BACK: Final = 8
 #: A rate over less time than this is that of a burst out of some buffer.
 RATE_SECONDS: Final = 0.01
-#: A stream is alone on its link when none other has spoken for so long. One that is not gets no LEAST_RTT: its window
-#: shrinks to what the path needs, for what is more only queues up in front of its neighbours' bytes.
+#: A stream is alone on its link when none other has spoken for so long. The window of one that is not shrinks again to
+#: where it began, on a path that is nearer than `NEAR_RTT`: more would only queue up in front of its neighbours' bytes.
 ALONE_SECONDS: Final = 0.25
+NEAR_RTT: Final = 0.001
 #: 1 Gbit/s over 50 ms is 6 MiB under way, and half a window again until it is given back.
 MAX_STREAM_WINDOW: Final = 16 * 1024 * 1024
 WINDOW_BUDGET: Final = 256 * 1024 * 1024
@@ -358,19 +360,13 @@ class Link(yamux.Session):
         seconds = now - stream.granted
         if seconds < RATE_SECONDS:
             return 0
-        alone = now - self.spoke_another > ALONE_SECONDS
-        rtt = self._least_rtt
-        if rtt < NEAR_RTT:
-            rtt = max(rtt, LEAST_RTT) if alone else 0.0
-        wanted = int(2 * stream.given / seconds * rtt)
-        stream.granted, stream.given = now, 0
+        given, stream.granted, stream.given = stream.given, now, 0
         window = stream.receive_window
-        if wanted > window:
-            more = min(wanted - window, window, MAX_STREAM_WINDOW - window, self._windows.left)
-        elif alone:
-            return 0
+        if self._least_rtt < NEAR_RTT and now - self.spoke_another < ALONE_SECONDS:
+            more = -min(stream.owed, window - yamux.INITIAL_WINDOW)
         else:
-            more = -min(stream.owed, window - max(wanted, yamux.INITIAL_WINDOW))
+            wanted = int(2 * given / seconds * max(self._least_rtt, LEAST_RTT))
+            more = max(0, min(wanted - window, window, MAX_STREAM_WINDOW - window, self._windows.left))
         self._windows.left -= more
         return more
 
@@ -543,7 +539,7 @@ class Link(yamux.Session):
             return
         if self._pings == 1 or silent >= self._ping_after * 0.7:  # the first was slow: a handshake was under way
             self._measure()
-        pause = min(self._ping_after * random.uniform(0.8, 1.0), DEAD_AFTER - silent + 0.05)  # noqa: S311
+        pause = min(self._ping_after * random.uniform(0.9, 1.0), DEAD_AFTER - silent + 0.05)  # noqa: S311
         self._timer = self.loop.after(pause, self._beat)
 
     def _measure(self) -> None:
@@ -556,6 +552,7 @@ class Link(yamux.Session):
         if value == self._pings & 0xFFFFFFFF:
             self.rtt = self.loop.now - self._ping_sent
             self._least_rtt = min(self.rtt, self._least_rtt or self.rtt)
+            self.give_back = 2 if self._least_rtt < NEAR_RTT else FAR_GIVE_BACK
 
     def close(self, why: str) -> None:
         """End in order: what was written goes out first, as far as the kernel takes it."""

@@ -151,9 +151,9 @@ class Stream:
             self.session.emit(HEADER.pack(0, WINDOW_UPDATE, RST | self._pending_flags, self.id, 0))
 
     def consumed(self, size: int) -> None:
-        """`size` bytes of on_data's payload have left this process: gives window back when half of it is owed."""
+        """`size` bytes of on_data's payload have left this process: gives window back when enough of it is owed."""
         self.owed += size
-        if self.owed * 2 >= self.receive_window and not (self.fin_received or self.gone):
+        if self.owed * self.session.give_back >= self.receive_window and not (self.fin_received or self.gone):
             more = self.session.grows(self)
             self.receive_window += more
             delta, self.owed = self.owed + more, 0
@@ -186,6 +186,7 @@ class Session:
     def __init__(self, *, client: bool) -> None:
         self.streams: dict[int, Stream] = {}
         self.over = False
+        self.give_back = 2  # a window is given back when this part of it (a half, a third, ...) is owed
         self.going_away: GoAwayCode | None = None  # what the peer said
         self._client = client
         self._next_id = 1 if client else 2
