@@ -58,7 +58,7 @@ class Loop:
         self._timer_ids = count()
         self._cancelled = 0
         self._graves: list[socket.socket] = []
-        self._stopped = False
+        self.stopped = False  # this turn is the last
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._mailbox: deque[Callable[[], None]] = deque()
         self._thread: int | None = None
@@ -115,7 +115,7 @@ class Loop:
         """Turn until `stop`."""
         self._thread = threading.get_ident()
         poll, handlers, ready = self._epoll.poll, self.handlers, self._ready
-        while not self._stopped:
+        while not self.stopped:
             events = poll(self._patience(), 256)
             self.now = time.monotonic()
             for fd, mask in events:
@@ -135,7 +135,7 @@ class Loop:
 
     def stop(self) -> None:
         """Leave `run` after this turn; every watched descriptor's owner must have let go by then."""
-        self._stopped = True
+        self.stopped = True
 
     def _guarded(self, call: Callable[[], None]) -> None:
         try:

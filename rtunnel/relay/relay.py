@@ -176,6 +176,9 @@ class Attempt:
         self._drop()
 
     def _at_once(self) -> None:
+        if self._loop.stopped:
+            self.cancel()  # nobody would end what came of it
+            return
         sock, self._sock = self._sock, None
         done, self._done = self._done, None
         if sock is not None and done is not None:

@@ -538,6 +538,23 @@ def test_pairs_that_come_to_stay_get_keep_alive() -> None:
         assert probed() == [1]
 
 
+def test_a_connect_that_is_done_as_the_relay_stops_is_dropped() -> None:
+    """Nothing would end the connection any more: it is closed, and nobody is told."""
+    told: list[object] = []
+    with running_relay() as relay, listener() as meeting:
+
+        def connect_and_stop() -> None:
+            host, port = meeting.getsockname()
+            relay.connect(host, port, 5.0, lambda *outcome: told.append(outcome))
+            relay._end_all()
+
+        relay.call(connect_and_stop)
+        met = kept(meeting.accept()[0])
+        met.settimeout(PATIENCE)
+        assert met.recv(1) == b""
+    assert not told
+
+
 def test_an_end_that_broke_while_it_was_told_is_not_joined() -> None:
     """The client is reset while the reply to it is sent: the join that follows at once ends both sides, and says so."""
     with running_relay() as relay, listener() as meeting:
