@@ -22,8 +22,9 @@ from rtunnel.config import Config, ConfigError, Flag
 from rtunnel.logs import printable
 from rtunnel.registry import NodeRecord, Registry, RegistryUnavailable, Snapshot, Tuple, connect
 from rtunnel.roles import EXIT_FAILED, EXIT_USAGE, RoleMissing
-from rtunnel.trust import keys, pki
+from rtunnel.trust import keys, pki, policy, users
 from rtunnel.trust.keys import TrustError
+from rtunnel.trust.policy import Policy, Question, Verdict
 
 #: `rtunnel status` shows so many agents unless it is asked for all.
 SHOWN_AGENTS = 50
@@ -37,7 +38,9 @@ Examples:
   rtunnel pki init ./pki                       keys and certificates of a new cluster
   rtunnel broker --config /etc/rtunnel.toml
   rtunnel agent --brokers vip.example:7000 --exposes 9100 --ca ca.pem --join-token join.token
-  rtunnel gateway --listen 0.0.0.0:1080 --registry-url redis://10.0.0.5/0 --cluster-key cluster.key
+  rtunnel gateway --listen 0.0.0.0:1080 --registry-url redis://10.0.0.5/0 --cluster-key cluster.key --policy policy.toml
+  rtunnel user add alice --file users
+  rtunnel policy test --file policy.toml --user alice --from 10.9.0.4 10.1.0.7:22
   rtunnel resolve 10.1.0.7:9100                through which brokers is it reached?
   rtunnel config check /etc/rtunnel.toml --role broker
 
@@ -274,6 +277,150 @@ def _show_made(made: Sequence[pki.Made]) -> None:
     width = max(len(str(item.path)) for item in made)
     for item in made:
         click.echo(f"{item.path!s:<{width}}  {item.what}")
+
+
+# --- rules and users of a gateway -------------------------------------------------------------------------------------
+
+
+def _file_option(key: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    text = f"The file; else the {key} of --config or ${config.KEYS[key].env}."
+    return click.option("--file", "file", type=click.Path(path_type=Path), help=text)
+
+
+def _with_config(command: click.Command) -> click.Command:
+    command.params.append(_config_option())
+    return command
+
+
+@cli.group("policy")
+def policy_group() -> None:
+    """Ask the rules of a gateway."""
+
+
+@_with_config
+@policy_group.command("test")
+@click.argument("target", metavar="IP:PORT")
+@click.option("--user", metavar="NAME", help="Who has logged in; without it nobody has.")
+@click.option("--from", "source", metavar="IP", required=True, help="The client's address.")
+@click.option("--namespace", help="Of the target; default: the gateway's.")
+@_file_option("gateway.policy")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def policy_test(
+    target: str,
+    user: str | None,
+    source: str,
+    namespace: str | None,
+    file: Path | None,
+    as_json: bool,
+    config_file: Path | None,
+) -> None:
+    """Say whether a client may reach IP:PORT, and the rule that decides it. Exit code 0: yes, 1: no.
+
+    Whether an agent exposes that port is another question: `rtunnel resolve`.
+    """
+    with _told():
+        gateway = config.load(config_file, os.environ, {}).gateway
+        path = file or (Path(gateway.policy) if gateway.policy else None)
+        rules = policy.load_policy(path) if path else policy.LOCAL_ONLY
+        question = _question(user, source, namespace or gateway.namespace, target)
+    verdict = rules.verdict(question)
+    if as_json:
+        rule = rules.rules[verdict.number - 1] if verdict.number else None
+        _print_json({"allowed": verdict.allowed, "rule": verdict.number or None, "text": rule, "file": str(path or "")})
+    else:
+        for line in _explained(rules, question, verdict, str(path) if path else "no policy is given"):
+            click.echo(printable(line))
+    sys.exit(0 if verdict.allowed else EXIT_FAILED)
+
+
+def _question(user: str | None, source: str, namespace: str, target: str) -> Question:
+    ip, port = _parse_target(target)
+    if not port:
+        raise _Failure(f"{target!r} has no port: write {config.format_endpoint(ip, 443)}", EXIT_USAGE)
+    try:
+        return Question(user, config.canonical_ip(source), namespace, ip, port)
+    except ValueError as fault:
+        raise _Failure(f"--from: {fault}", EXIT_USAGE) from None
+
+
+def _explained(rules: Policy, question: Question, verdict: Verdict, where: str) -> Iterator[str]:
+    word = "allow" if verdict.allowed else "deny"
+    if verdict.number:
+        yield f"{word}: rule {verdict.rule} ({where})"
+        if rules is policy.LOCAL_ONLY:
+            return
+        keys_of = msgspec.to_builtins(rules.rules[verdict.number - 1])
+        yield from (f"  {key} = {_toml(value)}" for key, value in keys_of.items() if value not in (None, ""))
+        return
+    yield f"{word}: no rule fits ({where})"
+    if kind := policy.special(question.ip):
+        yield f"  {question.ip} is {kind}: only a rule whose `to` names it allows it"
+    for near, key in rules.nearly(question):
+        yield f"  but for `{key}`, rule {near.rule} would {'allow' if near.allowed else 'deny'} it"
+
+
+def _toml(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+@cli.group("user")
+def user_group() -> None:
+    """Names and passwords of a gateway's clients."""
+
+
+def _users_file(file: Path | None, config_file: Path | None) -> Path:
+    path = file or config.load(config_file, os.environ, {}).gateway.users
+    if not path:
+        raise _Failure("which file? give --file, or --config with gateway.users", EXIT_USAGE)
+    return Path(path)
+
+
+@_with_config
+@user_group.command("add")
+@click.argument("name")
+@_file_option("gateway.users")
+def user_add(name: str, file: Path | None, config_file: Path | None) -> None:
+    """Add user NAME, or give NAME another password; it is asked for, or the first line of stdin.
+
+    Gateways see it within seconds. Another password ends the streams that were opened with the old one.
+    """
+    with _told():
+        path = _users_file(file, config_file)
+        try:
+            users.check_name(name)
+            entry = users.new_hash(_password(name))
+        except config.BadValue as fault:
+            raise _Failure(f"{fault}" + (f" ({fault.fix})" if fault.fix else ""), EXIT_USAGE) from None
+        new = users.put_user(path, name, entry)
+    click.echo(f"{path}: {name} {'added' if new else 'has another password'}")
+
+
+def _password(name: str) -> str:
+    if sys.stdin.isatty():
+        return str(click.prompt(f"Password of {name}", hide_input=True, confirmation_prompt=True, err=True))
+    return sys.stdin.readline().rstrip("\r\n")
+
+
+@_with_config
+@user_group.command("remove")
+@click.argument("name")
+@_file_option("gateway.users")
+def user_remove(name: str, file: Path | None, config_file: Path | None) -> None:
+    """Take user NAME out. Gateways see it within seconds, and end the user's streams."""
+    with _told():
+        path = _users_file(file, config_file)
+        users.remove_user(path, name)
+    click.echo(f"{path}: {name} removed")
+
+
+@_with_config
+@user_group.command("list")
+@_file_option("gateway.users")
+def user_list(file: Path | None, config_file: Path | None) -> None:
+    """Print the names."""
+    with _told():
+        for name in sorted(users.load_users(_users_file(file, config_file)).hashes):
+            click.echo(printable(name))
 
 
 # --- looking at the registry ------------------------------------------------------------------------------------------

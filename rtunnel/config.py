@@ -271,7 +271,8 @@ def _addresses(values: list[str]) -> list[str]:
     return list(dict.fromkeys(_each(_address, MAX_ADDRESSES)(values)))
 
 
-def _cidr(text: str) -> str:
+def check_network(text: str) -> str:
+    """A network, or one address as a network, in its one spelling. Raises ValueError."""
     try:
         return str(ipaddress.ip_network(text))
     except ValueError:
@@ -330,7 +331,7 @@ def _publish_one(entry: PublishConfig) -> PublishConfig:
     target = format_endpoint(_address(host), port)
     if not 0 <= entry.port <= 65535:
         raise BadValue(f"port {entry.port} of {target}", "use 1..65535, or 0 for a random one")
-    return PublishConfig(target=target, port=entry.port, allow=_each(_cidr, MAX_ALLOW)(entry.allow))
+    return PublishConfig(target=target, port=entry.port, allow=_each(check_network, MAX_ALLOW)(entry.allow))
 
 
 def _publish_words(value: Any) -> Any:
@@ -373,6 +374,14 @@ def _count(text: str, high: int = 1_000_000) -> Key:
     return Key(text, _between(1, high), "count")
 
 
+def _at_most(text: str) -> Key:
+    return Key(text, _between(0, 1_000_000), "count")
+
+
+def _rate(text: str) -> Key:
+    return Key(text, _between(0, 1_000_000), "per second")
+
+
 def _choice(text: str, *words: str) -> Key:
     return Key(text, _one_of(*words), "word")
 
@@ -401,6 +410,7 @@ _ADVERTISE = "the PS IP, where gateways reach this node's ports; default: the ad
 _WORKERS = _count("processes on one port, each a node of its own with its part of the ranges", MAX_WORKERS)
 _GATEWAY_WORKERS = _count("processes on one port", MAX_WORKERS)
 _OPEN_ALLOW = "networks that may connect; an agent's own list can only narrow it"
+_NO_AUTH = "networks whose clients need not log in, though there is a file of users"
 _BROKERS = "the VIP; several are used in turn, names are resolved at every dial"
 _ADDRESSES_HELP = "original IPs that it answers for; default: the address of the default route"
 _EXPOSES = Key(
@@ -439,7 +449,7 @@ class OpenPortsConfig(_Section):
     """[broker.open_ports]: none unless both are given."""
 
     range: A[str, Key("for agents' publish requests, fixed or random", _optional(_range), "ports")] = ""
-    allow: A[list[str], Key(_OPEN_ALLOW, _each(_cidr, MAX_ALLOW), "CIDRs")] = []
+    allow: A[list[str], Key(_OPEN_ALLOW, _each(check_network, MAX_ALLOW), "CIDRs")] = []
     #: Not a key: the part of `range` that this worker gives out at random (rtunnel/workers.py); "" for all of it.
     own: str = ""
 
@@ -497,6 +507,16 @@ class AgentConfig(_Section):
     admin: A[str, _ADMIN] = "127.0.0.1:7071"
 
 
+class LimitsConfig(_Section):
+    """[gateway.limits]: what one source, and one user, may have."""
+
+    source_handshakes: A[int, _at_most("connections of one source that are not streams yet; 0: no limit")] = 1024
+    source_rate: A[float, _rate("new connections of one source; 0: no limit")] = 0.0
+    source_streams: A[int, _at_most("streams of one source; 0: no limit")] = 0
+    user_rate: A[float, _rate("new connections of one user; 0: no limit")] = 0.0
+    user_streams: A[int, _at_most("streams of one user; 0: no limit")] = 0
+
+
 class GatewayConfig(_Section):
     """[gateway]"""
 
@@ -504,6 +524,10 @@ class GatewayConfig(_Section):
     name: A[str, _id("told in Dials; default: the host's name")] = ""
     namespace: A[str, _NAMESPACE] = "default"
     cluster_key: A[str, _CLUSTER_KEY] = ""
+    policy: A[str, _file("who may reach what (docs/policy.md); without it only clients on this machine may")] = ""
+    users: A[str, _file("names and password hashes (`rtunnel user`); with it clients must log in", secret=True)] = ""
+    no_auth: A[list[str], Key(_NO_AUTH, _each(check_network, MAX_ALLOW), "CIDRs")] = []
+    limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
     handshake_timeout: A[float, _seconds("a client must have said what it wants by then")] = 10.0
     hedge_delay: A[float, _seconds("the next tuple is tried beside one that is silent for so long", 0)] = 0.25
     dial_timeout: A[float, _seconds("all tuples together")] = 15.0
@@ -773,6 +797,9 @@ def _cross_check(config: Config) -> Iterator[Problem]:
     yield from _check_ports(config, ("agent",))
     yield from _check_ports(config, ("gateway",))
     yield from _check_open_ports(config)
+    if config.gateway.no_auth and not config.gateway.users:
+        fix = "give users, or leave no_auth out: without users nobody can log in"
+        yield _problem(config, "gateway.no_auth", "means nothing without users", fix)
     yield from _check_workers(config)
     if config.agent.addresses:
         yield from _check_publish(config, config.agent.addresses)
@@ -918,12 +945,22 @@ def warnings(config: Config, role: str) -> list[Problem]:
             found.append(Problem(config.source(key), key, reason, "chmod 0600"))
     if "broker" in role_sections(role):
         found += _ephemeral_overlaps(config)
+    if "gateway" in role_sections(role):
+        found += _open_doors(config)
     if role == "broker" and is_memory(config):
         reason = "the memory registry lives inside one process: no gateway and no other broker will see this node"
         found.append(_problem(config, "registry.url", reason, "use redis://..., or run `rtunnel standalone`"))
     if role == "agent" and not (config.agent.exposes or config.agent.publish):
         found.append(_problem(config, "agent.exposes", "is empty: nothing can be reached through this agent", ""))
     return found
+
+
+def _open_doors(config: Config) -> Iterator[Problem]:
+    gateway = config.gateway
+    host, _ = parse_endpoint(gateway.listen)
+    if not gateway.policy and not ipaddress.ip_address(host).is_loopback:
+        reason = f"is not given, and {gateway.listen} listens for others: only clients on this machine will be served"
+        yield _problem(config, "gateway.policy", reason, "write rules (docs/policy.md)", "gateway.listen")
 
 
 def _need(config: Config, key: str, why: str, fix: str) -> list[Problem]:

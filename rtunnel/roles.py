@@ -22,7 +22,7 @@ import trio
 from rtunnel import __version__, logs
 from rtunnel.config import Config, ConfigError, Problem, check_role, role_sections, warnings
 from rtunnel.registry import Registry, RegistryUnavailable, Superseded, connect
-from rtunnel.trust import keys, tls
+from rtunnel.trust import keys, policy, tls, users
 from rtunnel.trust.keys import TrustError
 
 GROUP = "rtunnel.roles"
@@ -137,6 +137,10 @@ def _materials(config: Config, role: str) -> Iterator[tuple[str, Callable[[], ob
             yield "agent.ca", partial(tls.client_context, agent.ca)
     if "gateway" in sections:
         yield "gateway.cluster_key", partial(keys.load_cluster_key, gateway.cluster_key)
+        if gateway.policy:
+            yield "gateway.policy", partial(policy.load_policy, gateway.policy)
+        if gateway.users:
+            yield "gateway.users", partial(users.load_users, gateway.users)
 
 
 def _expiring(config: Config, role: str) -> Iterator[Problem]:

@@ -49,6 +49,7 @@ class Ending(StrEnum):
     LINK_LOST = "link_lost"
     IDLE = "idle"
     DRAINED = "drained"
+    REVOKED = "revoked"  # no longer allowed
     OVERRUN = "overrun"  # bytes beyond what the gate allows
 
 
@@ -120,7 +121,7 @@ class Pipes:
 class Pair:
     """Two joined ends. `abort` is for drain deadlines and for whoever must end it."""
 
-    __slots__ = ("_idle", "_live", "_on_end", "_timer", "account", "done", "loop", "moved", "watched")
+    __slots__ = ("_idle", "_live", "_timer", "account", "done", "loop", "moved", "on_end", "watched")
 
     def __init__(self, loop: Loop, live: set[Pair], idle: float, on_end: OnEnd) -> None:
         self.loop = loop
@@ -129,7 +130,7 @@ class Pair:
         self.moved = loop.now  # the last time that a byte moved
         self.watched = False  # by TCP keep-alive
         self._live = live
-        self._on_end = on_end
+        self.on_end = on_end  # whoever ends pairs of some kind knows them by it
         self._idle = idle
         live.add(self)
         self._timer: Timer | None = loop.after(idle, self._idle_check) if idle else None
@@ -151,7 +152,7 @@ class Pair:
         account = self.account
         account.ended = self.loop.now
         account.ending = ending
-        self._on_end(account)
+        self.on_end(account)
 
     def _idle_check(self) -> None:
         left = self.moved + self._idle - self.loop.now

@@ -11,6 +11,8 @@ proxy (RFC 6455 section 4.1).
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -181,13 +183,29 @@ def response_refused(code: Refusal, text: str = "", *, proxy: str = "rtunnel") -
     return _response(code.telling.http, code, _printable(text or code.telling.text), proxy)
 
 
+def basic_credentials(authorization: str) -> tuple[str, str] | None:
+    """(user, password) of a Proxy-Authorization field (RFC 7617, UTF-8), or None when it is something else."""
+    scheme, _, encoded = authorization.partition(" ")
+    if scheme.lower() != "basic":
+        return None
+    try:
+        user, colon, password = base64.b64decode(encoded.strip(), validate=True).decode().partition(":")
+    except (binascii.Error, ValueError):
+        return None
+    # Who can't be printed is nobody: names go into log lines.
+    return (user, password) if colon and user and user.isprintable() else None
+
+
 def _response(status: int, code: Refusal, text: str, proxy: str = "rtunnel") -> bytes:
     """Proxy-Status is RFC 9209."""
+    # A 407 must say how (RFC 9110 section 15.5.8).
+    challenge = 'Proxy-Authenticate: Basic realm="rtunnel", charset="UTF-8"\r\n' if status == 407 else ""
     body = f"rtunnel: {code}: {text}\n"
     name = proxy if _TOKEN.fullmatch(proxy) else _quoted(_printable(proxy))
     return (
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
         f"Proxy-Status: {name}; error={code.telling.proxy_status}; details={_quoted(text)}\r\n"
+        f"{challenge}"
         "Content-Type: text/plain\r\n"
         f"Content-Length: {len(body)}\r\n"
         "Connection: close\r\n"

@@ -37,6 +37,11 @@ class Refusal(StrEnum):
     COMMAND_NOT_SUPPORTED = "command_not_supported"
     ADDRESS_TYPE_NOT_SUPPORTED = "address_type_not_supported"
     NOT_AUTHORISED = "not_authorised"
+    AUTHENTICATION_REQUIRED = "authentication_required"
+    BAD_CREDENTIALS = "bad_credentials"
+    RATE_LIMITED = "rate_limited"
+    TOO_MANY_STREAMS = "too_many_streams"
+    TOO_MANY_HANDSHAKES = "too_many_handshakes"
     NAME_NOT_SUPPORTED = "name_not_supported"
     UNKNOWN_TARGET = "unknown_target"
     # The target, as the agent saw it.
@@ -115,6 +120,19 @@ _TELLINGS: dict[Refusal, Telling] = {
         ADDRESS_UNSUPPORTED, 400, "http_request_error", _STOP, "the address type is not supported"
     ),
     _R.NOT_AUTHORISED: Telling(NOT_ALLOWED, 403, "http_request_denied", _STOP, "not allowed"),
+    _R.AUTHENTICATION_REQUIRED: Telling(
+        NOT_ALLOWED, 407, "http_request_denied", _STOP, "a user name and a password are needed"
+    ),
+    _R.BAD_CREDENTIALS: Telling(
+        NOT_ALLOWED, 407, "http_request_denied", _STOP, "the user name or the password is not right"
+    ),
+    _R.RATE_LIMITED: Telling(
+        GENERAL_FAILURE, 429, "connection_limit_reached", _STOP, "too many new connections in a short time"
+    ),
+    _R.TOO_MANY_STREAMS: Telling(GENERAL_FAILURE, 429, "connection_limit_reached", _STOP, "too many streams at once"),
+    _R.TOO_MANY_HANDSHAKES: Telling(
+        GENERAL_FAILURE, 429, "connection_limit_reached", _STOP, "too many connections that are not streams yet"
+    ),
     _R.NAME_NOT_SUPPORTED: Telling(
         HOST_UNREACHABLE, 502, "dns_error", _STOP, "names are not resolved here: dial the original IP"
     ),

@@ -158,8 +158,9 @@ class Socks5Server:
             self._out = b"\x05\x00"
             self._state = _REQUEST
         else:
+            code = Refusal.AUTHENTICATION_REQUIRED if self._user_password else Refusal.NOT_AUTHORISED
             wanted = "user/password" if self._user_password else "no authentication"
-            self._fail(Refusal.NOT_AUTHORISED, f"the client does not offer {wanted}", b"\x05\xff")
+            self._fail(code, f"the client does not offer {wanted}", b"\x05\xff")
         self._buffer = buffer[end:]
 
     def _read_login(self) -> Authenticate | None:

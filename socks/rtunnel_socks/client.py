@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from rtunnel.config import format_endpoint
 from rtunnel.counts import StreamCounts
 from rtunnel.registry import Tuple
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account, Gate
 from rtunnel.relay.relay import Relay
+from rtunnel.trust.policy import Question
+from rtunnel.trust.users import Hash
 from rtunnel.wire import http, socks5
 from rtunnel.wire.refusal import Refusal, Refused
+from rtunnel_socks.access import Access
 from rtunnel_socks.dial import Paths, Reached, Target, TargetDial
+from rtunnel_socks.limits import Limits
 
 
 class ClientOwner(Protocol):
@@ -20,6 +25,8 @@ class ClientOwner(Protocol):
 
     relay: Relay
     paths: Paths
+    access: Access
+    limits: Limits
     namespace: str
     idle_timeout: float
 
@@ -44,16 +51,24 @@ class Client:
     """The talker of a client's socket."""
 
     __slots__ = (
+        "_claims",
+        "_counted",
         "_dial",
         "_end",
+        "_entry",
         "_gateway",
         "_http",
+        "_is_name",
+        "_judged",
+        "_logging_in",
         "_reply_http",
         "_request",
+        "_rule",
         "_socks",
         "_started",
         "over",
         "target",
+        "user",
     )
 
     def __init__(self, gateway: ClientOwner, end: SocketEnd) -> None:
@@ -65,7 +80,15 @@ class Client:
         self._request: http.Forward | None = None
         self._reply_http = False
         self._dial: TargetDial | None = None
+        self._claims = ""  # the known user that it says it is, until that is proved
+        self._logging_in = False  # a SOCKS5 login waits for its answer
+        self._entry: Hash | None = None  # of `user`, as it was checked
+        self._is_name = False
+        self._judged = -1  # the version of the rules that allowed it
+        self._rule = ""  # that rule, or the one that did not
+        self._counted = False  # among the streams of its source and user
         self.target: Target | None = None
+        self.user: str | None = None
         self.over = False
 
     @property
@@ -79,23 +102,17 @@ class Client:
         """See Talker."""
         try:
             if self._socks is None and self._http is None:
-                if socks5.sniff(data[0]) is socks5.Protocol.HTTP:
-                    self._http = http.HttpServer()
-                    self._reply_http = True
-                else:
-                    self._socks = socks5.Socks5Server()
+                self._begin(data[0])
             if self._socks is not None:
-                self._take_socks(self._socks, data)
+                self._take_socks(self._socks, self._socks.receive(data))
             elif self._http is not None:
-                self._take_http(self._http, data)
-        except (socks5.Socks5Error, http.HttpError) as error:
-            self._close(error, error.reply)
+                self._take_http(self._http.receive(data))
         except Refused as refused:
-            self._close(refused, b"")
+            self._turn_away(refused)
 
     def finished(self) -> None:
         """See Talker."""
-        self._close(Refused(Refusal.BAD_REQUEST, "the client ended before its request was whole"), b"")
+        self._turn_away(Refused(Refusal.BAD_REQUEST, "the client ended before its request was whole"), told=False)
 
     def lost(self, why: str) -> None:
         """See Talker: before the request was whole, or while it was being dialled."""
@@ -104,30 +121,110 @@ class Client:
         self._log("client_lost", reason=why)
         self._leave()
 
-    def _take_socks(self, server: socks5.Socks5Server, data: bytes) -> None:
-        event = server.receive(data)
+    def _begin(self, first_byte: int) -> None:
+        if socks5.sniff(first_byte) is socks5.Protocol.HTTP:
+            self._http = http.HttpServer()
+            self._reply_http = True
+        else:
+            access = self._gateway.access
+            anonymous = access.anonymous(self.peer)
+            self._socks = socks5.Socks5Server(no_auth=anonymous, user_password=access.users is not None)
+
+    def _take_socks(self, server: socks5.Socks5Server, event: socks5.Authenticate | socks5.Connect | None) -> None:
         out = server.to_send()
         if out:
             self._end.say(out)
-        if isinstance(event, socks5.Connect):
-            self._go(event.host, event.port, event.is_name)
+        if isinstance(event, socks5.Authenticate):
+            self._logging_in = True
+            self._admit()
+            self._log_in(event.username, event.password)
+        elif event is not None:
+            self._end.pause()
+            self._wants(event.host, event.port, event.is_name)
+            if self.user is None:
+                self._admit()
+            self._go()
 
-    def _take_http(self, server: http.HttpServer, data: bytes) -> None:
-        event = server.receive(data)
+    def _take_http(self, event: http.Tunnel | http.Forward | None) -> None:
         if event is None:
             return
         if isinstance(event, http.Forward):
             self._request = event
-        self._go(event.host, event.port, event.is_name)
-
-    # The way to the target.
-
-    def _go(self, host: str, port: int, is_name: bool) -> None:
-        self.target = Target(self._gateway.namespace, host, port)
-        if is_name:
-            raise Refused(Refusal.NAME_NOT_SUPPORTED, f"{host!r} is a name; dial the target's original IP")
         self._end.pause()
-        tuples = self._gateway.lookup(self, self.target)
+        self._wants(event.host, event.port, event.is_name)
+        self._admit()
+        access = self._gateway.access
+        if access.users is not None and event.authorization:
+            credentials = http.basic_credentials(event.authorization)
+            if credentials is None:
+                raise Refused(Refusal.BAD_CREDENTIALS, "the Proxy-Authorization is not Basic with user and password")
+            self._log_in(*credentials)
+        elif access.anonymous(self.peer):
+            self._go()
+        else:
+            raise Refused(Refusal.AUTHENTICATION_REQUIRED)
+
+    def _wants(self, host: str, port: int, is_name: bool) -> None:
+        self.target = Target(self._gateway.namespace, host, port)
+        self._is_name = is_name
+
+    # Whether it may.
+
+    def _admit(self) -> None:
+        """Before anything is done for it."""
+        if refused := self._gateway.limits.asks(self.peer, self._gateway.relay.loop.now):
+            raise refused
+
+    def _log_in(self, name: str, password: str) -> None:
+        if self._gateway.access.known(name):
+            self._claims = name
+        self._gateway.access.login(self, name, password)
+
+    def logged_in(self, name: str, entry: Hash | Refused) -> None:
+        """See Asker."""
+        if self.over:
+            return
+        try:
+            if isinstance(entry, Refused):
+                raise entry
+            self.user, self._entry, self._claims = name, entry, ""
+            if self._socks is not None:
+                self._logging_in = False
+                self._take_socks(self._socks, self._socks.authenticated(True))
+            else:
+                self._go()
+        except Refused as refused:
+            self._turn_away(refused)
+
+    def judge(self) -> bool:
+        """Whether it may reach its target by what is in force now."""
+        assert self.target is not None
+        access, target = self._gateway.access, self.target
+        verdict = access.judge(Question(self.user, self.peer, target.namespace, target.ip, target.port), self._entry)
+        self._judged = access.version
+        self._rule = verdict.rule
+        return verdict.allowed
+
+    def _must_be_allowed(self) -> None:
+        if self._judged != self._gateway.access.version and not self.judge():
+            who = f"{self.user} from {self.peer}" if self.user else self.peer
+            raise Refused(Refusal.NOT_AUTHORISED, f"the policy does not let {who} reach {self.target}")
+
+    # The way to the target. It is never dialled from here: a gateway connects to (PS IP, PS port) of tuples only, so
+    # that no target can be the gateway itself, a broker, or something beside them.
+
+    def _go(self) -> None:
+        assert self.target is not None
+        gateway, now = self._gateway, self._gateway.relay.loop.now
+        if self.user is not None and (refused := gateway.limits.logged_in(self.user, now)):
+            raise refused
+        if self._is_name:
+            raise Refused(Refusal.NAME_NOT_SUPPORTED, f"{self.target.ip!r} is a name; dial the target's original IP")
+        self._must_be_allowed()
+        if refused := gateway.limits.open(self.peer, self.user, now):
+            raise refused
+        self._counted = True
+        tuples = gateway.lookup(self, self.target)
         if tuples:
             self._start(tuples)
 
@@ -138,12 +235,12 @@ class Client:
         if tuples:
             self._start(tuples)
         else:
-            self._refuse(Refused(Refusal.UNKNOWN_TARGET, f"no agent answers for {self.target.ip}"))
+            self._turn_away(Refused(Refusal.UNKNOWN_TARGET, f"no agent answers for {self.target.ip}"))
 
     def failed(self, refused: Refused) -> None:
         """The registry could not be asked."""
         if not self.over:
-            self._refuse(refused)
+            self._turn_away(refused)
 
     def _start(self, tuples: tuple[Tuple, ...]) -> None:
         assert self.target is not None
@@ -155,7 +252,7 @@ class Client:
         self._dial = None
         if reached is None:
             assert refused is not None
-            self._refuse(refused)
+            self._turn_away(refused)
         elif self._end.closed:
             reached.end.abort()
             self._leave()
@@ -164,16 +261,17 @@ class Client:
 
     def _join(self, reached: Reached) -> None:
         try:
+            self._must_be_allowed()  # the rules may have changed meanwhile
             up, gate = self._early()
-        except (socks5.Socks5Error, http.HttpError) as error:
+        except Refused as refused:
             reached.end.abort()
-            self._close(error, error.reply)
+            self._turn_away(refused)
             return
         if self._request is None:
             self._end.say(http.response_connected() if self._reply_http else socks5.reply_ok())
         self._gateway.paths.opened(reached.used)
         self._gateway.counts.began()
-        self._leave()
+        self._leave(joined=True)
         setup = self._gateway.relay.loop.now - self._started
         self._gateway.relay.join(
             self._end,
@@ -182,7 +280,7 @@ class Client:
             down=reached.rest,
             idle=self._gateway.idle_timeout,
             gate=gate,
-            on_end=_Ended(self, reached.used, reached.attempts, setup),
+            on_end=Joined(self, reached.used, reached.attempts, setup),
         )
 
     def _early(self) -> tuple[bytes, Gate | None]:
@@ -196,51 +294,61 @@ class Client:
             return early, None
         return request.head + early[: request.body.feed(early)], request.body
 
-    # Ends.
+    # Ends: one line for each stream and each refusal says who, from where, to what, which way, and why it ended.
 
     def ended(self, account: Account, used: Tuple, attempts: int, setup: float) -> None:
-        """The pair is over: one log line."""
-        self._gateway.paths.closed(used)
-        self._gateway.counts.ended(account)
+        """The pair is over."""
+        gateway = self._gateway
+        gateway.paths.closed(used)
+        gateway.counts.ended(account)
+        gateway.limits.close(self.peer, self.user, gateway.relay.loop.now)
         self._log(
-            "stream_ended", reason=account.ending.value, up=account.up, down=account.down,
-            seconds=round(account.seconds, 3), setup_ms=round(setup * 1000, 2), node=used.node, epoch=str(used.epoch),
-            agent=used.agent_id, attempts=attempts,
+            "stream_ended", reason=account.ending.value, bytes_up=account.up, bytes_down=account.down,
+            seconds=round(account.seconds, 3), setup_ms=round(setup * 1000, 2), attempts=attempts,
+            node=used.node, epoch=str(used.epoch), ps=format_endpoint(used.ps_ip, used.ps_port), agent=used.agent_id,
         )  # fmt: skip
 
-    def _refuse(self, refused: Refused) -> None:
-        if self._reply_http:
-            reply = http.response_refused(refused.code, refused.text)
-        else:
-            reply = socks5.reply_refused(refused.code)
-        self._close(refused, reply)
-
-    def _close(self, refused: Refused, reply: bytes) -> None:
-        if not reply and self.target is not None:
-            self._refuse(refused)
-            return
+    def _turn_away(self, refused: Refused, *, told: bool = True) -> None:
+        reply = self._answer(refused) if told or self.target is not None else b""
         self._gateway.counts.refuse(refused.code)
-        self._log("refused", code=refused.code.value, reason=refused.text)
+        claims = {"claims": self._claims} if self._claims else {}
+        self._log("refused", code=refused.code.value, reason=refused.text, **claims)
         if reply:
             self._end.say(reply)
         self._end.close()
         self._leave()
 
-    def _log(self, event: str, **fields: object) -> None:
-        target = str(self.target) if self.target else ""
-        self._gateway.log(
-            event, client=self.peer, target=target, via="http" if self._reply_http else "socks5", **fields
-        )
+    def _answer(self, refused: Refused) -> bytes:
+        """No, in words that the client understands by now."""
+        if isinstance(refused, socks5.Socks5Error | http.HttpError):
+            return refused.reply
+        if self._logging_in and self._socks is not None:
+            self._socks.authenticated(False)  # RFC 1929 has one word for every no
+            return self._socks.to_send()
+        if self.target is None:
+            return b""
+        if self._reply_http:
+            return http.response_refused(refused.code, refused.text)
+        return socks5.reply_refused(refused.code)
 
-    def _leave(self) -> None:
+    def _log(self, event: str, **fields: object) -> None:
+        target = self.target
+        self._gateway.log(
+            event, client=self.peer, user=self.user or "", target=str(target) if target else "",
+            namespace=self._gateway.namespace, via="http" if self._reply_http else "socks5", rule=self._rule, **fields,
+        )  # fmt: skip
+
+    def _leave(self, *, joined: bool = False) -> None:
         if not self.over:
             self.over = True
+            if self._counted and not joined:
+                self._gateway.limits.close(self.peer, self.user, self._gateway.relay.loop.now)
             self._gateway.client_over(self)
 
 
 @dataclass(slots=True)
-class _Ended:
-    """What the pair's end is told with."""
+class Joined:
+    """What the pair's end is told with; also the sign by which the gateway knows a client's pair."""
 
     client: Client
     used: Tuple

@@ -10,17 +10,20 @@ from typing import Final
 import trio
 
 from rtunnel.bridge import Bridge
-from rtunnel.config import Config, GatewayConfig, format_endpoint, host_name, parse_endpoint
+from rtunnel.config import Config, GatewayConfig, canonical_ip, format_endpoint, host_name, parse_endpoint
 from rtunnel.counts import StreamCounts
 from rtunnel.logs import get_logger
 from rtunnel.net import listening_socket
 from rtunnel.registry import Registry, RegistryUnavailable, Tuple
 from rtunnel.registry.routes import Mirror, RouteTable
+from rtunnel.relay.join import Ending, Pair
 from rtunnel.relay.relay import Listener, Relay
 from rtunnel.trust.keys import DialSigner, load_cluster_key
 from rtunnel.wire.refusal import Refusal, Refused
-from rtunnel_socks.client import Client
+from rtunnel_socks.access import Access
+from rtunnel_socks.client import Client, Joined
 from rtunnel_socks.dial import Paths, Target, TargetDial
+from rtunnel_socks.limits import Limits
 
 #: A target that the registry does not know is not asked for again so soon.
 MISS_SECONDS: Final = 1.0
@@ -30,6 +33,10 @@ MAX_MISSES: Final = 4096
 FOLLOW_WAIT: Final = 1.0
 #: Between two tries to follow a registry that can't be reached.
 RETRY_SECONDS: Final = 0.5
+#: Streams that are judged anew before others get their turn: a millisecond or two.
+REVIEWS_A_TURN: Final = 100
+#: Who is shut out before a word is told in one line for so long: a flood must not become a flood of lines.
+SHUT_OUT_SECONDS: Final = 10.0
 
 
 @dataclass
@@ -64,7 +71,9 @@ class Gateway:
         self._asking: dict[tuple[str, str], list[Client]] = {}
         self._listener: Listener | None = None
         self._log = get_logger("gateway").bind()
-        self._full_logged = -60.0
+        self._shut_out: dict[Refusal, tuple[float, int]] = {}  # when it was told, and how many came since
+        self.limits = Limits(gateway.limits)
+        self.access = Access(gateway, self.relay, self._log, self._review)
 
     # What clients and dials call, in the relay's thread.
 
@@ -97,7 +106,8 @@ class Gateway:
 
     def new_dial(self, client: Client, target: Target) -> TargetDial:
         """See ClientOwner."""
-        return TargetDial(self, target, f"{self.name}:{client.peer}", client.dialled)
+        who = f"{client.user}@{client.peer}" if client.user else client.peer
+        return TargetDial(self, target, f"{self.name}:{who}", client.dialled)
 
     def forget(self, stale: Tuple) -> None:
         """See DialOwner."""
@@ -110,23 +120,54 @@ class Gateway:
     def client_over(self, client: Client) -> None:
         """See ClientOwner."""
         self.counts.clients -= 1
+        self.limits.left(client.peer, self.relay.loop.now)
 
     def report(self, event: str, fields: dict[str, object]) -> None:
         """What the relay has to say: never good news."""
         self._log.error(event, **fields)
 
     def _accept(self, sock: socket.socket, peer: str) -> None:
+        if ":" in peer:  # IPv4 on a socket for both, or an address with its zone
+            peer = canonical_ip(peer.partition("%")[0])
         counts = self.counts
         if counts.clients + counts.streams >= self.config.max_clients:
-            sock.close()
-            self.counts.refuse(Refusal.OVERLOADED)
-            if self.relay.loop.now > self._full_logged + 10:
-                self._full_logged = self.relay.loop.now
-                self._log.warning("too_many_clients", limit=self.config.max_clients, client=peer)
-            return
-        counts.clients += 1
-        end = self.relay.end(sock, peer, spoken=True)
-        end.talk(Client(self, end), self.config.handshake_timeout)
+            self._shut(sock, peer, Refusal.OVERLOADED)
+        elif not self.limits.arrived(peer, self.relay.loop.now):
+            self._shut(sock, peer, Refusal.TOO_MANY_HANDSHAKES)
+        else:
+            counts.clients += 1
+            end = self.relay.end(sock, peer, spoken=True)
+            end.talk(Client(self, end), self.config.handshake_timeout)
+
+    def _shut(self, sock: socket.socket, peer: str, code: Refusal) -> None:
+        """Close it without an answer: nothing is known of what it speaks."""
+        sock.close()
+        self.counts.refuse(code)
+        now = self.relay.loop.now
+        told, count = self._shut_out.get(code, (-SHUT_OUT_SECONDS, 0))
+        if now < told + SHUT_OUT_SECONDS:
+            self._shut_out[code] = told, count + 1
+        else:
+            self._shut_out[code] = now, 0
+            self._log.warning("shut_out", code=code.value, client=peer, reason=code.telling.text, others_since=count)
+
+    def _review(self) -> None:
+        """Rules or users have changed: what is open and no longer allowed ends."""
+        pairs = list(self.relay.pairs)
+
+        def some() -> None:
+            for pair in pairs[-REVIEWS_A_TURN:]:
+                self._review_one(pair)
+            del pairs[-REVIEWS_A_TURN:]
+            if pairs:
+                self.relay.loop.soon(some)
+
+        some()
+
+    @staticmethod
+    def _review_one(pair: Pair) -> None:
+        if isinstance(pair.on_end, Joined) and not pair.done and not pair.on_end.client.judge():
+            pair.abort(Ending.REVOKED)
 
     @staticmethod
     def _guarded(tuples: tuple[Tuple, ...]) -> tuple[Tuple, ...]:
@@ -162,17 +203,25 @@ class Gateway:
 
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Gateway] = trio.TASK_STATUS_IGNORED) -> None:
         """Started when clients are accepted. Until `stop`."""
-        self.bridge = Bridge(self.relay)
+        self.bridge = self.access.bridge = Bridge(self.relay)
         self.relay.start()
         try:
             shared = self.config.workers > 1
             sock = listening_socket(*parse_endpoint(self.config.listen), key="gateway.listen", shared=shared)
             async with self.bridge.open_nursery() as nursery:
                 nursery.start_soon(self._follow)
+                nursery.start_soon(self.access.watch)
                 self._listener = await self.bridge.run(
                     lambda: self.relay.listen(sock, self._accept, client_speaks=True)
                 )
-                self._log.info("gateway_ready", listen=format_endpoint(*self.bound), namespace=self.namespace)
+                self._log.info(
+                    "gateway_ready",
+                    listen=format_endpoint(*self.bound),
+                    namespace=self.namespace,
+                    policy=self.config.policy or "built in: this machine only",
+                    rules=len(self.access.policy.rules),
+                    users=self.config.users,
+                )
                 task_status.started(self)
                 await stop.wait()
                 await self._drain()

@@ -44,6 +44,8 @@ def status(gateway: Gateway) -> dict[str, object]:
         "clients": counts.clients,
         **counts.shown(),
         "pairs": len(gateway.relay.pairs),
+        "access": gateway.access.shown(),
+        "sources_and_users_known": gateway.limits.known,
     }
 
 

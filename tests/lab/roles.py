@@ -104,7 +104,9 @@ class Lab:
         )
 
     def start_gateway(self) -> None:
-        """The gateway; `wait_ready` tells when it serves."""
+        """The gateway, for the clients of all VPCs; `wait_ready` tells when it serves."""
+        policy = self.directory / "policy.toml"
+        policy.write_text('[[rule]]\naction = "allow"\n')
         self._start(
             self.net["gateway"],
             "gateway",
@@ -112,6 +114,7 @@ class Lab:
                 "gateway": {
                     "listen": f"0.0.0.0:{PROXY_PORT}",
                     "cluster_key": self._secret("cluster.key"),
+                    "policy": str(policy),
                     "admin": f"127.0.0.1:{ADMIN_PORT}",
                 }
             },

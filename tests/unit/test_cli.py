@@ -122,6 +122,23 @@ def test_config_check_looks_into_keys_and_certificates(tmp_path: Path, secrets: 
     assert "broker.certificate" in result.stderr and "is not the key of the certificate" in result.stderr
 
 
+def test_config_check_reads_rules_and_users(secrets: Path, tmp_path: Path) -> None:
+    """What is wrong in the gateway's other files is told before a start."""
+    (tmp_path / "policy.toml").write_text("[[rule]]\naction = 'allow'\nto = ['10.0.0.1/8']\n")
+    (tmp_path / "users").write_text("alice:hunter2\n")
+    (tmp_path / "users").chmod(0o600)
+    file = tmp_path / "rtunnel.toml"
+    file.write_text(
+        f'[gateway]\ncluster_key = "{secrets}/cluster.key"\npolicy = "policy.toml"\nusers = "users"\n'
+        '[registry]\nurl = "redis://10.0.0.5/0"\n'
+    )
+    result = rtunnel("config", "check", str(file), "--role", "gateway")
+    assert result.exit_code == roles.EXIT_USAGE
+    assert "gateway.policy: " in result.output and "rule 1: to: '10.0.0.1/8' has bits set" in result.output
+    assert "gateway.users: " in result.output and "users:1: alice: the hash is not" in result.output
+    assert "hunter2" not in result.output
+
+
 def test_certificates_that_end_soon_are_warned_of(secrets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A certificate with few days left is a warning, one that is over is called that."""
     values = {

@@ -502,6 +502,26 @@ def test_standalone_shares_ports_and_the_cluster_key(tmp_path: Path) -> None:
     assert [problem.key for problem in caught.value.problems] == ["broker.port_range", "gateway.cluster_key"]
 
 
+def test_a_gateway_for_others_needs_rules(tmp_path: Path) -> None:
+    """Listening beyond loopback without a policy is a warning; with one, or on loopback, there is none."""
+    (tmp_path / "policy.toml").touch()
+    for listen, policy, warned in (
+        ("127.0.0.1:1080", "", False),
+        ("[::1]:1080", "", False),
+        ("0.0.0.0:1080", "", True),
+        ("[fd00::1]:1080", "", True),
+        ("0.0.0.0:1080", str(tmp_path / "policy.toml"), False),
+    ):
+        loaded = configured(tmp_path, "gateway", gateway__listen=listen, gateway__policy=policy)
+        assert [problem.key for problem in config.warnings(loaded, "gateway")] == ["gateway.policy"] * warned
+
+
+def test_no_auth_needs_users(tmp_path: Path) -> None:
+    """Alone it means nothing."""
+    assert fault(gateway__no_auth="10.0.0.0/8").startswith("override: gateway.no_auth: means nothing without users")
+    load(None, {}, {"gateway.no_auth": "10.0.0.0/8", "gateway.users": "users"})
+
+
 def test_a_lonely_memory_registry(tmp_path: Path) -> None:
     """A broker of its own on the memory registry is a warning; an agent that exposes nothing too."""
     broker = configured(tmp_path, "broker", registry__url="memory://")

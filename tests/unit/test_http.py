@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from rtunnel.wire.http import (
     HttpError,
     HttpServer,
     Tunnel,
+    basic_credentials,
     response_connected,
     response_refused,
 )
@@ -635,6 +637,28 @@ def test_every_refusal_has_a_response(code: Refusal, method: str) -> None:
     assert body == f"rtunnel: {code}: {code.telling.text}\n"
     assert got["content-type"] == "text/plain"
     assert got["connection"] == "close"
+    challenge = 'Basic realm="rtunnel", charset="UTF-8"' if status == 407 else None
+    assert got.get("proxy-authenticate") == challenge
+
+
+@given(
+    st.text(min_size=1, max_size=40).filter(lambda name: name.isprintable() and ":" not in name),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
+)
+def test_basic_credentials(name: str, password: str) -> None:
+    """RFC 7617 in UTF-8: the name ends at the first colon, the password may have more."""
+    encoded = base64.b64encode(f"{name}:{password}".encode()).decode()
+    for scheme in ("Basic", "basic", "BASIC "):
+        assert basic_credentials(f"{scheme} {encoded}") == (name, password)
+
+
+@pytest.mark.parametrize(
+    "field", ["", "Basic", "Basic ?", "Basic YWxpY2U", "Basic YWxpY2U=", "Bearer YTpi", "Basic //86eA==", "Basic Onh4",
+              "Basic YQo6Yg==", "Basic YTpi \xe9"],
+)  # fmt: skip
+def test_what_is_no_basic(field: str) -> None:
+    """Another scheme, no base64, no colon, no UTF-8, an empty or unprintable name."""
+    assert basic_credentials(field) is None
 
 
 @given(st.text(max_size=600), st.text(min_size=1, max_size=50))

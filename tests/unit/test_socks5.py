@@ -174,7 +174,8 @@ def test_method_selection(methods: bytes, no_auth: bool, user_password: bool, an
     """A client that can name itself is asked to, if that is offered; without a common method it is told 0xFF."""
     seen = play([bytes((5, len(methods))) + methods], no_auth=no_auth, user_password=user_password)
     assert seen.sent == bytes((5, answer))
-    assert (seen.error is not None and seen.error[0] is Refusal.NOT_AUTHORISED) == (answer == 0xFF)
+    code = Refusal.AUTHENTICATION_REQUIRED if user_password else Refusal.NOT_AUTHORISED
+    assert (seen.error is not None and seen.error[0] is code) == (answer == 0xFF)
 
 
 def test_no_methods() -> None:

@@ -1,0 +1,246 @@
+"""Who a client is, and whether it may: the rules and the users in force, and how they change while we run.
+
+The relay's thread asks; what takes long is done elsewhere. A password's hash takes 0.15 s of a core: worker threads
+compute it, few at a time, for a queue that is short and that no source can fill alone. The answer is remembered for a
+minute under a keyed digest, so that a password is nowhere kept; a wrong one too, so that a client that repeats it costs
+nothing.
+
+Both files are looked at twice a second. A changed one that is good is in force at once, also for streams that are open
+(`changed`); a bad one changes nothing and is told in the log and in `/statusz`.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import trio
+from structlog.typing import FilteringBoundLogger
+
+from rtunnel.bridge import Bridge
+from rtunnel.config import GatewayConfig
+from rtunnel.relay.relay import Relay
+from rtunnel.trust.keys import TrustError
+from rtunnel.trust.policy import LOCAL_ONLY, Networks, Policy, Question, Verdict, load_policy
+from rtunnel.trust.users import Hash, Users, load_users
+from rtunnel.wire.refusal import Refusal, Refused
+
+#: A password is checked again after so long.
+REMEMBER_SECONDS: Final = 60.0
+MAX_REMEMBERED: Final = 4096
+#: Different passwords that wait to be checked: some seconds of work. Of one source far fewer.
+MAX_WAITING: Final = 64
+MAX_WAITING_OF_SOURCE: Final = 8
+#: Checks at once: half of the cores stay for streams, whoever guesses passwords.
+CHECKS: Final = max(1, (os.cpu_count() or 1) // 2)
+#: A changed file is read when it has been the same in two looks.
+LOOK_SECONDS: Final = 0.5
+
+#: For a user whose line is gone, or has another password.
+NO_USER: Final = Verdict(False, 0, "users")
+
+
+class Asker(Protocol):
+    """A client that logs in."""
+
+    over: bool
+
+    @property
+    def peer(self) -> str:
+        """Its address."""
+
+    def logged_in(self, name: str, entry: Hash | Refused) -> None:
+        """The answer: the user's hash, which fits, or why not."""
+
+
+@dataclass(eq=False, slots=True)
+class _Check:
+    """One password that is being checked, and who waits for it."""
+
+    name: str
+    password: str = field(repr=False)
+    source: str
+    waiting: list[Asker]
+
+    @property
+    def wanted(self) -> bool:
+        """Somebody still waits."""
+        return not all(asker.over for asker in self.waiting)
+
+    def run(self, users: Users | None) -> bool | None:
+        """On a worker thread. None: nobody waits any more, and it was not worth the work."""
+        return users.check(self.name, self.password) if users is not None and self.wanted else None
+
+
+class Access:
+    """Of one gateway. Made in trio's thread; `watch` runs there, everything else in the relay's."""
+
+    def __init__(
+        self, config: GatewayConfig, relay: Relay, log: FilteringBoundLogger, changed: Callable[[], None]
+    ) -> None:
+        """`changed` is called in the relay's thread, after every change. Raises TrustError."""
+        self.bridge: Bridge
+        self.version = 0  # grows with every change
+        self._relay = relay
+        self._log = log
+        self._changed = changed
+        self._files: list[_File] = []
+        self.policy = LOCAL_ONLY
+        self.users: Users | None = None
+        if config.policy:
+            self.policy = self._watched("policy", config.policy, load_policy, self._put_policy)
+        if config.users:
+            self.users = self._watched("users", config.users, load_users, self._put_users)
+        self._no_auth = Networks(config.no_auth)
+        self._key = secrets.token_bytes(32)
+        self._remembered: dict[bytes, tuple[Hash | None, float]] = {}
+        self._checks: dict[bytes, _Check] = {}
+        self._limiter = trio.CapacityLimiter(CHECKS)
+
+    # Who is it?
+
+    def anonymous(self, peer: str) -> bool:
+        """Whether this client need not log in."""
+        return self.users is None or peer in self._no_auth
+
+    def login(self, asker: Asker, name: str, password: str) -> None:
+        """`asker.logged_in` is called, now or later. Raises Refused when too many are waiting."""
+        digest = hmac.digest(self._key, f"{name}\0{password}".encode(), "sha256")
+        entry, until = self._remembered.get(digest, (None, 0.0))
+        if until > self._relay.loop.now:
+            asker.logged_in(name, entry or Refused(Refusal.BAD_CREDENTIALS))
+        elif check := self._checks.get(digest):
+            check.waiting.append(asker)
+        else:
+            self._bound(asker.peer)
+            check = self._checks[digest] = _Check(name, password, asker.peer, [asker])
+            self.bridge.spawn(self._run_check, digest, check)
+
+    def known(self, name: str) -> bool:
+        """Whether there is such a user: what is no name may be a password in the wrong field, and is never logged."""
+        return self.users is not None and name in self.users.hashes
+
+    def _bound(self, peer: str) -> None:
+        of_source = sum(check.source == peer for check in self._checks.values())
+        if len(self._checks) >= MAX_WAITING or of_source >= MAX_WAITING_OF_SOURCE:
+            raise Refused(Refusal.OVERLOADED, "too many passwords wait to be checked")
+
+    async def _run_check(self, digest: bytes, check: _Check) -> None:
+        users = self.users
+        try:
+            fits = await trio.to_thread.run_sync(check.run, users, limiter=self._limiter)
+        except Exception as fault:  # no memory, no thread: the next one may have more luck
+            self._log.error("password_check_failed", reason=f"{type(fault).__name__}: {fault}")
+            self._relay.call(lambda: self._done(digest, check, None, Refusal.INTERNAL))
+        else:
+            self._relay.call(lambda: self._answer(digest, check, users, fits))
+
+    def _answer(self, digest: bytes, check: _Check, users: Users | None, fits: bool | None) -> None:
+        if check.wanted and (fits is None or users is not self.users):
+            # Somebody joined when the others had gone, or the file changed meanwhile.
+            self.bridge.spawn(self._run_check, digest, check)
+            return
+        entry = users.hashes[check.name] if fits and users is not None else None
+        if fits is not None:
+            if len(self._remembered) >= MAX_REMEMBERED:
+                self._remembered.clear()
+            self._remembered[digest] = entry, self._relay.loop.now + REMEMBER_SECONDS
+        self._done(digest, check, entry, Refusal.BAD_CREDENTIALS)
+
+    def _done(self, digest: bytes, check: _Check, entry: Hash | None, otherwise: Refusal) -> None:
+        del self._checks[digest]
+        for asker in check.waiting:
+            asker.logged_in(check.name, entry or Refused(otherwise))
+
+    # May it?
+
+    def judge(self, question: Question, entry: Hash | None) -> Verdict:
+        """By the rules in force, and for a user with `entry` by the users in force."""
+        if question.user is not None and not self._stands(question.user, entry):
+            return NO_USER
+        return self.policy.verdict(question)
+
+    def _stands(self, name: str, entry: Hash | None) -> bool:
+        return self.users is not None and entry is not None and self.users.hashes.get(name) == entry
+
+    # Files that change.
+
+    def _watched(self, what: str, path: str, load: Callable[[Path], Any], put: Callable[[Any], int]) -> Any:
+        file = _File(what, Path(path), load, put)
+        self._files.append(file)
+        file.seen = file.look()
+        return load(file.path)
+
+    async def watch(self) -> None:
+        """Read what has changed, until cancelled."""
+        while True:
+            await trio.sleep(LOOK_SECONDS)
+            for file in self._files:
+                await self._watch_one(file)
+
+    async def _watch_one(self, file: _File) -> None:
+        look = await trio.to_thread.run_sync(file.look)
+        if look == file.seen or look != file.changing:
+            file.changing = look  # perhaps it is being written: see whether it stays as it is
+            return
+        file.seen = look
+        try:
+            loaded = await trio.to_thread.run_sync(file.load, file.path)
+        except Exception as fault:  # TrustError says all; but whatever a file does, the gateway goes on
+            file.rejected = str(fault) if isinstance(fault, TrustError) else f"{type(fault).__name__}: {fault}"
+            hint = "what was in force stays in force"
+            self._log.error(f"{file.what}_rejected", file=str(file.path), reason=file.rejected, hint=hint)
+            return
+        file.rejected = ""
+        count = await self.bridge.run(lambda: self._put(file, loaded))
+        self._log.info(f"{file.what}_loaded", file=str(file.path), count=count)
+
+    def _put(self, file: _File, loaded: Any) -> int:
+        count = file.put(loaded)
+        self.version += 1
+        self._changed()
+        return count
+
+    def _put_policy(self, policy: Policy) -> int:
+        self.policy = policy
+        return len(policy.rules)
+
+    def _put_users(self, users: Users) -> int:
+        self.users = users
+        self._remembered.clear()
+        return len(users.hashes)
+
+    def shown(self) -> dict[str, object]:
+        """For `/statusz`."""
+        return {
+            "rules": len(self.policy.rules),
+            "users": None if self.users is None else len(self.users.hashes),
+            "passwords_waiting": len(self._checks),
+            "rejected": {file.what: file.rejected for file in self._files if file.rejected},
+        }
+
+
+@dataclass(eq=False, slots=True)
+class _File:
+    """One file that is watched."""
+
+    what: str
+    path: Path
+    load: Callable[[Path], Any]
+    put: Callable[[Any], int]
+    seen: tuple[int, ...] = ()  # how it looked when it was read
+    changing: tuple[int, ...] | None = None  # how it looked the last time
+    rejected: str = ""
+
+    def look(self) -> tuple[int, ...]:
+        """Another look is another content. Without a file: nothing."""
+        try:
+            stat = self.path.stat()
+        except OSError:
+            return ()
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_dev
