@@ -20,13 +20,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from rtunnel.trust import keys
+from rtunnel.trust.identity import BACKDATE, agent_uri
 from rtunnel.trust.keys import TrustError
 
 SERVER_NAME = "broker.rtunnel"
 CA_DAYS = 3650
 BROKER_DAYS = 365
-#: Hosts whose clocks are behind accept a fresh certificate too.
-BACKDATE = timedelta(hours=1)
+#: By hand; one that an agent enrols for lives shorter.
+AGENT_DAYS = 90
 
 _PUBLIC, _SECRET = 0o644, 0o600
 
@@ -77,6 +78,50 @@ def issue_broker(directory: Path, name: str, *, names: Sequence[str] = (), ips: 
     )
 
 
+def issue_agent(
+    directory: Path, name: str, *, agent_id: str, namespace: str, addresses: Sequence[str], days: float = AGENT_DAYS
+) -> list[Made]:
+    """An agent's certificate and key, `name`.pem and `name`.key, from the CA in `directory`.
+
+    Raises TrustError; never overwrites.
+    """
+    ca, ca_key = _load_ca(directory)
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = agent_certificate(key.public_key(), ca, ca_key, agent_id, namespace, addresses, days)
+    return _write_all(
+        directory,
+        [
+            (f"{name}.pem", _PUBLIC, _pem(certificate), f"agent certificate; valid until {_until(certificate)}"),
+            (f"{name}.key", _SECRET, _key_pem(key), "its key, for the agent"),
+        ],
+    )
+
+
+def agent_certificate(
+    key: ec.EllipticCurvePublicKey,
+    ca: x509.Certificate,
+    ca_key: ec.EllipticCurvePrivateKey,
+    agent_id: str,
+    namespace: str,
+    addresses: Sequence[str],
+    days: float,
+) -> x509.Certificate:
+    """What makes a key an agent's: who it is, and which addresses it answers for. Raises TrustError."""
+    issuer = ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(agent_uri(namespace, agent_id))]
+    try:
+        names += [x509.IPAddress(address) for address in dict.fromkeys(map(ipaddress.ip_address, addresses))]
+    except ValueError as fault:
+        raise TrustError(f"can't stand in a certificate: {fault}") from None
+    builder = _builder(_name("rtunnel agent"), ca.subject, key, days)
+    builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    builder = builder.add_extension(_usage(signs_certificates=False), critical=True)
+    builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+    builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    authority = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer)
+    return builder.add_extension(authority, critical=False).sign(ca_key, hashes.SHA256())
+
+
 def _broker_words(certificate: x509.Certificate) -> str:
     return f"broker certificate; valid for {BROKER_DAYS} days, until {_until(certificate)}"
 
@@ -114,7 +159,7 @@ def _broker_certificate(
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: float
 ) -> x509.CertificateBuilder:
     now = datetime.now(UTC).replace(microsecond=0)
     return (

@@ -1,6 +1,7 @@
 """Messages: MessagePack maps behind a 4-byte big-endian length (docs/wire.md is normative).
 
-Control stream: Hello -> Challenge -> Proof -> Welcome | Refused, then Update, Drain, Bye.
+Control stream: Hello -> [Challenge -> Proof ->] Welcome | Refused, then Update, Trust, Drain, Bye; on a link of its own
+Enrol -> Enrolled | Refused. With the authority: Enrol, and Follow -> Trust.
 Proxied streams (and guarded ports): Dial -> [Dialling ->] Accepted | Refused, then raw bytes.
 
 Each map carries its type under the key ``t``. Unknown keys are ignored; an unknown type, a missing key, a value of
@@ -24,6 +25,10 @@ MAX_UNAUTHENTICATED = 4 * 1024
 #: A message's body afterwards.
 MAX_MESSAGE = 64 * 1024
 
+#: A trust list, and a certificate.
+MAX_LIST = 60_000
+MAX_CERTIFICATE = 3072
+
 NONCE_BYTES = 16
 MAC_BYTES = 32
 
@@ -34,6 +39,10 @@ Address = Annotated[str, msgspec.Meta(min_length=2, max_length=45)]
 Text = Annotated[str, msgspec.Meta(max_length=512)]
 Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 Mac = Annotated[bytes, msgspec.Meta(min_length=MAC_BYTES, max_length=MAC_BYTES)]
+MacOrNone = Annotated[bytes, msgspec.Meta(max_length=MAC_BYTES)]
+Id = Annotated[str, msgspec.Meta(max_length=128)]
+Certificate = Annotated[bytes, msgspec.Meta(max_length=MAX_CERTIFICATE)]
+Signature = Annotated[bytes, msgspec.Meta(max_length=128)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 PortOrAny = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Unsigned64 = Annotated[int, msgspec.Meta(ge=0)]  # MessagePack has no larger ones
@@ -80,12 +89,47 @@ class Hello(Message, tag="hello", frozen=True):
     namespace: Word
     addresses: Annotated[list[Address], msgspec.Meta(min_length=1, max_length=64)]
     nonce: Nonce
-    token_id: Word
+    token_id: Id = ""  # empty: the certificate of the link says who it is
     exposes: Annotated[list[Word], msgspec.Meta(max_length=256)] = []
     publish: Annotated[list[Publish], msgspec.Meta(max_length=64)] = []
     holds: Annotated[list[Word], msgspec.Meta(max_length=16)] = []  # nodes on which it has a live session
     holds_hosts: Annotated[list[Word], msgspec.Meta(max_length=16)] = []  # hosts on which it wants no other
     software: Text = ""
+    trust: Unsigned64 = 0  # the generation of the trust list that it has
+
+
+class Enrol(Message, tag="enrol", frozen=True):
+    """Agent -> broker -> authority, the first message of a link of its own: a certificate, please.
+
+    Proved by a join token (`token_id`, `mac`), or to renew by the key of the present `certificate` (`signature`).
+    """
+
+    version: int
+    request: Certificate  # PKCS #10 (RFC 2986), DER
+    token_id: Id = ""
+    mac: MacOrNone = b""
+    certificate: Certificate = b""
+    signature: Signature = b""
+
+
+class Enrolled(Message, tag="enrolled", frozen=True):
+    """Authority -> broker -> agent: the certificate, and the trust list in force."""
+
+    certificate: Certificate
+    trust: Annotated[bytes, msgspec.Meta(max_length=MAX_LIST)] = b""
+
+
+class Follow(Message, tag="follow", frozen=True):
+    """Broker or gateway -> authority: the trust list, if it is newer than this number."""
+
+    version: int
+    number: Unsigned64 = 0
+
+
+class Trust(Message, tag="trust", frozen=True):
+    """Authority -> broker or gateway, broker -> agent: the trust list; empty when there is no newer one."""
+
+    signed: Annotated[bytes, msgspec.Meta(max_length=MAX_LIST)] = b""
 
 
 class Challenge(Message, tag="challenge", frozen=True):
@@ -145,7 +189,8 @@ class Dial(Message, tag="dial", frozen=True):
     """Gateway -> broker -> agent: `body` is an encoded DialBody, `mac` is HMAC-SHA256 over exactly those bytes."""
 
     body: Annotated[bytes, msgspec.Meta(max_length=1024)]
-    mac: Annotated[bytes, msgspec.Meta(max_length=MAC_BYTES)] = b""  # empty from a broker's own open port
+    mac: MacOrNone = b""  # empty from a broker's own open port
+    key: Id = ""  # the id of the gateway's key
 
 
 class DialBody(msgspec.Struct, frozen=True):
@@ -167,12 +212,13 @@ class Dialling(Message, tag="dialling", frozen=True):
 
 
 class Accepted(Message, tag="accepted", frozen=True):
-    """Agent -> gateway: the target is connected; raw bytes follow."""
+    """Agent -> gateway: the target is connected; raw bytes follow. `signature` is over the Dial's body."""
 
-    proof: Annotated[bytes, msgspec.Meta(max_length=4096)] = b""
+    certificate: Certificate = b""
+    signature: Signature = b""
 
 
-ControlMessage = Hello | Challenge | Proof | Welcome | Refuse | Update | Drain | Bye
+ControlMessage = Hello | Enrol | Enrolled | Trust | Challenge | Proof | Welcome | Refuse | Update | Drain | Bye
 DialAnswer = Dialling | Accepted | Refuse
 
 _encoder = msgspec.msgpack.Encoder()

@@ -64,10 +64,15 @@ class Refusal(StrEnum):
     BAD_MAC = "bad_mac"
     EXPIRED = "expired"
     REPLAYED = "replayed"
+    NOT_PROVEN = "not_proven"
     # Sessions.
     DUPLICATE_NODE = "duplicate_node"
     VERSION = "version"
     BAD_TOKEN = "bad_token"  # noqa: S105 - a word, not a secret
+    BAD_CERTIFICATE = "bad_certificate"
+    REVOKED = "revoked"
+    ADDRESS_TAKEN = "address_taken"
+    AUTHORITY_UNAVAILABLE = "authority_unavailable"
     PORTS_EXHAUSTED = "ports_exhausted"
     PORT_TAKEN = "port_taken"
     PORT_NOT_ALLOWED = "port_not_allowed"
@@ -177,12 +182,25 @@ _TELLINGS: dict[Refusal, Telling] = {
         "the Dial's time is too far from the broker's clock",
     ),
     _R.REPLAYED: Telling(GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the Dial's nonce was used before"),
+    _R.NOT_PROVEN: Telling(
+        GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the agent did not prove that it has this address"
+    ),
     _R.DUPLICATE_NODE: Telling(
         GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the agent already has a session on this node"
     ),
     _R.VERSION: Telling(GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the two ends speak different versions"),
     _R.BAD_TOKEN: Telling(
         GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the join token is not known or not right"
+    ),
+    _R.BAD_CERTIFICATE: Telling(
+        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the certificate is missing, or says something else"
+    ),
+    _R.REVOKED: Telling(GENERAL_FAILURE, 502, "proxy_internal_error", _TRY, "the certificate or key is revoked"),
+    _R.ADDRESS_TAKEN: Telling(
+        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "another agent has this address at present"
+    ),
+    _R.AUTHORITY_UNAVAILABLE: Telling(
+        GENERAL_FAILURE, 503, "proxy_internal_error", _TRY, "the authority can't be reached"
     ),
     _R.PORTS_EXHAUSTED: Telling(
         GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the broker's port range is used up"

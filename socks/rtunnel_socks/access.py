@@ -5,7 +5,7 @@ compute it, few at a time, for a queue that is short and that no source can fill
 minute under a keyed digest, so that a password is nowhere kept; a wrong one too, so that a client that repeats it costs
 nothing.
 
-Both files are looked at twice a second. A changed one that is good is in force at once, also for streams that are open
+Both files are watched. A changed one that is good is in force at once, also for streams that are open
 (`changed`); a bad one changes nothing and is told in the log and in `/statusz`.
 """
 
@@ -25,9 +25,9 @@ from structlog.typing import FilteringBoundLogger
 from rtunnel.bridge import Bridge
 from rtunnel.config import GatewayConfig
 from rtunnel.relay.relay import Relay
-from rtunnel.trust.keys import TrustError
 from rtunnel.trust.policy import LOCAL_ONLY, Networks, Policy, Question, Verdict, load_policy
 from rtunnel.trust.users import Hash, Users, load_users
+from rtunnel.watch import Watched, watch
 from rtunnel.wire.refusal import Refusal, Refused
 
 #: A password is checked again after so long.
@@ -38,8 +38,6 @@ MAX_WAITING: Final = 64
 MAX_WAITING_OF_SOURCE: Final = 8
 #: Checks at once: half of the cores stay for streams, whoever guesses passwords.
 CHECKS: Final = max(1, (os.cpu_count() or 1) // 2)
-#: A changed file is read when it has been the same in two looks.
-LOOK_SECONDS: Final = 0.5
 
 #: For a user whose line is gone, or has another password.
 NO_USER: Final = Verdict(False, 0, "users")
@@ -89,7 +87,7 @@ class Access:
         self._relay = relay
         self._log = log
         self._changed = changed
-        self._files: list[_File] = []
+        self._files: list[Watched] = []
         self.policy = LOCAL_ONLY
         self.users: Users | None = None
         if config.policy:
@@ -170,38 +168,21 @@ class Access:
 
     # Files that change.
 
-    def _watched(self, what: str, path: str, load: Callable[[Path], Any], put: Callable[[Any], int]) -> Any:
-        file = _File(what, Path(path), load, put)
-        self._files.append(file)
-        file.seen = file.look()
-        return load(file.path)
+    def _watched(self, what: str, file: str, load: Callable[[Path], Any], put: Callable[[Any], int]) -> Any:
+        path = Path(file)
+
+        async def in_force(loaded: Any) -> dict[str, object]:
+            return {"count": await self.bridge.run(lambda: self._put(put, loaded))}
+
+        self._files.append(Watched(what, [path], lambda: load(path), in_force))
+        return load(path)
 
     async def watch(self) -> None:
         """Read what has changed, until cancelled."""
-        while True:
-            await trio.sleep(LOOK_SECONDS)
-            for file in self._files:
-                await self._watch_one(file)
+        await watch(self._files, self._log)
 
-    async def _watch_one(self, file: _File) -> None:
-        look = await trio.to_thread.run_sync(file.look)
-        if look == file.seen or look != file.changing:
-            file.changing = look  # perhaps it is being written: see whether it stays as it is
-            return
-        file.seen = look
-        try:
-            loaded = await trio.to_thread.run_sync(file.load, file.path)
-        except Exception as fault:  # TrustError says all; but whatever a file does, the gateway goes on
-            file.rejected = str(fault) if isinstance(fault, TrustError) else f"{type(fault).__name__}: {fault}"
-            hint = "what was in force stays in force"
-            self._log.error(f"{file.what}_rejected", file=str(file.path), reason=file.rejected, hint=hint)
-            return
-        file.rejected = ""
-        count = await self.bridge.run(lambda: self._put(file, loaded))
-        self._log.info(f"{file.what}_loaded", file=str(file.path), count=count)
-
-    def _put(self, file: _File, loaded: Any) -> int:
-        count = file.put(loaded)
+    def _put(self, put: Callable[[Any], int], loaded: Any) -> int:
+        count = put(loaded)
         self.version += 1
         self._changed()
         return count
@@ -223,24 +204,3 @@ class Access:
             "passwords_waiting": len(self._checks),
             "rejected": {file.what: file.rejected for file in self._files if file.rejected},
         }
-
-
-@dataclass(eq=False, slots=True)
-class _File:
-    """One file that is watched."""
-
-    what: str
-    path: Path
-    load: Callable[[Path], Any]
-    put: Callable[[Any], int]
-    seen: tuple[int, ...] = ()  # how it looked when it was read
-    changing: tuple[int, ...] | None = None  # how it looked the last time
-    rejected: str = ""
-
-    def look(self) -> tuple[int, ...]:
-        """Another look is another content. Without a file: nothing."""
-        try:
-            stat = self.path.stat()
-        except OSError:
-            return ()
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_dev

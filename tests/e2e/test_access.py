@@ -20,6 +20,7 @@ import pytest
 import trio
 from structlog.testing import capture_logs
 
+from rtunnel import watch as watch_module
 from rtunnel.config import default_address
 from rtunnel.trust import users
 from rtunnel.trust.users import Users, new_hash, put_user, remove_user
@@ -29,7 +30,7 @@ from support.cluster import Cluster, SocksRefused, Target, in_thread, read_line,
 from support.plumbing import close_kept, kept, read_all
 
 PATIENCE = 10.0
-LOOK_SECONDS = access_module.LOOK_SECONDS
+LOOK_SECONDS = watch_module.LOOK_SECONDS
 PASSWORD, OTHER = "correct horse", "battery staple"
 Logs = list[Any]
 
@@ -39,7 +40,7 @@ needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(gateway_module, "FOLLOW_WAIT", 0.05)  # the end of each test waits for it
-    monkeypatch.setattr(access_module, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(watch_module, "LOOK_SECONDS", 0.05)
     monkeypatch.setattr(users, "_COST", (10, 1, 1))
     yield
     close_kept()
@@ -446,7 +447,7 @@ async def test_revocation_takes_less_than_five_seconds(
     tmp_path: Path, logs: Logs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the product's own pace: a user is removed, and a rule; the streams of both end."""
-    monkeypatch.setattr(access_module, "LOOK_SECONDS", LOOK_SECONDS)
+    monkeypatch.setattr(watch_module, "LOOK_SECONDS", LOOK_SECONDS)
     async with running_cluster(tmp_path) as cluster:
         target = await logged_in_cluster(cluster, tmp_path)
         alice = await socks(cluster, target, login=("alice", PASSWORD))

@@ -81,7 +81,7 @@ EXAMPLES: list[tuple[dict[str, Any], Message]] = [
     ({"t": "bye", "reason": "so long"}, Bye(reason="so long")),
     ({"t": "dial", "body": b"\x80", "mac": MAC}, Dial(body=b"\x80", mac=MAC)),
     ({"t": "dialling"}, Dialling()),
-    ({"t": "accepted", "proof": b"p"}, Accepted(proof=b"p")),
+    ({"t": "accepted", "signature": b"p"}, Accepted(signature=b"p")),
 ]  # fmt: skip
 IDS = [str(example["t"]) for example, _ in EXAMPLES]
 #: What a message becomes when its optional keys are left out.

@@ -1,0 +1,262 @@
+"""Who somebody is, by certificate: names and addresses in it, the CAs in force, what is revoked, and proofs.
+
+Certificates are X.509 (RFC 5280) on P-256, straight from a CA of the cluster. An identity stands in the subjectAltName:
+`rtunnel:agent/<namespace>/<agent_id>` as a URI, each word percent-encoded, and an agent's addresses as iPAddress. A
+broker's has DNS names (`broker.rtunnel`), as TLS wants it.
+
+A **trust list** says which CAs are in force and what is revoked. It is numbered and signed by each CA in force, so the
+way that it comes is of no matter: a file, the authority, a broker. Only a list with a higher number counts, and only
+when a CA that is in force by now has signed it: one list hands on to the next, also from CA to CA.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Final
+from urllib.parse import quote, unquote
+
+import msgspec
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from rtunnel.trust.keys import TrustError
+from rtunnel.wire.messages import MAX_LIST
+
+#: Hosts whose clocks are behind accept a fresh certificate too: it begins so long before it is issued.
+BACKDATE: Final = timedelta(hours=1)
+#: What the signature of an Accepted is over, in front of the Dial's body.
+PROOF_LABEL: Final = b"rtunnel accepted 1\0"
+#: What the signatures of a trust list are over, in front of its body.
+LIST_LABEL: Final = b"rtunnel trust list 1\0"
+_SCHEME: Final = "rtunnel:"
+_ECDSA: Final = ec.ECDSA(hashes.SHA256())
+#: Certificates that were checked; one is checked again when it has been forgotten.
+_REMEMBERED: Final = 65536
+
+PrivateKey = ec.EllipticCurvePrivateKey
+PublicKey = ec.EllipticCurvePublicKey
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a certificate says of its holder. Times are seconds since 1970."""
+
+    kind: str  # "agent", "broker", "authority"
+    namespace: str  # of an agent
+    name: str  # the agent_id; else the certificate's common name
+    addresses: frozenset[str]  # canonical
+    issued: float
+    ends: float
+    public_key: PublicKey
+
+    @property
+    def subject(self) -> str:
+        """As revocations name it: `agent/<namespace>/<agent_id>`, `broker/<name>`."""
+        return f"agent/{self.namespace}/{self.name}" if self.kind == "agent" else f"{self.kind}/{self.name}"
+
+
+def agent_uri(namespace: str, agent_id: str) -> str:
+    """The URI of an agent in its certificate and in its request for one."""
+    return f"{_SCHEME}agent/{quote(namespace, safe='')}/{quote(agent_id, safe='')}"
+
+
+def read_names(names: x509.SubjectAlternativeName | None, common: str) -> tuple[str, str, str, frozenset[str]]:
+    """(kind, namespace, name, addresses) of a subjectAltName. Raises TrustError for one that is none of ours."""
+    uris = names.get_values_for_type(x509.UniformResourceIdentifier) if names is not None else []
+    addresses = frozenset(str(ip) for ip in names.get_values_for_type(x509.IPAddress)) if names is not None else ()
+    for uri in uris:
+        parts = uri.removeprefix(_SCHEME).split("/") if uri.startswith(_SCHEME) else []
+        if len(parts) == 3 and parts[0] == "agent":
+            return "agent", unquote(parts[1]), unquote(parts[2]), frozenset(addresses)
+    hosts = names.get_values_for_type(x509.DNSName) if names is not None else []
+    for kind in ("broker", "authority"):
+        if f"{kind}.rtunnel" in hosts:
+            return kind, "", common, frozenset(addresses)
+    raise TrustError("the certificate names no agent, broker or authority of rtunnel")
+
+
+def read_certificate(der: bytes) -> Identity:
+    """What it says; whether it is true is another question (`Roots.verify`). Raises TrustError."""
+    try:
+        return _identity(x509.load_der_x509_certificate(der))
+    except ValueError as fault:
+        raise TrustError(f"is not a certificate: {fault}") from None
+
+
+def _identity(certificate: x509.Certificate) -> Identity:
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        names = None
+    common = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+    kind, namespace, name, addresses = read_names(names, str(common[0].value) if common else "")
+    key = certificate.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise TrustError("the certificate's key is not on P-256")
+    issued = (certificate.not_valid_before_utc + BACKDATE).timestamp()
+    ends = certificate.not_valid_after_utc.timestamp()
+    return Identity(kind, namespace, name, addresses, issued, ends, key)
+
+
+# --- trust lists --------------------------------------------------------------------------------------------
+
+
+class TrustList(msgspec.Struct, frozen=True):
+    """CAs in force and revocations. `generation` grows when the CAs change, `number` with every list."""
+
+    number: int
+    generation: int
+    cas: list[bytes]  # certificates, DER
+    #: Subject -> seconds since 1970: what was issued to it until then is void. Gateways' Dial keys: `gateway/<key id>`.
+    revoked: dict[str, int] = {}
+
+
+class _Signature(msgspec.Struct, frozen=True):
+    signer: bytes  # SHA-256 of the CA's certificate
+    value: bytes
+
+
+class _SignedList(msgspec.Struct, frozen=True):
+    body: bytes
+    signatures: Annotated[list[_Signature], msgspec.Meta(max_length=16)]
+
+
+def sign_list(content: TrustList, cas: Sequence[tuple[x509.Certificate, PrivateKey]]) -> bytes:
+    """The list as it travels. Raises TrustError when it is too long for a message."""
+    body = msgspec.msgpack.encode(content)
+    signatures = [_Signature(ca.fingerprint(hashes.SHA256()), key.sign(LIST_LABEL + body, _ECDSA)) for ca, key in cas]
+    data = msgspec.msgpack.encode(_SignedList(body, signatures))
+    if len(data) > MAX_LIST:
+        raise TrustError(f"the trust list has {len(data)} bytes, over {MAX_LIST}: too many revocations")
+    return data
+
+
+class Roots:
+    """The CAs in force and what is revoked; certificates are checked against both. For one thread."""
+
+    def __init__(self, pem: bytes, where: str = "the CA file") -> None:
+        """`pem` has one CA certificate or several. Raises TrustError, which names `where`."""
+        self.number = 0
+        self.generation = 0
+        self.signed = b""  # the list in force
+        self.revoked: dict[str, int] = {}
+        self._cas: list[x509.Certificate] = []
+        self._known: dict[bytes, Identity] = {}
+        try:
+            self._put(x509.load_pem_x509_certificates(pem))
+        except ValueError as fault:
+            raise TrustError(f"{where}: has no PEM certificate that can be used: {fault}") from None
+
+    def _put(self, cas: Iterable[x509.Certificate]) -> None:
+        self._cas = list(cas)
+        self._known.clear()
+
+    @property
+    def pem(self) -> str:
+        """The CAs in force."""
+        return b"".join(ca.public_bytes(serialization.Encoding.PEM) for ca in self._cas).decode()
+
+    def take(self, data: bytes) -> bool:
+        """Put a list in force; False when it is not newer. Raises TrustError when no CA in force has signed it."""
+        try:
+            signed = msgspec.msgpack.decode(data, type=_SignedList)
+            content = msgspec.msgpack.decode(signed.body, type=TrustList)
+            cas = [x509.load_der_x509_certificate(der) for der in content.cas]
+        except (msgspec.DecodeError, RecursionError, ValueError) as fault:
+            raise TrustError(f"is not a trust list: {fault}") from None
+        if content.number <= self.number:
+            return False
+        if not any(self._has_signed(ca, signed) for ca in self._cas):
+            raise TrustError(f"trust list {content.number} is not signed by a CA in force")
+        if not cas:
+            raise TrustError(f"trust list {content.number} has no CA")
+        self.number, self.generation, self.signed = content.number, content.generation, data
+        self.revoked = content.revoked
+        self._put(cas)
+        return True
+
+    @staticmethod
+    def _has_signed(ca: x509.Certificate, signed: _SignedList) -> bool:
+        key, fingerprint = ca.public_key(), ca.fingerprint(hashes.SHA256())
+        assert isinstance(key, ec.EllipticCurvePublicKey)
+        for signature in signed.signatures:
+            if signature.signer == fingerprint:
+                try:
+                    key.verify(signature.value, LIST_LABEL + signed.body, _ECDSA)
+                except InvalidSignature:
+                    continue
+                return True
+        return False
+
+    def verify(self, der: bytes, now: Callable[[], float] = time.time) -> Identity:
+        """Whose certificate this is: of a CA in force, of this time, not revoked. Raises TrustError, which says why.
+
+        The signature of one that was seen before is not computed again.
+        """
+        identity = self._known.get(der)
+        if identity is None:
+            identity = self._check(der)
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            self._known[der] = identity
+        moment = now()
+        if moment >= identity.ends:
+            raise TrustError(f"the certificate of {identity.subject} has expired")
+        if moment < identity.issued - BACKDATE.total_seconds():
+            raise TrustError(f"the certificate of {identity.subject} is not valid yet: check the clock")
+        if self.is_revoked(identity):
+            raise TrustError(f"the certificate of {identity.subject} is revoked")
+        return identity
+
+    def _check(self, der: bytes) -> Identity:
+        try:
+            certificate = x509.load_der_x509_certificate(der)
+            for ca in self._cas:
+                try:
+                    certificate.verify_directly_issued_by(ca)
+                except (ValueError, TypeError, InvalidSignature):
+                    continue
+                return _identity(certificate)
+        except ValueError as fault:
+            raise TrustError(f"is not a certificate: {fault}") from None
+        raise TrustError("the certificate is not from a CA in force")
+
+    def is_revoked(self, identity: Identity) -> bool:
+        """Whether it was issued before its subject was revoked."""
+        return identity.issued <= self.revoked.get(identity.subject, 0)
+
+
+# --- proofs -------------------------------------------------------------------------------------------------
+
+
+def load_private_key(path: Path | str) -> PrivateKey:
+    """A P-256 key file. Raises TrustError."""
+    try:
+        key = serialization.load_pem_private_key(Path(path).read_bytes(), None)
+    except OSError as fault:
+        raise TrustError(f"{path}: can't be read: {fault.strerror}") from None
+    except (ValueError, TypeError) as fault:
+        raise TrustError(f"{path}: is not a private key that can be used: {fault}") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise TrustError(f"{path}: is not a key on P-256")
+    return key
+
+
+def prove(key: PrivateKey, body: bytes) -> bytes:
+    """An agent's signature over a Dial's body: the target, the epoch and the gateway's nonce are in it."""
+    return key.sign(PROOF_LABEL + body, _ECDSA)
+
+
+def is_proof(public_key: PublicKey, body: bytes, signature: bytes) -> bool:
+    """Whether the holder of this key has signed this Dial's body."""
+    try:
+        public_key.verify(signature, PROOF_LABEL + body, _ECDSA)
+    except InvalidSignature:
+        return False
+    return True

@@ -1,0 +1,120 @@
+"""Certificates say who somebody is; trust lists say whom to believe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+
+from rtunnel.trust import identity, pki
+from rtunnel.trust.identity import Roots, TrustList, is_proof, load_private_key, prove, sign_list
+from rtunnel.trust.keys import TrustError
+from rtunnel.trust.tls import certificate_der
+
+
+def made(directory: Path, name: str = "a1", **changes: Any) -> Path:
+    """A CA, and an agent's certificate from it."""
+    if not (directory / "ca.pem").exists():
+        pki.init(directory)
+    fields: dict[str, Any] = {"agent_id": "höst 7/x", "namespace": "blue", "addresses": ["10.1.0.7", "fd00::7"]}
+    pki.issue_agent(directory, name, **(fields | changes))
+    return directory / f"{name}.pem"
+
+
+def ca_of(directory: Path) -> tuple[x509.Certificate, identity.PrivateKey]:
+    """Of a directory of `pki.init`."""
+    certificate = x509.load_pem_x509_certificate((directory / "ca.pem").read_bytes())
+    return certificate, load_private_key(directory / "ca.key")
+
+
+def a_list(*cas: tuple[x509.Certificate, identity.PrivateKey], number: int = 1, **fields: Any) -> TrustList:
+    return TrustList(number, 1, [ca.public_bytes(serialization.Encoding.DER) for ca, _ in cas], **fields)
+
+
+def test_a_certificate_says_who_and_where(tmp_path: Path) -> None:
+    """Words with any characters come back as they were, addresses in their one spelling."""
+    der = certificate_der(made(tmp_path / "ca", addresses=["10.1.0.7", "FD00:0::7"]))
+    who = Roots((tmp_path / "ca" / "ca.pem").read_bytes()).verify(der)
+    assert (who.kind, who.namespace, who.name) == ("agent", "blue", "höst 7/x")
+    assert who.addresses == {"10.1.0.7", "fd00::7"}
+    assert who.subject == "agent/blue/höst 7/x"
+
+
+def test_another_ca_makes_no_identity(tmp_path: Path) -> None:
+    der = certificate_der(made(tmp_path / "theirs"))
+    pki.init(tmp_path / "ours")
+    with pytest.raises(TrustError, match="not from a CA in force"):
+        Roots((tmp_path / "ours" / "ca.pem").read_bytes()).verify(der)
+
+
+def test_time_counts_for_one_that_was_seen_before(tmp_path: Path) -> None:
+    der = certificate_der(made(tmp_path, days=1))
+    roots = Roots((tmp_path / "ca.pem").read_bytes())
+    who = roots.verify(der)
+    with pytest.raises(TrustError, match="has expired"):
+        roots.verify(der, now=lambda: who.ends)
+    with pytest.raises(TrustError, match="not valid yet"):
+        roots.verify(der, now=lambda: who.issued - 3601)
+
+
+def test_a_list_revokes_what_was_issued_until_then(tmp_path: Path) -> None:
+    roots = Roots((made(tmp_path / "ca").parent / "ca.pem").read_bytes())
+    der = certificate_der(tmp_path / "ca" / "a1.pem")
+    who = roots.verify(der)
+    ca = ca_of(tmp_path / "ca")
+    assert roots.take(sign_list(a_list(ca, number=2, revoked={who.subject: int(who.issued) - 1}), [ca]))
+    assert roots.verify(der) == who
+    assert roots.take(sign_list(a_list(ca, number=3, revoked={who.subject: int(who.issued)}), [ca]))
+    with pytest.raises(TrustError, match="is revoked"):
+        roots.verify(der)
+    assert not roots.take(sign_list(a_list(ca, number=2), [ca])), "an older list came back"
+    assert roots.is_revoked(who)
+
+
+def test_lists_hand_on_from_ca_to_ca(tmp_path: Path) -> None:
+    """Old alone, both, new alone: who has seen the middle one follows; who has not believes nobody new."""
+    for name in ("old", "new"):
+        made(tmp_path / name)
+    old, new = ca_of(tmp_path / "old"), ca_of(tmp_path / "new")
+    both, last = a_list(old, new, number=2), a_list(new, number=3)
+    pem = (tmp_path / "old" / "ca.pem").read_bytes()
+    late, follower = Roots(pem), Roots(pem)
+    assert follower.take(sign_list(both, [old, new]))
+    for name in ("old", "new"):
+        follower.verify(certificate_der(tmp_path / name / "a1.pem"))
+    assert follower.take(sign_list(last, [new]))
+    with pytest.raises(TrustError):
+        follower.verify(certificate_der(tmp_path / "old" / "a1.pem"))
+    with pytest.raises(TrustError, match="not signed by a CA in force"):
+        late.take(sign_list(last, [new]))
+    assert late.take(sign_list(last, [new, old]))
+
+
+@pytest.mark.parametrize("data", [b"", b"\xc1", b"\x80", b"\x82\xa4body\xc4\x00\xaasignatures\x90"])
+def test_what_is_no_list_is_named_so(tmp_path: Path, data: bytes) -> None:
+    pki.init(tmp_path / "ca")
+    with pytest.raises(TrustError, match="is not a trust list"):
+        Roots((tmp_path / "ca" / "ca.pem").read_bytes()).take(data)
+
+
+def test_a_changed_list_is_not_signed(tmp_path: Path) -> None:
+    pki.init(tmp_path / "ca")
+    ca = ca_of(tmp_path / "ca")
+    data = sign_list(a_list(ca, revoked={"agent/a/b": 1}), [ca])
+    changed = data.replace(b"agent/a/b", b"agent/a/c")
+    assert changed != data
+    with pytest.raises(TrustError, match="not signed"):
+        Roots((tmp_path / "ca" / "ca.pem").read_bytes()).take(changed)
+
+
+def test_a_proof_is_of_one_key_and_one_body(tmp_path: Path) -> None:
+    key = load_private_key(made(tmp_path).with_suffix(".key"))
+    other = load_private_key(made(tmp_path, "a2").with_suffix(".key"))
+    proof = prove(key, b"body")
+    assert is_proof(key.public_key(), b"body", proof)
+    assert not is_proof(key.public_key(), b"bodx", proof)
+    assert not is_proof(other.public_key(), b"body", proof)
+    assert not is_proof(key.public_key(), b"body", b"")
