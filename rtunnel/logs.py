@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import select
+import sys
 import threading
 import time
 import unicodedata
@@ -267,18 +268,20 @@ def render_console(fields: dict[str, Any], colour: bool = False) -> bytes:
     shown = f"{level:<8}"
     if colour:
         shown = f"{_COLOURS.get(level, _COLOURS['error'])}{shown}\x1b[0m"
-    pairs = "".join(f" {printable(_short(name, 64))}={_console_value(value)}" for name, value in rest.items())
-    head = f"{clock[11:-1]} {shown} {printable(event)}{pairs}\n"
+    pairs = "".join(
+        f" {_console_word(_short(name, 64))}={_console_word(_short(value, _CUT))}" for name, value in rest.items()
+    )
+    head = f"{clock[11:-1]} {shown} {_console_word(event)}{pairs}\n"
     lines = _short(trace, MAX_LINE).splitlines() if trace else ()
     return (head + "".join(f"    | {printable(line)}\n" for line in lines)).encode("utf-8", "backslashreplace")
 
 
-def _console_value(value: Any) -> str:
-    text = printable(_short(value, _CUT))
-    if isinstance(value, str) and not _WORD.fullmatch(text):
-        quoted = text.replace('"', '\\"')
-        return f'"{quoted}"'
-    return text
+def _console_word(text: str) -> str:
+    """As it is when nothing in it could be taken for the line's own structure; else in quotes, with escapes."""
+    if _WORD.fullmatch(text) and printable(text) == text:
+        return text
+    quoted = printable(text.replace("\\", "\\\\").replace('"', '\\"'))
+    return f'"{quoted}"'
 
 
 # --- structlog --------------------------------------------------------------------------------------------
@@ -313,7 +316,7 @@ class _Output:
 
 
 class _Bridge(logging.Handler):
-    """Lines of libraries that log with the standard module."""
+    """Lines of libraries that log with the standard module, and Python's warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Pass the record on as an event."""
@@ -351,6 +354,7 @@ def setup(config: LogConfig, *, fd: int = 2, **common: Any) -> None:
         cache_logger_on_first_use=True,
     )
     _bridge_standard_logging(max(LEVELS[config.level], logging.WARNING))
+    _take_strays()
 
 
 def _open_writer(fd: int, render: Render) -> Writer:
@@ -370,6 +374,29 @@ def _bridge_standard_logging(level: int) -> None:
         _bridge = _Bridge()
         logging.getLogger().addHandler(_bridge)
     _bridge.setLevel(level)
+    logging.captureWarnings(True)
+
+
+def _take_strays() -> None:
+    """Exceptions that nobody can catch become lines too: Python would print them raw, with what a peer put in them.
+
+    Hooks that somebody else has set (a test runner) stay.
+    """
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _log_unraisable
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = _log_dead_thread
+
+
+def _log_unraisable(stray: sys.UnraisableHookArgs) -> None:
+    fault = stray.exc_value or stray.exc_type
+    get_logger("python").error("exception_ignored", where=stray.err_msg or repr(stray.object), exc_info=fault)
+
+
+def _log_dead_thread(stray: threading.ExceptHookArgs) -> None:
+    if not issubclass(stray.exc_type, SystemExit):
+        name = stray.thread.name if stray.thread is not None else ""
+        get_logger("python").critical("thread_died", thread=name, exc_info=stray.exc_value)
 
 
 def flush(timeout: float = FLUSH_TIMEOUT) -> bool:
