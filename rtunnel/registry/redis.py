@@ -56,9 +56,7 @@ _TLS_OPTIONS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", 
 _PLAIN = re.compile(r"[A-Za-z0-9._~-]+").fullmatch
 
 _tuple = msgspec.json.Decoder(Tuple, strict=False)  # not strict: an epoch is a string in JSON, an int here
-_tuples = msgspec.json.Decoder(list[Tuple], strict=False)
 _record_of = msgspec.json.Decoder(NodeRecord, strict=False)
-_raw_rows = msgspec.json.Decoder(list[msgspec.Raw])
 _encode = msgspec.json.Encoder().encode
 #: What a reply that nobody of ours has written can raise.
 _NONSENSE = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, msgspec.MsgspecError)
@@ -149,7 +147,7 @@ class RedisRegistry:
 
     @_sensible
     def nodes(self) -> list[NodeRecord]:
-        return list(_rows(_raw_rows.decode(self._run(_NODES)), _read_record))
+        return list(_rows(self._run(_NODES).splitlines(), _record_of.decode))
 
     def _purge(self, node: str, floor: int) -> None:
         first = 1
@@ -451,12 +449,12 @@ def _rows(rows: Iterable[Any], read: Callable[[Any], _T]) -> Iterator[_T]:
 
 def _page_of(page: bytes) -> list[Tuple]:
     try:
-        return [_checked(entry) for entry in _tuples.decode(page)]  # half the time of one by one
+        return [_checked(entry) for entry in _tuple.decode_lines(page)]  # half the time of one by one
     except _NONSENSE:
-        return list(_rows(_raw_rows.decode(page), _read_tuple))
+        return list(_rows(page.splitlines(), _read_tuple))
 
 
-def _read_tuple(json: bytes | msgspec.Raw) -> Tuple:
+def _read_tuple(json: bytes) -> Tuple:
     return _checked(_tuple.decode(json))
 
 
@@ -466,10 +464,6 @@ def _checked(entry: Tuple) -> Tuple:
     if entry.epoch >> 64:
         raise ValueError(f"epoch {entry.epoch} has more than 64 bits")
     return entry
-
-
-def _read_record(json: bytes | msgspec.Raw) -> NodeRecord:
-    return _record_of.decode(json)
 
 
 @lru_cache(maxsize=4096)

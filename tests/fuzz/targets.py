@@ -732,8 +732,8 @@ def _row_seeds() -> list[bytes]:
     change = [[b"changes", [[b"8-0", [b"put", _TUPLE]], [b"9-0", [b"gone", _TUPLE]]]]]
     replies: list[Any] = [
         [time, [b"b1/0", _TUPLE, b"b1/0@4294967297", b"1800000000.5"]],
-        [[b"f", b"7", b"1800000000.5", [b"b1"]], b"[%s]" % _NODE, [b"0", b"[%s]" % beat], feed, change],
-        [b"[%s]" % _NODE],
+        [[b"f", b"7", b"1800000000.5", [b"b1"]], _NODE, [b"0", beat + b"\n" + beat], feed, change],
+        [_NODE + b"\n" + _NODE],
         [[b"f", b"9"], change],
         [b"20001"],
         [time, [b"b1/0", _TUPLE.replace(b"20001", b"70000"), b"b1/0@4294967297", b"nan"]],
