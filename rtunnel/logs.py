@@ -21,6 +21,7 @@ import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from datetime import UTC, datetime
+from types import NoneType
 from typing import Any, cast
 
 import msgspec
@@ -202,22 +203,32 @@ def timestamp() -> str:
     return f"{text}{int((now - whole) * 1000):03d}Z"
 
 
+_SIMPLE = (str, int, float, bytes, NoneType)
+_SIMPLE_TYPES = frozenset((*_SIMPLE, bool))
+
+
 def _plain(value: Any) -> Any:
-    """What msgspec can't encode."""
+    """The value as JSON has it. An object is what it says of itself, and not its fields: it may hold a key."""
+    if isinstance(value, _SIMPLE):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
     if isinstance(value, BaseException):
         return f"{type(value).__name__}: {value}"
-    if isinstance(value, Mapping):
-        return dict(value)
     return str(value)
 
 
-_encode = msgspec.json.Encoder(enc_hook=_plain).encode
+_encode = msgspec.json.Encoder(enc_hook=str).encode
 _NOT_PLAIN = re.compile(r"[^\x20-\x7e]")
 
 
 def render_json(fields: dict[str, Any]) -> bytes:
     """One JSON object and a newline, in printable ASCII and printable Unicode only."""
     try:
+        if not _SIMPLE_TYPES.issuperset(map(type, fields.values())):  # most lines have nothing else
+            fields = {name: _plain(value) for name, value in fields.items()}
         line = _encode(fields)
     except Exception:
         line = _encode(_tamed(fields))
