@@ -11,6 +11,7 @@ when a CA that is in force by now has signed it: one list hands on to the next, 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from rtunnel.trust.keys import TrustError
+from rtunnel.trust.tls import certificate_der
 from rtunnel.wire.messages import MAX_LIST
 
 #: Hosts whose clocks are behind accept a fresh certificate too: it begins so long before it is issued.
@@ -232,6 +234,14 @@ class Roots:
         return identity.issued <= self.revoked.get(identity.subject, 0)
 
 
+def load_roots(path: Path | str) -> Roots:
+    """The CAs of a file. Raises TrustError."""
+    try:
+        return Roots(Path(path).read_bytes(), str(path))
+    except OSError as fault:
+        raise TrustError(f"{path}: can't be read: {fault.strerror}") from None
+
+
 # --- proofs -------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +256,32 @@ def load_private_key(path: Path | str) -> PrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise TrustError(f"{path}: is not a key on P-256")
     return key
+
+
+def load_pair(certificate: Path | str, key: Path | str) -> tuple[bytes, PrivateKey, Identity]:
+    """An agent's certificate (DER), its key, and what it says. Raises TrustError, which names the file at fault."""
+    der, private = certificate_der(certificate), load_private_key(key)
+    try:
+        who = read_certificate(der)
+    except TrustError as fault:
+        raise TrustError(f"{certificate}: {fault}") from None
+    if private.public_key() != who.public_key:
+        raise TrustError(f"{key}: is not the key of the certificate in {certificate}")
+    return der, private, who
+
+
+def check_directory(path: Path | str) -> None:
+    """Whether a role may keep its secrets there, in a directory that exists or that it could make. Raises TrustError."""
+    directory = Path(path)
+    try:
+        if not directory.exists():
+            directory = next(parent for parent in directory.absolute().parents if parent.exists())
+        if not directory.is_dir():
+            raise TrustError(f"{directory}: is not a directory")
+    except OSError as fault:
+        raise TrustError(f"{path}: can't be used: {fault.strerror}") from None
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise TrustError(f"{directory}: this user can't write there")
 
 
 def prove(key: PrivateKey, body: bytes) -> bytes:
