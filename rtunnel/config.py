@@ -425,7 +425,7 @@ class Key:
 
 
 _FILE = "file"
-_DIRECTORY = "directory"
+_FOLDER = "folder"
 
 
 def _seconds(text: str, low: float = 0.01, high: float = MAX_SECONDS) -> Key:
@@ -476,13 +476,13 @@ _NO_AUTH = "networks whose clients need not log in, though there is a file of us
 _BROKERS = "the VIP; several are used in turn, names are resolved at every dial"
 _ADDRESSES_HELP = "original IPs that it answers for; default: the address of the default route"
 _EXPOSES = Key(
-    'ports that clients may reach: "9100", "8000-8100", "loopback:9100"; none by default; read again when the file changes',
+    'ports that clients may reach: "9100", "8000-8100", "loopback:9100"; none by default; read again from the file',
     _exposes,
     "ports",
     before=_numbers_too,
 )
-_ADMIT = Key("who may register, and what; without rules all that the agent proves", _admit, "tables", before=_tables_only)
-_AUTHORITY = Key("passes agents' requests for certificates on, and has the newest trust list", _optional(_remote), "host:port")
+_ADMIT = Key("who may register what; without rules all that the agent proves", _admit, "tables", before=_tables_only)
+_AUTHORITY = Key("where agents' certificates and the newest trust list come from", _optional(_remote), "host:port")
 _TRUST = _file("the newest trust list: kept here, and read when it changes; need not be there", made=True)
 _SOURCE_HANDSHAKES = "links of one source without Welcome; 0: no limit, for a VIP that hides the agents' addresses"
 _PUBLISH = Key("open ports to ask for: IP:PORT, or IP:PORT@BROKER_PORT", _publish, "tables", before=_publish_words)
@@ -525,7 +525,7 @@ class AdmitConfig(_Section):
 
     namespaces: A[list[str], Key("the agent's", None, "words")] = []
     networks: A[list[str], Key("that every address of the agent must be in", None, "CIDRs")] = []
-    open_ports: A[list[str], Key("of the broker, that it may ask for (`agent.publish`); none by default", None, "ports")] = []
+    open_ports: A[list[str], Key("that it may ask for (`agent.publish`); none by default", None, "ports")] = []
     streams: A[int, Key("of the agent at once, on each node; 0: no limit", None, "count")] = 0
 
 
@@ -578,7 +578,7 @@ class AgentConfig(_Section):
     security: A[str, _SECURITY] = "tls"
     ca: A[str, _file("PEM: the CAs of the cluster")] = ""
     server_name: A[str, Key("that the broker's certificate must carry", _server_name, "name")] = "broker.rtunnel"
-    identity: A[str, Key("where the agent keeps the certificate that it enrols for, and its key", None, _DIRECTORY)] = ""
+    identity: A[str, Key("where the agent keeps the certificate that it enrols for, and its key", None, _FOLDER)] = ""
     certificate: A[str, _file("PEM: a certificate that was made by hand, instead of `identity`")] = ""
     key: A[str, _file("PEM: its private key", secret=True)] = ""
     join_token: A[str, _file("the agent's token: to enrol for a certificate, or to join without one", secret=True)] = ""
@@ -719,9 +719,7 @@ def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, 
 
 def reread(config: Config) -> Config:
     """The configuration with what its file says now; variables and flags stay as they were. Raises ConfigError."""
-    kept = {
-        key: Flag(source, _get(config, key)) for key, source in config.sources.items() if source != config.file
-    }
+    kept = {key: Flag(source, _get(config, key)) for key, source in config.sources.items() if source != config.file}
     return load(Path(config.file), {}, kept)
 
 
@@ -847,7 +845,7 @@ def _value(leaf: Leaf, given: _Given) -> Any:
     if leaf.key.before is not None and isinstance(value, list):
         value = leaf.key.before(value)
     value = msgspec.convert(value, leaf.type, strict=not from_text)
-    if leaf.key.unit in (_FILE, _DIRECTORY) and value and given.base is not None:
+    if leaf.key.unit in (_FILE, _FOLDER) and value and given.base is not None:
         value = str(given.base / value)
     return value if leaf.key.check is None else leaf.key.check(value)
 
@@ -929,7 +927,7 @@ def _check_identity(config: Config) -> Iterator[Problem]:
     """What certificates need of each other, for the side that judges them and the side that shows one."""
     for key in ("broker.trust", "broker.authority"):
         if _get(config, key) and not config.broker.ca:
-            yield _problem(config, key, "means nothing without broker.ca", "give the cluster's ca.pem file", "broker.ca")
+            yield _problem(config, key, "means nothing without broker.ca", "give the cluster's ca.pem file")
     agent = config.agent
     if bool(agent.certificate) != bool(agent.key):
         missing, given = ("key", "certificate") if agent.certificate else ("certificate", "key")

@@ -370,7 +370,12 @@ class Agent:
         return str(address[0]), port
 
     def _connect(
-        self, owner: LinkOwner, host: str, port: int, tls: ssl.SSLContext | None, done: Callable[[Link | None, str], None]
+        self,
+        owner: LinkOwner,
+        host: str,
+        port: int,
+        tls: ssl.SSLContext | None,
+        done: Callable[[Link | None, str], None],
     ) -> None:
         """In the relay's thread: a link for this owner; `done` gets it, or why there is none."""
 

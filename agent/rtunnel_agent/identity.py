@@ -1,4 +1,4 @@
-"""Who the agent is: its certificate and key, the CAs that it believes, and how it gets and renews all that. trio's side.
+"""Who the agent is: its certificate and key, the CAs that it believes, how it gets and renews all that. trio's side.
 
 A certificate that the agent enrols for lives in a directory of its own:
 
@@ -240,8 +240,8 @@ class Credentials:
                 self._put(AgentIdentity(*load_pair(*self._pair)))
             except TrustError as fault:
                 self._log.warning("identity_rejected", reason=str(fault), hint="a new one is enrolled for")
-        if self._token is None and (fault := self._fault()):
-            raise TrustError(f"{directory}: {fault}, and agent.join_token is not given: {_FIX}")
+        if self._token is None and (missing := self._fault()):
+            raise TrustError(f"{directory}: {missing}, and agent.join_token is not given: {_FIX}")
 
     def _finish_exchange(self, directory: Path) -> None:
         """The last one ended between its two files: then the certificate is that of the next key."""
@@ -252,30 +252,25 @@ class Credentials:
     def _files(self) -> list[Watched]:
         files: list[Watched] = []
         if self._roots is not None:
-            files.append(Watched("ca", [Path(self._config.ca)], lambda: load_roots(self._config.ca), self._put_roots))
+            files.append(Watched("ca", [Path(self._config.ca)], lambda: load_roots(self._config.ca), self._put_cas))
         if self._config.certificate:
-            load = lambda: AgentIdentity(*load_pair(*self._pair))  # noqa: E731
-            files.append(Watched("certificate", self._pair, load, self._put_pair))
+            files.append(Watched("certificate", self._pair, lambda: load_pair(*self._pair), self._put_pair))
         return files
 
-    async def _put_roots(self, roots: Roots) -> dict[str, object]:
-        """Another CA file. A trust list that its CAs have signed stays in force."""
-        old, self._roots = self._roots, roots
-        if old is not None and old.signed:
-            try:
-                roots.take(old.signed)
-            except TrustError as fault:
-                self._log.warning("trust_rejected", reason=str(fault))
+    async def _put_cas(self, fresh: Roots) -> dict[str, object]:
+        """Another CA file."""
+        assert self._roots is not None
+        self._roots.begin_again(fresh.pem.encode())
         self._make_contexts()
         self._tell()
-        return {"number": roots.number}
+        return {"number": self._roots.number}
 
-    async def _put_pair(self, identity: AgentIdentity) -> dict[str, object]:
-        self._put(identity)
+    async def _put_pair(self, pair: tuple[bytes, PrivateKey, Identity]) -> dict[str, object]:
+        self._put(AgentIdentity(*pair))
         self._make_contexts()
         self._tell()
         self.renewed = time.time()
-        return {"ends": _day(identity.who.ends)}
+        return {"ends": _day(pair[2].ends)}
 
     # Enrolling and renewing.
 

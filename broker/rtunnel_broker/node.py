@@ -50,7 +50,6 @@ from rtunnel_broker.admit import Admission
 from rtunnel_broker.ports import DialChecker, GuardedPort, Networks, OpenPortServer, PortCounts
 from rtunnel_broker.session import Session
 
-
 #: Requests for certificates under way to the authority.
 MAX_ENROLLING: Final = 64
 #: What is turned away or left to wait is told in one line for so long.

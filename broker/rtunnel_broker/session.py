@@ -22,7 +22,7 @@ from rtunnel.relay.join import Ending, Pair
 from rtunnel.relay.link import Link, StreamEnd
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.relay import Listener
-from rtunnel.trust.identity import Identity, Roots, read_certificate
+from rtunnel.trust.identity import Identity, Revoked, Roots
 from rtunnel.trust.keys import TrustError, token_mac
 from rtunnel.wire import messages
 from rtunnel.wire.messages import (
@@ -234,7 +234,8 @@ class Session:
         try:
             who = roots.verify(der)
         except TrustError as fault:
-            raise Refused(_code_of(roots, der), str(fault)) from None
+            code = Refusal.REVOKED if isinstance(fault, Revoked) else Refusal.BAD_CERTIFICATE
+            raise Refused(code, str(fault)) from None
         claimed = f"agent/{hello.namespace}/{hello.agent_id}"
         if who.kind != "agent" or (who.namespace, who.name) != (hello.namespace, hello.agent_id):
             raise Refused(Refusal.BAD_CERTIFICATE, f"the certificate is of {who.subject}, and not of {claimed}")
@@ -359,14 +360,6 @@ class Session:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
-
-
-def _code_of(roots: Roots, der: bytes) -> Refusal:
-    """Of a certificate that was not accepted."""
-    try:
-        return Refusal.REVOKED if roots.is_revoked(read_certificate(der)) else Refusal.BAD_CERTIFICATE
-    except TrustError:
-        return Refusal.BAD_CERTIFICATE
 
 
 def hello_fault(hello: Hello) -> str:

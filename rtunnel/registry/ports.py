@@ -164,8 +164,8 @@ class PortAllocator:
     ) -> tuple[int, T, PortLease]:
         """A port for this owner, its last one if that is possible, with what `try_bind(port)` returned for it.
 
-        `allows`: one of these. Raises PortsExhausted, RegistryUnavailable, Superseded, and any OSError of `try_bind` other than "in use".
-        With the registry out of reach the owner still gets back a port that rests *here* for it.
+        `allows`: one of these. Raises PortsExhausted, RegistryUnavailable, Superseded, and any OSError of `try_bind`
+        other than "in use". With the registry out of reach the owner still gets back a port that rests *here* for it.
         """
         for port, resting in self._candidates(owner, node, allows):
             lease = PortLease(self.ip, port, owner, node, epoch)
@@ -208,9 +208,7 @@ class PortAllocator:
 
     # ------------------------------------------------------------------ inside
 
-    def _candidates(
-        self, owner: str, node: str, allows: Callable[[int], bool] | None
-    ) -> Iterator[tuple[int, bool]]:
+    def _candidates(self, owner: str, node: str, allows: Callable[[int], bool] | None) -> Iterator[tuple[int, bool]]:
         """Ports to try, each marked as in use before it is yielded, and whether it rested here for this owner."""
         port = self._preferred(owner, node)
         if port is not None and (allows is None or allows(port)):

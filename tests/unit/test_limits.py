@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtunnel.config import LimitsConfig
+from rtunnel.net import source_of
 from rtunnel.wire.refusal import Refusal
 from rtunnel_socks import limits as module
-from rtunnel.net import source_of
 from rtunnel_socks.limits import Limits
 
 
