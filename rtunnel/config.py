@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-ROLES = ("broker", "agent", "gateway", "standalone")
+ROLES = ("broker", "agent", "gateway", "authority", "standalone")
 ENV_PREFIX = "RTUNNEL_"
 
 #: What fits into one Hello (rtunnel/wire/messages.py).
@@ -621,6 +621,14 @@ class GatewayConfig(_Section):
     admin: A[str, _ADMIN] = "127.0.0.1:7072"
 
 
+class AuthorityConfig(_Section):
+    """[authority]"""
+
+    directory: A[str, Key("of `rtunnel pki init`: the CA's key and authority.db", None, _FOLDER)] = ""
+    listen: A[str, _endpoint("where brokers and gateways ask")] = "0.0.0.0:7443"
+    admin: A[str, _ADMIN] = "127.0.0.1:7073"
+
+
 class Config(_Section):
     """The whole file."""
 
@@ -629,6 +637,7 @@ class Config(_Section):
     broker: BrokerConfig = msgspec.field(default_factory=BrokerConfig)
     agent: AgentConfig = msgspec.field(default_factory=AgentConfig)
     gateway: GatewayConfig = msgspec.field(default_factory=GatewayConfig)
+    authority: AuthorityConfig = msgspec.field(default_factory=AuthorityConfig)
     #: Not a key: which file, variable or flag gave each key that was given ("broker.listen").
     sources: dict[str, str] = {}
     #: Not a key: the file that was read; "" for none.
@@ -893,6 +902,7 @@ def _cross_check(config: Config) -> Iterator[Problem]:
     yield from _check_ports(config, ("broker",))
     yield from _check_ports(config, ("agent",))
     yield from _check_ports(config, ("gateway",))
+    yield from _check_ports(config, ("authority",))
     yield from _check_open_ports(config)
     if config.gateway.no_auth and not config.gateway.users:
         fix = "give users, or leave no_auth out: without users nobody can log in"
@@ -1116,10 +1126,15 @@ def _gateway_needs(config: Config) -> list[Problem]:
     return _need(config, "gateway.cluster_key", "Dials are signed with it", "the brokers' cluster.key file")
 
 
+def _authority_needs(config: Config) -> list[Problem]:
+    return _need(config, "authority.directory", "certificates come from there", _PKI)
+
+
 _NEEDS: dict[str, Callable[[Config], list[Problem]]] = {
     "broker": _broker_needs,
     "agent": _agent_needs,
     "gateway": _gateway_needs,
+    "authority": _authority_needs,
 }
 
 
