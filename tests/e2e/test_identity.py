@@ -241,3 +241,123 @@ async def test_an_agent_enrols_once_and_renews_through_any_node(tmp_path: Path, 
         modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "identity").iterdir()}
         assert modes == dict.fromkeys(("agent.key", "agent.pem", "trust.list"), 0o600)
         assert (tmp_path / "identity").stat().st_mode & 0o777 == 0o700
+
+
+async def test_without_the_authority_the_session_stays_until_the_end(tmp_path: Path, events: Events) -> None:
+    """Renewals fail and say why; at the end of the certificate the session goes on, and a new one needs the token."""
+    async with running_cluster(tmp_path, broker__join_token="") as cluster:
+        async with authority(cluster.secrets) as server:
+            where = address(server)
+            await cluster.start_broker("b1", authority=where)
+            await cluster.start_gateway()
+            many = token(cluster.secrets, networks=("127.1.0.0/24",), lifetime=4, uses=2)
+            agent = (await cluster.start_agent(**without_certificate(tmp_path, many), redundancy=1)).agent
+            await cluster.whole()
+        target = Target(IP)
+        with await cluster.socks(IP, target.port) as sock:
+            await cluster.until(lambda: bool(named(events, "renewal_failed")))
+            assert "authority_unavailable" in named(events, "renewal_failed")[0]["reason"]
+            shown = status(agent)["identity"]
+            assert isinstance(shown, dict) and "authority_unavailable" in shown["failure"]
+            await cluster.until(lambda: bool(agent.credentials.missing))
+            assert named(events, "certificate_ends_soon")
+            assert "has expired" in agent.credentials.missing
+            assert agent.state == "ready" and says(sock) == b"127.1.0.1:still there"
+        (session,) = cluster.brokers["b1"].node.sessions.values()
+        cluster.brokers["b1"].node.relay.call(lambda: session.end("a test"))
+        await cluster.until(lambda: agent.state == "down" and "has expired" in agent.reasons()[1])
+        async with authority(cluster.secrets, where):
+            await cluster.until(lambda: agent.state == "ready")
+        assert len(named(events, "enrolled")) == 4  # twice, each by authority and agent
+        assert not agent.credentials.failure
+
+
+async def test_an_agent_without_token_and_certificate_does_not_start(tmp_path: Path) -> None:
+    """It could never get one: the fix is named."""
+    async with running_cluster(tmp_path, agent__join_token="") as cluster:
+        keys = {"certificate": "", "key": "", "identity": str(tmp_path / "identity")}
+        with pytest.raises(TrustError, match=r"no certificate yet, and agent.join_token is not given.*pki token create"):
+            await cluster.start_agent(**keys)
+
+
+async def test_a_token_that_is_used_up_is_told(tmp_path: Path, events: Events) -> None:
+    """Two agents with a token of one use: the second one says why it has no certificate, and no broker hears of it."""
+    async with running_cluster(tmp_path, broker__join_token="") as cluster, authority(cluster.secrets) as server:
+        await cluster.start_broker("b1", authority=address(server))
+        await cluster.start_gateway()
+        once = token(cluster.secrets, networks=("127.1.0.0/24",))
+        await cluster.start_agent(**without_certificate(tmp_path, once), redundancy=1)
+        await cluster.whole()
+        keys = without_certificate(tmp_path, once) | {"identity": str(tmp_path / "second")}
+        second = (await cluster.start_agent("a2", "127.1.0.2", **keys, redundancy=1)).agent
+        await cluster.until(lambda: "used up" in second.reasons()[0])
+        assert "bad_token" in named(events, "enrolment_failed")[0]["reason"]
+        assert list(cluster.brokers["b1"].node.sessions) == ["default/a1"]
+
+
+async def test_an_exchange_that_ended_between_its_files_is_finished(tmp_path: Path) -> None:
+    """The certificate is there, its key still waits beside it: the next start puts them together, without a request."""
+    async with running_cluster(tmp_path, broker__join_token="", agent__join_token="") as cluster:
+        await cluster.start_broker()
+        await cluster.start_gateway()
+        old, new = cluster.certify("a1", IP), cluster.certify("a1", IP)
+        home = tmp_path / "identity"
+        home.mkdir()
+        for name, source in {"agent.key": f"{old}.key", "agent.pem": f"{new}.pem", "next.key": f"{new}.key"}.items():
+            (home / name).write_bytes((cluster.secrets / source).read_bytes())
+        await cluster.start_agent(certificate="", key="", identity=str(home), redundancy=1)
+        await cluster.whole()
+        assert sorted(path.name for path in home.iterdir()) == ["agent.key", "agent.pem"]
+        assert (home / "agent.key").read_bytes() == (cluster.secrets / f"{new}.key").read_bytes()
+
+
+# --- revocation and rotation --------------------------------------------------------------------------------
+
+
+def revoke(secrets: Path, subject: str) -> None:
+    with pki.open_directory(secrets) as opened, opened.change():
+        opened.revoke(subject)
+
+
+async def test_a_revoked_agent_is_out_within_seconds_also_without_redis(
+    tmp_path: Path, make_redis: Callable[..., RedisServer], events: Events
+) -> None:
+    """Its sessions end, and its streams with them; other agents' stay; it can't come back."""
+    server = make_redis().start()
+    registry = connect(RegistryConfig(url=server.url, ttl=3.0, quarantine=5.0, timeout=0.5))
+    try:
+        async with running_cluster(tmp_path, registry) as cluster, authority(cluster.secrets) as one:
+            for node in ("b1", "b2"):
+                await cluster.start_broker(node, authority=address(one), trust=str(tmp_path / f"{node}.list"))
+            await cluster.start_gateway()
+            for number in (1, 2):
+                await cluster.start_agent(f"a{number}", f"127.1.0.{number}")
+            await cluster.whole()
+            target, other = Target(IP), Target("127.1.0.2")
+            with await cluster.socks(IP, target.port) as theirs, await cluster.socks("127.1.0.2", other.port) as ours:
+                assert says(theirs) and says(ours)
+                server.kill()
+                await in_thread(lambda: revoke(cluster.secrets, "agent/default/a1"))
+                with trio.fail_after(REVOKED_WITHIN):
+                    assert await in_thread(lambda: ended(theirs))
+                    agent = cluster.agents["a1"].agent
+                    await cluster.until(lambda: agent.state == "down")
+                assert says(ours) == b"127.1.0.2:still there"
+            lines = named(events, "session_revoked")
+            assert sorted(line["node"] for line in lines) == ["b1", "b2"]
+            assert sum(line["streams"] for line in lines) == 1
+            await cluster.until(lambda: any("revoked" in reason for reason in agent.reasons()))
+            assert cluster.agents["a2"].agent.state == "ready"
+            assert {line["code"] for line in named(events, "session_refused")} <= {"revoked", "duplicate_node"}
+            counts = [part.node.counts.endings.get("revoked", 0) for part in cluster.brokers.values()]
+            assert sorted(counts) == [0, 1]
+    finally:
+        registry.close()
+
+
+def ended(sock: socket.socket) -> bool:
+    """Wait for the end of a stream on which nobody speaks."""
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:
+        return True
