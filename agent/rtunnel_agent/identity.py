@@ -194,13 +194,17 @@ class Credentials:
             return str(fault)
         return ""
 
-    def _put(self, identity: AgentIdentity) -> None:
+    def _check(self, identity: AgentIdentity) -> None:
+        """Whether it is this agent's. Raises TrustError."""
         wanted = f"agent/{self._config.namespace}/{self._agent_id}"
         missing = [address for address in self._addresses if address not in identity.who.addresses]
         if identity.who.subject != wanted:
             raise TrustError(f"{self._pair[0]}: is the certificate of {identity.who.subject}, and this is {wanted}")
         if missing:
             raise TrustError(f"{self._pair[0]}: has not the address {missing[0]} of this agent")
+
+    def _put(self, identity: AgentIdentity) -> None:
+        self._check(identity)
         self.identity = identity
         self._on_put(identity)
         self._warned = False
@@ -314,10 +318,12 @@ class Credentials:
         who = self._roots.verify(answer.certificate)
         if who.public_key != key.public_key():
             raise TrustError("the authority's certificate is for another key")
-        self._put(AgentIdentity(answer.certificate, key, who))
+        identity = AgentIdentity(answer.certificate, key, who)
+        self._check(identity)
         # The certificate first: whoever dies between the two finds the key beside it.
         replace(self._pair[0], SECRET, pem(load_der_x509_certificate(answer.certificate)))
         pending.rename(self._pair[1])
+        self._put(identity)
         self._make_contexts()
         self.renewed = time.time()
         self._tell()
