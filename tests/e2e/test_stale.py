@@ -81,7 +81,7 @@ class Witness(Target):
         super()._talk(served)
 
 
-async def start_agent(cluster: Cluster, agent_id: str, ip: str, **keys: object) -> Part:
+async def start_agent(cluster: Cluster, agent_id: str, ip: str, **keys: Any) -> Part:
     """An agent on a host of its own."""
     part = await cluster.start_agent(agent_id, ip, **keys)
     part.agent.targets.relay = cast("Relay", Host(part, ip))

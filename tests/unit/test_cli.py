@@ -53,7 +53,18 @@ def test_help_shows_commands_and_examples() -> None:
     """--help lists roles and tools, with examples."""
     result = rtunnel("--help")
     assert result.exit_code == 0
-    for word in ("agent", "broker", "gateway", "standalone", "demo", "pki", "resolve", "status", "Examples:"):
+    for word in (
+        "agent",
+        "authority",
+        "broker",
+        "gateway",
+        "standalone",
+        "demo",
+        "pki",
+        "resolve",
+        "status",
+        "Examples:",
+    ):
         assert word in result.output
 
 
@@ -62,7 +73,7 @@ def test_version() -> None:
     assert rtunnel("--version").output.startswith("rtunnel 0.")
 
 
-@pytest.mark.parametrize("section", ["broker", "agent", "gateway"])
+@pytest.mark.parametrize("section", ["broker", "agent", "gateway", "authority"])
 def test_every_key_has_a_flag(section: str) -> None:
     """A role's --help has a flag for each key of its section."""
     output = rtunnel(section, "--help").output
@@ -161,12 +172,12 @@ def test_pki_commands(tmp_path: Path) -> None:
     directory = str(tmp_path / "pki")
     result = rtunnel("pki", "init", directory, "--name", "vip.example", "--ip", "10.0.0.1")
     assert result.exit_code == 0
-    assert "broker certificate; valid for 365 days, until 20" in result.output
+    assert "broker certificate; valid until 20" in result.output
     again = rtunnel("pki", "init", directory)
     assert again.exit_code == 2 and "exists, and is not overwritten" in again.stderr
-    assert rtunnel("pki", "broker", directory, "broker-2").exit_code == 0
-    assert rtunnel("pki", "token", "--id", "web").output.startswith("rtunnel-token-1.web.")
-    assert rtunnel("pki", "token", "--id", "a.b").exit_code == 2
+    assert rtunnel("pki", "issue", "broker", "--dir", directory, "broker-2").exit_code == 0
+    assert rtunnel("pki", "shared-token", "--id", "web").output.startswith("rtunnel-token-1.web.")
+    assert rtunnel("pki", "shared-token", "--id", "a.b").exit_code == 2
 
 
 # --- the registry's commands ------------------------------------------------------------------------------------------

@@ -673,12 +673,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_all_packages(wheel: Path) -> None:
-    """Four import packages at the top and every module of them; the command; the roles; nothing else."""
+    """Five import packages at the top and every module of them; the command; the roles; nothing else."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         entry_points = archive.read(f"rtunnel-{rtunnel.__version__}.dist-info/entry_points.txt").decode()
     assert {name.partition("/")[0] for name in names} == {
-        "rtunnel", "rtunnel_agent", "rtunnel_broker", "rtunnel_socks", f"rtunnel-{rtunnel.__version__}.dist-info",
+        "rtunnel", "rtunnel_agent", "rtunnel_authority", "rtunnel_broker", "rtunnel_socks",
+        f"rtunnel-{rtunnel.__version__}.dist-info",
     }  # fmt: skip
     for package in project()["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]:
         source = ROOT / package
