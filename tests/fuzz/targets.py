@@ -18,6 +18,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -516,7 +517,7 @@ def _odd_certificates() -> Iterator[bytes]:
     ]
     for public in (key.public_key(), p384.public_key(), of_rsa.public_key()):
         for names in alternatives:
-            builder = pki._builder(pki._name("x"), certificate.subject, public, 1)  # type: ignore[arg-type]
+            builder = x509.CertificateBuilder(certificate.subject, x509.Name([]), public, 1, _BEGINS, _ENDS)
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
             der = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
             yield der
@@ -527,6 +528,8 @@ def _odd_certificates() -> Iterator[bytes]:
 
 
 _OID: Final = x509.ObjectIdentifier("1.2.3.4")
+_BEGINS: Final = datetime(2020, 1, 1, tzinfo=UTC)
+_ENDS: Final = datetime(2100, 1, 1, tzinfo=UTC)
 
 
 @cache
