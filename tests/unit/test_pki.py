@@ -227,10 +227,11 @@ def test_revocations_leave_the_list_when_they_are_over(made: Path) -> None:
     """When everything that they made void has expired; those of gateways and forced ones never."""
     pki.issue_agent(made, "a1", agent_id="a1", namespace="default", addresses=["10.1.0.7"], days=1)
     pki.issue_agent(made, "a2", agent_id="a2", namespace="default", addresses=["10.1.0.8"], days=9)
-    for subject in ("agent/default/a1", "agent/default/a2", "gateway/g1"):
-        change(made, lambda opened, subject=subject: opened.revoke(subject))
-    change(made, lambda opened: opened.revoke("agent/default/typo", force=True))
     with open_directory(made) as opened, opened.change():
+        for subject in ("agent/default/a1", "agent/default/a2", "gateway/g1"):
+            opened.revoke(subject)
+        opened.revoke("agent/default/typo", force=True)
+        assert len(opened.roots.revoked) == 4
         later = opened.now() + 2 * 86400
         opened.now = lambda: later
         opened.publish()
