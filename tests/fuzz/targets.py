@@ -18,6 +18,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -54,6 +55,7 @@ from rtunnel.wire import http, messages, socks5, yamux
 from rtunnel.wire.messages import ControlMessage, Decoder, Dial, DialAnswer, Follow, MessageError
 from rtunnel.wire.refusal import Refusal
 
+_DER: Final = serialization.Encoding.DER
 #: Longer inputs find little more, and cost more.
 MAX_INPUT: Final = 4096
 
@@ -519,17 +521,21 @@ def _odd_certificates() -> Iterator[bytes]:
     ]
     for public in (key.public_key(), p384.public_key(), of_rsa.public_key()):
         for names in alternatives:
-            builder = pki._builder(pki._name("x"), certificate.subject, public, 1)  # type: ignore[arg-type]
+            builder = x509.CertificateBuilder(certificate.subject, x509.Name([]), public, 7, _BEGIN, _END)
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-            der = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
+            der = builder.sign(key, hashes.SHA256()).public_bytes(_DER)
             yield der
-    sha256, key_identifier, alternative_names = b"\x04\x03\x02", b"\x06\x03\x55\x1d\x0e", b"\x06\x03\x55\x1d\x11"
+    twice = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    der = builder.add_extension(twice, critical=False).sign(key, hashes.SHA256()).public_bytes(_DER)
+    key_identifier, alternative_names, sha256 = b"\x06\x03\x55\x1d\x0e", b"\x06\x03\x55\x1d\x11", b"\x04\x03\x02"
     yield der.replace(key_identifier, alternative_names)  # an extension twice
     yield der.replace(sha256, b"\x04\x03\x7f")  # a signature of an unknown kind
     yield der.replace(b"\x02\x01\x02", b"\x02\x01\x07", 1)  # X.509 version 8
 
 
 _OID: Final = x509.ObjectIdentifier("1.2.3.4")
+_BEGIN: Final = datetime(2026, 1, 1, tzinfo=UTC)
+_END: Final = datetime(9999, 12, 31, tzinfo=UTC)
 
 
 @cache
@@ -566,7 +572,7 @@ def proof(data: bytes) -> None:
 
 def _list_seeds() -> list[bytes]:
     signer = ca()
-    cas = [signer[0].public_bytes(serialization.Encoding.DER)]
+    cas = [signer[0].public_bytes(_DER)]
     odd = list(_odd_certificates())
     contents = [
         TrustList(1, 1, cas),
@@ -609,7 +615,7 @@ def trust_list(data: bytes) -> None:
 
 def pem_der(pem: bytes) -> bytes:
     """The one certificate of a PEM file."""
-    return x509.load_pem_x509_certificate(pem).public_bytes(serialization.Encoding.DER)
+    return x509.load_pem_x509_certificate(pem).public_bytes(_DER)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
