@@ -39,7 +39,7 @@ _ECDSA: Final = ec.ECDSA(hashes.SHA256())
 #: Certificates that were checked; one is checked again when it has been forgotten.
 _REMEMBERED: Final = 65536
 
-#: What a certificate from anybody may raise, when it is loaded or as late as when a part of it is looked at.
+#: What a key or certificate from anybody may raise, when it is loaded or as late as when a part of it is looked at.
 UNREADABLE: Final = (
     ValueError,
     TypeError,
@@ -261,7 +261,7 @@ def load_private_key(path: Path | str) -> PrivateKey:
         key = serialization.load_pem_private_key(Path(path).read_bytes(), None)
     except OSError as fault:
         raise TrustError(f"{path}: can't be read: {fault.strerror}") from None
-    except (ValueError, TypeError) as fault:
+    except UNREADABLE as fault:
         raise TrustError(f"{path}: is not a private key that can be used: {fault}") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise TrustError(f"{path}: is not a key on P-256")

@@ -624,6 +624,7 @@ def pem_der(pem: bytes) -> bytes:
 def _key_seeds() -> list[bytes]:
     names = ("cluster.key", "join.token", "a1.key", "a1.pem")
     found = [(secrets() / name).read_bytes() for name in names]
+    found.append(found[2].replace(b"SM49AwEH", b"SM49AwEz"))  # on a curve that nobody knows
     return [*found, b"# of staging\n\n" + found[1] + b"rtunnel-token-1.b." + found[1][-44:], b"rtunnel-token-2.x"]
 
 
@@ -659,7 +660,7 @@ def user_file(data: bytes) -> None:
         log_n, r, p = entry.cost
         assert name.isprintable() and ":" not in name
         assert 128 * r * ((1 << log_n) + p + 2) <= users._MAX_MEMORY and p <= users._MAX_P
-        assert entry.text().encode() in data
+        assert users._parse(entry.text(), "") == entry
 
 
 def _policy_seeds() -> list[bytes]:
