@@ -645,3 +645,38 @@ async def test_a_port_on_loopback_is_reached_there(tmp_path: Path) -> None:
         assert await cluster.ask(IP, outside.port) == b"127.0.0.1:hello"
         (session,) = cluster.brokers["b1"].node.sessions.values()
         assert session.exposes == (str(inside.port),)
+
+
+async def test_a_revoked_agent_comes_back_with_another_token(tmp_path: Path, events: Events) -> None:
+    """Not by itself; the new token is read from its file, and the certificate is for another key."""
+    async with running_cluster(tmp_path, broker__join_token="") as cluster, authority(cluster.secrets) as server:
+        await cluster.start_broker("b1", authority=address(server))
+        await cluster.start_gateway()
+        networks = ("127.1.0.0/24",)
+        keys = without_certificate(tmp_path, token(cluster.secrets, networks=networks, uses=9))
+        agent = (await cluster.start_agent(**keys, redundancy=1)).agent
+        await cluster.whole()
+        first = agent.identity
+        await in_thread(lambda: revoke(cluster.secrets, "agent/default/a1"))
+        await cluster.until(lambda: any("another token" in reason for reason in agent.reasons()))
+        assert agent.identity is first
+        Path(keys["join_token"]).write_text(token(cluster.secrets, networks=networks).line())
+        await cluster.until(lambda: agent.state == "ready")
+        assert agent.identity is not first
+        assert [line["id"] for line in named(events, "join_token_loaded")]
+
+
+async def test_a_plain_link_can_enrol(tmp_path: Path) -> None:
+    """The session is proved by a token that broker and authority know; the certificate is for proofs."""
+    keys: dict[str, Any] = {"broker__security": "plain", "agent__security": "plain"}
+    async with running_cluster(tmp_path, **keys) as cluster, authority(cluster.secrets) as server:
+        given = token(cluster.secrets, networks=("127.1.0.0/24",))
+        (tmp_path / "shared").write_text(given.line())
+        await cluster.start_broker("b1", authority=address(server), join_token=str(tmp_path / "shared"))
+        await cluster.start_gateway()
+        agent = (await cluster.start_agent(**without_certificate(tmp_path, given), redundancy=1)).agent
+        await cluster.whole()
+        await cluster.until(lambda: agent.identity is not None)
+        assert agent.identity is not None and agent.identity.who.subject == "agent/default/a1"
+        (session,) = cluster.brokers["b1"].node.sessions.values()
+        assert session.identity is None
