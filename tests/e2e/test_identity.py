@@ -660,7 +660,7 @@ async def test_a_revoked_agent_comes_back_with_another_token(tmp_path: Path, eve
         await in_thread(lambda: revoke(cluster.secrets, "agent/default/a1"))
         await cluster.until(lambda: any("another token" in reason for reason in agent.reasons()))
         assert agent.identity is first
-        Path(keys["join_token"]).write_text(token(cluster.secrets, networks=networks).line())
+        (tmp_path / Path(keys["join_token"]).name).write_text(token(cluster.secrets, networks=networks).line())
         await cluster.until(lambda: agent.state == "ready")
         assert agent.identity is not first
         assert [line["id"] for line in named(events, "join_token_loaded")]
