@@ -110,10 +110,13 @@ class Store:
 
     @staticmethod
     def create(path: Path) -> Store:
-        """A new one in an empty file that is there."""
-        with sqlite3.connect(path) as db:
+        """A new one."""
+        try:
+            db = sqlite3.connect(path)
             db.executescript(_SCHEMA)
-        db.close()
+            db.close()
+        except sqlite3.Error as fault:
+            raise StoreFault(f"{path}: can't be made: {fault}") from None
         return Store(path)
 
     def close(self) -> None:
