@@ -220,8 +220,12 @@ class Store:
     # Revocations.
 
     def revoke(self, subject: str, at: int, until: int | None) -> None:
-        """What was issued until `at` is void, and was to end at `until`; None: never."""
-        self._run("INSERT OR REPLACE INTO revocations VALUES (?, ?, ?)", subject, at, until)
+        """What was issued until `at` is void, and was to end at `until`; None: never. What was said before holds."""
+        self._run(
+            "INSERT INTO revocations VALUES (?, ?, ?) ON CONFLICT (subject) DO UPDATE SET"
+            " at = max(at, excluded.at), until = max(until, excluded.until)",  # NULL when one of them is
+            subject, at, until,
+        )  # fmt: skip
 
     def revoked_at(self, subject: str) -> int:
         """Until when what was issued to it is void; 0: it was never revoked."""

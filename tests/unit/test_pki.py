@@ -15,6 +15,7 @@ from cryptography import x509
 from rtunnel import cli
 from rtunnel.trust import keys, pki
 from rtunnel.trust.authority import Authority
+from rtunnel.trust.certificates import new_key
 from rtunnel.trust.identity import Roots, load_private_key
 from rtunnel.trust.keys import TrustError
 from rtunnel.trust.pki import Directory, open_directory
@@ -242,12 +243,20 @@ def test_revocations_leave_the_list_when_they_are_over(made: Path) -> None:
     with open_directory(made) as opened, opened.change():
         for subject in ("agent/default/a1", "agent/default/a2", "gateway/g1"):
             opened.revoke(subject)
-        opened.revoke("agent/default/typo", force=True)
-        assert len(opened.roots.revoked) == 4
+        for subject in ("agent/default/typo", "agent/default/a3"):
+            opened.revoke(subject, force=True)
+        opened.issue_agent("a3", new_key().public_key(), namespace="default", addresses=["10.1.0.9"], seconds=60)
+        opened.revoke("agent/default/a3")
+        assert len(opened.roots.revoked) == 5
         later = opened.now() + 2 * 86400
         opened.now = lambda: later
         opened.publish()
-        assert set(opened.roots.revoked) == {"agent/default/a2", "agent/default/typo", "gateway/g1"}
+        assert set(opened.roots.revoked) == {
+            "agent/default/a2",
+            "agent/default/a3",
+            "agent/default/typo",
+            "gateway/g1",
+        }
 
 
 def test_an_open_token_is_named_when_its_agent_is_revoked(made: Path) -> None:
