@@ -285,7 +285,7 @@ class Node:
         try:
             await self._show()
         except TrustError as fault:
-            # The files are looked at as well: a good pair will come. Who is of a CA that is gone is refused at the Hello.
+            # The files are looked at as well: a good pair will come. Of a CA that is gone nobody gets past the Hello.
             self._log.error("certificate_rejected", node=self.node, reason=str(fault))
 
     async def _put_certificate(self, _: Shown) -> dict[str, object]:
