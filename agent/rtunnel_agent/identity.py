@@ -28,7 +28,7 @@ from rtunnel.config import AgentConfig
 from rtunnel.trust.certificates import ENROL_LABEL, agent_request, key_pem, new_key, pem, sign_renewal
 from rtunnel.trust.files import SECRET, replace
 from rtunnel.trust.identity import Identity, PrivateKey, Roots, load_pair, load_private_key, load_roots
-from rtunnel.trust.keys import TrustError, load_token, token_mac
+from rtunnel.trust.keys import Token, TrustError, load_token, token_mac
 from rtunnel.trust.tls import link_context
 from rtunnel.watch import Watched, watch
 from rtunnel.wire.messages import VERSION, Enrol, Enrolled
@@ -96,6 +96,8 @@ class Credentials:
         self._roots = load_roots(config.ca) if config.security == "tls" or config.identity else None
         self._renew_at = 0.0
         self._warned = False
+        self._revoked = False  # a broker says so;
+        self._void = False  # and there is another token since: then the certificate is worth nothing to us either
         self._changed = trio.Event()
         if self._directory is not None:
             self._open_directory(self._directory)
@@ -128,19 +130,24 @@ class Credentials:
             return ""
         return f"{fault}; {self.failure}" if self.failure else fault
 
+    def revoked(self) -> None:
+        """A broker has said that the certificate is. Whoever means it to come back gives it another token."""
+        self._revoked = True
+
     def take(self, signed: bytes) -> None:
-        """A trust list came."""
-        assert self._roots is not None
+        """A trust list came, from whoever it may be."""
+        if self._roots is None:
+            return  # nobody is known by certificate here
         generation = self._roots.generation
         try:
             if not self._roots.take(signed):
                 return
-        except TrustError as fault:
-            self._log.error("trust_rejected", reason=str(fault))
+            self._make_contexts()
+        except Exception as fault:  # TrustError says all; but whatever a list does, the agent goes on
+            self._log.error("trust_rejected", reason=str(fault) or type(fault).__name__)
             return
         if self._directory is not None:
             self._keep(self._directory / "trust.list", signed)
-        self._make_contexts()
         if self._roots.generation > generation and self.identity is not None:
             life = self.identity.who.ends - self.identity.who.issued
             soon = random.uniform(0, min(CA_SPREAD, life / 6))  # noqa: S311
@@ -186,6 +193,8 @@ class Credentials:
         who, roots = self.identity.who, self._roots
         if time.time() >= who.ends:
             return "the certificate has expired"
+        if self._void:
+            return "the certificate is revoked"
         if roots is None or roots.is_revoked(who):
             return ""  # the broker says it better
         try:
@@ -207,7 +216,7 @@ class Credentials:
         self._check(identity)
         self.identity = identity
         self._on_put(identity)
-        self._warned = False
+        self._warned = self._revoked = self._void = False
         life = identity.who.ends - identity.who.issued
         share = RENEW_AT + random.uniform(-RENEW_JITTER, RENEW_JITTER)  # noqa: S311
         self._renew_at = identity.who.issued + life * share
@@ -215,9 +224,8 @@ class Credentials:
     def _make_contexts(self) -> None:
         if self._config.security == "plain" or self._roots is None:
             return
-        self.anonymous = self.context = link_context(self._roots.pem)
-        if self.identity is not None:
-            self.context = link_context(self._roots.pem, *self._pair)
+        cas, pair = self._roots.pem, self._pair if self.identity is not None else ("", "")
+        self.anonymous, self.context = link_context(cas), link_context(cas, *pair)
 
     def _tell(self) -> None:
         changed, self._changed = self._changed, trio.Event()
@@ -257,6 +265,9 @@ class Credentials:
         files: list[Watched] = []
         if self._roots is not None:
             files.append(Watched("ca", [Path(self._config.ca)], lambda: load_roots(self._config.ca), self._put_cas))
+        if self._directory is not None and self._config.join_token:
+            token = Path(self._config.join_token)
+            files.append(Watched("join_token", [token], lambda: load_token(token), self._put_token))
         if self._config.certificate:
             files.append(Watched("certificate", self._pair, lambda: load_pair(*self._pair), self._put_pair))
         return files
@@ -268,6 +279,12 @@ class Credentials:
         self._make_contexts()
         self._tell()
         return {"number": self._roots.number}
+
+    async def _put_token(self, token: Token) -> dict[str, object]:
+        self._token = token
+        self._void = self._revoked
+        self._tell()
+        return {"id": token.id}
 
     async def _put_pair(self, pair: tuple[bytes, PrivateKey, Identity]) -> dict[str, object]:
         self._put(AgentIdentity(*pair))
@@ -289,16 +306,18 @@ class Credentials:
                 failures += 1
                 left = self.identity.who.ends - time.time() if self.identity is not None else 0.0
                 cap = max(self._config.backoff_cap, min(LONGEST_PAUSE, left / 10))
-                await trio.sleep(random.uniform(0.5, 1.0) * min(cap, FIRST_PAUSE * 2.0 ** min(failures, 16)))  # noqa: S311
+                pause = random.uniform(0.5, 1.0) * min(cap, FIRST_PAUSE * 2.0 ** min(failures, 16))  # noqa: S311
+                await self.changed(pause)
 
     async def _get(self) -> bool:
         """One request, by the certificate while it is good, else by the token; whether it was answered with one."""
         renewing = self.identity is not None and not self._fault()
         try:
             await self._exchange(renewing)
-        except (Refused, OSError, TrustError) as fault:
-            code = f"{fault.code}: " if isinstance(fault, Refused) else ""
-            failure = code + str(fault)
+        except Exception as fault:  # whatever is answered, the agent tries again
+            known = isinstance(fault, TrustError | OSError)
+            kind = "" if known else f"{fault.code if isinstance(fault, Refused) else type(fault).__name__}: "
+            failure = kind + str(fault)
             if failure != self.failure:
                 event = "renewal_failed" if renewing else "enrolment_failed"
                 ends = _day(self.identity.who.ends) if self.identity is not None else ""

@@ -121,8 +121,8 @@ class Node:
         self._links: Listener | None = None
 
     def _anchor(self) -> Anchor:
-        async def apply(call: Callable[[], object]) -> None:
-            await self.bridge.run(call)
+        async def apply(call: Callable[[], object]) -> object:
+            return await self.bridge.run(call)
 
         broker = self.config
         trust = Path(broker.trust) if broker.trust else None
@@ -245,7 +245,7 @@ class Node:
         for session in list(self._certified):
             if session.identity is not None and roots.is_revoked(session.identity):
                 session.revoke()
-        self.bridge.spawn(self._show)
+        self.bridge.spawn(self._show_other_cas)
         if roots.generation > self._generation:
             self._generation = roots.generation
             self._tell(list(self.sessions.values()), Trust(signed=roots.signed))
@@ -267,27 +267,34 @@ class Node:
         clients = self.roots.pem if self.roots is not None else ""
         return Shown(server_context(broker.certificate, broker.key, clients=clients), binding)
 
-    async def _show(self) -> None:
-        """Show links what is in the files, and ask for certificates of the CAs in force, from the next one on."""
+    async def _show(self) -> Shown:
+        """Show links what is in the files, and ask for certificates of the CAs in force, from the next one on.
+
+        Raises TrustError. One at a time: the last one has seen the last change.
+        """
         async with self._showing:
-            try:
-                shown = await trio.to_thread.run_sync(self._load_shown)
-            except TrustError as fault:
-                # The files are looked at as well: a good pair will come. A CA that is gone is refused at the Hello.
-                self._log.error("certificate_rejected", node=self.node, reason=str(fault))
-            else:
-                await self._put_shown(shown)
+            shown = await trio.to_thread.run_sync(self._load_shown)
 
-    async def _put_shown(self, shown: Shown) -> dict[str, object]:
-        def put() -> None:
-            self._shown = shown
+            def put() -> None:
+                self._shown = shown
 
-        await self.bridge.run(put)
+            await self.bridge.run(put)
+            return shown
+
+    async def _show_other_cas(self) -> None:
+        try:
+            await self._show()
+        except TrustError as fault:
+            # The files are looked at as well: a good pair will come. Of a CA that is gone nobody gets past the Hello.
+            self._log.error("certificate_rejected", node=self.node, reason=str(fault))
+
+    async def _put_certificate(self, _: Shown) -> dict[str, object]:
+        shown = await self._show()
         return {"node": self.node, "fingerprint": shown.binding.hex()[:16]}
 
     async def _watch_certificate(self) -> None:
         paths = [Path(self.config.certificate), Path(self.config.key)]
-        await watch([Watched("certificate", paths, self._load_shown, self._put_shown)], self._log)
+        await watch([Watched("certificate", paths, self._load_shown, self._put_certificate)], self._log)
 
     async def _enrol(self, anchor: Anchor, session: Session, request: Enrol) -> None:
         """Ask the authority. The link's deadline goes on."""
@@ -490,6 +497,7 @@ class Node:
         self._log.info(
             "session_up", node=self.node, agent=hello.agent_id, namespace=hello.namespace, epoch=str(session.epoch),
             port=guarded.lease.port, addresses=list(hello.addresses), peer=session.peer, agent_software=hello.software,
+            proved_by="certificate" if session.identity is not None else "join token",
         )  # fmt: skip
 
     def _open_shop(
@@ -559,9 +567,10 @@ class Node:
             raise Refused(Refusal.PORT_NOT_ALLOWED, "this broker allows no open ports (broker.open_ports)")
         if publish.ip not in session.addresses:
             raise Refused(Refusal.PORT_NOT_ALLOWED, f"{publish.ip} is not one of the agent's addresses")
-        if publish.port and not session.rule.allows(publish.port):
-            text = f"rule {session.rule.number} of broker.admit does not allow port {publish.port}"
-            raise Refused(Refusal.PORT_NOT_ALLOWED, text)
+        rule = session.rule
+        if rule.open_ports == () or (publish.port and not rule.allows(publish.port)):
+            port = f"port {publish.port}" if publish.port else "any open port"
+            raise Refused(Refusal.PORT_NOT_ALLOWED, f"rule {rule.number} of broker.admit does not allow {port}")
         for cidr in publish.allow:
             ipaddress.ip_network(cidr, strict=False)
         # One owner may have several open ports: each target is an owner of its own.
@@ -569,7 +578,7 @@ class Node:
         if publish.port:
             _, sock, lease = self._open.allocate_fixed(publish.port, owner, session.epoch, self.node, self._bind)
         else:
-            allows = session.rule.allows if session.rule.open_ports is not None else None
+            allows = rule.allows if rule.open_ports is not None else None
             _, sock, lease = self._open.allocate(owner, session.epoch, self.node, self._bind, allows)
         return Leased(lease, sock)
 

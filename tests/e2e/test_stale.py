@@ -98,8 +98,8 @@ def checks_off(*, broker: bool = False, agent: bool = False) -> Iterator[None]:
             raise Refused(Refusal.LINK_LOST)
         return decode_body(dial.body)
 
-    def no_agent_check(self: Targets, body: DialBody, session: AgentSession) -> None:
-        pass
+    def no_agent_check(self: Targets, body: DialBody, session: AgentSession) -> str:
+        return body.ip
 
     with pytest.MonkeyPatch.context() as patch:
         if broker:

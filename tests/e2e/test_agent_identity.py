@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,7 +23,7 @@ from rtunnel.trust.identity import load_pair
 from rtunnel.trust.keys import Token, TrustError, load_token
 from rtunnel.trust.tls import certificate_der, certificate_fingerprint, link_context
 from rtunnel.wire import messages
-from rtunnel.wire.messages import Hello
+from rtunnel.wire.messages import Hello, Trust
 from rtunnel.wire.refusal import Refusal
 from rtunnel_agent.handshake import AgentSession, new_nonce
 from rtunnel_agent.serve import status
@@ -363,6 +364,14 @@ async def test_a_revoked_agent_is_out_within_seconds_also_without_redis(
             assert {line["code"] for line in named(events, "session_refused")} <= {"revoked", "duplicate_node"}
             counts = [part.node.counts.endings.get("revoked", 0) for part in cluster.brokers.values()]
             assert sorted(counts) == [0, 1]
+            # A broker that starts without the authority has what it knew.
+            await cluster.until((tmp_path / "b1.list").exists)
+            server.start()
+            late = (await cluster.start_broker("late", trust=str(tmp_path / "b1.list"))).node
+            name = cluster.certify("a2", "127.1.0.2")
+            told = await Knock(hello(agent_id="a2", addresses=["127.1.0.2"]), showing(cluster.secrets, name)).at(late)
+            assert told.session.welcome is not None
+            assert late.roots is not None and "agent/default/a1" in late.roots.revoked
     finally:
         registry.close()
 
@@ -411,6 +420,37 @@ async def test_a_rotation_cuts_no_stream(tmp_path: Path, events: Events) -> None
         assert "unknown ca" in told.why
 
 
+async def test_a_rotation_by_files_alone_cuts_no_stream(tmp_path: Path, events: Events) -> None:
+    """No authority: CA files, certificates and keys are replaced by hand, under brokers and agents that run."""
+    old, new = tmp_path / "pki", tmp_path / "new"
+    pki.init(new)
+    async with running_cluster(tmp_path, broker__join_token="") as cluster:
+        first, second = (path.joinpath("ca.pem").read_text() for path in (old, new))
+        pki.issue_agent(old, "mine", agent_id="a1", namespace="default", addresses=[IP])
+        pki.issue_agent(new, "mine", agent_id="a1", namespace="default", addresses=[IP])
+        keys: dict[str, Any] = {"certificate": str(old / "mine.pem"), "key": str(old / "mine.key")}
+        await cluster.start_broker()
+        await cluster.start_gateway()
+        agent = (await cluster.start_agent(**keys, redundancy=1)).agent
+        await cluster.whole()
+        node, target = cluster.brokers["b1"].node, Target(IP)
+        with await cluster.socks(IP, target.port) as stream:
+            (old / "ca.pem").write_text(first + second)
+            await cluster.until(lambda: len(named(events, "ca_loaded")) == 2)  # broker and agent
+            for name in ("broker", "mine"):
+                for kind in ("pem", "key"):
+                    shutil.copyfile(new / f"{name}.{kind}", old / f"{name}.{kind}")
+            await cluster.until(lambda: len(named(events, "certificate_loaded")) == 2)
+            (old / "ca.pem").write_text(second)
+            await cluster.until(lambda: len(named(events, "ca_loaded")) == 4)
+            assert says(stream) == b"127.1.0.1:still there"
+        await other_sessions(cluster)
+        assert await cluster.ask(IP, target.port) == b"127.1.0.1:hello"
+        (session,) = node.sessions.values()
+        assert agent.identity is not None and session.link is not None
+        assert session.link.peer_certificate == agent.identity.certificate == certificate_der(new / "mine.pem")
+
+
 async def other_sessions(cluster: Cluster) -> None:
     """Every link ends, and another one takes its place."""
     old = {slot.session for part in cluster.agents.values() for slot in part.agent.slots}
@@ -456,6 +496,21 @@ async def test_a_token_is_proved_on_the_certificate_of_the_handshake(tmp_path: P
         assert slow.session.welcome is not None, slow.why
         later = await Knock(hello(known.id, agent_id="a2"), showing(cluster.secrets, ""), known.secret).at(node)
         assert later.session.welcome is not None
+
+
+async def test_a_trust_list_that_nobody_asked_for_harms_no_agent(tmp_path: Path, events: Events) -> None:
+    """Noise from a broker, also to an agent that knows no CAs: the session goes on."""
+    for security in ("tls", "plain"):
+        keys: dict[str, Any] = {"broker__security": security, "agent__security": security}
+        async with running_cluster(tmp_path, **keys) as cluster:
+            await cluster.start(brokers=1)
+            (session,) = cluster.brokers["b1"].node.sessions.values()
+            cluster.brokers["b1"].node.relay.call(partial(session.tell, Trust(signed=b"noise")))
+            target = Target(IP)
+            await cluster.until(lambda: bool(named(events, "trust_rejected")))
+            assert await cluster.ask(IP, target.port) == b"127.1.0.1:hello"
+            assert cluster.agents["a1"].agent.state == "ready"
+    assert len(named(events, "trust_rejected")) == 1
 
 
 async def test_bad_files_change_nothing(tmp_path: Path, events: Events) -> None:
@@ -515,7 +570,8 @@ async def test_a_rule_says_which_ports_may_be_published(tmp_path: Path, events: 
         assert set(granted.values()) == {22903, 22904} and 82 not in granted
         notices = " ".join(welcome_of(first).notices)
         assert "rule 1 of broker.admit does not allow port 22902" in notices and "no free port" in notices
-        assert not welcome_of(second).open_ports and welcome_of(second).notices
+        (notice,) = welcome_of(second).notices
+        assert not welcome_of(second).open_ports and "rule 2 of broker.admit does not allow any open port" in notice
 
 
 def welcome_of(agent: Any) -> Any:
@@ -645,3 +701,38 @@ async def test_a_port_on_loopback_is_reached_there(tmp_path: Path) -> None:
         assert await cluster.ask(IP, outside.port) == b"127.0.0.1:hello"
         (session,) = cluster.brokers["b1"].node.sessions.values()
         assert session.exposes == (str(inside.port),)
+
+
+async def test_a_revoked_agent_comes_back_with_another_token(tmp_path: Path, events: Events) -> None:
+    """Not by itself; the new token is read from its file, and the certificate is for another key."""
+    async with running_cluster(tmp_path, broker__join_token="") as cluster, authority(cluster.secrets) as server:
+        await cluster.start_broker("b1", authority=address(server))
+        await cluster.start_gateway()
+        networks = ("127.1.0.0/24",)
+        keys = without_certificate(tmp_path, token(cluster.secrets, networks=networks, uses=9))
+        agent = (await cluster.start_agent(**keys, redundancy=1)).agent
+        await cluster.whole()
+        first = agent.identity
+        await in_thread(lambda: revoke(cluster.secrets, "agent/default/a1"))
+        await cluster.until(lambda: any("another token" in reason for reason in agent.reasons()))
+        assert agent.identity is first
+        (tmp_path / Path(keys["join_token"]).name).write_text(token(cluster.secrets, networks=networks).line())
+        await cluster.until(lambda: agent.state == "ready")
+        assert agent.identity is not first
+        assert [line["id"] for line in named(events, "join_token_loaded")]
+
+
+async def test_a_plain_link_can_enrol(tmp_path: Path) -> None:
+    """The session is proved by a token that broker and authority know; the certificate is for proofs."""
+    keys: dict[str, Any] = {"broker__security": "plain", "agent__security": "plain"}
+    async with running_cluster(tmp_path, **keys) as cluster, authority(cluster.secrets) as server:
+        given = token(cluster.secrets, networks=("127.1.0.0/24",))
+        (tmp_path / "shared").write_text(given.line())
+        await cluster.start_broker("b1", authority=address(server), join_token=str(tmp_path / "shared"))
+        await cluster.start_gateway()
+        agent = (await cluster.start_agent(**without_certificate(tmp_path, given), redundancy=1)).agent
+        await cluster.whole()
+        await cluster.until(lambda: agent.identity is not None)
+        assert agent.identity is not None and agent.identity.who.subject == "agent/default/a1"
+        (session,) = cluster.brokers["b1"].node.sessions.values()
+        assert session.identity is None
