@@ -65,8 +65,8 @@ class Secrets:
             self.binary.setdefault(secret, whose)
 
     def add_text(self, secret: str, whose: str) -> None:
-        """A password. One of a few different letters could be anything."""
-        if len(secret) >= SHORTEST and len({char for char in secret if char.isalnum()}) > 4:
+        """A password. One word, or a few different letters, could stand anywhere."""
+        if len(secret) >= SHORTEST and not secret.isalpha() and len({char for char in secret if char.isalnum()}) > 4:
             self.text.setdefault(secret, whose)
 
     def add_content(self, data: bytes, whose: str) -> None:
