@@ -38,7 +38,7 @@ Examples:
   rtunnel pki init ./pki                       keys and certificates of a new cluster
   rtunnel broker --config /etc/rtunnel.toml
   rtunnel agent --brokers vip.example:7000 --exposes 9100 --ca ca.pem --join-token join.token
-  rtunnel gateway --listen 0.0.0.0:1080 --registry-url redis://10.0.0.5/0 --cluster-key cluster.key --policy policy.toml
+  rtunnel gateway --listen 0.0.0.0:1080 --registry-url redis://10.0.0.5/0 --key gateway.key --ca ca.pem
   rtunnel user add alice --file users
   rtunnel policy test --file policy.toml --user alice --from 10.9.0.4 10.1.0.7:22
   rtunnel resolve 10.1.0.7:9100                through which brokers is it reached?
@@ -244,7 +244,9 @@ _ips = click.option("--ip", "ips", multiple=True, help="An IP address of the bro
 @_names
 @_ips
 def pki_init(directory: Path, names: tuple[str, ...], ips: tuple[str, ...]) -> None:
-    """Make a CA, a broker certificate, a cluster key and a join token in DIRECTORY. Nothing is overwritten.
+    """Make a CA, a broker certificate, the cluster's and a gateway's key, and a join token in DIRECTORY.
+
+    Nothing is overwritten.
 
     Names and addresses are needed only where agents are given another `server_name` than broker.rtunnel.
     """
@@ -261,6 +263,20 @@ def pki_broker(directory: Path, file_name: str, names: tuple[str, ...], ips: tup
     """Make another broker certificate, FILE_NAME.pem and .key, from the CA in DIRECTORY: to renew or to add one."""
     with _told():
         _show_made(pki.issue_broker(directory, file_name, names=names, ips=ips))
+
+
+@pki_group.group("issue")
+def issue_group() -> None:
+    """Make one more from what `rtunnel pki init` has made."""
+
+
+@issue_group.command("gateway")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("name")
+def issue_gateway(directory: Path, name: str) -> None:
+    """Make a gateway's key, NAME.key, from the cluster key in DIRECTORY: one for every gateway, or a new one for it."""
+    with _told():
+        _show_made(pki.issue_gateway(directory, name))
 
 
 @pki_group.command("token")

@@ -22,7 +22,7 @@ import trio
 from rtunnel import __version__, logs
 from rtunnel.config import Config, ConfigError, Problem, check_role, role_sections, warnings
 from rtunnel.registry import Registry, RegistryUnavailable, Superseded, connect
-from rtunnel.trust import keys, policy, tls, users
+from rtunnel.trust import identity, keys, policy, tls, users
 from rtunnel.trust.keys import TrustError
 
 GROUP = "rtunnel.roles"
@@ -127,20 +127,34 @@ def _materials(config: Config, role: str) -> Iterator[tuple[str, Callable[[], ob
     sections = role_sections(role)
     broker, agent, gateway = config.broker, config.agent, config.gateway
     if "broker" in sections:
-        yield "broker.cluster_key", partial(keys.load_cluster_key, broker.cluster_key)
+        yield "broker.cluster_key", partial(keys.load_cluster_keys, broker.cluster_key)
         yield "broker.join_token", partial(keys.load_tokens, broker.join_token)
-        if broker.security == "tls":
+        if "tls" in (broker.security, broker.dial_security):
             yield "broker.certificate", partial(tls.server_context, broker.certificate, broker.key)
     if "agent" in sections:
         yield "agent.join_token", partial(keys.load_token, agent.join_token)
         if agent.security == "tls":
             yield "agent.ca", partial(tls.client_context, agent.ca)
+        if agent.certificate:
+            yield "agent.certificate", partial(tls.certificate_der, agent.certificate)
+            yield "agent.key", partial(identity.load_private_key, agent.key)
     if "gateway" in sections:
-        yield "gateway.cluster_key", partial(keys.load_cluster_key, gateway.cluster_key)
+        yield "gateway.key", partial(keys.load_gateway_key, gateway.key)
+        if "broker" in sections:
+            yield "gateway.key", partial(_of_one_cluster, broker.cluster_key, gateway.key)
+        if gateway.ca:
+            yield "gateway.ca", partial(identity.load_roots, gateway.ca)
         if gateway.policy:
             yield "gateway.policy", partial(policy.load_policy, gateway.policy)
         if gateway.users:
             yield "gateway.users", partial(users.load_users, gateway.users)
+
+
+def _of_one_cluster(cluster_key: str, gateway_key: str) -> None:
+    """In one process the two had better know each other. Raises TrustError."""
+    key = keys.load_gateway_key(gateway_key)
+    if not any(keys.gateway_key(cluster, key.id) == key for cluster in keys.load_cluster_keys(cluster_key)):
+        raise TrustError(f"{gateway_key}: is not derived from the cluster key in {cluster_key}")
 
 
 def _expiring(config: Config, role: str) -> Iterator[Problem]:

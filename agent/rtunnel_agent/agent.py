@@ -28,6 +28,7 @@ from rtunnel.wire import messages
 from rtunnel.wire.messages import Bye, Hello, Publish
 from rtunnel.wire.refusal import Refusal
 from rtunnel_agent.handshake import AgentSession, new_nonce
+from rtunnel_agent.identity import AgentIdentity, load_identity
 from rtunnel_agent.targets import IncomingStream, Targets
 
 #: A VIP picks the node, so finding another one takes some dials: each may lead to a node that is held
@@ -93,6 +94,8 @@ class Agent:
         self.targets = Targets(
             self.relay, agent.namespace, frozenset(self.addresses), parse_exposes(agent.exposes), agent.target_timeout
         )
+        if agent.certificate:
+            self.targets.identity = load_identity(agent.certificate, agent.key)
         self._publish = [_publish(entry.target, entry.port, entry.allow) for entry in agent.publish]
         self.targets.published = frozenset((p.ip, p.target_port) for p in self._publish)
         self._token: Token = load_token(Path(agent.join_token))
@@ -105,6 +108,11 @@ class Agent:
         self._one_host = ""  # told in the log
         self._log = get_logger("agent").bind()
         self.bridge: Bridge
+
+    @property
+    def identity(self) -> AgentIdentity | None:
+        """Its certificate and key; None without."""
+        return self.targets.identity
 
     # What sessions call, in the relay's thread.
 

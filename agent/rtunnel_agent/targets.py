@@ -10,17 +10,18 @@ from rtunnel.relay.join import Account
 from rtunnel.relay.link import StreamEnd
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.relay import Attempt, Relay
+from rtunnel.trust.identity import prove
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Accepted, Decoder, Dial, DialBody, Dialling, MessageError, Refuse, decode_body, encode
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_agent.handshake import AgentSession
+from rtunnel_agent.identity import AgentIdentity
 
 #: A target that takes longer is announced with Dialling, so that no gateway takes a slow target for a dead path.
 DIALLING_AFTER: Final = 0.1
 #: A broker sends the Dial with the stream's first frame.
 DIAL_DEADLINE: Final = 10.0
 
-_ACCEPTED: Final = encode(Accepted())
 _DIALLING: Final = encode(Dialling())
 
 
@@ -41,6 +42,7 @@ class Targets:
         self.exposes = exposes
         self.published: frozenset[tuple[str, int]] = frozenset()
         self.timeout = timeout
+        self.identity: AgentIdentity | None = None  # the one in force; replaced when it is renewed
         self.counts = StreamCounts()
 
     def check(self, body: DialBody, session: AgentSession) -> None:
@@ -57,17 +59,29 @@ class Targets:
         if not any(first <= port <= last for first, last in self.exposes) and (body.ip, port) not in self.published:
             raise Refused(Refusal.NOT_EXPOSED, f"the agent does not expose port {port}")
 
+    def accepted(self, dialled: bytes) -> bytes:
+        """The answer yes to the Dial of this body, with the proof that it is ours to give.
+
+        25 us go into the signature, so it is made when the target is there: refusals need none, and a target on this
+        host is connected before there is time to sign.
+        """
+        identity = self.identity
+        if identity is None:
+            return encode(Accepted())
+        return encode(Accepted(certificate=identity.certificate, signature=prove(identity.key, dialled)))
+
 
 class IncomingStream:
     """One stream from a broker: Dial, connect, answer, join."""
 
-    __slots__ = ("_attempt", "_decoder", "_late", "_session", "_stream", "_targets")
+    __slots__ = ("_attempt", "_decoder", "_dialled", "_late", "_session", "_stream", "_targets")
 
     def __init__(self, targets: Targets, session: AgentSession, stream: StreamEnd) -> None:
         self._targets = targets
         self._session = session
         self._stream = stream
         self._decoder = Decoder(Dial)
+        self._dialled = b""  # the Dial's body, exactly as it came
         self._attempt: Attempt | None = None
         self._late: Timer | None = None
         stream.talk(self, DIAL_DEADLINE)
@@ -86,6 +100,7 @@ class IncomingStream:
         except Refused as refused:
             self._refuse(refused.code, refused.text)
         else:
+            self._dialled = dial.body
             self._connect(body)
 
     def _connect(self, body: DialBody) -> None:
@@ -104,7 +119,7 @@ class IncomingStream:
             return
         self._targets.counts.began()
         self._session.streams += 1
-        self._stream.say(_ACCEPTED)
+        self._stream.say(self._targets.accepted(self._dialled))
         self._targets.relay.join(self._stream, target, up=self._decoder.rest(), on_end=self._ended)
 
     def _ended(self, account: Account) -> None:

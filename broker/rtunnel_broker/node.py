@@ -37,11 +37,11 @@ from rtunnel.registry import (
 )
 from rtunnel.registry.ports import PortAllocator, PortsExhausted, PortTaken
 from rtunnel.relay.relay import Listener, Relay
-from rtunnel.trust.keys import DialSigner, load_cluster_key, load_tokens
+from rtunnel.trust.keys import DialKeys, load_cluster_keys, load_tokens
 from rtunnel.trust.tls import certificate_der, certificate_fingerprint, server_context
 from rtunnel.wire.messages import Bye, Drain, OpenPort, Publish, Welcome
 from rtunnel.wire.refusal import Refusal, Refused
-from rtunnel_broker.ports import DialChecker, GuardedPort, Networks, OpenPortServer, PortCounts
+from rtunnel_broker.ports import DialChecker, Guarded, GuardedPort, Networks, OpenPortServer, PortCounts
 from rtunnel_broker.session import Session
 
 
@@ -78,6 +78,7 @@ class Node:
         self.counts = PortCounts()
         self.registry_down: str = "not contacted yet"
         self.handshakes = 0  # links that are not proven yet
+        self.revoked: Mapping[str, int] = {}  # subjects, as trust lists name them; put in the relay's thread
         self._overload_logged = -60.0
         self._registry = registry
         self._quarantine = config.registry.quarantine
@@ -85,7 +86,8 @@ class Node:
         self._owner_locks: dict[str, tuple[trio.Lock, int]] = {}
         self._left_during_beat: list[Registration] | None = None
         self._beating = trio.Lock()
-        self._checker = DialChecker(self.node, DialSigner(load_cluster_key(broker.cluster_key)), broker.dial_window)
+        dial_keys = DialKeys(load_cluster_keys(broker.cluster_key))
+        self._checker = DialChecker(self.node, dial_keys, broker.dial_window, self._is_revoked)
         self._log = get_logger("broker").bind()
         open_ports = broker.open_ports
         self._guarded = self._allocator(broker.port_range)
@@ -129,6 +131,14 @@ class Node:
     def log(self, event: str, **fields: object) -> None:
         """See SessionKeeper."""
         self._log.info(event, node=self.node, **fields)
+
+    def _is_revoked(self, key: str) -> bool:
+        """Of a gateway's key."""
+        return f"gateway/{key}" in self.revoked
+
+    def review(self) -> None:
+        """What is revoked has changed: pairs of gateways whose key is ends. In the relay's thread."""
+        self.relay.review(lambda pair: not (isinstance(pair.on_end, Guarded) and self._is_revoked(pair.on_end.key)))
 
     def report(self, event: str, fields: dict[str, object]) -> None:
         """What the relay itself has to say: never good news."""

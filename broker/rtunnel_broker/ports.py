@@ -9,14 +9,16 @@ import ipaddress
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from rtunnel.counts import StreamCounts
 from rtunnel.relay.ends import SocketEnd
+from rtunnel.relay.join import Account
 from rtunnel.relay.link import Link, StreamEnd
 from rtunnel.relay.relay import Relay
-from rtunnel.trust.keys import DialSigner, NonceWindow
+from rtunnel.trust.keys import DialKeys, NonceWindow
 from rtunnel.wire import messages
 from rtunnel.wire.messages import (
     Accepted,
@@ -54,16 +56,20 @@ class PortCounts(StreamCounts):
 class DialChecker:
     """What a Dial must be before it may reach an agent (docs/wire.md, "Dial")."""
 
-    def __init__(self, node: str, signer: DialSigner, window: float) -> None:
+    def __init__(self, node: str, keys: DialKeys, window: float, is_revoked: Callable[[str], bool]) -> None:
+        """`is_revoked` is asked with the id of a gateway's key."""
         self._node = node
-        self._signer = signer
+        self._keys = keys
         self._window = window
+        self.is_revoked = is_revoked
         self._nonces = NonceWindow(2 * window)
 
-    def check(self, dial: Dial, session: Session) -> DialBody:
-        """The Dial's body, when it is authentic, fresh, and for exactly this session. Raises Refused, MessageError."""
-        if not self._signer.verify(dial.body, dial.mac):
+    def check(self, dial: Dial, session: Session) -> None:
+        """Raises Refused or MessageError unless the Dial is authentic, fresh, and for exactly this session."""
+        if not self._keys.verify(dial.key, dial.body, dial.mac):
             raise Refused(Refusal.BAD_MAC)
+        if self.is_revoked(dial.key):
+            raise Refused(Refusal.REVOKED, f"the gateway's key {dial.key} is revoked")
         body = decode_body(dial.body)
         if body.version != messages.VERSION:
             text = f"the gateway speaks protocol version {body.version}, this broker {messages.VERSION}"
@@ -83,7 +89,17 @@ class DialChecker:
             raise Refused(Refusal.STALE_EPOCH, f"this port's session has epoch {session.epoch}, not {body.epoch}")
         if not self._nonces.fresh(body.nonce, time.monotonic()):
             raise Refused(Refusal.REPLAYED)
-        return body
+
+
+@dataclass(slots=True)
+class Guarded:
+    """What the end of a gateway's pair is told to; also the sign by which the node knows whose pair it is."""
+
+    counts: StreamCounts
+    key: str  # the id of the gateway's key
+
+    def __call__(self, account: Account) -> None:
+        self.counts.ended(account)
 
 
 class GuardedConnection:
@@ -105,14 +121,14 @@ class GuardedConnection:
             frame = self._decoder.next_frame()
             if frame is None:
                 return
-            body = port.checker.check(frame[0], port.session)
+            port.checker.check(frame[0], port.session)
         except MessageError as error:
             self._refuse(Refused(Refusal.PROTOCOL_ERROR, str(error)))
         except Refused as refused:
             self._refuse(refused)
         else:
             port.counts.waiting -= 1
-            port.pass_on(self._end, frame[1] + self._decoder.rest(), body)
+            port.pass_on(self._end, frame[1] + self._decoder.rest(), frame[0].key)
 
     def finished(self) -> None:
         """See Talker."""
@@ -154,8 +170,8 @@ class GuardedPort:
         end = self.relay.end(sock, peer, spoken=True)
         end.talk(GuardedConnection(self, end), self.timeout)
 
-    def pass_on(self, end: SocketEnd, first: bytes, body: DialBody) -> None:
-        """A good Dial: open the stream with the Dial in front, and join."""
+    def pass_on(self, end: SocketEnd, first: bytes, key: str) -> None:
+        """A good Dial, by the gateway's key of this id: open the stream with the Dial in front, and join."""
         link = self.session.link
         assert link is not None
         end.pause()
@@ -163,7 +179,7 @@ class GuardedPort:
         link.attach(stream)
         stream.say(first)
         self.counts.began()
-        self.relay.join(end, stream, on_end=self.counts.ended)
+        self.relay.join(end, stream, on_end=Guarded(self.counts, key))
 
     def refuse(self, end: SocketEnd, refused: Refused) -> None:
         """Tell the gateway why not."""

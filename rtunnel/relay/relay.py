@@ -25,6 +25,8 @@ ACCEPT_PAUSE: Final = 0.5
 DEFER_SECONDS: Final = 1
 #: Pairs that live longer get TCP keep-alive on both sides: four calls that a short connection never earns back.
 WATCH_SECONDS: Final = 30.0
+#: Pairs that are judged anew before others get their turn: a millisecond or two.
+REVIEWS_A_TURN: Final = 100
 #: A dead peer is then noticed after 60 + 4 * 15 s of silence.
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
 
@@ -355,6 +357,20 @@ class Relay:
             )  # fmt: skip
         else:
             raise TypeError("two streams can't be joined")
+
+    def review(self, allowed: Callable[[Pair], bool]) -> None:
+        """What is allowed has changed: pairs that are not end, some now and the others in the next turns."""
+        pairs = list(self.pairs)
+
+        def some() -> None:
+            for pair in pairs[-REVIEWS_A_TURN:]:
+                if not pair.done and not allowed(pair):
+                    pair.abort(Ending.REVOKED)
+            del pairs[-REVIEWS_A_TURN:]
+            if pairs:
+                self.loop.soon(some)
+
+        some()
 
     def _watch_over(self) -> None:
         """Pairs that have come to stay notice when a peer dies without a word."""

@@ -43,6 +43,10 @@ PrivateKey = ec.EllipticCurvePrivateKey
 PublicKey = ec.EllipticCurvePublicKey
 
 
+class Revoked(TrustError):
+    """The certificate was good, and is revoked."""
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """What a certificate says of its holder. Times are seconds since 1970."""
@@ -195,7 +199,7 @@ class Roots:
         return False
 
     def verify(self, der: bytes, now: Callable[[], float] = time.time) -> Identity:
-        """Whose certificate this is: of a CA in force, of this time, not revoked. Raises TrustError, which says why.
+        """Whose certificate this is: of a CA in force, of this time, not revoked. Raises TrustError (also Revoked).
 
         The signature of one that was seen before is not computed again.
         """
@@ -211,7 +215,7 @@ class Roots:
         if moment < identity.issued - BACKDATE.total_seconds():
             raise TrustError(f"the certificate of {identity.subject} is not valid yet: check the clock")
         if self.is_revoked(identity):
-            raise TrustError(f"the certificate of {identity.subject} is revoked")
+            raise Revoked(f"the certificate of {identity.subject} is revoked")
         return identity
 
     def _check(self, der: bytes) -> Identity:
@@ -230,6 +234,14 @@ class Roots:
     def is_revoked(self, identity: Identity) -> bool:
         """Whether it was issued before its subject was revoked."""
         return identity.issued <= self.revoked.get(identity.subject, 0)
+
+
+def load_roots(path: Path | str) -> Roots:
+    """The CAs of a file, without any list. Raises TrustError."""
+    try:
+        return Roots(Path(path).read_bytes(), str(path))
+    except OSError as fault:
+        raise TrustError(f"{path}: can't be read: {fault.strerror}") from None
 
 
 # --- proofs -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Makes the cluster's secrets: a CA, a broker's certificate, the cluster key, a join token.
+"""Makes the cluster's secrets: a CA, a broker's certificate, the cluster key and a gateway's, a join token.
 
 Keys are ECDSA on P-256: every TLS 1.3 implementation must have it (RFC 8446 section 9.1), OpenSSL's FIPS providers and
 hardware tokens too, which is not so for Ed25519; and with OpenSSL's assembly a handshake costs about the same.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ BROKER_DAYS = 365
 AGENT_DAYS = 90
 
 _PUBLIC, _SECRET = 0o644, 0o600
+_File = tuple[str, int, bytes, str]  # name, mode, content, what it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ def init(directory: Path, *, names: Sequence[str] = (), ips: Sequence[str] = ())
     ca = _ca_certificate(ca_key)
     broker_key = ec.generate_private_key(ec.SECP256R1())
     broker = _broker_certificate(broker_key, ca, ca_key, names, ips)
+    cluster_key = keys.new_cluster_key()
+    cluster_line = _text(keys.cluster_key_line(cluster_key))
     return _write_all(
         directory,
         [
@@ -53,7 +57,8 @@ def init(directory: Path, *, names: Sequence[str] = (), ips: Sequence[str] = ())
             ("ca.key", _SECRET, _key_pem(ca_key), "the CA's key: keep it offline, no role needs it"),
             ("broker.pem", _PUBLIC, _pem(broker), _broker_words(broker)),
             ("broker.key", _SECRET, _key_pem(broker_key), "its key, for brokers"),
-            ("cluster.key", _SECRET, _text(keys.new_cluster_key()), "for brokers and gateways: signs Dials"),
+            ("cluster.key", _SECRET, cluster_line, "for brokers: gateways' keys are derived from it"),
+            _gateway_file("gateway", cluster_key),
             ("join.token", _SECRET, _text(keys.new_token().line()), "for brokers and agents: lets agents join"),
         ],
     )
@@ -95,6 +100,23 @@ def issue_agent(
             (f"{name}.key", _SECRET, _key_pem(key), "its key, for the agent"),
         ],
     )
+
+
+def issue_gateway(directory: Path, name: str) -> list[Made]:
+    """A gateway's key, `name`.key, derived from the (newest) cluster key in `directory`: also how one is renewed.
+
+    Its id is the name and a random part, so that a key that was revoked never comes back. Raises TrustError; never
+    overwrites.
+    """
+    return _write_all(directory, [_gateway_file(name, keys.load_cluster_keys(directory / "cluster.key")[0])])
+
+
+def _gateway_file(name: str, cluster_key: bytes) -> _File:
+    try:
+        key = keys.gateway_key(cluster_key, f"{name}-{secrets.token_hex(2)}")
+    except ValueError as fault:
+        raise TrustError(str(fault)) from None
+    return f"{name}.key", _SECRET, _text(key.line()), f"for one gateway: signs its Dials; its id is {key.id}"
 
 
 def agent_certificate(
@@ -228,7 +250,7 @@ def _text(line: str) -> bytes:
     return f"{line}\n".encode()
 
 
-def _write_all(directory: Path, files: Sequence[tuple[str, int, bytes, str]]) -> list[Made]:
+def _write_all(directory: Path, files: Sequence[_File]) -> list[Made]:
     """Write all or nothing; whatever is there already stays as it is."""
     undo: list[Callable[[], object]] = []
     try:

@@ -1,8 +1,8 @@
 """Reaching one target: its candidate tuples, one attempt after another or beside it, until one is Accepted.
 
 In the relay's thread, once per client. An attempt that has not answered within the hedge delay is joined by the next
-candidate; the first Accepted wins, the others are reset. An answer about the target itself ends everything at once; a
-stale tuple is forgotten; when nothing works the client is told what was tried.
+candidate; the first Accepted that is proved wins, the others are reset. An answer about the target itself ends
+everything at once; a stale tuple is forgotten; when nothing works the client is told what was tried.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.relay import Attempt as Connecting
 from rtunnel.relay.relay import Relay
-from rtunnel.trust.keys import DialSigner
+from rtunnel.trust.identity import Identity, Roots
+from rtunnel.trust.keys import GatewayKey
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Accepted, Decoder, Dial, DialAnswer, DialBody, Dialling, MessageError, Refuse, encode
 from rtunnel.wire.refusal import Next, Refusal, Refused
+from rtunnel_socks.proof import check_proof
 
 #: A node that did not answer goes behind the others for so long (seconds).
 SUSPECT_SECONDS: Final = 10.0
@@ -95,7 +97,8 @@ class DialOwner(Protocol):
     relay: Relay
     paths: Paths
     table: RouteTable
-    signer: DialSigner
+    key: GatewayKey
+    proofs: Roots | None  # None: none are asked for
     name: str
     hedge_delay: float
     dial_timeout: float
@@ -106,6 +109,9 @@ class DialOwner(Protocol):
     def log(self, event: str, **fields: object) -> None:
         """A log line."""
 
+    def report(self, event: str, fields: dict[str, object]) -> None:
+        """One that somebody should read soon."""
+
 
 @dataclass(slots=True)
 class Reached:
@@ -115,6 +121,7 @@ class Reached:
     rest: bytes
     used: Tuple
     attempts: int
+    identity: Identity | None  # who proved it; None when no proofs are asked for
 
 
 Done = Callable[[Reached | None, Refused | None], None]
@@ -132,6 +139,7 @@ class TargetDial:
     _tried: int = 0
     _alive: list[Attempt] = field(default_factory=list)
     _failures: list[str] = field(default_factory=list)
+    unproven: str = ""  # why a proof was not good, when one was not
     _hedge: Timer | None = None
     _deadline: Timer | None = None
 
@@ -186,7 +194,19 @@ class TargetDial:
             self.owner.paths.suspect(attempt.used.node, self.owner.relay.loop.now)
         self._next()
 
-    def won(self, attempt: Attempt, end: SocketEnd, rest: bytes) -> None:
+    def not_proven(self, attempt: Attempt, refused: Refused) -> None:
+        """Somebody said Accepted who is not, or no longer, the target's agent: that is no accident of the network."""
+        self.unproven = refused.text
+        self.owner.report(
+            "proof_failed",
+            {
+                "code": refused.code.value, "reason": refused.text, "target": str(self.target),
+                "namespace": self.target.namespace, "node": attempt.used.node, "agent": attempt.used.agent_id,
+                "ps": f"{attempt.used.ps_ip}:{attempt.used.ps_port}", "epoch": str(attempt.used.epoch),
+            },
+        )  # fmt: skip
+
+    def won(self, attempt: Attempt, end: SocketEnd, rest: bytes, identity: Identity | None) -> None:
         """The first Accepted."""
         self._alive.remove(attempt)
         done, self.done = self.done, None
@@ -194,7 +214,7 @@ class TargetDial:
         if done is None:
             end.abort()
         else:
-            done(Reached(end, rest, attempt.used, self._tried), None)
+            done(Reached(end, rest, attempt.used, self._tried, identity), None)
 
     def _too_late(self) -> None:
         self._deadline = None
@@ -234,6 +254,7 @@ class Attempt:
     dialling: bool = False  # the agent said that it is connecting the target
     _connecting: Connecting | None = None
     _end: SocketEnd | None = None
+    _body: bytes = b""  # of the Dial as it was sent: what the proof is over
     _decoder: Decoder = field(default_factory=lambda: Decoder(DialAnswer))
 
     def start(self) -> None:
@@ -258,8 +279,8 @@ class Attempt:
         end.say(self._frame())
 
     def _frame(self) -> bytes:
-        target, owner = self.dial.target, self.dial.owner
-        body = messages.encode_body(
+        target, key = self.dial.target, self.dial.owner.key
+        self._body = body = messages.encode_body(
             DialBody(
                 version=messages.VERSION,
                 namespace=target.namespace,
@@ -272,7 +293,7 @@ class Attempt:
                 who=self.dial.who,
             )
         )
-        return encode(Dial(body=body, mac=owner.signer.sign(body)))
+        return encode(Dial(body=body, mac=key.sign(body), key=key.id))
 
     def received(self, data: bytes) -> None:
         """See Talker."""
@@ -292,10 +313,22 @@ class Attempt:
             self._fail(Refusal.parse(answer.code), answer.text or Refusal.parse(answer.code).telling.text)
             return
         assert isinstance(answer, Accepted)
+        self._accepted(answer)
+
+    def _accepted(self, answer: Accepted) -> None:
+        dial, identity = self.dial, None
+        if dial.owner.proofs is not None:
+            try:
+                target = dial.target
+                identity = check_proof(dial.owner.proofs, answer, self._body, target.namespace, target.ip)
+            except Refused as refused:
+                dial.not_proven(self, refused)
+                self._fail(refused.code, refused.text)
+                return
         end, self._end = self._end, None
         assert end is not None
         end.pause()
-        self.dial.won(self, end, self._decoder.rest())
+        dial.won(self, end, self._decoder.rest(), identity)
 
     def finished(self) -> None:
         """See Talker."""

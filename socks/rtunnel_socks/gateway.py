@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import trio
@@ -16,9 +15,10 @@ from rtunnel.logs import get_logger
 from rtunnel.net import listening_socket
 from rtunnel.registry import Registry, RegistryUnavailable, Tuple
 from rtunnel.registry.routes import Mirror, RouteTable
-from rtunnel.relay.join import Ending, Pair
+from rtunnel.relay.join import Pair
 from rtunnel.relay.relay import Listener, Relay
-from rtunnel.trust.keys import DialSigner, load_cluster_key
+from rtunnel.trust.identity import Roots, load_roots
+from rtunnel.trust.keys import load_gateway_key
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_socks.access import Access
 from rtunnel_socks.client import Client, Joined
@@ -33,8 +33,6 @@ MAX_MISSES: Final = 4096
 FOLLOW_WAIT: Final = 1.0
 #: Between two tries to follow a registry that can't be reached.
 RETRY_SECONDS: Final = 0.5
-#: Streams that are judged anew before others get their turn: a millisecond or two.
-REVIEWS_A_TURN: Final = 100
 #: Who is shut out before a word is told in one line for so long: a flood must not become a flood of lines.
 SHUT_OUT_SECONDS: Final = 10.0
 
@@ -57,7 +55,9 @@ class Gateway:
         self.hedge_delay = gateway.hedge_delay
         self.dial_timeout = gateway.dial_timeout
         self.idle_timeout = gateway.idle_timeout
-        self.signer = DialSigner(load_cluster_key(Path(gateway.cluster_key)))
+        self.key = load_gateway_key(gateway.key)
+        self.roots: Roots | None = load_roots(gateway.ca) if gateway.ca else None
+        self.proofs = self.roots if gateway.proof == "required" else None
         self.paths = Paths()
         self.counts = GatewayCounts()
         self.draining = False
@@ -152,22 +152,16 @@ class Gateway:
             self._log.warning("shut_out", code=code.value, client=peer, reason=code.telling.text, others_since=count)
 
     def _review(self) -> None:
-        """Rules or users have changed: what is open and no longer allowed ends."""
-        pairs = list(self.relay.pairs)
+        """Rules or users have changed, or an agent is revoked: what is open and no longer allowed ends."""
+        self.relay.review(self._allowed)
 
-        def some() -> None:
-            for pair in pairs[-REVIEWS_A_TURN:]:
-                self._review_one(pair)
-            del pairs[-REVIEWS_A_TURN:]
-            if pairs:
-                self.relay.loop.soon(some)
-
-        some()
-
-    @staticmethod
-    def _review_one(pair: Pair) -> None:
-        if isinstance(pair.on_end, Joined) and not pair.done and not pair.on_end.client.judge():
-            pair.abort(Ending.REVOKED)
+    def _allowed(self, pair: Pair) -> bool:
+        joined = pair.on_end
+        if not isinstance(joined, Joined):
+            return True
+        if self.roots is not None and joined.identity is not None and self.roots.is_revoked(joined.identity):
+            return False
+        return joined.client.judge()
 
     @staticmethod
     def _guarded(tuples: tuple[Tuple, ...]) -> tuple[Tuple, ...]:
@@ -221,6 +215,8 @@ class Gateway:
                     policy=self.config.policy or "built in: this machine only",
                     rules=len(self.access.policy.rules),
                     users=self.config.users,
+                    proof=self.config.proof,
+                    key=self.key.id,
                 )
                 task_status.started(self)
                 await stop.wait()
