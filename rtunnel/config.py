@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-ROLES = ("broker", "agent", "gateway", "standalone")
+ROLES = ("broker", "agent", "gateway", "authority", "standalone")
 ENV_PREFIX = "RTUNNEL_"
 
 #: What fits into one Hello (rtunnel/wire/messages.py).
@@ -361,9 +361,11 @@ class Key:
     unit: str = ""
     secret: bool = False  # a file that only its owner should read
     before: Check | None = None  # widens what is taken, ahead of the type check
+    made: bool = False  # a file that the role writes: it need not be there
 
 
 _FILE = "file"
+_FOLDER = "folder"
 
 
 def _seconds(text: str, low: float = 0.01, high: float = MAX_SECONDS) -> Key:
@@ -390,8 +392,8 @@ def _id(text: str) -> Key:
     return Key(text, _optional(check_word), "word")
 
 
-def _file(text: str, *, secret: bool = False) -> Key:
-    return Key(text, None, _FILE, secret)
+def _file(text: str, *, secret: bool = False, made: bool = False) -> Key:
+    return Key(text, None, _FILE, secret, made=made)
 
 
 def _endpoint(text: str) -> Key:
@@ -403,8 +405,8 @@ _SECURITY = _choice("of links: tls, or plain for no encryption at all", "tls", "
 _NAMESPACE = Key("tells apart VPCs that use the same addresses", check_word, "word")
 _CLUSTER_KEY = _file("the key that gateways' keys are derived from, one for the cluster", secret=True)
 _CA = _file("PEM: the cluster's CA; agents are known by it")
-_TRUST = _file("the newest trust list: read when it changes, written when the authority has a newer one")
-_AUTHORITY = Key('where trust lists come from; "" for the file only', _optional(_remote), "host:port")
+_AUTHORITY = Key("where agents' certificates and the newest trust list come from", _optional(_remote), "host:port")
+_TRUST = _file("the newest trust list: kept here, and read when it changes; need not be there", made=True)
 _DIAL_SECURITY = _choice("of Dials to guarded ports and what follows them: plain, or tls", "plain", "tls")
 _PROOF = _choice("agents must prove that they have the target's address: required, or off", "required", "off")
 _DRAIN = _seconds("at SIGTERM streams may finish for so long", low=0)
@@ -551,6 +553,14 @@ class GatewayConfig(_Section):
     admin: A[str, _ADMIN] = "127.0.0.1:7072"
 
 
+class AuthorityConfig(_Section):
+    """[authority]"""
+
+    directory: A[str, Key("of `rtunnel pki init`: the CA's key and authority.db", None, _FOLDER)] = ""
+    listen: A[str, _endpoint("where brokers and gateways ask")] = "0.0.0.0:7443"
+    admin: A[str, _ADMIN] = "127.0.0.1:7073"
+
+
 class Config(_Section):
     """The whole file."""
 
@@ -559,6 +569,7 @@ class Config(_Section):
     broker: BrokerConfig = msgspec.field(default_factory=BrokerConfig)
     agent: AgentConfig = msgspec.field(default_factory=AgentConfig)
     gateway: GatewayConfig = msgspec.field(default_factory=GatewayConfig)
+    authority: AuthorityConfig = msgspec.field(default_factory=AuthorityConfig)
     #: Not a key: which file, variable or flag gave each key that was given ("broker.listen").
     sources: dict[str, str] = {}
 
@@ -761,7 +772,7 @@ def _value(leaf: Leaf, given: _Given) -> Any:
     if leaf.key.before is not None and isinstance(value, list):
         value = leaf.key.before(value)
     value = msgspec.convert(value, leaf.type, strict=not from_text)
-    if leaf.key.unit == _FILE and value and given.base is not None:
+    if leaf.key.unit in (_FILE, _FOLDER) and value and given.base is not None:
         value = str(given.base / value)
     return value if leaf.key.check is None else leaf.key.check(value)
 
@@ -809,6 +820,7 @@ def _cross_check(config: Config) -> Iterator[Problem]:
     yield from _check_ports(config, ("broker",))
     yield from _check_ports(config, ("agent",))
     yield from _check_ports(config, ("gateway",))
+    yield from _check_ports(config, ("authority",))
     yield from _check_open_ports(config)
     if config.gateway.no_auth and not config.gateway.users:
         fix = "give users, or leave no_auth out: without users nobody can log in"
@@ -1019,16 +1031,21 @@ def _gateway_needs(config: Config) -> list[Problem]:
     return problems
 
 
+def _authority_needs(config: Config) -> list[Problem]:
+    return _need(config, "authority.directory", "certificates come from there", _PKI)
+
+
 _NEEDS: dict[str, Callable[[Config], list[Problem]]] = {
     "broker": _broker_needs,
     "agent": _agent_needs,
     "gateway": _gateway_needs,
+    "authority": _authority_needs,
 }
 
 
 def _role_files(config: Config, role: str) -> Iterator[str]:
     """The file keys that this role will open, and that must be there."""
-    unused = {"broker.trust", "gateway.trust"}  # may be written first by the role itself
+    unused = {path for path, leaf in KEYS.items() if leaf.key.made}
     if config.broker.security == config.broker.dial_security == "plain":
         unused |= {"broker.certificate", "broker.key"}
     if config.agent.security == "plain":

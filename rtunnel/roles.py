@@ -1,4 +1,4 @@
-"""Roles: what the core knows of broker, agent and gateway, and the runner that every process of them goes through.
+"""Roles: what the core knows of them, and the runner that every process of one goes through.
 
 The core imports no role. Each is an entry point of the group `rtunnel.roles` that names a `Role`.
 """
@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Protocol
 
 import trio
@@ -22,7 +23,7 @@ import trio
 from rtunnel import __version__, logs
 from rtunnel.config import Config, ConfigError, Problem, check_role, role_sections, warnings
 from rtunnel.registry import Registry, RegistryUnavailable, Superseded, connect
-from rtunnel.trust import identity, keys, policy, tls, users
+from rtunnel.trust import identity, keys, pki, policy, tls, users
 from rtunnel.trust.keys import TrustError
 
 GROUP = "rtunnel.roles"
@@ -148,6 +149,13 @@ def _materials(config: Config, role: str) -> Iterator[tuple[str, Callable[[], ob
             yield "gateway.policy", partial(policy.load_policy, gateway.policy)
         if gateway.users:
             yield "gateway.users", partial(users.load_users, gateway.users)
+    if "authority" in sections:
+        yield "authority.directory", partial(_check_directory, Path(config.authority.directory))
+
+
+def _check_directory(path: Path) -> None:
+    with pki.open_directory(path):
+        pass
 
 
 def _of_one_cluster(cluster_key: str, gateway_key: str) -> None:
@@ -169,7 +177,7 @@ def _expiring(config: Config, role: str) -> Iterator[Problem]:
         if days < 0:
             yield Problem(config.source(key), key, f"{path} is over since {-days:.0f} days", "links will fail")
         elif days < SOON_DAYS:
-            yield Problem(config.source(key), key, f"{path} is over in {days:.0f} days", "`rtunnel pki broker`")
+            yield Problem(config.source(key), key, f"{path} is over in {days:.0f} days", "`rtunnel pki issue broker`")
 
 
 # --- the runner -------------------------------------------------------------------------------------------

@@ -4,15 +4,16 @@ Certificates are X.509 (RFC 5280) on P-256, straight from a CA of the cluster. A
 `rtunnel:agent/<namespace>/<agent_id>` as a URI, each word percent-encoded, and an agent's addresses as iPAddress. A
 broker's has DNS names (`broker.rtunnel`), as TLS wants it.
 
-A **trust list** says which CAs are in force and what is revoked. It is numbered and signed by each CA in force, so the
-way that it comes is of no matter: a file, the authority, a broker. Only a list with a higher number counts, and only
-when a CA that is in force by now has signed it: one list hands on to the next, also from CA to CA.
+A **trust list** says which CAs are in force and what is revoked. It is numbered and signed by each CA that is or was in
+force, so the way that it comes is of no matter: a file, the authority, a broker. Only a list with a higher number
+counts, and only when a CA that is in force by now has signed it: one list hands on to the next, also from CA to CA.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -165,6 +166,17 @@ class Roots:
     def pem(self) -> str:
         """The CAs in force."""
         return b"".join(ca.public_bytes(serialization.Encoding.PEM) for ca in self._cas).decode()
+
+    def begin_again(self, pem: bytes, where: str = "the CA file") -> None:
+        """Other CAs are in force, by hand. The list in force stays so when one of them has signed it; else it is gone
+        but for its revocations, and any list of theirs counts. Raises TrustError, and nothing has changed then.
+        """
+        fresh = Roots(pem, where)
+        if self.signed:
+            with suppress(TrustError):
+                fresh.take(self.signed)
+        self.number, self.generation, self.signed = fresh.number, fresh.generation, fresh.signed
+        self._put(fresh._cas)
 
     def take(self, data: bytes) -> bool:
         """Put a list in force; False when it is not newer. Raises TrustError when no CA in force has signed it."""

@@ -36,15 +36,19 @@ def client_context(ca: Path | str) -> ssl.SSLContext:
 
     Raises TrustError.
     """
+    return client_context_of(_readable(ca).decode("ascii", "replace"), str(ca))
+
+
+def client_context_of(pem: str, where: str = "the CAs in force") -> ssl.SSLContext:
+    """The same with the text of the CA certificates (`Roots.pem`)."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     _common(context)
-    _readable(ca)
     try:
-        context.load_verify_locations(cafile=ca)
-    except ssl.SSLError:
-        raise TrustError(f"{ca}: has no PEM certificate") from None
+        context.load_verify_locations(cadata=pem)
+    except (ssl.SSLError, ValueError):
+        raise TrustError(f"{where}: has no PEM certificate") from None
     if not context.get_ca_certs():
-        raise TrustError(f"{ca}: has no CA certificate")
+        raise TrustError(f"{where}: has no CA certificate")
     return context
 
 

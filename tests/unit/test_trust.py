@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from rtunnel.trust import keys, pki, tls
 from rtunnel.trust.keys import DialKeys, GatewayKey, NonceWindow, TrustError, gateway_key, token_mac
 
-SECRETS = ("ca.key", "broker.key", "cluster.key", "gateway.key", "join.token")
+SECRETS = ("ca.key", "authority.db", "broker.key", "cluster.key", "gateway.key", "join.token")
 PUBLIC = ("ca.pem", "broker.pem")
 
 
@@ -108,9 +108,9 @@ def test_another_broker_certificate(made: Path) -> None:
 
 def test_issuing_without_a_ca(tmp_path: Path, made: Path) -> None:
     """A missing CA, and a key of another CA, are told."""
-    with pytest.raises(TrustError, match=r"ca\.pem: can't be read"):
+    with pytest.raises(TrustError, match=r"authority\.db: can't be opened"):
         pki.issue_broker(tmp_path, "b")
-    (tmp_path / "ca.pem").write_bytes((made / "ca.pem").read_bytes())
+    (tmp_path / "authority.db").write_bytes((made / "authority.db").read_bytes())
     (tmp_path / "ca.key").write_bytes((made / "broker.key").read_bytes())
     with pytest.raises(TrustError, match="is not the key of"):
         pki.issue_broker(tmp_path, "b")
@@ -449,8 +449,10 @@ def test_a_gateways_key_has_an_id_of_its_own(made: Path, tmp_path: Path) -> None
     assert (made / "paris.key").stat().st_mode & 0o777 == 0o600
     with pytest.raises(TrustError, match=r"paris\.key: exists"):
         pki.issue_gateway(made, "paris")
-    with pytest.raises(TrustError, match="is no id of a gateway's key"):
+    with pytest.raises(TrustError, match="not a name for a file"):
         pki.issue_gateway(made, "../paris")
+    with pytest.raises(TrustError, match="is no id of a gateway's key"):
+        pki.issue_gateway(made, "pâris")
 
 
 def test_a_known_mac() -> None:
