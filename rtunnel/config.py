@@ -826,6 +826,9 @@ def _cross_check(config: Config) -> Iterator[Problem]:
         fix = "give users, or leave no_auth out: without users nobody can log in"
         yield _problem(config, "gateway.no_auth", "means nothing without users", fix)
     yield from _check_workers(config)
+    for key in ("gateway.trust", "gateway.authority"):
+        if _get(config, key) and not config.gateway.ca:
+            yield _problem(config, key, "means nothing without gateway.ca", "give the cluster's ca.pem file")
     if config.agent.addresses:
         yield from _check_publish(config, config.agent.addresses)
 

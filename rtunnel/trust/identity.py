@@ -22,7 +22,7 @@ from urllib.parse import quote, unquote
 
 import msgspec
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -37,6 +37,8 @@ PROOF_LABEL: Final = b"rtunnel accepted 1\0"
 LIST_LABEL: Final = b"rtunnel trust list 1\0"
 _SCHEME: Final = "rtunnel:"
 _ECDSA: Final = ec.ECDSA(hashes.SHA256())
+#: What the library raises for bytes that are no certificate, or one of some other world.
+_UNREADABLE: Final = (ValueError, x509.InvalidVersion, x509.DuplicateExtension, UnsupportedAlgorithm)
 #: Certificates that were checked; one is checked again when it has been forgotten.
 _REMEMBERED: Final = 65536
 
@@ -90,7 +92,7 @@ def read_certificate(der: bytes) -> Identity:
     """What it says; whether it is true is another question (`Roots.verify`). Raises TrustError."""
     try:
         return _identity(x509.load_der_x509_certificate(der))
-    except ValueError as fault:
+    except _UNREADABLE as fault:
         raise TrustError(f"is not a certificate: {fault}") from None
 
 
@@ -236,10 +238,10 @@ class Roots:
             for ca in self._cas:
                 try:
                     certificate.verify_directly_issued_by(ca)
-                except (ValueError, TypeError, InvalidSignature):
+                except (*_UNREADABLE, TypeError, InvalidSignature):
                     continue
                 return _identity(certificate)
-        except ValueError as fault:
+        except _UNREADABLE as fault:
             raise TrustError(f"is not a certificate: {fault}") from None
         raise TrustError("the certificate is not from a CA in force")
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import trio
 
+from rtunnel.anchor import Anchor
 from rtunnel.bridge import Bridge
 from rtunnel.config import Config, GatewayConfig, canonical_ip, format_endpoint, host_name, parse_endpoint
 from rtunnel.counts import StreamCounts
@@ -17,7 +19,7 @@ from rtunnel.registry import Registry, RegistryUnavailable, Tuple
 from rtunnel.registry.routes import Mirror, RouteTable
 from rtunnel.relay.join import Pair
 from rtunnel.relay.relay import Listener, Relay
-from rtunnel.trust.identity import Roots, load_roots
+from rtunnel.trust.identity import Roots
 from rtunnel.trust.keys import load_gateway_key
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_socks.access import Access
@@ -56,8 +58,6 @@ class Gateway:
         self.dial_timeout = gateway.dial_timeout
         self.idle_timeout = gateway.idle_timeout
         self.key = load_gateway_key(gateway.key)
-        self.roots: Roots | None = load_roots(gateway.ca) if gateway.ca else None
-        self.proofs = self.roots if gateway.proof == "required" else None
         self.paths = Paths()
         self.counts = GatewayCounts()
         self.draining = False
@@ -74,6 +74,17 @@ class Gateway:
         self._shut_out: dict[Refusal, tuple[float, int]] = {}  # when it was told, and how many came since
         self.limits = Limits(gateway.limits)
         self.access = Access(gateway, self.relay, self._log, self._review)
+        self.anchor = self._make_anchor() if gateway.ca else None
+        self.roots: Roots | None = self.anchor.roots if self.anchor is not None else None
+        self.proofs = self.roots if gateway.proof == "required" else None
+
+    def _make_anchor(self) -> Anchor:
+        config = self.config
+        trust = Path(config.trust) if config.trust else None
+        return Anchor(
+            ca=Path(config.ca), trust=trust, authority=config.authority, log=self._log,
+            apply=lambda call: self.bridge.run(call), changed=self._review,
+        )  # fmt: skip
 
     # What clients and dials call, in the relay's thread.
 
@@ -205,6 +216,8 @@ class Gateway:
             async with self.bridge.open_nursery() as nursery:
                 nursery.start_soon(self._follow)
                 nursery.start_soon(self.access.watch)
+                if self.anchor is not None:
+                    nursery.start_soon(self.anchor.run)
                 self._listener = await self.bridge.run(
                     lambda: self.relay.listen(sock, self._accept, client_speaks=True)
                 )

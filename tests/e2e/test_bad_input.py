@@ -1893,7 +1893,7 @@ async def test_an_agent_over_its_window_loses_its_link(here: Path, secrets: Path
         wire.write(encode(Accepted()), stream)
         wire.sock.sendall(yamux.HEADER.pack(0, yamux.DATA, 0, stream.id, 1 << 20) + bytes(1 << 16))
 
-    async with running_cluster(here, **FAST) as cluster:
+    async with running_cluster(here, **FAST, gateway__proof="off") as cluster:
         await cluster.start(brokers=1)
         async with unharmed(cluster, Target("127.1.0.1")) as logs, handmade(cluster, secrets, script):
             sock = await cluster.socks("127.1.7.7", 80)
