@@ -38,7 +38,7 @@ from rtunnel.registry import (
 from rtunnel.registry.ports import PortAllocator, PortsExhausted, PortTaken
 from rtunnel.relay.relay import Listener, Relay
 from rtunnel.trust.keys import DialKeys, load_cluster_keys, load_tokens
-from rtunnel.trust.tls import certificate_der, certificate_fingerprint, server_context
+from rtunnel.trust.tls import certificate_der, certificate_fingerprint, dial_server_context, server_context
 from rtunnel.wire.messages import Bye, Drain, OpenPort, Publish, Welcome
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_broker.ports import DialChecker, Guarded, GuardedPort, Networks, OpenPortServer, PortCounts
@@ -70,6 +70,9 @@ class Node:
         if broker.security == "tls":
             self.tls = server_context(broker.certificate, broker.key)
             self.binding = certificate_fingerprint(certificate_der(broker.certificate))
+        self.dial_tls: ssl.SSLContext | None = None
+        if broker.dial_security == "tls":
+            self.dial_tls = dial_server_context(broker.certificate, broker.key)
         self._bind_host, self._bind_port = parse_endpoint(broker.listen)
         self.draining = False
         self.incarnation = 0

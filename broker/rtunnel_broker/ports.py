@@ -18,6 +18,7 @@ from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account
 from rtunnel.relay.link import Link, StreamEnd
 from rtunnel.relay.relay import Relay
+from rtunnel.relay.tls import NOT_TLS
 from rtunnel.trust.keys import DialKeys, NonceWindow
 from rtunnel.wire import messages
 from rtunnel.wire.messages import (
@@ -39,6 +40,15 @@ from rtunnel_broker.session import Session
 _OVERLOADED: Final = encode(
     Refuse(code=Refusal.OVERLOADED.value, text="too many connections to this broker's ports wait for their Dial")
 )
+
+_TLS_ONLY: Final = encode(
+    Refuse(
+        code=Refusal.PROTOCOL_ERROR.value,
+        text="this broker takes Dials over TLS only: gateway.dial_security must be tls",
+    )
+)
+#: How a TLS handshake begins (RFC 8446 section 5.1).
+_TLS: Final = b"\x16\x03"
 
 #: An agent answers for its target within `agent.target_timeout` (10 s); one that has not by now never will.
 OPEN_DEADLINE: Final = 30.0
@@ -123,7 +133,8 @@ class GuardedConnection:
                 return
             port.checker.check(frame[0], port.session)
         except MessageError as error:
-            self._refuse(Refused(Refusal.PROTOCOL_ERROR, str(error)))
+            text = "a TLS handshake came, and broker.dial_security is plain" if data.startswith(_TLS) else str(error)
+            self._refuse(Refused(Refusal.PROTOCOL_ERROR, text))
         except Refused as refused:
             self._refuse(refused)
         else:
@@ -137,7 +148,8 @@ class GuardedConnection:
     def lost(self, why: str) -> None:
         """See Talker."""
         self._port.counts.waiting -= 1
-        self._port.session.keeper.log("dial_lost", reason=why, peer=self._who, port=self._port.number)
+        fix = {"hint": "gateway.dial_security must be tls"} if why == NOT_TLS else {}
+        self._port.session.keeper.log("dial_lost", reason=why, peer=self._who, port=self._port.number, **fix)
 
     def _refuse(self, refused: Refused) -> None:
         self._port.counts.waiting -= 1
@@ -158,16 +170,20 @@ class GuardedPort:
 
     def accept(self, sock: socket.socket, peer: str) -> None:
         """A connection: its Dial must come in time."""
+        tls = self.session.keeper.dial_tls
         if self.counts.waiting >= self.max_waiting:
             self.counts.refuse(Refusal.OVERLOADED)
             try:
-                sock.send(_OVERLOADED)  # and no lingering: there are too many already
+                if tls is None:
+                    sock.send(_OVERLOADED)  # and no lingering: there are too many already
             except OSError:
                 pass
             sock.close()
             return
         self.counts.waiting += 1
         end = self.relay.end(sock, peer, spoken=True)
+        if tls is not None:
+            end = self.relay.secure(end, tls, otherwise=_TLS_ONLY)
         end.talk(GuardedConnection(self, end), self.timeout)
 
     def pass_on(self, end: SocketEnd, first: bytes, key: str) -> None:

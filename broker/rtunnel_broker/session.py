@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hmac
 import secrets
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -40,6 +41,7 @@ class SessionKeeper(Protocol):
     host: str
     tokens: Mapping[str, bytes]
     binding: bytes  # SHA-256 of this broker's certificate; empty without TLS
+    dial_tls: ssl.SSLContext | None  # of guarded ports; None: plain
     handshake_timeout: float
     draining: bool
 

@@ -453,7 +453,7 @@ class Link(yamux.Session):
         try:
             done = self._transport.handshake()
         except OSError as error:
-            self.kill(f"handshake: {_reason(error)}")
+            self.kill(f"handshake: {reason_of(error)}")
             return
         self.blocked = bool(self._transport.pending)
         if done:
@@ -495,7 +495,7 @@ class Link(yamux.Session):
             self._down(f"protocol error: {error}")
             return
         except OSError as error:
-            self._down(_reason(error))
+            self._down(reason_of(error))
             return
         if not self._queued:
             self._queued = True
@@ -574,7 +574,7 @@ class Link(yamux.Session):
     def _die_soon(self, error: OSError) -> None:
         """A write failed, deep in somebody's call: the link goes down in the next turn and takes nothing until then."""
         self.blocked = True
-        self._death = _reason(error)
+        self._death = reason_of(error)
         self.loop.soon(lambda: self._down(self._death))
 
     def _down(self, why: str) -> None:
@@ -593,7 +593,8 @@ class Link(yamux.Session):
         self._owner.link_down(self, why)
 
 
-def _reason(error: OSError) -> str:
+def reason_of(error: OSError) -> str:
+    """In words, without the library's own."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate not accepted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):

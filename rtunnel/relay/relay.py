@@ -14,6 +14,7 @@ from rtunnel.relay.ends import End, SocketEnd
 from rtunnel.relay.join import Account, Ending, Gate, OnEnd, Pair, Pipes, SocketPair, StreamPair
 from rtunnel.relay.link import Link, LinkOwner, StreamEnd, Windows
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
+from rtunnel.relay.tls import TlsEnd, TlsSocket
 from rtunnel.relay.transport import Scratch
 from rtunnel.wire.refusal import Refusal
 
@@ -289,6 +290,12 @@ class Relay:
         end.readable = spoken
         return end
 
+    def secure(
+        self, end: SocketEnd, context: ssl.SSLContext, *, server_name: str | None = None, otherwise: bytes = b""
+    ) -> TlsEnd:
+        """The same connection under TLS, for an end that nobody has talked to. See `TlsEnd`."""
+        return TlsEnd(end, context, self.scratch, server_name, otherwise)
+
     def connect(self, host: str, port: int, timeout: float, done: Connected) -> Attempt:
         """Connect to an IP: `done(end, _, "")` or `done(None, refusal, text)`. See `Attempt`."""
         attempt = Attempt(self.loop, f"[{host}]:{port}" if ":" in host else f"{host}:{port}", done)
@@ -394,6 +401,8 @@ class Relay:
                 owner.abort()  # neither joined nor refused yet
             elif isinstance(owner, Attempt):
                 owner.cancel()
+            elif isinstance(owner, TlsSocket):
+                owner.abandon()  # closed, with something still to say
         self.pipes.close()
         self.loop.stop()
 

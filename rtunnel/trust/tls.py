@@ -13,7 +13,7 @@ from pathlib import Path
 from cryptography import x509
 
 from rtunnel.trust.keys import TrustError
-from rtunnel.wire.messages import ALPN
+from rtunnel.wire.messages import ALPN, DIAL_ALPN
 
 
 def server_context(certificate: Path | str, key: Path | str) -> ssl.SSLContext:
@@ -49,6 +49,20 @@ def client_context_of(pem: str, where: str = "the CAs in force") -> ssl.SSLConte
         raise TrustError(f"{where}: has no PEM certificate") from None
     if not context.get_ca_certs():
         raise TrustError(f"{where}: has no CA certificate")
+    return context
+
+
+def dial_server_context(certificate: Path | str, key: Path | str) -> ssl.SSLContext:
+    """Of a broker's guarded ports. Raises TrustError."""
+    context = server_context(certificate, key)
+    context.set_alpn_protocols([DIAL_ALPN])
+    return context
+
+
+def dial_client_context(cas: str) -> ssl.SSLContext:
+    """A gateway's side: the broker's certificate must come from one of these CAs (PEM). Raises TrustError."""
+    context = client_context_of(cas)
+    context.set_alpn_protocols([DIAL_ALPN])
     return context
 
 

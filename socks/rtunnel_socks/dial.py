@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import secrets
+import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.relay import Attempt as Connecting
 from rtunnel.relay.relay import Relay
+from rtunnel.relay.tls import TlsEnd
+from rtunnel.trust.certificates import BROKER_NAME
 from rtunnel.trust.identity import Identity, Roots
 from rtunnel.trust.keys import GatewayKey
 from rtunnel.wire import messages
@@ -99,6 +102,7 @@ class DialOwner(Protocol):
     table: RouteTable
     key: GatewayKey
     proofs: Roots | None  # None: none are asked for
+    dial_tls: ssl.SSLContext | None  # to guarded ports; None: plain
     name: str
     hedge_delay: float
     dial_timeout: float
@@ -274,6 +278,9 @@ class Attempt:
         if end is None:
             self.dial.failed(self, Refusal.BROKER_UNREACHABLE, why)
             return
+        owner = self.dial.owner
+        if owner.dial_tls is not None:
+            end = owner.relay.secure(end, owner.dial_tls, server_name=BROKER_NAME)
         self._end = end
         end.talk(self)
         end.say(self._frame())
@@ -336,8 +343,12 @@ class Attempt:
 
     def lost(self, why: str) -> None:
         """See Talker."""
-        self._end = None
-        self.dial.failed(self, Refusal.LINK_LOST, f"the connection to the broker ended without an answer: {why}")
+        end, self._end = self._end, None
+        if isinstance(end, TlsEnd) and not end.up:
+            text = f"no TLS with the broker: {why}; see gateway.ca, and broker.dial_security, which must be tls"
+            self.dial.failed(self, Refusal.BROKER_UNREACHABLE, text)
+        else:
+            self.dial.failed(self, Refusal.LINK_LOST, f"the connection to the broker ended without an answer: {why}")
 
     def _fail(self, code: Refusal, text: str) -> None:
         end, self._end = self._end, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,6 +22,7 @@ from rtunnel.relay.join import Pair
 from rtunnel.relay.relay import Listener, Relay
 from rtunnel.trust.identity import Roots
 from rtunnel.trust.keys import load_gateway_key
+from rtunnel.trust.tls import dial_client_context
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_socks.access import Access
 from rtunnel_socks.client import Client, Joined
@@ -77,14 +79,28 @@ class Gateway:
         self.anchor = self._make_anchor() if gateway.ca else None
         self.roots: Roots | None = self.anchor.roots if self.anchor is not None else None
         self.proofs = self.roots if gateway.proof == "required" else None
+        self._dial_cas = ""  # the CAs that `dial_tls` knows
+        self.dial_tls = self._make_dial_tls()
 
     def _make_anchor(self) -> Anchor:
         config = self.config
         trust = Path(config.trust) if config.trust else None
         return Anchor(
             ca=Path(config.ca), trust=trust, authority=config.authority, log=self._log,
-            apply=lambda call: self.bridge.run(call), changed=self._review,
+            apply=lambda call: self.bridge.run(call), changed=self._trust_changed,
         )  # fmt: skip
+
+    def _make_dial_tls(self) -> ssl.SSLContext | None:
+        if self.config.dial_security == "plain" or self.roots is None:
+            return None
+        self._dial_cas = self.roots.pem
+        return dial_client_context(self._dial_cas)
+
+    def _trust_changed(self) -> None:
+        """Other CAs are in force, or somebody is revoked. In the relay's thread."""
+        if self.roots is not None and self.roots.pem != self._dial_cas:
+            self.dial_tls = self._make_dial_tls()
+        self._review()
 
     # What clients and dials call, in the relay's thread.
 
