@@ -22,6 +22,7 @@ DIALLING_AFTER: Final = 0.1
 #: A broker sends the Dial with the stream's first frame.
 DIAL_DEADLINE: Final = 10.0
 
+_ACCEPTED: Final = encode(Accepted())
 _DIALLING: Final = encode(Dialling())
 
 
@@ -60,14 +61,14 @@ class Targets:
             raise Refused(Refusal.NOT_EXPOSED, f"the agent does not expose port {port}")
 
     def accepted(self, dialled: bytes) -> bytes:
-        """The answer yes to the Dial of this body, with the proof that it is ours to give.
+        """The answer yes to a gateway's Dial of this body, with the proof that it is ours to give; b"": to a broker's.
 
         25 us go into the signature, so it is made when the target is there: refusals need none, and a target on this
         host is connected before there is time to sign.
         """
         identity = self.identity
-        if identity is None:
-            return encode(Accepted())
+        if identity is None or not dialled:
+            return _ACCEPTED
         return encode(Accepted(certificate=identity.certificate, signature=prove(identity.key, dialled)))
 
 
@@ -81,7 +82,7 @@ class IncomingStream:
         self._session = session
         self._stream = stream
         self._decoder = Decoder(Dial)
-        self._dialled = b""  # the Dial's body, exactly as it came
+        self._dialled = b""  # the body of a gateway's Dial, exactly as it came
         self._attempt: Attempt | None = None
         self._late: Timer | None = None
         stream.talk(self, DIAL_DEADLINE)
@@ -100,7 +101,8 @@ class IncomingStream:
         except Refused as refused:
             self._refuse(refused.code, refused.text)
         else:
-            self._dialled = dial.body
+            if dial.mac:  # a broker's own has none, and nobody who would look at a proof
+                self._dialled = dial.body
             self._connect(body)
 
     def _connect(self, body: DialBody) -> None:
