@@ -304,9 +304,13 @@ class TlsSocket(socket.socket):
         self._loop.close(self)
 
     def _close(self) -> None:
+        if self.fileno() < 0:
+            return
         if self._timer is not None:
             self._timer.cancel()
         super().close()
+        # We and our owner name each other: OpenSSL's buffers must not wait for a garbage collection.
+        del self._tls, self._incoming, self._outgoing, self.full
 
 
 class TlsEnd(SocketEnd):
@@ -315,7 +319,7 @@ class TlsEnd(SocketEnd):
     What is said before the handshake is done goes out behind it. When it fails the talker hears `lost` with the reason.
     """
 
-    __slots__ = ("_handler", "_otherwise", "tls")
+    __slots__ = ("_otherwise", "tls")
     can_splice = False
 
     def __init__(
@@ -330,7 +334,6 @@ class TlsEnd(SocketEnd):
         self.readable = end.readable
         self.hup = end.hup
         self._otherwise = otherwise
-        self._handler: Callable[[int], None] = self._event
         self.loop.soon(self._shake)
 
     @property
@@ -347,8 +350,13 @@ class TlsEnd(SocketEnd):
 
     def hand_over(self, handler: Callable[[int], None]) -> bytes:
         """See SocketEnd."""
-        self._handler = handler
-        return super().hand_over(self._joined_event)
+
+        def event(mask: int) -> None:
+            if mask & OUT:
+                mask |= self._make_room()
+            handler(mask)
+
+        return super().hand_over(event)
 
     def _shake(self) -> None:
         if self.up or self.closed:
@@ -390,11 +398,6 @@ class TlsEnd(SocketEnd):
         if mask & OUT:
             mask |= self._make_room()
         super()._event(mask)
-
-    def _joined_event(self, mask: int) -> None:
-        if mask & OUT:
-            mask |= self._make_room()
-        self._handler(mask)
 
     def _make_room(self) -> int:
         """What else the owner is to be told: a failure, which it meets when it reads or asks."""

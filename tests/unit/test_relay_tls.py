@@ -5,6 +5,7 @@ A tunnel is two pairs in one relay: plain client - TLS - TLS - plain target, ope
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import random
 import socket
@@ -379,6 +380,24 @@ def test_pieces_are_bounded(made: Path) -> None:
         for sock in socks:
             assert len(sock._pending) <= PIECE + 1024 and sock._incoming.pending <= PIECE + 1024
         client.close()
+
+
+def test_memory_does_not_wait_for_the_collector(made: Path) -> None:
+    """What is over is gone, OpenSSL's buffers first, with the garbage collector switched off."""
+    gc.collect()
+    gc.disable()
+    try:
+        with tunnel(made) as here:
+            for _ in range(5):
+                client, target = here.open()
+                client.close()
+                assert target.recv(1) == b""
+                target.close()
+            here.over(10)
+            here.relay.do(lambda: None)  # the turn in which the last ones are buried is over
+            assert not [found for found in gc.get_objects() if isinstance(found, ssl.SSLObject)]
+    finally:
+        gc.enable()
 
 
 def test_tls_ends_are_not_spliced(made: Path) -> None:
