@@ -24,6 +24,7 @@ from lab.topology import (
     wait_for,
 )
 from rtunnel.config import RegistryConfig
+from rtunnel.trust import pki
 
 ADMIN_PORT = 7070
 REDIS_PORT = 6379
@@ -113,7 +114,8 @@ class Lab:
             {
                 "gateway": {
                     "listen": f"0.0.0.0:{PROXY_PORT}",
-                    "cluster_key": self._secret("cluster.key"),
+                    "key": self._secret("gateway.key"),
+                    "ca": self._secret("ca.pem"),
                     "policy": str(policy),
                     "admin": f"127.0.0.1:{ADMIN_PORT}",
                 }
@@ -123,6 +125,9 @@ class Lab:
     def start_agent(self, name: str) -> None:
         """A host's agent, which answers for the host's IPv4 and IPv6 address."""
         host = self.net[name]
+        if not (self._pki / f"{name}.pem").exists():
+            addresses = [host.ip, host.ip6]
+            pki.issue_agent(self._pki, name, agent_id=name, namespace="default", addresses=addresses)
         sections: dict[str, dict[str, Any] | list[dict[str, Any]]] = {
             "agent": {
                 "brokers": [f"{VIP}:{LINK_PORT}"],
@@ -130,6 +135,8 @@ class Lab:
                 "addresses": [host.ip, host.ip6],
                 "exposes": [str(HTTP_PORT), str(HALF_CLOSE_PORT), str(ECHO_PORT)],
                 "ca": self._secret("ca.pem"),
+                "certificate": self._secret(f"{name}.pem"),
+                "key": self._secret(f"{name}.key"),
                 "join_token": self._secret("join.token"),
                 "admin": f"127.0.0.1:{ADMIN_PORT}",
             }
