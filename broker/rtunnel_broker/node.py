@@ -468,8 +468,9 @@ class Node:
             session.registration = Registration(registration.epoch, tuples, registration.leases)
             try:
                 await self.bridge.registry_tries(self._registry.register, session.registration)
-            except AddressTaken as taken:
-                await self.bridge.run(lambda: self._end_lost({session.epoch: taken}))
+            except AddressTaken as error:
+                lost = {session.epoch: error}
+                await self.bridge.run(lambda: self._end_lost(lost))
 
     # Leaving.
 

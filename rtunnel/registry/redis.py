@@ -409,7 +409,7 @@ def _static(entry: Tuple) -> bytes:
 
 
 def _agent(entry: Tuple) -> bytes:
-    """What the stored tuples of this agent contain, and no other's: a quote inside of a value has a backslash before it."""
+    """What this agent's stored tuples contain, and no other's: a quote inside of a value has a backslash before it."""
     return b',"agent_id":%s,' % _encode(entry.agent_id)
 
 
