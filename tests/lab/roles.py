@@ -143,6 +143,20 @@ class Lab:
             ]
         self._start(host, "agent", sections)
 
+    def revive(self) -> None:
+        """Start whatever has ended."""
+        ended = [name for name, part in self.parts.items() if not part.alive]
+        for name in ended:
+            if name in BROKERS:
+                self.start_broker(name)
+            elif name == "gateway":
+                self.start_gateway()
+        for name in ended:
+            if name in HOSTS:
+                self.start_agent(name)
+        for name in ended:
+            self.wait_ready(name)
+
     def restart_agents(self, names: Iterable[str]) -> None:
         """SIGTERM, then started anew, all at once."""
         for name in names:
@@ -163,6 +177,11 @@ class Lab:
     def _make_pki(self) -> None:
         self.net["controller"].check(_RTUNNEL, "pki", "init", str(self._pki))
 
+    @property
+    def secrets(self) -> Path:
+        """What `rtunnel pki init` made."""
+        return self._pki
+
     def _secret(self, name: str) -> str:
         path = self._pki / name
         if not path.exists():
@@ -180,6 +199,13 @@ class Lab:
     def ready(self, name: str) -> bool:
         """What its `/readyz` says."""
         return self.net[name].get("127.0.0.1", ADMIN_PORT, "/readyz")[0] == 200
+
+    def reached(self, name: str) -> bool:
+        """The same of a part that may be starting."""
+        try:
+            return self.ready(name)
+        except OSError:
+            return False
 
     def wait_ready(self, name: str, seconds: float = 20.0) -> float:
         """How long it took until it was ready. Fails at once when the process has ended."""

@@ -1,0 +1,249 @@
+"""Attacks that need a network of their own and processes of their own, against the running system.
+
+What one process can show is in tests/e2e (bad input, stale tuples, identity, proof); docs/security.md says which test
+shows what. After each attack everybody is served as before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from lab.roles import ADMIN_PORT, REDIS_PORT, Lab
+from lab.target import HTTP_PORT, UNEXPOSED_PORT
+from lab.topology import BROKERS, HOSTS, LINK_PORT, PROXY_PORT, PYTHON_LAB, VIP, Host, Process, wait_for
+from rtunnel.trust.keys import DialSigner, load_cluster_key, load_token
+from rtunnel.wire import messages
+from rtunnel.wire.messages import Decoder, Dial, DialBody, Hello, Refuse, encode, encode_body
+
+pytestmark = pytest.mark.lab
+
+FLOOD = 10_000
+TRIES, RATE = 100, 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _running(lab: Lab) -> None:
+    """The scenarios of test_lab end every part."""
+    lab.revive()
+
+
+@pytest.fixture(autouse=True)
+def _whole(lab: Lab) -> Iterator[None]:
+    """Every attack begins with everything in order, and ends so: no part has died, each host answers by its IP."""
+    lab.wait_whole()
+    before = {name: part.pid for name, part in lab.parts.items()}
+    yield
+    assert not [name for name, part in lab.parts.items() if not part.alive and part.pid == before[name]]
+    lab.wait_whole()
+    for name in HOSTS:
+        told = lab.client("controller", "get", lab.net[name].ip, str(HTTP_PORT))
+        assert told["ok"], told
+        assert json.loads(told["body"])["host"] == name
+
+
+# A Dial by somebody who has a gateway's key, or has overheard one.
+
+
+def ask_port(host: Host, place: tuple[str, int], dial: bytes) -> str:
+    """Raw bytes to a guarded port from a place: the code of the refusal, or the first other answer's type."""
+    decoder = Decoder(messages.DialAnswer)
+    with host.connect(*place) as sock:
+        sock.sendall(dial)
+        while (answer := decoder.next()) is None:
+            decoder.feed(sock.recv(4096) or b"\0\0\0\1\xc0")
+    return answer.code if isinstance(answer, Refuse) else type(answer).__name__
+
+
+def place_of(entry: dict[str, Any]) -> tuple[str, int]:
+    """Where a tuple's guarded port is."""
+    return entry["ps_ip"], int(entry["ps_port"])
+
+
+def stolen_dial(lab: Lab, entry: dict[str, Any], ip: str, port: int) -> bytes:
+    """A Dial with a good MAC, for whatever its maker likes."""
+    body = encode_body(
+        DialBody(
+            version=messages.VERSION,
+            namespace="default",
+            ip=ip,
+            port=port,
+            node=entry["node"],
+            epoch=int(entry["epoch"]),
+            nonce=os.urandom(messages.NONCE_BYTES),
+            time=int(time.time() * 1000),
+        )
+    )
+    return encode(Dial(body=body, mac=DialSigner(load_cluster_key(lab.secrets / "cluster.key")).sign(body)))
+
+
+def test_a_gateway_in_wrong_hands_reaches_only_what_agents_expose(lab: Lab) -> None:
+    """With a gateway's key, past its rules: the host's other ports, its loopback, its neighbours and the centre stay
+    out of reach."""
+    entry = lab.guarded("a1")[0]
+    a1, a2, gateway = lab.net["a1"], lab.net["a2"], lab.net["gateway"]
+    assert ask_port(gateway, place_of(entry), stolen_dial(lab, entry, a1.ip, HTTP_PORT)) == "Accepted"
+    asked = {
+        (a1.ip, UNEXPOSED_PORT): "not_exposed",
+        (a1.ip, ADMIN_PORT): "not_exposed",
+        ("127.0.0.1", HTTP_PORT): "stale_target",
+        ("127.0.0.1", ADMIN_PORT): "stale_target",
+        ("::1", HTTP_PORT): "stale_target",
+        ("169.254.169.254", 80): "stale_target",
+        (a2.ip, HTTP_PORT): "stale_target",
+        (lab.net["redis"].ip, REDIS_PORT): "stale_target",
+        (VIP, PROXY_PORT): "stale_target",
+    }
+    for (ip, port), code in asked.items():
+        assert ask_port(gateway, place_of(entry), stolen_dial(lab, entry, ip, port)) == code, (ip, port)
+
+
+class Tap:
+    """What somebody on the path hears of a place's connections."""
+
+    def __init__(self, host: Host) -> None:
+        self._sock = host.new_packet_socket()
+
+    def __enter__(self) -> Tap:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sock.close()
+
+    def heard(self, port: int) -> Iterator[bytes]:
+        """The payloads of TCP packets to this port, since the last call."""
+        while True:
+            try:
+                packet = self._sock.recv(1 << 17)
+            except BlockingIOError:
+                return
+            if packet[12:14] != b"\x08\x00" or packet[23] != socket.IPPROTO_TCP:
+                continue
+            ip = packet[14 : 14 + int.from_bytes(packet[16:18], "big")]
+            tcp = ip[(ip[0] & 15) * 4 :]
+            if struct.unpack_from(">H", tcp, 2)[0] == port:
+                yield tcp[(tcp[12] >> 4) * 4 :]
+
+
+def overheard_dial(lab: Lab, entry: dict[str, Any]) -> bytes:
+    """The bytes of the gateway's own Dial to this guarded port."""
+    with Tap(lab.net["gateway"]) as tap:
+
+        def heard() -> bytes:
+            assert lab.client("controller", "get", entry["agent_ip"], str(HTTP_PORT))["ok"]
+            return next((payload for payload in tap.heard(entry["ps_port"]) if b"dial" in payload[:16]), b"")
+
+        payload, _ = wait_for("the gateway dials this port", heard, 20)  # it chooses one of two paths
+    decoder = Decoder(Dial)
+    decoder.feed(payload)
+    frame = decoder.next_frame()
+    assert frame is not None
+    return frame[1]
+
+
+def test_an_overheard_dial_opens_nothing(lab: Lab) -> None:
+    """The bytes of a real Dial, sent again: to the same port, to other sessions' ports, and with one bit changed."""
+    entry = lab.guarded("b1")[0]
+    dial = overheard_dial(lab, entry)
+    others = [t for t in lab.tuples() if t["agent_port"] == 0 and t["agent_id"] != "b1"]
+    for thief in (lab.net["controller"], lab.net["gateway"]):
+        assert ask_port(thief, place_of(entry), dial) == "replayed"
+        for other in others:
+            code = "stale_target" if other["node"] == entry["node"] else "stale_node"
+            assert ask_port(thief, place_of(other), dial) == code
+    other_port = dial.replace(struct.pack(">BH", 0xCD, HTTP_PORT), struct.pack(">BH", 0xCD, UNEXPOSED_PORT))
+    assert other_port != dial
+    assert ask_port(lab.net["controller"], place_of(entry), other_port) == "bad_mac"
+
+
+# Into the centre through the tunnel, or round and round.
+
+
+def test_the_gateway_is_no_way_into_the_centre(lab: Lab) -> None:
+    """Itself, a broker, Redis, its own loopback, the VIP, a cloud's metadata: it never dials an address itself, and no
+    agent has these."""
+    centre = {name: lab.net[name].ip for name in (*BROKERS, "redis", "gateway", "controller")}
+    places = [f"{ip}:{port}" for ip in centre.values() for port in (LINK_PORT, PROXY_PORT, REDIS_PORT, ADMIN_PORT)]
+    places += [f"{ip}:{ADMIN_PORT}" for ip in ("127.0.0.1", "[::1]", "0.0.0.0", "[::ffff:127.0.0.1]", "127.1", "2130706433")]
+    places += [f"{VIP}:{PROXY_PORT}", f"{VIP}:{LINK_PORT}", "169.254.169.254:80", f"localhost:{ADMIN_PORT}"]
+    places += [f"{entry['ps_ip']}:{entry['ps_port']}" for entry in lab.tuples()]
+    with Tap(lab.net["gateway"]) as tap:
+        for place in places:
+            for how in ("--socks5-hostname", "--proxy"):
+                done = lab.net["app"].curl(how, lab.proxy("app"), "--globoff", f"http://{place}/", seconds=5)
+                assert done.returncode, (how, place, done.stdout)
+                assert "rtunnel" not in done.stdout.lower() or how == "--proxy", (how, place, done.stdout)
+        dialled = [port for port in (LINK_PORT, ADMIN_PORT) if any(tap.heard(port))]
+    assert not dialled
+    assert lab.status("gateway")["streams"] == 0
+
+
+# Too much of a good thing.
+
+
+@dataclass
+class Flood:
+    """Connections that begin to speak and then say nothing."""
+
+    process: Process
+
+    def look(self) -> dict[str, int]:
+        """How many are open, ended by the other end, or never came about."""
+        count = len(self.process.json_lines())
+        self.process.stdin.write(b"\n")
+        self.process.stdin.flush()
+        lines, _ = wait_for("the flood answers", lambda: self.process.json_lines()[count:], 10)
+        found: dict[str, int] = lines[0]
+        return found
+
+
+def flood(lab: Lab, origin: str, port: int, first: bytes) -> Flood:
+    """FLOOD of them from one place to the VIP, all begun."""
+    words = ("lab.flood", VIP, str(port), str(FLOOD), first.hex())
+    process = lab.net[origin].spawn(*PYTHON_LAB, *words, name=f"flood@{origin}", stdin=True, fresh=True)
+    wait_for("the flood is there", process.json_lines, 30)
+    return Flood(process)
+
+
+def test_half_open_handshakes_at_the_gateway_cost_others_nothing(lab: Lab) -> None:
+    """10,000 from one source, which gets its share; every connection of another source is served."""
+    attack = flood(lab, "app", PROXY_PORT, b"\5")
+    try:
+        before = attack.look()
+        client = lab.tries("tries-flood-gateway", TRIES, RATE)
+        assert client.wait(30) == 0
+        tries = client.json_lines()
+        slowest = max(t["seconds"] for t in tries)
+        lab.note("10,000 half-open", f"at the gateway: {before}; others: {len(tries)} ok, slowest {slowest:.3f} s")
+        assert not [t for t in tries if not t["ok"]]
+        assert before["open"] <= 1024
+        assert before["open"] + before["ended"] + before["failed"] == FLOOD
+    finally:
+        attack.process.kill()
+
+
+def test_half_open_handshakes_at_the_brokers_cost_sessions_nothing(lab: Lab) -> None:
+    """10,000 of a host in VPC a, which stop in the middle of TLS's first record: streams, old and new, go on."""
+    attack = flood(lab, "a1", LINK_PORT, bytes.fromhex("1603010200010001fc0303"))
+    try:
+        before = attack.look()
+        client = lab.tries("tries-flood-broker", TRIES, RATE)
+        lab.restart_agents(["b1"])
+        back = wait_for("an agent comes back", lambda: lab.reached("b1"), 60)[1]
+        assert client.wait(30) == 0
+        tries = client.json_lines()
+        slowest = max(t["seconds"] for t in tries)
+        lab.note("10,000 half-open", f"at the brokers: {before}; others: {len(tries)} tries, slowest {slowest:.3f} s")
+        lab.note("10,000 half-open", f"at the brokers: an agent that restarts is back after {back:.1f} s")
+        assert not [t for t in tries if not t["ok"] and t["wanted"] != "b1"]
+    finally:
+        attack.process.kill()
