@@ -6,11 +6,13 @@ shows what. After each attack everybody is served as before.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
 import ssl
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,20 +71,19 @@ def place_of(entry: dict[str, Any]) -> tuple[str, int]:
     return entry["ps_ip"], int(entry["ps_port"])
 
 
-def stolen_dial(lab: Lab, entry: dict[str, Any], ip: str, port: int) -> bytes:
-    """A Dial with a good MAC, for whatever its maker likes."""
-    body = encode_body(
-        DialBody(
-            version=messages.VERSION,
-            namespace="default",
-            ip=ip,
-            port=port,
-            node=entry["node"],
-            epoch=int(entry["epoch"]),
-            nonce=os.urandom(messages.NONCE_BYTES),
-            time=int(time.time() * 1000),
-        )
-    )
+def stolen_dial(lab: Lab, entry: dict[str, Any], **changes: Any) -> bytes:
+    """A Dial with a good MAC for this tuple, or for whatever its maker likes."""
+    fields: dict[str, Any] = {
+        "version": messages.VERSION,
+        "namespace": "default",
+        "ip": entry["agent_ip"],
+        "port": HTTP_PORT,
+        "node": entry["node"],
+        "epoch": int(entry["epoch"]),
+        "nonce": os.urandom(messages.NONCE_BYTES),
+        "time": int(time.time() * 1000),
+    }
+    body = encode_body(DialBody(**fields | changes))
     return encode(Dial(body=body, mac=DialSigner(load_cluster_key(lab.secrets / "cluster.key")).sign(body)))
 
 
@@ -91,7 +92,7 @@ def test_a_gateway_in_wrong_hands_reaches_only_what_agents_expose(lab: Lab) -> N
     out of reach."""
     entry = lab.guarded("a1")[0]
     a1, a2, gateway = lab.net["a1"], lab.net["a2"], lab.net["gateway"]
-    assert ask_port(gateway, place_of(entry), stolen_dial(lab, entry, a1.ip, HTTP_PORT)) == "Accepted"
+    assert ask_port(gateway, place_of(entry), stolen_dial(lab, entry)) == "Accepted"
     asked = {
         (a1.ip, UNEXPOSED_PORT): "not_exposed",
         (a1.ip, ADMIN_PORT): "not_exposed",
@@ -104,7 +105,7 @@ def test_a_gateway_in_wrong_hands_reaches_only_what_agents_expose(lab: Lab) -> N
         (VIP, PROXY_PORT): "stale_target",
     }
     for (ip, port), code in asked.items():
-        assert ask_port(gateway, place_of(entry), stolen_dial(lab, entry, ip, port)) == code, (ip, port)
+        assert ask_port(gateway, place_of(entry), stolen_dial(lab, entry, ip=ip, port=port)) == code, (ip, port)
 
 
 class Tap:
@@ -185,6 +186,79 @@ def test_the_gateway_is_no_way_into_the_centre(lab: Lab) -> None:
         dialled = [port for port in (LINK_PORT, ADMIN_PORT) if any(tap.heard(port))]
     assert not dialled
     assert lab.status("gateway")["streams"] == 0
+
+
+# Words that would like to be lines.
+
+#: An end of line in three spellings, a line of their own, and what a terminal would obey.
+FORGED = '\r\n{"event": "forged", "level": "info"}\n\u2028\x1b[2J\x9b2J\u202e'
+#: The real agent, which calls its version so.
+SPOOFER = f"import rtunnel; rtunnel.__version__ = {FORGED!r}; from rtunnel.cli import main; main()"
+
+
+def say_everywhere(lab: Lab) -> None:
+    """Names of clients, targets, users, agents and Dials: whatever a peer may say before and after it is believed."""
+    app, words = lab.net["app"], FORGED.encode()
+    basic = base64.b64encode(words + b":" + words)
+    plain = bytes(b for b in words if b not in b"\r\n")
+    requests = [
+        b"\5\1\0\5\1\0\3" + bytes([len(words)]) + words + b"\0\x50",
+        b"\5\1\2\1" + 2 * (bytes([len(words)]) + words),
+        b"CONNECT 10.1.0.7:9100 HTTP/1.1\r\nProxy-Authorization: Basic " + basic + b"\r\n\r\n",
+        b"CONNECT " + plain + b":80 HTTP/1.1\r\nHost: " + plain + b"\r\n\r\n",
+        b"GET http://" + plain + b"/ HTTP/1.1\r\nHost: x\r\nUser-Agent: " + words + b"\r\n\r\n",
+        words,
+    ]
+    for request in requests:
+        with app.connect(VIP, PROXY_PORT) as sock:
+            sock.sendall(request)
+            sock.shutdown(socket.SHUT_WR)
+            try:
+                while sock.recv(4096):
+                    pass
+            except ConnectionResetError:
+                pass
+    entry = lab.guarded("a1")[0]
+    for changes in ({"namespace": FORGED}, {"ip": FORGED[:45]}, {"node": FORGED}, {"who": FORGED}):
+        ask_port(lab.net["gateway"], place_of(entry), stolen_dial(lab, entry, **changes))
+    for changes in ({"agent_id": FORGED}, {"namespace": FORGED}, {"token_id": FORGED}, {"exposes": [FORGED]}, {}):
+        fields: dict[str, Any] = {"agent_id": "x", "namespace": "default", "addresses": ["10.1.0.99"], "token_id": "x"}
+        hello = Hello(version=1, instance=bytes(16), nonce=bytes(16), software=FORGED, **fields | changes)
+        send_hello(lab, "a1", encode(hello))
+
+
+def send_hello(lab: Lab, origin: str, frame: bytes) -> None:
+    """A link whose first message is this, until the broker ends it."""
+    context = ssl.create_default_context(cafile=str(lab.secrets / "ca.pem"))
+    context.set_alpn_protocols(["rtunnel/1"])
+    with lab.net[origin].connect(VIP, LINK_PORT, 20) as plain:
+        with context.wrap_socket(plain, server_hostname="broker.rtunnel") as sock:
+            sock.sendall(struct.pack(">BBHII", 0, 0, 1, 1, len(frame)) + frame)  # yamux: Data, SYN, stream 1
+            try:
+                while sock.recv(4096):
+                    pass
+            except OSError:
+                pass
+
+
+def test_no_name_makes_a_line_of_a_log(lab: Lab) -> None:
+    """Every line of every part's log is one JSON object, and none of them is the attacker's."""
+    lab.parts["b2"].terminate()
+    lab.parts["b2"] = lab.net["b2"].spawn(
+        *(sys.executable, "-c", SPOOFER, "agent", "--config", str(lab.config("b2"))), name="agent@b2"
+    )
+    lab.wait_ready("b2")
+    say_everywhere(lab)
+    lab.restart_agents(["b2"])
+    lab.wait_ready("b2")
+    said = 0
+    for name in (*BROKERS, *HOSTS, "gateway"):
+        log = lab.parts[name].log.read_bytes()
+        said += log.count(b"forged")
+        for line in log.rstrip(b"\n").split(b"\n"):
+            assert json.loads(line)["event"] != "forged", line
+            assert not [c for c in line.decode() if not c.isprintable()], line
+    assert said > 10  # it was told, and told as what it is
 
 
 # Too much of a good thing.
