@@ -174,7 +174,9 @@ def test_the_gateway_is_no_way_into_the_centre(lab: Lab) -> None:
     agent has these."""
     centre = {name: lab.net[name].ip for name in (*BROKERS, "redis", "gateway", "controller")}
     places = [f"{ip}:{port}" for ip in centre.values() for port in (LINK_PORT, PROXY_PORT, REDIS_PORT, ADMIN_PORT)]
-    places += [f"{ip}:{ADMIN_PORT}" for ip in ("127.0.0.1", "[::1]", "0.0.0.0", "[::ffff:127.0.0.1]", "127.1", "2130706433")]
+    places += [
+        f"{ip}:{ADMIN_PORT}" for ip in ("127.0.0.1", "[::1]", "0.0.0.0", "[::ffff:127.0.0.1]", "127.1", "2130706433")
+    ]
     places += [f"{VIP}:{PROXY_PORT}", f"{VIP}:{LINK_PORT}", "169.254.169.254:80", f"localhost:{ADMIN_PORT}"]
     places += [f"{entry['ps_ip']}:{entry['ps_port']}" for entry in lab.tuples()]
     with Tap(lab.net["gateway"]) as tap:
