@@ -223,9 +223,9 @@ def say_everywhere(lab: Lab) -> None:
     entry = lab.guarded("a1")[0]
     for changes in ({"namespace": FORGED}, {"ip": FORGED[:45]}, {"node": FORGED}, {"who": FORGED}):
         ask_port(lab.net["gateway"], place_of(entry), stolen_dial(lab, entry, **changes))
-    for changes in ({"agent_id": FORGED}, {"namespace": FORGED}, {"token_id": FORGED}, {"exposes": [FORGED]}, {}):
-        fields: dict[str, Any] = {"agent_id": "x", "namespace": "default", "addresses": ["10.1.0.99"], "token_id": "x"}
-        hello = Hello(version=1, instance=bytes(16), nonce=bytes(16), software=FORGED, **fields | changes)
+    fields: dict[str, Any] = {"agent_id": "x", "namespace": "default", "addresses": ["10.1.0.99"], "token_id": "x"}
+    for key, value in {"agent_id": FORGED, "namespace": FORGED, "token_id": FORGED, "exposes": [FORGED]}.items():
+        hello = Hello(version=1, instance=bytes(16), nonce=bytes(16), software=FORGED, **fields | {key: value})
         send_hello(lab, "a1", encode(hello))
 
 
@@ -233,14 +233,14 @@ def send_hello(lab: Lab, origin: str, frame: bytes) -> None:
     """A link whose first message is this, until the broker ends it."""
     context = ssl.create_default_context(cafile=str(lab.secrets / "ca.pem"))
     context.set_alpn_protocols(["rtunnel/1"])
-    with lab.net[origin].connect(VIP, LINK_PORT, 20) as plain:
-        with context.wrap_socket(plain, server_hostname="broker.rtunnel") as sock:
-            sock.sendall(struct.pack(">BBHII", 0, 0, 1, 1, len(frame)) + frame)  # yamux: Data, SYN, stream 1
-            try:
-                while sock.recv(4096):
-                    pass
-            except OSError:
+    plain = lab.net[origin].connect(VIP, LINK_PORT, 20)
+    with context.wrap_socket(plain, server_hostname="broker.rtunnel") as sock:
+        sock.sendall(struct.pack(">BBHII", 0, 0, 1, 1, len(frame)) + frame)  # yamux: Data, SYN, stream 1
+        try:
+            while sock.recv(4096):
                 pass
+        except OSError:
+            pass
 
 
 def test_no_name_makes_a_line_of_a_log(lab: Lab) -> None:
