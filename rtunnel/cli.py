@@ -13,17 +13,15 @@ from typing import Any
 
 import click
 import msgspec
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from rtunnel import __version__, config, roles, workers
-from rtunnel.config import Config, ConfigError, Flag
+from rtunnel.cli_pki import pki_group
+from rtunnel.config import Config, Flag
+from rtunnel.console import Failure, print_json, print_table, told
 from rtunnel.logs import printable
-from rtunnel.registry import NodeRecord, Registry, RegistryUnavailable, Snapshot, Tuple, connect
+from rtunnel.registry import NodeRecord, Registry, Snapshot, Tuple, connect
 from rtunnel.roles import EXIT_FAILED, EXIT_USAGE, RoleMissing
-from rtunnel.trust import keys, pki, policy, users
-from rtunnel.trust.keys import TrustError
+from rtunnel.trust import policy, users
 from rtunnel.trust.policy import Policy, Question, Verdict
 
 #: `rtunnel status` shows so many agents unless it is asked for all.
@@ -36,6 +34,7 @@ _EXAMPLES = """
 Examples:
   rtunnel demo                                 all parts on this machine, to look at
   rtunnel pki init ./pki                       keys and certificates of a new cluster
+  rtunnel authority --directory ./pki          gives agents certificates, for tokens of `rtunnel pki token create`
   rtunnel broker --config /etc/rtunnel.toml
   rtunnel agent --brokers vip.example:7000 --exposes 9100 --ca ca.pem --join-token join.token
   rtunnel gateway --listen 0.0.0.0:1080 --registry-url redis://10.0.0.5/0 --cluster-key cluster.key --policy policy.toml
@@ -48,29 +47,6 @@ Examples:
 Every key of the configuration file is also a variable, RTUNNEL_<SECTION>_<KEY>; flags override both.
 Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 an address can't be listened on.
 """
-
-
-class _Failure(click.ClickException):
-    """A message for people, and an exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.exit_code = code  # type: ignore[misc] # click says ClassVar, and reads it from the instance
-
-    def show(self, file: Any = None) -> None:
-        for line in self.message.splitlines():
-            click.echo(f"rtunnel: {printable(line)}", err=True)
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Failures that need no traceback become messages."""
-    try:
-        yield
-    except (ConfigError, TrustError, RoleMissing) as fault:
-        raise _Failure(str(fault), EXIT_USAGE) from None
-    except RegistryUnavailable as fault:
-        raise _Failure(f"registry: {fault}", EXIT_FAILED) from None
 
 
 def main() -> None:
@@ -161,7 +137,8 @@ class _Group(click.Group):
 def cli() -> None:
     """Reach every host by its original IP across isolated VPCs, through agents that dial out.
 
-    broker, agent and gateway are the roles of a cluster; standalone is a broker and a gateway in one process.
+    broker, agent, gateway and authority are the roles of a cluster; standalone is a broker and a gateway in one
+    process.
     """
 
 
@@ -172,7 +149,7 @@ def _role_command(name: str) -> click.Command:
         text = f"(can't be used: {fault})"
 
     def callback(config_file: Path | None, **values: Any) -> None:
-        with _told():
+        with told():
             sys.exit(workers.run(roles.find_role(name), _load(config_file, values)))
 
     options = [_config_option(), *_flags(_section_keys(name), False), *_flags(_COMMON, True)]
@@ -181,7 +158,7 @@ def _role_command(name: str) -> click.Command:
 
 def _standalone(config_file: Path | None, **values: Any) -> None:
     """Broker and gateway in one process, on one registry (in memory unless another is given)."""
-    with _told():
+    with told():
         parts = [roles.find_role(name) for name in ("broker", "gateway")]
         sys.exit(roles.run(parts, _load(config_file, values, prefixed=True), name="standalone"))
 
@@ -205,7 +182,7 @@ def demo(arguments: tuple[str, ...]) -> None:
     try:
         module = import_module("rtunnel.demo")
     except ModuleNotFoundError as fault:
-        raise _Failure(f"the demo can't be loaded: {fault}", EXIT_FAILED) from None
+        raise Failure(f"the demo can't be loaded: {fault}", EXIT_FAILED) from None
     sys.exit(module.main(list(arguments)))
 
 
@@ -222,7 +199,7 @@ def config_group() -> None:
 @click.option("--role", type=click.Choice(config.ROLES), help="Also check what this role needs on this machine.")
 def config_check(file: Path, role: str | None) -> None:
     """Check FILE (with this environment's RTUNNEL_ variables) and say everything that is wrong with it."""
-    with _told():
+    with told():
         loaded = config.load(file, os.environ, {})
         notes = roles.check(loaded, role) if role else []
     for note in notes:
@@ -230,53 +207,7 @@ def config_check(file: Path, role: str | None) -> None:
     click.echo(f"{file}: good{f' for {role}' if role else ''}")
 
 
-@cli.group("pki")
-def pki_group() -> None:
-    """Make keys, certificates and tokens."""
-
-
-_names = click.option("--name", "names", multiple=True, help="A DNS name of the brokers' VIP; repeatable.")
-_ips = click.option("--ip", "ips", multiple=True, help="An IP address of the brokers' VIP; repeatable.")
-
-
-@pki_group.command("init")
-@click.argument("directory", type=click.Path(path_type=Path))
-@_names
-@_ips
-def pki_init(directory: Path, names: tuple[str, ...], ips: tuple[str, ...]) -> None:
-    """Make a CA, a broker certificate, a cluster key and a join token in DIRECTORY. Nothing is overwritten.
-
-    Names and addresses are needed only where agents are given another `server_name` than broker.rtunnel.
-    """
-    with _told():
-        _show_made(pki.init(directory, names=names, ips=ips))
-
-
-@pki_group.command("broker")
-@click.argument("directory", type=click.Path(path_type=Path))
-@click.argument("file_name")
-@_names
-@_ips
-def pki_broker(directory: Path, file_name: str, names: tuple[str, ...], ips: tuple[str, ...]) -> None:
-    """Make another broker certificate, FILE_NAME.pem and .key, from the CA in DIRECTORY: to renew or to add one."""
-    with _told():
-        _show_made(pki.issue_broker(directory, file_name, names=names, ips=ips))
-
-
-@pki_group.command("token")
-@click.option("--id", "token_id", default="", help="Its name in files and logs; random by default.")
-def pki_token(token_id: str) -> None:
-    """Print a new join token: add the line to the brokers' file, and give it to agents in a file of its own."""
-    try:
-        click.echo(keys.new_token(token_id).line())
-    except ValueError as fault:
-        raise _Failure(str(fault), EXIT_USAGE) from None
-
-
-def _show_made(made: Sequence[pki.Made]) -> None:
-    width = max(len(str(item.path)) for item in made)
-    for item in made:
-        click.echo(f"{item.path!s:<{width}}  {item.what}")
+cli.add_command(pki_group)
 
 
 # --- rules and users of a gateway -------------------------------------------------------------------------------------
@@ -318,7 +249,7 @@ def policy_test(
 
     Whether an agent exposes that port is another question: `rtunnel resolve`.
     """
-    with _told():
+    with told():
         gateway = config.load(config_file, os.environ, {}).gateway
         path = file or (Path(gateway.policy) if gateway.policy else None)
         rules = policy.load_policy(path) if path else policy.LOCAL_ONLY
@@ -326,7 +257,7 @@ def policy_test(
     verdict = rules.verdict(question)
     if as_json:
         rule = rules.rules[verdict.number - 1] if verdict.number else None
-        _print_json({"allowed": verdict.allowed, "rule": verdict.number or None, "text": rule, "file": str(path or "")})
+        print_json({"allowed": verdict.allowed, "rule": verdict.number or None, "text": rule, "file": str(path or "")})
     else:
         for line in _explained(rules, question, verdict, str(path) if path else "no policy is given"):
             click.echo(printable(line))
@@ -336,11 +267,11 @@ def policy_test(
 def _question(user: str | None, source: str, namespace: str, target: str) -> Question:
     ip, port = _parse_target(target)
     if not port:
-        raise _Failure(f"{target!r} has no port: write {config.format_endpoint(ip, 443)}", EXIT_USAGE)
+        raise Failure(f"{target!r} has no port: write {config.format_endpoint(ip, 443)}", EXIT_USAGE)
     try:
         return Question(user, config.canonical_ip(source), namespace, ip, port)
     except ValueError as fault:
-        raise _Failure(f"--from: {fault}", EXIT_USAGE) from None
+        raise Failure(f"--from: {fault}", EXIT_USAGE) from None
 
 
 def _explained(rules: Policy, question: Question, verdict: Verdict, where: str) -> Iterator[str]:
@@ -371,7 +302,7 @@ def user_group() -> None:
 def _users_file(file: Path | None, config_file: Path | None) -> Path:
     path = file or config.load(config_file, os.environ, {}).gateway.users
     if not path:
-        raise _Failure("which file? give --file, or --config with gateway.users", EXIT_USAGE)
+        raise Failure("which file? give --file, or --config with gateway.users", EXIT_USAGE)
     return Path(path)
 
 
@@ -384,13 +315,13 @@ def user_add(name: str, file: Path | None, config_file: Path | None) -> None:
 
     Gateways see it within seconds. Another password ends the streams that were opened with the old one.
     """
-    with _told():
+    with told():
         path = _users_file(file, config_file)
         try:
             users.check_name(name)
             entry = users.new_hash(_password(name))
         except config.BadValue as fault:
-            raise _Failure(f"{fault}" + (f" ({fault.fix})" if fault.fix else ""), EXIT_USAGE) from None
+            raise Failure(f"{fault}" + (f" ({fault.fix})" if fault.fix else ""), EXIT_USAGE) from None
         new = users.put_user(path, name, entry)
     click.echo(f"{path}: {name} {'added' if new else 'has another password'}")
 
@@ -407,7 +338,7 @@ def _password(name: str) -> str:
 @_file_option("gateway.users")
 def user_remove(name: str, file: Path | None, config_file: Path | None) -> None:
     """Take user NAME out. Gateways see it within seconds, and end the user's streams."""
-    with _told():
+    with told():
         path = _users_file(file, config_file)
         users.remove_user(path, name)
     click.echo(f"{path}: {name} removed")
@@ -418,7 +349,7 @@ def user_remove(name: str, file: Path | None, config_file: Path | None) -> None:
 @_file_option("gateway.users")
 def user_list(file: Path | None, config_file: Path | None) -> None:
     """Print the names."""
-    with _told():
+    with told():
         for name in sorted(users.load_users(_users_file(file, config_file)).hashes):
             click.echo(printable(name))
 
@@ -436,10 +367,10 @@ def _registry_options(command: Callable[..., Any]) -> click.Command:
 
 @contextmanager
 def _open_registry(config_file: Path | None, values: Mapping[str, Any]) -> Iterator[Registry]:
-    with _told():
+    with told():
         loaded = _load(config_file, values)
         if config.is_memory(loaded):
-            raise _Failure(
+            raise Failure(
                 "the memory registry lives inside one process, and nobody else can look into it: ask that process "
                 "(/statusz of its admin address), or give the shared one with --registry-url or --config",
                 EXIT_USAGE,
@@ -466,12 +397,12 @@ def resolve(target: str, namespace: str, config_file: Path | None, as_json: bool
     usable = [item for item in tuples if port == 0 or _serves(item, port)]
     if as_json:
         # An epoch has 64 bits, which jq and JavaScript would round.
-        _print_json(
+        print_json(
             [{**msgspec.to_builtins(item), "epoch": str(item.epoch), "age": _age(now, item.beat)} for item in usable]
         )
     elif usable:
         columns = ("ps", "agent port", "node", "epoch", "state", "agent", "exposes", "heartbeat")
-        _print_table(columns, [_tuple_row(item, now) for item in usable])
+        print_table(columns, [_tuple_row(item, now) for item in usable])
     if not usable:
         where = config.format_endpoint(ip, port) if port else ip
         reason = f"no agent answers for {ip} in namespace {namespace}"
@@ -479,7 +410,7 @@ def resolve(target: str, namespace: str, config_file: Path | None, as_json: bool
             reason = (
                 f"{_names_of(tuples)} has {ip}, but does not expose {port} (exposes: {tuples[0].exposes or 'nothing'})"
             )
-        raise _Failure(f"{where}: {reason}", EXIT_FAILED)
+        raise Failure(f"{where}: {reason}", EXIT_FAILED)
 
 
 def _as_it_is(item: Tuple, states: Mapping[str, str]) -> Tuple:
@@ -498,7 +429,7 @@ def _parse_target(text: str) -> tuple[str, int]:
         host, port = config.parse_endpoint(text)
         return config.canonical_ip(host), port
     except ValueError as fault:
-        raise _Failure(f"{text!r} is not IP or IP:PORT: {fault}", EXIT_USAGE) from None
+        raise Failure(f"{text!r} is not IP or IP:PORT: {fault}", EXIT_USAGE) from None
 
 
 def _serves(item: Tuple, port: int) -> bool:
@@ -553,13 +484,13 @@ def status(everything: bool, config_file: Path | None, as_json: bool, **values: 
     agents = _agents(snapshot)
     if as_json:
         nodes = [{**msgspec.to_builtins(node), "age": _age(snapshot.now, node.beat)} for node in snapshot.nodes]
-        _print_json({"registry": url, "nodes": nodes, "agents": agents, "summary": _summary(snapshot, agents)})
+        print_json({"registry": url, "nodes": nodes, "agents": agents, "summary": _summary(snapshot, agents)})
         return
     columns = ("node", "host", "ps ip", "state", "sessions", "streams", "heartbeat", "version")
-    _print_table(columns, [_node_row(node, snapshot.now) for node in sorted(snapshot.nodes, key=lambda n: n.node)])
+    print_table(columns, [_node_row(node, snapshot.now) for node in sorted(snapshot.nodes, key=lambda n: n.node)])
     shown = agents if everything else agents[:SHOWN_AGENTS]
     click.echo()
-    _print_table(("agent", "namespace", "addresses", "sessions", "redundancy", "nodes"), map(_agent_row, shown))
+    print_table(("agent", "namespace", "addresses", "sessions", "redundancy", "nodes"), map(_agent_row, shown))
     if len(shown) < len(agents):
         click.echo(f"... and {len(agents) - len(shown)} more agents (--all shows them)")
     click.echo()
@@ -630,31 +561,6 @@ def _summary_line(url: str, summary: Mapping[str, int]) -> str:
 
 def _nodes(count: int) -> str:
     return f"{count} node" if count == 1 else f"{count} nodes"
-
-
-# --- output -----------------------------------------------------------------------------------------------------------
-
-
-def _print_json(value: object) -> None:
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
-
-
-def _print_table(columns: Sequence[str], rows: Any) -> None:
-    """A table on a terminal; plain aligned columns, never cut, into a pipe. Values come from peers: escaped."""
-    cells = [[printable(str(cell)) for cell in row] for row in rows]
-    console = Console()
-    if console.is_terminal:
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for column in columns:
-            table.add_column(column.upper())
-        for row in cells:
-            table.add_row(*map(Text, row))
-        console.print(table)
-        return
-    lines = [[column.upper() for column in columns], *cells]
-    widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
-    for line in lines:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-ROLES = ("broker", "agent", "gateway", "standalone")
+ROLES = ("broker", "agent", "gateway", "authority", "standalone")
 ENV_PREFIX = "RTUNNEL_"
 
 #: What fits into one Hello (rtunnel/wire/messages.py).
@@ -36,6 +36,8 @@ MAX_EXPOSES = 256
 MAX_PUBLISH = 64
 MAX_ALLOW = 64
 MAX_WORD = 128
+#: Rules of [[broker.admit]].
+MAX_ADMIT = 1000
 #: Processes on one port: more than that are several machines.
 MAX_WORKERS = 64
 #: Timers count milliseconds in 31 bits (24 days); nobody means more than this.
@@ -121,8 +123,22 @@ def slice_of(text: str, number: int, count: int) -> str:
 
 def parse_exposes(items: Sequence[str]) -> tuple[tuple[int, int], ...]:
     """Port ranges of "9100" and "8000-8100", sorted, touching ones merged. Raises ValueError."""
+    return _merged(map(_ports, items))
+
+
+#: In front of a port of `agent.exposes`: the service listens on loopback only.
+LOOPBACK = "loopback:"
+
+
+def split_exposes(items: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(ports at the agent's addresses, ports on its loopback) of `agent.exposes`, both without a prefix."""
+    loopback = [item.removeprefix(LOOPBACK) for item in items if item.startswith(LOOPBACK)]
+    return [item for item in items if not item.startswith(LOOPBACK)], loopback
+
+
+def _merged(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     merged: list[tuple[int, int]] = []
-    for low, high in sorted(map(_ports, items)):
+    for low, high in sorted(ranges):
         if merged and low <= merged[-1][1] + 1:
             merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
         else:
@@ -293,6 +309,25 @@ def _expose(text: str) -> str:
     return str(low) if low == high else f"{low}-{high}"
 
 
+def _exposes(values: list[str]) -> list[str]:
+    entries = _each(_expose_or_loopback, MAX_EXPOSES)(values)
+    direct, loopback = map(parse_exposes, split_exposes(entries))
+    for low, high in loopback:
+        for other_low, other_high in direct:
+            if low <= other_high and other_low <= high:
+                port = max(low, other_low)
+                fix = f"leave it out of {_span(other_low, other_high)}, or of {LOOPBACK}{_span(low, high)}"
+                raise BadValue(f"{port} is exposed twice, at the agent's addresses and on loopback", fix)
+    return entries  # type: ignore[no-any-return]
+
+
+def _expose_or_loopback(text: str) -> str:
+    text = text.strip()
+    if text.startswith(LOOPBACK):
+        return LOOPBACK + _expose(text.removeprefix(LOOPBACK))
+    return _expose(text)
+
+
 def _registry_url(text: str) -> str:
     # The text may hold a password: no message repeats it.
     try:
@@ -344,6 +379,31 @@ def _publish_table(text: str) -> dict[str, object]:
     return {"target": target, "port": _port(port, 0) if at else 0}
 
 
+def _admit(values: list[AdmitConfig]) -> list[AdmitConfig]:
+    return _each(_admit_one, MAX_ADMIT)(values)  # type: ignore[no-any-return]
+
+
+def _admit_one(rule: AdmitConfig) -> AdmitConfig:
+    if not 0 <= rule.streams <= 1_000_000:
+        raise BadValue(f"streams = {rule.streams}", "use 1..1000000, or 0 for no limit")
+    return AdmitConfig(
+        namespaces=_each(check_word, MAX_ALLOW)(rule.namespaces),
+        networks=_each(check_network, MAX_ALLOW)(rule.networks),
+        open_ports=_each(_expose, MAX_ALLOW)(rule.open_ports),
+        streams=rule.streams,
+    )
+
+
+def _tables_only(value: Any) -> Any:
+    if any(isinstance(item, str) for item in value):
+        raise BadValue("is a list of tables, which only a file can give", "write [[broker.admit]] there")
+    return [{**item, "open_ports": _numbers_too(item["open_ports"])} if _has_ports(item) else item for item in value]
+
+
+def _has_ports(item: Any) -> bool:
+    return isinstance(item, dict) and isinstance(item.get("open_ports"), list)
+
+
 def _numbers_too(value: Any) -> Any:
     """`exposes = [9100]` says the same as `["9100"]`."""
     return [str(item) if type(item) is int else item for item in value]
@@ -361,9 +421,11 @@ class Key:
     unit: str = ""
     secret: bool = False  # a file that only its owner should read
     before: Check | None = None  # widens what is taken, ahead of the type check
+    made: bool = False  # a file that the role writes: it need not be there
 
 
 _FILE = "file"
+_FOLDER = "folder"
 
 
 def _seconds(text: str, low: float = 0.01, high: float = MAX_SECONDS) -> Key:
@@ -390,8 +452,8 @@ def _id(text: str) -> Key:
     return Key(text, _optional(check_word), "word")
 
 
-def _file(text: str, *, secret: bool = False) -> Key:
-    return Key(text, None, _FILE, secret)
+def _file(text: str, *, secret: bool = False, made: bool = False) -> Key:
+    return Key(text, None, _FILE, secret, made=made)
 
 
 def _endpoint(text: str) -> Key:
@@ -414,11 +476,15 @@ _NO_AUTH = "networks whose clients need not log in, though there is a file of us
 _BROKERS = "the VIP; several are used in turn, names are resolved at every dial"
 _ADDRESSES_HELP = "original IPs that it answers for; default: the address of the default route"
 _EXPOSES = Key(
-    'ports that clients may reach, "9100" or "8000-8100"; none by default',
-    _each(_expose, MAX_EXPOSES),
+    'ports that clients may reach: "9100", "8000-8100", "loopback:9100"; none by default; read again from the file',
+    _exposes,
     "ports",
     before=_numbers_too,
 )
+_ADMIT = Key("who may register what; without rules all that the agent proves", _admit, "tables", before=_tables_only)
+_AUTHORITY = Key("where agents' certificates and the newest trust list come from", _optional(_remote), "host:port")
+_TRUST = _file("the newest trust list: kept here, and read when it changes; need not be there", made=True)
+_SOURCE_HANDSHAKES = "links of one source without Welcome; 0: no limit, for a VIP that hides the agents' addresses"
 _PUBLISH = Key("open ports to ask for: IP:PORT, or IP:PORT@BROKER_PORT", _publish, "tables", before=_publish_words)
 
 
@@ -454,6 +520,15 @@ class OpenPortsConfig(_Section):
     own: str = ""
 
 
+class AdmitConfig(_Section):
+    """[[broker.admit]]: what some agents may register. Lists of whom it is for: empty is everybody."""
+
+    namespaces: A[list[str], Key("the agent's", None, "words")] = []
+    networks: A[list[str], Key("that every address of the agent must be in", None, "CIDRs")] = []
+    open_ports: A[list[str], Key("that it may ask for (`agent.publish`); none by default", None, "ports")] = []
+    streams: A[int, Key("of the agent at once, on each node; 0: no limit", None, "count")] = 0
+
+
 class BrokerConfig(_Section):
     """[broker]"""
 
@@ -466,12 +541,17 @@ class BrokerConfig(_Section):
     security: A[str, _SECURITY] = "tls"
     certificate: A[str, _file("PEM: the broker's certificate (chain)")] = ""
     key: A[str, _file("PEM: the certificate's private key", secret=True)] = ""
+    ca: A[str, _file("PEM: the CAs that agents' certificates come from")] = ""
+    trust: A[str, _TRUST] = ""
+    authority: A[str, _AUTHORITY] = ""
     cluster_key: A[str, _CLUSTER_KEY] = ""
-    join_token: A[str, _file("tokens that agents may prove, one a line", secret=True)] = ""
+    join_token: A[str, _file("tokens that agents without a certificate may prove, one a line", secret=True)] = ""
+    admit: A[list[AdmitConfig], _ADMIT] = []
     handshake_timeout: A[float, _seconds("for a link until Welcome, and for a Dial on a guarded port")] = 10.0
     dial_window: A[float, _seconds("a Dial may be so old, or so far ahead; no replay meanwhile")] = 30.0
     max_sessions: A[int, _count("agents on this node")] = 60000
     max_handshakes: A[int, _count("links without Welcome, and guarded connections without Dial, each")] = 1024
+    source_handshakes: A[int, _at_most(_SOURCE_HANDSHAKES)] = 256
     drain: A[float, _DRAIN] = 30.0
     workers: A[int, _WORKERS] = 1
     admin: A[str, _ADMIN] = "127.0.0.1:7070"
@@ -496,9 +576,12 @@ class AgentConfig(_Section):
     publish: A[list[PublishConfig], _PUBLISH] = []
     redundancy: A[int, _count("sessions, each on another node", 8)] = 2
     security: A[str, _SECURITY] = "tls"
-    ca: A[str, _file("PEM: the cluster CA")] = ""
+    ca: A[str, _file("PEM: the CAs of the cluster")] = ""
     server_name: A[str, Key("that the broker's certificate must carry", _server_name, "name")] = "broker.rtunnel"
-    join_token: A[str, _file("the agent's token", secret=True)] = ""
+    identity: A[str, Key("where the agent keeps the certificate that it enrols for, and its key", None, _FOLDER)] = ""
+    certificate: A[str, _file("PEM: a certificate that was made by hand, instead of `identity`")] = ""
+    key: A[str, _file("PEM: its private key", secret=True)] = ""
+    join_token: A[str, _file("the agent's token: to enrol for a certificate, or to join without one", secret=True)] = ""
     connect_timeout: A[float, _seconds("to a broker")] = 5.0
     handshake_timeout: A[float, _seconds("for a link until Welcome")] = 20.0
     target_timeout: A[float, _seconds("to a target")] = 10.0
@@ -538,6 +621,14 @@ class GatewayConfig(_Section):
     admin: A[str, _ADMIN] = "127.0.0.1:7072"
 
 
+class AuthorityConfig(_Section):
+    """[authority]"""
+
+    directory: A[str, Key("of `rtunnel pki init`: the CA's key and authority.db", None, _FOLDER)] = ""
+    listen: A[str, _endpoint("where brokers and gateways ask")] = "0.0.0.0:7443"
+    admin: A[str, _ADMIN] = "127.0.0.1:7073"
+
+
 class Config(_Section):
     """The whole file."""
 
@@ -546,8 +637,11 @@ class Config(_Section):
     broker: BrokerConfig = msgspec.field(default_factory=BrokerConfig)
     agent: AgentConfig = msgspec.field(default_factory=AgentConfig)
     gateway: GatewayConfig = msgspec.field(default_factory=GatewayConfig)
+    authority: AuthorityConfig = msgspec.field(default_factory=AuthorityConfig)
     #: Not a key: which file, variable or flag gave each key that was given ("broker.listen").
     sources: dict[str, str] = {}
+    #: Not a key: the file that was read; "" for none.
+    file: str = ""
 
     def source(self, key: str) -> str:
         """Where this key's value came from."""
@@ -626,9 +720,21 @@ def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, 
         raise ConfigError(problems)
     config: Config = _build(Config, "", values)
     config.sources = {key: entry.source for key, entry in given.items()}
+    config.file = str(path or "")
     if problems := list(_cross_check(config)):
         raise ConfigError(problems)
     return config
+
+
+def reread(config: Config) -> Config:
+    """The configuration with what its file says now; variables and flags stay as they were. Raises ConfigError."""
+    kept = {key: Flag(source, _get(config, key)) for key, source in config.sources.items() if source != config.file}
+    return load(Path(config.file), {}, kept)
+
+
+def changed(old: Config, new: Config) -> list[str]:
+    """The keys whose values differ."""
+    return [path for path in KEYS if _get(old, path) != _get(new, path)]
 
 
 def _from_file(path: Path | None, problems: list[Problem]) -> dict[str, _Given]:
@@ -748,7 +854,7 @@ def _value(leaf: Leaf, given: _Given) -> Any:
     if leaf.key.before is not None and isinstance(value, list):
         value = leaf.key.before(value)
     value = msgspec.convert(value, leaf.type, strict=not from_text)
-    if leaf.key.unit == _FILE and value and given.base is not None:
+    if leaf.key.unit in (_FILE, _FOLDER) and value and given.base is not None:
         value = str(given.base / value)
     return value if leaf.key.check is None else leaf.key.check(value)
 
@@ -768,7 +874,7 @@ def _type_problem(leaf: Leaf, given: _Given, text: str) -> Problem:
     reason, _, where = text.partition(" - at `$")
     key = leaf.path + where.rstrip("`")
     if match := re.fullmatch(r"Object contains unknown field `(.*)`", reason):
-        known = [field.name for field in msgspec.structs.fields(PublishConfig)]
+        known = [field.name for field in msgspec.structs.fields(get_args(leaf.type)[0])]
         near = difflib.get_close_matches(match[1], known, 1)
         fix = f"did you mean {near[0]}?" if near else "known here: " + ", ".join(known)
         return Problem(given.source, f"{key}.{_shown(match[1])}", "unknown key", fix)
@@ -796,11 +902,13 @@ def _cross_check(config: Config) -> Iterator[Problem]:
     yield from _check_ports(config, ("broker",))
     yield from _check_ports(config, ("agent",))
     yield from _check_ports(config, ("gateway",))
+    yield from _check_ports(config, ("authority",))
     yield from _check_open_ports(config)
     if config.gateway.no_auth and not config.gateway.users:
         fix = "give users, or leave no_auth out: without users nobody can log in"
         yield _problem(config, "gateway.no_auth", "means nothing without users", fix)
     yield from _check_workers(config)
+    yield from _check_identity(config)
     if config.agent.addresses:
         yield from _check_publish(config, config.agent.addresses)
 
@@ -823,6 +931,21 @@ def _check_open_ports(config: Config) -> Iterator[Problem]:
     if open_ports.allow and not open_ports.range:
         fix = 'give the ports, like range = "30000-30999"'
         yield _problem(config, "broker.open_ports.range", "open ports need a range", fix, "broker.open_ports.allow")
+
+
+def _check_identity(config: Config) -> Iterator[Problem]:
+    """What certificates need of each other, for the side that judges them and the side that shows one."""
+    for key in ("broker.trust", "broker.authority"):
+        if _get(config, key) and not config.broker.ca:
+            yield _problem(config, key, "means nothing without broker.ca", "give the cluster's ca.pem file")
+    agent = config.agent
+    if bool(agent.certificate) != bool(agent.key):
+        missing, given = ("key", "certificate") if agent.certificate else ("certificate", "key")
+        fix = "give both, or neither"
+        yield _problem(config, f"agent.{missing}", f"is not given, and agent.{given} is", fix, f"agent.{given}")
+    if agent.identity and agent.certificate:
+        fix = "leave one out: identity is for certificates that the agent gets by itself"
+        yield _problem(config, "agent.identity", "and agent.certificate are both given", fix, "agent.certificate")
 
 
 def _check_workers(config: Config) -> Iterator[Problem]:
@@ -972,7 +1095,11 @@ _PKI = "`rtunnel pki init DIR` makes one"
 
 def _broker_needs(config: Config) -> list[Problem]:
     problems = _need(config, "broker.cluster_key", "Dials are checked with it", _PKI)
-    problems += _need(config, "broker.join_token", "agents prove it", _PKI)
+    if config.broker.security == "plain":
+        problems += _need(config, "broker.join_token", "a plain link carries no certificates", _PKI)
+    elif not config.broker.ca:
+        fix = "give ca for certificates, or join_token for shared tokens; " + _PKI
+        problems += _need(config, "broker.join_token", "and no broker.ca: no agent could join", fix)
     if config.broker.security == "tls":
         problems += _need(config, "broker.certificate", "links use TLS", _PKI)
         problems += _need(config, "broker.key", "links use TLS", _PKI)
@@ -981,9 +1108,15 @@ def _broker_needs(config: Config) -> list[Problem]:
 
 def _agent_needs(config: Config) -> list[Problem]:
     problems = _need(config, "agent.brokers", "there is nothing to dial", 'write brokers = ["vip.example:7000"]')
-    problems += _need(config, "agent.join_token", "brokers ask for it", "the cluster's join.token file")
-    if config.agent.security == "tls":
-        problems += _need(config, "agent.ca", "brokers are known by it", "the cluster's ca.pem file")
+    agent = config.agent
+    if agent.security == "plain":
+        fix = "the cluster's join.token file"
+        problems += _need(config, "agent.join_token", "a plain link carries no certificates", fix)
+    elif not (agent.certificate or agent.identity):
+        fix = "give identity and a token of `rtunnel pki token create`, or the cluster's join.token file"
+        problems += _need(config, "agent.join_token", "brokers ask for a certificate or a token", fix)
+    if agent.security == "tls" or agent.identity:
+        problems += _need(config, "agent.ca", "brokers and certificates are known by it", "the cluster's ca.pem file")
     if not config.agent.addresses:
         problems += _check_publish(config, [default_address()])
     return problems
@@ -993,21 +1126,30 @@ def _gateway_needs(config: Config) -> list[Problem]:
     return _need(config, "gateway.cluster_key", "Dials are signed with it", "the brokers' cluster.key file")
 
 
+def _authority_needs(config: Config) -> list[Problem]:
+    return _need(config, "authority.directory", "certificates come from there", _PKI)
+
+
 _NEEDS: dict[str, Callable[[Config], list[Problem]]] = {
     "broker": _broker_needs,
     "agent": _agent_needs,
     "gateway": _gateway_needs,
+    "authority": _authority_needs,
 }
 
 
 def _role_files(config: Config, role: str) -> Iterator[str]:
     """The file keys that this role will open."""
+    unused = set()
+    if config.broker.security == "plain":
+        unused |= {"broker.certificate", "broker.key"}
+    if config.agent.security == "plain" and not config.agent.identity:
+        unused.add("agent.ca")
     for section in role_sections(role):
-        plain = getattr(getattr(config, section), "security", "") == "plain"
         for path, leaf in KEYS.items():
-            if not path.startswith(section + ".") or leaf.key.unit != _FILE or not _get(config, path):
+            if not path.startswith(section + ".") or leaf.key.unit != _FILE or leaf.key.made or not _get(config, path):
                 continue
-            if not (plain and path.endswith((".certificate", ".key", ".ca"))):
+            if path not in unused:
                 yield path
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from rtunnel.config import format_endpoint
+from rtunnel.config import canonical_ip, format_endpoint
 from rtunnel.roles import ListenError
 
 #: Connections that the kernel holds until they are accepted; net.core.somaxconn may cap it.
@@ -56,3 +56,12 @@ def _told(host: str, port: int, key: str, sock: socket.socket) -> Iterator[None]
         if not key:
             raise
         raise ListenError(key, format_endpoint(host, port), error) from error
+
+
+def source_of(peer: str) -> str:
+    """Who an address counts for: itself, or the /64 of an IPv6 address: who has one of it has them all."""
+    if ":" in peer:
+        peer = canonical_ip(peer.partition("%")[0])
+    if ":" not in peer:
+        return peer
+    return socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, peer)[:8] + bytes(8)) + "/64"

@@ -1,4 +1,4 @@
-"""Roles: what the core knows of broker, agent and gateway, and the runner that every process of them goes through.
+"""Roles: what the core knows of them, and the runner that every process of one goes through.
 
 The core imports no role. Each is an entry point of the group `rtunnel.roles` that names a `Role`.
 """
@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Protocol
 
 import trio
@@ -22,7 +23,7 @@ import trio
 from rtunnel import __version__, logs
 from rtunnel.config import Config, ConfigError, Problem, check_role, role_sections, warnings
 from rtunnel.registry import Registry, RegistryUnavailable, Superseded, connect
-from rtunnel.trust import keys, policy, tls, users
+from rtunnel.trust import identity, keys, pki, policy, tls, users
 from rtunnel.trust.keys import TrustError
 
 GROUP = "rtunnel.roles"
@@ -128,34 +129,51 @@ def _materials(config: Config, role: str) -> Iterator[tuple[str, Callable[[], ob
     broker, agent, gateway = config.broker, config.agent, config.gateway
     if "broker" in sections:
         yield "broker.cluster_key", partial(keys.load_cluster_key, broker.cluster_key)
-        yield "broker.join_token", partial(keys.load_tokens, broker.join_token)
+        if broker.join_token:
+            yield "broker.join_token", partial(keys.load_tokens, broker.join_token)
+        if broker.ca:
+            yield "broker.ca", partial(identity.load_roots, broker.ca)
         if broker.security == "tls":
             yield "broker.certificate", partial(tls.server_context, broker.certificate, broker.key)
     if "agent" in sections:
-        yield "agent.join_token", partial(keys.load_token, agent.join_token)
+        if agent.join_token:
+            yield "agent.join_token", partial(keys.load_token, agent.join_token)
         if agent.security == "tls":
             yield "agent.ca", partial(tls.client_context, agent.ca)
+        if agent.certificate:
+            yield "agent.certificate", partial(identity.load_pair, agent.certificate, agent.key)
+        if agent.identity:
+            yield "agent.identity", partial(identity.check_directory, agent.identity)
     if "gateway" in sections:
         yield "gateway.cluster_key", partial(keys.load_cluster_key, gateway.cluster_key)
         if gateway.policy:
             yield "gateway.policy", partial(policy.load_policy, gateway.policy)
         if gateway.users:
             yield "gateway.users", partial(users.load_users, gateway.users)
+    if "authority" in sections:
+        yield "authority.directory", partial(_check_directory, Path(config.authority.directory))
+
+
+def _check_directory(path: Path) -> None:
+    with pki.open_directory(path):
+        pass
 
 
 def _expiring(config: Config, role: str) -> Iterator[Problem]:
     files = (
-        ("broker", config.broker.security, "broker.certificate", config.broker.certificate),
-        ("agent", config.agent.security, "agent.ca", config.agent.ca),
+        ("broker.certificate", config.broker.certificate, config.broker.security),
+        ("agent.ca", config.agent.ca, config.agent.security),
+        ("agent.certificate", config.agent.certificate, "tls"),
     )
-    for section, security, key, path in files:
-        if section not in role_sections(role) or security != "tls":
+    for key, path, security in files:
+        if key.partition(".")[0] not in role_sections(role) or security != "tls" or not path:
             continue
         days = tls.days_left(path)
         if days < 0:
             yield Problem(config.source(key), key, f"{path} is over since {-days:.0f} days", "links will fail")
         elif days < SOON_DAYS:
-            yield Problem(config.source(key), key, f"{path} is over in {days:.0f} days", "`rtunnel pki broker`")
+            fix = "`rtunnel pki issue broker`" if key == "broker.certificate" else "replace it in time"
+            yield Problem(config.source(key), key, f"{path} is over in {days:.0f} days", fix)
 
 
 # --- the runner -------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import ssl
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -17,18 +18,30 @@ import trio
 
 import rtunnel
 from rtunnel.bridge import Bridge
-from rtunnel.config import AgentConfig, Config, default_address, host_name, parse_endpoint, parse_exposes
+from rtunnel.config import (
+    AgentConfig,
+    Config,
+    ConfigError,
+    changed,
+    default_address,
+    host_name,
+    parse_endpoint,
+    parse_exposes,
+    reread,
+    split_exposes,
+)
 from rtunnel.logs import get_logger
 from rtunnel.relay.ends import SocketEnd, Talker
-from rtunnel.relay.link import Link, StreamEnd
+from rtunnel.relay.link import Link, LinkOwner, StreamEnd
 from rtunnel.relay.relay import Relay
-from rtunnel.trust.keys import Token, load_token
-from rtunnel.trust.tls import client_context
+from rtunnel.trust.keys import Token, TrustError, load_token
+from rtunnel.watch import Watched, watch
 from rtunnel.wire import messages
-from rtunnel.wire.messages import Bye, Hello, Publish
-from rtunnel.wire.refusal import Refusal
-from rtunnel_agent.handshake import AgentSession, new_nonce
-from rtunnel_agent.targets import IncomingStream, Targets
+from rtunnel.wire.messages import Bye, Enrol, Enrolled, Hello, Publish, Refuse
+from rtunnel.wire.refusal import Refusal, Refused
+from rtunnel_agent.handshake import AgentSession, Enrolment, new_nonce
+from rtunnel_agent.identity import AgentIdentity, Credentials
+from rtunnel_agent.targets import Exposed, IncomingStream, Targets
 
 #: A VIP picks the node, so finding another one takes some dials: each may lead to a node that is held
 #: (`duplicate_node`) or to one that is dead and still behind the VIP (refused). So many follow each other closely; with
@@ -42,6 +55,8 @@ SLOW_REDIAL: Final = 10.0
 #: With one session left and no other node to be had, an agent leaves a draining node after so many seconds.
 DRAIN_GRACE: Final = 2.0
 BACKOFF_FIRST: Final = 0.25
+#: Without a certificate no slot dials; each looks so often whether there is one by now.
+LOOK_SECONDS: Final = 1.0
 #: A session that lasted so long has proved the path: backoff starts anew.
 STABLE: Final = 60.0
 
@@ -84,6 +99,7 @@ class Agent:
 
     def __init__(self, config: Config) -> None:
         agent = config.agent
+        self._whole = config
         self.config: AgentConfig = agent
         self.agent_id = agent.agent_id or host_name()
         self.addresses = tuple(agent.addresses) or (default_address(),)
@@ -91,20 +107,29 @@ class Agent:
         self.draining: dict[AgentSession, float] = {}  # since when (monotonic)
         self.relay = Relay(self.report, f"relay-{self.agent_id}")
         self.targets = Targets(
-            self.relay, agent.namespace, frozenset(self.addresses), parse_exposes(agent.exposes), agent.target_timeout
+            self.relay, agent.namespace, frozenset(self.addresses), exposed(agent), agent.target_timeout
         )
         self._publish = [_publish(entry.target, entry.port, entry.allow) for entry in agent.publish]
-        self.targets.published = frozenset((p.ip, p.target_port) for p in self._publish)
-        self._token: Token = load_token(Path(agent.join_token))
-        self._tls: ssl.SSLContext | None = client_context(Path(agent.ca)) if agent.security == "tls" else None
+        self._token: Token | None = load_token(Path(agent.join_token)) if agent.join_token else None
+        self._log = get_logger("agent").bind()
+        self.credentials = Credentials(
+            agent, self.agent_id, self.addresses, ask=self._ask, put=self._put_identity, log=self._log
+        )
         self._instance = new_nonce()
         self._watches: dict[AgentSession, Watch] = {}
         self._dialling = trio.Lock()
         self._turn = random.randrange(1 << 16)  # noqa: S311 - which VIP address first
         self._stopping = False
         self._one_host = ""  # told in the log
-        self._log = get_logger("agent").bind()
         self.bridge: Bridge
+
+    @property
+    def identity(self) -> AgentIdentity | None:
+        """The newest certificate and its key; None: the agent has none."""
+        return self.targets.identity
+
+    def _put_identity(self, identity: AgentIdentity) -> None:
+        self.targets.identity = identity
 
     # What sessions call, in the relay's thread.
 
@@ -118,17 +143,27 @@ class Agent:
 
     def _explained(self, session: AgentSession, why: str) -> str:
         """With the keys to look at, where two ends that can't talk to each other can't tell each other why."""
+        if session.link is not None and not session.secret:
+            if why.startswith("TLS:") and "alert" in why and ("certificate" in why or "unknown ca" in why):
+                return f"the broker does not accept this agent's certificate ({why}): compare CAs and clocks"
+            if why.startswith(Refusal.REVOKED.value):
+                fix = f"without {self.config.identity}/agent.pem it enrols anew, with a new token"
+                return f"{why}; {fix}" if self.config.identity else why
         if "certificate not accepted" in why:
             return f"{why}; see agent.ca ({self.config.ca}) and agent.server_name ({self.config.server_name})"
         if why.startswith("handshake: TLS"):
             return f"{why}; if the broker has security = plain, agent.security must say so"
-        if self._tls is None and session.link is not None and not session.answered:
+        if self.config.security == "plain" and session.link is not None and not session.answered:
             return f"{why}; if the broker speaks TLS, agent.security must be tls"
         return why
 
     def session_draining(self, session: AgentSession, deadline: float) -> None:
         """See SessionOwner."""
         self.bridge.post(self._retire, session)
+
+    def session_trust(self, session: AgentSession, signed: bytes) -> None:
+        """See SessionOwner."""
+        self.bridge.post(self.credentials.take, signed)
 
     def serve_stream(self, session: AgentSession, stream: StreamEnd) -> Talker:
         """See SessionOwner."""
@@ -142,6 +177,8 @@ class Agent:
 
     def _settle(self, session: AgentSession, outcome: Outcome) -> None:
         watch = self._watches[session]
+        if session.hello.exposes != self.targets.exposed.ports:  # they changed meanwhile
+            self.bridge.relay.call(lambda: session.expose(self.targets.exposed.ports))
         watch.outcome = outcome
         watch.settled.set()
 
@@ -170,6 +207,9 @@ class Agent:
                 for slot in self.slots:
                     nursery.start_soon(self._keep, slot)
                 nursery.start_soon(self._leave_draining_nodes)
+                nursery.start_soon(self.credentials.run)
+                if self._whole.file:
+                    nursery.start_soon(watch, [self._watched_file()], self._log)
                 task_status.started(self)
                 await stop.wait()
                 await self._drain()
@@ -198,7 +238,9 @@ class Agent:
 
     def reasons(self) -> list[str]:
         """Why it is not ready; empty when it is."""
-        return [f"session {slot.number + 1}: {slot.reason}" for slot in self.slots if slot.session is None]
+        missing = self.credentials.missing
+        identity = [f"identity: {missing}"] if missing else []
+        return identity + [f"session {slot.number + 1}: {slot.reason}" for slot in self.slots if slot.session is None]
 
     async def _drain(self) -> None:
         """Say goodbye to the brokers when the streams are done, or the deadline has come."""
@@ -215,6 +257,9 @@ class Agent:
 
     async def _keep(self, slot: Slot) -> None:
         while True:
+            while missing := self.credentials.missing:
+                slot.reason = missing
+                await self.credentials.changed(LOOK_SECONDS)
             async with self._dialling:
                 if self._stopping:
                     return
@@ -295,10 +340,18 @@ class Agent:
         except OSError as error:
             watch.outcome.why = str(error)
             return watch
-        session = AgentSession(self, self._hello(slot), self._token.secret, self.config.handshake_timeout)
+        secret = b"" if self.credentials.by_certificate or self._token is None else self._token.secret
+        session = AgentSession(self, self._hello(slot), secret, self.config.handshake_timeout)
         self._watches[session] = watch
+        tls = self.credentials.context
+
+        def connected(link: Link | None, why: str) -> None:
+            session.link = link
+            if link is None:
+                self.bridge.post(self._gone, session, Outcome(why=why, unreached=True))
+
         try:
-            await self.bridge.run(lambda: self._connect(session, host, port))
+            await self.bridge.run(lambda: self._connect(session, host, port, tls, connected))
             await watch.settled.wait()
         except BaseException:
             self.bridge.relay.call(lambda: session.end("the agent stops"))
@@ -316,26 +369,65 @@ class Agent:
         address = found[(self._turn // len(self.config.brokers)) % len(found)][4]
         return str(address[0]), port
 
-    def _connect(self, session: AgentSession, host: str, port: int) -> None:
+    def _connect(
+        self,
+        owner: LinkOwner,
+        host: str,
+        port: int,
+        tls: ssl.SSLContext | None,
+        done: Callable[[Link | None, str], None],
+    ) -> None:
+        """In the relay's thread: a link for this owner; `done` gets it, or why there is none."""
+
         def connected(end: SocketEnd | None, code: Refusal, why: str) -> None:
             if end is None:
-                self.bridge.post(self._gone, session, Outcome(why=f"broker: {why}", unreached=True))
-                return
-            session.link = self._make_link(session, end)
+                done(None, f"broker: {why}")
+            else:
+                done(self._make_link(owner, end, tls), "")
 
         self.relay.connect(host, port, self.config.connect_timeout, connected)
 
-    def _make_link(self, session: AgentSession, end: SocketEnd) -> Link:
+    def _make_link(self, owner: LinkOwner, end: SocketEnd, tls: ssl.SSLContext | None) -> Link:
         return self.relay.link(
             end.sock,
-            session,
+            owner,
             peer=end.peer,
             client=True,
-            tls=self._tls,
+            tls=tls,
             server_name=self.config.server_name,
             handshake_timeout=self.config.handshake_timeout,
             watched=True,
         )
+
+    async def _ask(self, request: Enrol) -> Enrolled:
+        """Send a request for a certificate by whatever broker comes next. Raises Refused, or OSError with a text."""
+        host, port = await self._resolve()
+        answers: list[Enrolled | Refuse | str] = []
+        answered = trio.Event()
+
+        def done(answer: Enrolled | Refuse | str) -> None:
+            self.bridge.post(answers.append, answer)
+            self.bridge.post(answered.set)
+
+        def connected(link: Link | None, why: str) -> None:
+            enrolment.link = link
+            if link is None:
+                done(why)
+
+        enrolment = Enrolment(request, done, self.config.handshake_timeout)
+        tls = self.credentials.anonymous
+        try:
+            await self.bridge.run(lambda: self._connect(enrolment, host, port, tls, connected))
+            await answered.wait()
+        except BaseException:
+            self.bridge.relay.call(lambda: enrolment.end("the agent stops"))
+            raise
+        (answer,) = answers
+        if isinstance(answer, Refuse):
+            raise Refused(Refusal.parse(answer.code), answer.text)
+        if isinstance(answer, str):
+            raise OSError(f"broker {host}:{port}: {answer}")
+        return answer
 
     def _hello(self, slot: Slot) -> Hello:
         nodes = {session.node for session in self._watches if session.welcome is not None}
@@ -351,13 +443,42 @@ class Agent:
             namespace=self.config.namespace,
             addresses=list(self.addresses),
             nonce=new_nonce(),
-            token_id=self._token.id,
-            exposes=list(self.config.exposes),
+            token_id="" if self.credentials.by_certificate or self._token is None else self._token.id,
+            exposes=self.targets.exposed.ports,
             publish=self._publish,
             holds=sorted(nodes),
             holds_hosts=sorted(hosts),
             software=f"rtunnel {rtunnel.__version__}",
+            trust=self.credentials.generation,
         )
+
+    # The configuration file: what it exposes may change.
+
+    def _watched_file(self) -> Watched:
+        return Watched("config", [Path(self._whole.file)], self._reread, self._put_config)
+
+    def _reread(self) -> Config:
+        try:
+            return reread(self._whole)
+        except ConfigError as fault:
+            raise TrustError("; ".join(map(str, fault.problems))) from None
+
+    async def _put_config(self, config: Config) -> dict[str, object]:
+        """`exposes` counts at once, for new streams, open ones, and brokers; for the rest there is a restart."""
+        others = [key for key in changed(self._whole, config) if key != "agent.exposes"]
+        self.config.exposes = config.agent.exposes
+        now = exposed(self.config)
+        sessions = list(self._watches)
+
+        def put() -> int:
+            ended = self.targets.expose(now)
+            for session in sessions:
+                session.expose(now.ports)
+            return ended
+
+        ended = await self.bridge.run(put)
+        said: dict[str, object] = {"exposes": self.config.exposes, "streams_ended": ended}
+        return said | {"needs_restart": others} if others else said
 
     # Drain.
 
@@ -382,3 +503,10 @@ def _say_goodbye(sessions: list[AgentSession]) -> None:
 def _publish(target: str, port: int, allow: list[str]) -> Publish:
     ip, target_port = parse_endpoint(target)
     return Publish(ip=ip, target_port=target_port, port=port, allow=allow)
+
+
+def exposed(config: AgentConfig) -> Exposed:
+    """What the agent exposes and publishes."""
+    direct, loopback = split_exposes(config.exposes)
+    published = frozenset(parse_endpoint(entry.target) for entry in config.publish)
+    return Exposed([*direct, *loopback], parse_exposes(direct), parse_exposes(loopback), published)

@@ -1,10 +1,15 @@
-"""One link as the agent sees it: TLS, Hello, Challenge, Proof, Welcome; then Drain and Bye. In the relay's thread."""
+"""One link as the agent sees it, in the relay's thread.
+
+A session: TLS, Hello, [Challenge, Proof,] Welcome; then Trust, Drain and Bye. A request for a certificate: TLS, Enrol,
+Enrolled.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,7 +18,22 @@ from rtunnel.relay.link import Link, StreamEnd
 from rtunnel.relay.loop import Timer
 from rtunnel.trust.keys import token_mac
 from rtunnel.wire import messages
-from rtunnel.wire.messages import Bye, Challenge, Decoder, Drain, Hello, MessageError, Proof, Refuse, Welcome, encode
+from rtunnel.wire.messages import (
+    Bye,
+    Challenge,
+    Decoder,
+    Drain,
+    Enrol,
+    Enrolled,
+    Hello,
+    MessageError,
+    Proof,
+    Refuse,
+    Trust,
+    Update,
+    Welcome,
+    encode,
+)
 from rtunnel.wire.refusal import Refusal
 
 #: As the broker has them (docs/wire.md, "Proof of the join token").
@@ -33,6 +53,9 @@ class SessionOwner(Protocol):
     def session_draining(self, session: AgentSession, deadline: float) -> None:
         """The node goes away within `deadline` seconds."""
 
+    def session_trust(self, session: AgentSession, signed: bytes) -> None:
+        """The broker has a newer trust list."""
+
     def serve_stream(self, session: AgentSession, stream: StreamEnd) -> Talker:
         """A Dial is about to come."""
 
@@ -43,7 +66,7 @@ class AgentSession:
 
     owner: SessionOwner
     hello: Hello
-    secret: bytes
+    secret: bytes  # of the join token; empty: the link's certificate says who we are
     timeout: float  # from the link's TLS handshake until Welcome
     link: Link | None = None
     welcome: Welcome | None = None
@@ -68,6 +91,9 @@ class AgentSession:
         self.link = link
         self._frame = encode(self.hello)
         self._deadline = link.loop.after(self.timeout, lambda: self.end("no Welcome within the handshake deadline"))
+        if not self.secret:
+            self._decoder.expect(Welcome | Refuse)
+            self._decoder.limit = messages.MAX_MESSAGE
         self._control = link.open(self, self._frame)
 
     def link_stream(self, stream: StreamEnd) -> Talker | None:
@@ -109,8 +135,10 @@ class AgentSession:
             if self._deadline is not None:
                 self._deadline.cancel()
             self.welcome = message
-            self._decoder.expect(Drain | Bye | Refuse)
+            self._decoder.expect(Trust | Drain | Bye | Refuse)
             self.owner.session_up(self)
+        elif isinstance(message, Trust):
+            self.owner.session_trust(self, message.signed)
         elif isinstance(message, Refuse):
             self._code = Refusal.parse(message.code)
             self.end(f"{message.code}: {message.text}")
@@ -139,6 +167,11 @@ class AgentSession:
         self._decoder.limit = messages.MAX_MESSAGE
         self._control_say(encode(Proof(mac=mac)))
 
+    def expose(self, exposes: list[str]) -> None:
+        """Other ports are exposed from now on."""
+        if self.welcome is not None:
+            self.tell(Update(exposes=exposes))
+
     def tell(self, message: messages.Message) -> None:
         """Send a control message."""
         self._control_say(encode(message))
@@ -152,6 +185,62 @@ class AgentSession:
     def _control_say(self, data: bytes) -> None:
         if self._control is not None:
             self._control.say(data)
+
+
+@dataclass(eq=False)
+class Enrolment:
+    """A link of its own for one request; its owner, and its control stream's talker."""
+
+    request: Enrol
+    done: Callable[[Enrolled | Refuse | str], None]  # called once, with the answer or with why there is none
+    timeout: float
+    link: Link | None = None
+
+    _decoder: Decoder = field(default_factory=lambda: Decoder(Enrolled | Refuse, messages.MAX_MESSAGE))
+    _deadline: Timer | None = None
+    _outcome: Enrolled | Refuse | str = ""
+
+    def link_up(self, link: Link) -> None:
+        """See LinkOwner."""
+        self._deadline = link.loop.after(self.timeout, lambda: self.end("no answer within the handshake deadline"))
+        link.open(self, encode(self.request))
+
+    def link_stream(self, stream: StreamEnd) -> Talker | None:
+        """See LinkOwner."""
+        return None
+
+    def link_down(self, link: Link, why: str) -> None:
+        """See LinkOwner."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self.done(self._outcome or why)
+
+    def received(self, data: bytes) -> None:
+        """See Talker."""
+        self._decoder.feed(data)
+        try:
+            answer = self._decoder.next()
+        except MessageError as error:
+            self.end(f"protocol error: {error}")
+            return
+        if answer is not None:
+            self._outcome = answer
+            self.end("enrolled")
+
+    def finished(self) -> None:
+        """See Talker."""
+        self.end("the broker closed the control stream")
+
+    def lost(self, why: str) -> None:
+        """See Talker. A lost link has a reason of its own, which comes by `link_down`."""
+        if why != "link_lost":
+            self.end(f"control stream {why}")
+
+    def end(self, why: str) -> None:
+        """End the link in order."""
+        self._outcome = self._outcome or why
+        if self.link is not None:
+            self.link.close(why)
 
 
 def new_nonce() -> bytes:

@@ -43,6 +43,7 @@ def status(agent: Agent) -> dict[str, object]:
         "redundancy": agent.redundancy,
         "reason": "; ".join(agent.reasons()),
         "one_host": agent.one_host,
+        "identity": agent.credentials.shown(),
         "sessions": [
             {
                 "node": session.node,

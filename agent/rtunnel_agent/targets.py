@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 from rtunnel.counts import StreamCounts
 from rtunnel.relay.ends import SocketEnd
-from rtunnel.relay.join import Account
+from rtunnel.relay.join import Account, Ending
 from rtunnel.relay.link import StreamEnd
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.relay import Attempt, Relay
@@ -14,6 +15,7 @@ from rtunnel.wire import messages
 from rtunnel.wire.messages import Accepted, Decoder, Dial, DialBody, Dialling, MessageError, Refuse, decode_body, encode
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_agent.handshake import AgentSession
+from rtunnel_agent.identity import AgentIdentity
 
 #: A target that takes longer is announced with Dialling, so that no gateway takes a slow target for a dead path.
 DIALLING_AFTER: Final = 0.1
@@ -24,6 +26,29 @@ _ACCEPTED: Final = encode(Accepted())
 _DIALLING: Final = encode(Dialling())
 
 
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Exposed:
+    """What streams may lead to."""
+
+    ports: list[str]  # as brokers are told
+    direct: Ranges = ()  # at the agent's addresses
+    loopback: Ranges = ()  # on this host's loopback, whatever address they were asked for at
+    published: frozenset[tuple[str, int]] = frozenset()
+
+    def way(self, ip: str, port: int) -> str | None:
+        """The address to connect to; None: it is not exposed."""
+        if _within(port, self.loopback):
+            return "::1" if ":" in ip else "127.0.0.1"
+        return ip if _within(port, self.direct) or (ip, port) in self.published else None
+
+
+def _within(port: int, ranges: Ranges) -> bool:
+    return any(first <= port <= last for first, last in ranges)
+
+
 class Targets:
     """What this agent exposes, and the way there."""
 
@@ -32,19 +57,33 @@ class Targets:
         relay: Relay,
         namespace: str,
         addresses: frozenset[str],
-        exposes: tuple[tuple[int, int], ...],
+        exposed: Exposed,
         timeout: float,
     ) -> None:
         self.relay = relay
         self.namespace = namespace
         self.addresses = addresses
-        self.exposes = exposes
-        self.published: frozenset[tuple[str, int]] = frozenset()
+        self.exposed = exposed
         self.timeout = timeout
+        self.identity: AgentIdentity | None = None  # the one in force; replaced when it is renewed
         self.counts = StreamCounts()
 
-    def check(self, body: DialBody, session: AgentSession) -> None:
-        """Raises Refused unless this Dial is for us, for this session, and for something that is exposed."""
+    def expose(self, exposed: Exposed) -> int:
+        """From now on this; streams to what is not exposed any more end. How many did."""
+        self.exposed = exposed
+        void = [
+            pair
+            for pair in self.relay.pairs
+            if isinstance(pair.on_end, Served) and exposed.way(pair.on_end.ip, pair.on_end.port) != pair.on_end.way
+        ]
+        for pair in void:
+            pair.abort(Ending.REVOKED)
+        return len(void)
+
+    def check(self, body: DialBody, session: AgentSession) -> str:
+        """The address to connect to. Raises Refused unless this Dial is for us, for this session, and for something
+        that is exposed.
+        """
         if body.version != messages.VERSION:
             text = f"the Dial is of protocol version {body.version}, this agent speaks {messages.VERSION}"
             raise Refused(Refusal.VERSION, text)
@@ -53,21 +92,38 @@ class Targets:
         welcome = session.welcome
         if welcome is None or body.epoch != welcome.epoch or body.node != welcome.node:
             raise Refused(Refusal.STALE_EPOCH, "the Dial is for another session of this agent")
-        port = body.port
-        if not any(first <= port <= last for first, last in self.exposes) and (body.ip, port) not in self.published:
-            raise Refused(Refusal.NOT_EXPOSED, f"the agent does not expose port {port}")
+        way = self.exposed.way(body.ip, body.port)
+        if way is None:
+            raise Refused(Refusal.NOT_EXPOSED, f"the agent does not expose port {body.port}")
+        return way
+
+
+@dataclass(slots=True)
+class Served:
+    """What the end of a pair is told to; also the sign by which the agent knows where its stream leads."""
+
+    targets: Targets
+    session: AgentSession
+    ip: str
+    port: int
+    way: str
+
+    def __call__(self, account: Account) -> None:
+        self.targets.counts.ended(account)
+        self.session.streams -= 1
 
 
 class IncomingStream:
     """One stream from a broker: Dial, connect, answer, join."""
 
-    __slots__ = ("_attempt", "_decoder", "_late", "_session", "_stream", "_targets")
+    __slots__ = ("_attempt", "_decoder", "_late", "_served", "_session", "_stream", "_targets")
 
     def __init__(self, targets: Targets, session: AgentSession, stream: StreamEnd) -> None:
         self._targets = targets
         self._session = session
         self._stream = stream
         self._decoder = Decoder(Dial)
+        self._served: Served | None = None
         self._attempt: Attempt | None = None
         self._late: Timer | None = None
         stream.talk(self, DIAL_DEADLINE)
@@ -80,19 +136,20 @@ class IncomingStream:
             if dial is None:
                 return
             body = decode_body(dial.body)
-            self._targets.check(body, self._session)
+            way = self._targets.check(body, self._session)
         except MessageError as error:
             self._refuse(Refusal.PROTOCOL_ERROR, str(error))
         except Refused as refused:
             self._refuse(refused.code, refused.text)
         else:
-            self._connect(body)
+            self._connect(body, way)
 
-    def _connect(self, body: DialBody) -> None:
+    def _connect(self, body: DialBody, way: str) -> None:
         self._stream.pause()
+        self._served = Served(self._targets, self._session, body.ip, body.port, way)
         relay = self._targets.relay
         self._late = relay.loop.after(DIALLING_AFTER, self._say_dialling)
-        self._attempt = relay.connect(body.ip, body.port, self._targets.timeout, self._connected)
+        self._attempt = relay.connect(way, body.port, self._targets.timeout, self._connected)
 
     def _say_dialling(self) -> None:
         self._stream.say(_DIALLING)
@@ -102,14 +159,16 @@ class IncomingStream:
         if target is None:
             self._refuse(code, why)
             return
+        served = self._served
+        assert served is not None
+        if self._targets.exposed.way(served.ip, served.port) != served.way:
+            target.abort()
+            self._refuse(Refusal.NOT_EXPOSED, f"the agent does not expose port {served.port} any more")
+            return
         self._targets.counts.began()
         self._session.streams += 1
         self._stream.say(_ACCEPTED)
-        self._targets.relay.join(self._stream, target, up=self._decoder.rest(), on_end=self._ended)
-
-    def _ended(self, account: Account) -> None:
-        self._targets.counts.ended(account)
-        self._session.streams -= 1
+        self._targets.relay.join(self._stream, target, up=self._decoder.rest(), on_end=served)
 
     def finished(self) -> None:
         """See Talker: the FIN came before a whole Dial."""

@@ -6,13 +6,16 @@ import ipaddress
 import socket
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
+from typing import Final
 
 import trio
 
 import rtunnel
+from rtunnel.anchor import Anchor
 from rtunnel.bridge import Bridge
 from rtunnel.config import (
     BrokerConfig,
@@ -24,7 +27,7 @@ from rtunnel.config import (
     parse_range,
 )
 from rtunnel.logs import get_logger
-from rtunnel.net import bound_socket, listen, listening_socket
+from rtunnel.net import bound_socket, listen, listening_socket, source_of
 from rtunnel.registry import (
     COUNTER_BITS,
     AddressTaken,
@@ -38,12 +41,31 @@ from rtunnel.registry import (
 )
 from rtunnel.registry.ports import PortAllocator, PortsExhausted, PortTaken
 from rtunnel.relay.relay import Listener, Relay
-from rtunnel.trust.keys import DialSigner, load_cluster_key, load_tokens
+from rtunnel.trust.identity import Roots
+from rtunnel.trust.keys import DialSigner, TrustError, load_cluster_key, load_tokens
 from rtunnel.trust.tls import certificate_der, certificate_fingerprint, server_context
-from rtunnel.wire.messages import Bye, Drain, OpenPort, Publish, Welcome
+from rtunnel.watch import Watched, watch
+from rtunnel.wire.messages import Bye, Drain, Enrol, OpenPort, Publish, Trust, Welcome
 from rtunnel.wire.refusal import Refusal, Refused
+from rtunnel_broker.admit import Admission
 from rtunnel_broker.ports import DialChecker, GuardedPort, Networks, OpenPortServer, PortCounts
 from rtunnel_broker.session import Session
+
+#: Requests for certificates under way to the authority.
+MAX_ENROLLING: Final = 64
+#: What is turned away or left to wait is told in one line for so long.
+TELL_AGAIN: Final = 10.0
+#: Agents that are told of new CAs before others get their turn, and the seconds between two turns.
+TELLS_A_TURN: Final = 100
+TELL_PAUSE: Final = 0.02
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What links' handshakes show of this broker: a TLS context, and the fingerprint of its certificate."""
+
+    context: ssl.SSLContext | None = None  # None: links are plain
+    binding: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -65,12 +87,7 @@ class Node:
         self.host = broker.host or host_name()
         self.ip = broker.advertise_ip or default_address()
         self.handshake_timeout = broker.handshake_timeout
-        self.tokens: Mapping[str, bytes] = load_tokens(broker.join_token)
-        self.tls: ssl.SSLContext | None = None
-        self.binding = b""
-        if broker.security == "tls":
-            self.tls = server_context(broker.certificate, broker.key)
-            self.binding = certificate_fingerprint(certificate_der(broker.certificate))
+        self.tokens: Mapping[str, bytes] = load_tokens(broker.join_token) if broker.join_token else {}
         self._bind_host, self._bind_port = parse_endpoint(broker.listen)
         self.draining = False
         self.incarnation = 0
@@ -78,8 +95,9 @@ class Node:
         self.sessions: dict[str, Session] = {}  # by owner
         self.counts = PortCounts()
         self.registry_down: str = "not contacted yet"
-        self.handshakes = 0  # links that are not proven yet
-        self._overload_logged = -60.0
+        self.handshakes = 0  # links that are not proven yet,
+        self._sources: dict[str, int] = {}  # and of which source they are
+        self._told_at: dict[str, float] = {}
         self._registry = registry
         self._quarantine = config.registry.quarantine
         self._counter = count(1)
@@ -88,6 +106,13 @@ class Node:
         self._beating = trio.Lock()
         self._checker = DialChecker(self.node, DialSigner(load_cluster_key(broker.cluster_key)), broker.dial_window)
         self._log = get_logger("broker").bind()
+        self._admission = Admission(broker.admit)
+        self._certified: set[Session] = set()  # by certificate, from a good Hello on; the relay's thread has it
+        self._enrolling = 0
+        self.anchor = self._anchor() if broker.ca else None
+        self._generation = self.roots.generation if self.roots is not None else 0
+        self._shown = self._load_shown()
+        self._showing = trio.Lock()
         open_ports = broker.open_ports
         self._guarded = self._allocator(broker.port_range)
         self._open = self._allocator(open_ports.range, open_ports.own) if open_ports.range else None
@@ -96,6 +121,17 @@ class Node:
         self.bridge: Bridge
         self._links: Listener | None = None
 
+    def _anchor(self) -> Anchor:
+        async def apply(call: Callable[[], object]) -> None:
+            await self.bridge.run(call)
+
+        broker = self.config
+        trust = Path(broker.trust) if broker.trust else None
+        return Anchor(
+            ca=Path(broker.ca), trust=trust, authority=broker.authority, log=self._log, apply=apply,
+            changed=self._trust_changed,
+        )  # fmt: skip
+
     def _allocator(self, ports: str, own: str = "") -> PortAllocator:
         first, last = parse_range(ports)
         part = parse_range(own) if own else None
@@ -103,22 +139,48 @@ class Node:
 
     # What sessions and the relay call, in the relay's thread.
 
+    @property
+    def roots(self) -> Roots | None:
+        """See SessionKeeper."""
+        return self.anchor.roots if self.anchor is not None else None
+
     def wants(self, session: Session) -> None:
         """See SessionKeeper."""
         self._handshake_over(session)
+        if session.identity is not None:
+            self._certified.add(session)
+        assert session.hello is not None
+        rule = self._admission.rule(session.hello.namespace, session.addresses)
+        if rule is None:
+            text = f"no rule of broker.admit is for {session.owner} with its addresses"
+            session.refuse(Refusal.NOT_AUTHORISED, text)
+            return
+        session.rule = rule
         if len(self.sessions) >= self.config.max_sessions and session.owner not in self.sessions:
             session.refuse(Refusal.OVERLOADED, f"this broker holds {len(self.sessions)} sessions, its limit")
         else:
             self.bridge.spawn(self._register, session)
 
+    def enrols(self, session: Session, request: Enrol) -> None:
+        """See SessionKeeper."""
+        if self.anchor is None or not self.config.authority:
+            text = "this broker can't pass requests for certificates on (broker.authority)"
+            session.refuse(Refusal.AUTHORITY_UNAVAILABLE, text)
+        elif self._enrolling >= MAX_ENROLLING:
+            session.refuse(Refusal.OVERLOADED, "too many requests for certificates are under way")
+        else:
+            self._enrolling += 1
+            self.bridge.spawn(self._enrol, self.anchor, session, request)
+
     def lost(self, session: Session, why: str) -> None:
         """See SessionKeeper."""
+        self._certified.discard(session)
         for listener in session.listeners:
             self.relay.unlisten(listener)
         session.listeners.clear()
         if session.handshaking:
             self._handshake_over(session)
-            if not session.refused:
+            if not session.answered:
                 self.log("link_lost", peer=session.peer, reason=why)
         else:
             self.bridge.spawn(self._unregister, session, why)
@@ -138,6 +200,10 @@ class Node:
     def _handshake_over(self, session: Session) -> None:
         session.handshaking = False
         self.handshakes -= 1
+        if self._sources[session.source] == 1:
+            del self._sources[session.source]
+        else:
+            self._sources[session.source] -= 1
         if self._links is not None:
             self._links.release()
 
@@ -145,17 +211,98 @@ class Node:
         self._links = self.relay.listen(sock, self._accept_link)
 
     def _accept_link(self, sock: socket.socket, peer: str) -> None:
+        source, limit = source_of(peer), self.config.source_handshakes
+        share = self._sources.get(source, 0)
+        if limit and share >= limit:
+            sock.close()  # the listener can't wait for one source alone
+            self._warn("source_has_too_many_handshakes", limit=limit, peer=peer)
+            return
+        self._sources[source] = share + 1
         self.handshakes += 1
+        shown = self._shown
+        session = Session(self, binding=shown.binding, source=source)
         self.relay.link(
-            sock, Session(self), peer=peer, client=False, tls=self.tls, handshake_timeout=self.handshake_timeout
+            sock, session, peer=peer, client=False, tls=shown.context, handshake_timeout=self.handshake_timeout
         )
         # In a storm of agents the others wait in the kernel's queue. To turn them away costs nearly as much as to take
         # them, and they come back: 5000 agents tried 16,000 times.
         if self.handshakes >= self.config.max_handshakes and self._links is not None:
             self._links.hold()
-            if self.relay.loop.now > self._overload_logged + 10:
-                self._overload_logged = self.relay.loop.now
-                self._log.warning("too_many_handshakes", node=self.node, limit=self.config.max_handshakes, peer=peer)
+            self._warn("too_many_handshakes", limit=self.config.max_handshakes, peer=peer)
+
+    def _warn(self, event: str, **fields: object) -> None:
+        """What comes in floods: one line of it in ten seconds."""
+        now = self.relay.loop.now
+        if now >= self._told_at.get(event, -TELL_AGAIN) + TELL_AGAIN:
+            self._told_at[event] = now
+            self._log.warning(event, node=self.node, **fields)
+
+    # Who is believed, and what is shown to links: both change while links stay.
+
+    def _trust_changed(self) -> None:
+        """In the relay's thread: there are other CAs, or revocations."""
+        roots = self.roots
+        assert roots is not None
+        for session in list(self._certified):
+            if session.identity is not None and roots.is_revoked(session.identity):
+                session.revoke()
+        self.bridge.spawn(self._show)
+        if roots.generation > self._generation:
+            self._generation = roots.generation
+            self._tell(list(self.sessions.values()), Trust(signed=roots.signed))
+
+    def _tell(self, sessions: list[Session], trust: Trust) -> None:
+        for session in sessions[-TELLS_A_TURN:]:
+            if session.state == "live":  # others learn it after their Welcome
+                session.tell(trust)
+        del sessions[-TELLS_A_TURN:]
+        if sessions:
+            self.relay.loop.after(TELL_PAUSE, lambda: self._tell(sessions, trust))
+
+    def _load_shown(self) -> Shown:
+        """Raises TrustError."""
+        broker = self.config
+        if broker.security == "plain":
+            return Shown()
+        binding = certificate_fingerprint(certificate_der(broker.certificate))
+        clients = self.roots.pem if self.roots is not None else ""
+        return Shown(server_context(broker.certificate, broker.key, clients=clients), binding)
+
+    async def _show(self) -> None:
+        """Show links what is in the files, and ask for certificates of the CAs in force, from the next one on."""
+        async with self._showing:
+            try:
+                shown = await trio.to_thread.run_sync(self._load_shown)
+            except TrustError as fault:
+                # The files are looked at as well: a good pair will come. A CA that is gone is refused at the Hello.
+                self._log.error("certificate_rejected", node=self.node, reason=str(fault))
+            else:
+                await self._put_shown(shown)
+
+    async def _put_shown(self, shown: Shown) -> dict[str, object]:
+        def put() -> None:
+            self._shown = shown
+
+        await self.bridge.run(put)
+        return {"node": self.node, "fingerprint": shown.binding.hex()[:16]}
+
+    async def _watch_certificate(self) -> None:
+        paths = [Path(self.config.certificate), Path(self.config.key)]
+        await watch([Watched("certificate", paths, self._load_shown, self._put_shown)], self._log)
+
+    async def _enrol(self, anchor: Anchor, session: Session, request: Enrol) -> None:
+        """Ask the authority. The link's deadline goes on."""
+        try:
+            answer = await anchor.enrol(request)
+        except Refused as refused:
+            code, text = refused.code, refused.text
+            await self.bridge.run(lambda: self._enrolled(lambda: session.refuse(code, text)))
+        else:
+            await self.bridge.run(lambda: self._enrolled(lambda: session.enrolled(answer)))
+
+    def _enrolled(self, tell: Callable[[], None]) -> None:
+        self._enrolling -= 1
+        tell()
 
     # Life.
 
@@ -179,6 +326,10 @@ class Node:
             await self.bridge.run(lambda: self._listen(sock))
             async with self.bridge.open_nursery() as nursery:
                 nursery.start_soon(self._heartbeats)
+                if self.anchor is not None:
+                    nursery.start_soon(self.anchor.run)
+                if self.config.security == "tls":
+                    nursery.start_soon(self._watch_certificate)
                 self._log.info(
                     "broker_ready", node=self.node, listen=format_endpoint(*self.bound), ip=self.ip,
                     incarnation=self.incarnation, security=self.config.security,
@@ -417,6 +568,9 @@ class Node:
             raise Refused(Refusal.PORT_NOT_ALLOWED, "this broker allows no open ports (broker.open_ports)")
         if publish.ip not in session.addresses:
             raise Refused(Refusal.PORT_NOT_ALLOWED, f"{publish.ip} is not one of the agent's addresses")
+        if publish.port and not session.rule.allows(publish.port):
+            text = f"rule {session.rule.number} of broker.admit does not allow port {publish.port}"
+            raise Refused(Refusal.PORT_NOT_ALLOWED, text)
         for cidr in publish.allow:
             ipaddress.ip_network(cidr, strict=False)
         # One owner may have several open ports: each target is an owner of its own.
@@ -424,7 +578,8 @@ class Node:
         if publish.port:
             _, sock, lease = self._open.allocate_fixed(publish.port, owner, session.epoch, self.node, self._bind)
         else:
-            _, sock, lease = self._open.allocate(owner, session.epoch, self.node, self._bind)
+            allows = session.rule.allows if session.rule.open_ports is not None else None
+            _, sock, lease = self._open.allocate(owner, session.epoch, self.node, self._bind, allows)
         return Leased(lease, sock)
 
     def _bind(self, port: int) -> socket.socket:

@@ -14,6 +14,7 @@ from typing import Final
 
 from rtunnel.counts import StreamCounts
 from rtunnel.relay.ends import SocketEnd
+from rtunnel.relay.join import Account
 from rtunnel.relay.link import Link, StreamEnd
 from rtunnel.relay.relay import Relay
 from rtunnel.trust.keys import DialSigner, NonceWindow
@@ -106,6 +107,8 @@ class GuardedConnection:
             if frame is None:
                 return
             body = port.checker.check(frame[0], port.session)
+            if full := port.session.full:
+                raise full
         except MessageError as error:
             self._refuse(Refused(Refusal.PROTOCOL_ERROR, str(error)))
         except Refused as refused:
@@ -163,7 +166,12 @@ class GuardedPort:
         link.attach(stream)
         stream.say(first)
         self.counts.began()
-        self.relay.join(end, stream, on_end=self.counts.ended)
+        self.session.streams += 1
+        self.relay.join(end, stream, on_end=self._ended)
+
+    def _ended(self, account: Account) -> None:
+        self.session.streams -= 1
+        self.counts.ended(account)
 
     def refuse(self, end: SocketEnd, refused: Refused) -> None:
         """Tell the gateway why not."""
@@ -217,8 +225,13 @@ class OpenConnection:
     def client_lost(self) -> None:
         """Nobody waits for the target any more."""
         if self._stream is not None and not self._stream.closed:
-            self._port.counts.waiting -= 1
+            self._over()
             self._stream.abort()
+
+    def _over(self) -> None:
+        """There will be no pair."""
+        self._port.counts.waiting -= 1
+        self._port.session.streams -= 1
 
     def _join(self) -> None:
         assert self._stream is not None
@@ -226,10 +239,14 @@ class OpenConnection:
         counts = self._port.counts
         counts.waiting -= 1
         counts.began()
-        self._port.relay.join(self._client, self._stream, down=self._decoder.rest(), on_end=counts.ended)
+        self._port.relay.join(self._client, self._stream, down=self._decoder.rest(), on_end=self._ended)
+
+    def _ended(self, account: Account) -> None:
+        self._port.session.streams -= 1
+        self._port.counts.ended(account)
 
     def _fail(self, code: Refusal, text: str) -> None:
-        self._port.counts.waiting -= 1
+        self._over()
         self._port.refuse(self._client, code, text)
         if self._stream is not None:
             self._stream.abort()
@@ -282,7 +299,10 @@ class OpenPortServer:
             self.refuse(end, Refusal.NOT_AUTHORISED, "the source is not on the allow-list")
         elif session.link is None or session.hello is None or not _takes_streams(session.link):
             self.refuse(end, Refusal.LINK_LOST, "")
+        elif full := session.full:
+            self.refuse(end, full.code, full.text)
         else:
+            session.streams += 1  # from here on: many may wait for their targets
             connection = OpenConnection(self, end)
             end.talk(_ClientWatch(connection))
             end.pause()

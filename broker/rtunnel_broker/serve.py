@@ -44,6 +44,7 @@ def status(node: Node) -> dict[str, object]:
         "registry": node.registry_down or "ok",
         "sessions": len(node.sessions),
         "handshakes": node.handshakes,
+        "trust": node.anchor.shown() if node.anchor is not None else None,
         "waiting": counts.waiting,
         "window_budget": node.relay.windows.left,
         **counts.shown(),

@@ -1,9 +1,10 @@
 """A session on this node, from the link's first byte to its last. Everything here runs in the relay's thread.
 
-    link up -> Hello -> Challenge -> Proof -> (control plane: ports, registry) -> Welcome -> ... -> link down
+    link up -> Hello [-> Challenge -> Proof] -> (control plane: ports, registry) -> Welcome -> ... -> link down
+    link up -> Enrol -> (control plane: authority) -> Enrolled -> link down
 
-The registration in the middle is the one step that needs the world outside: the control plane is asked and answers with
-`welcome` or `refuse`.
+Who the agent is, says the certificate of its link, or a join token that it proves. The step in the middle is the one
+that needs the world outside: the control plane is asked and answers with `welcome`, `enrolled` or `refuse`.
 """
 
 from __future__ import annotations
@@ -17,13 +18,30 @@ from typing import Any, Final, Protocol
 from rtunnel.config import canonical_ip, check_word, parse_exposes
 from rtunnel.registry import Registration
 from rtunnel.relay.ends import Talker
+from rtunnel.relay.join import Ending, Pair
 from rtunnel.relay.link import Link, StreamEnd
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.relay import Listener
-from rtunnel.trust.keys import token_mac
+from rtunnel.trust.identity import Identity, Revoked, Roots
+from rtunnel.trust.keys import TrustError, token_mac
 from rtunnel.wire import messages
-from rtunnel.wire.messages import Bye, Challenge, Decoder, Hello, MessageError, Proof, Refuse, Update, Welcome, encode
-from rtunnel.wire.refusal import Refusal
+from rtunnel.wire.messages import (
+    Bye,
+    Challenge,
+    Decoder,
+    Enrol,
+    Enrolled,
+    Hello,
+    MessageError,
+    Proof,
+    Refuse,
+    Trust,
+    Update,
+    Welcome,
+    encode,
+)
+from rtunnel.wire.refusal import Refusal, Refused
+from rtunnel_broker.admit import EVERYTHING, Rule
 
 #: What the two MACs of the handshake are over, beside the Hello, the nonce and the broker's certificate.
 BROKER_LABEL = b"rtunnel broker 1"
@@ -39,12 +57,18 @@ class SessionKeeper(Protocol):
     node: str
     host: str
     tokens: Mapping[str, bytes]
-    binding: bytes  # SHA-256 of this broker's certificate; empty without TLS
     handshake_timeout: float
     draining: bool
 
+    @property
+    def roots(self) -> Roots | None:
+        """What certificates are judged by; None: none is taken."""
+
     def wants(self, session: Session) -> None:
         """A proven Hello: register it and answer `welcome` or `refuse`."""
+
+    def enrols(self, session: Session, request: Enrol) -> None:
+        """A request for a certificate: pass it on and answer `enrolled` or `refuse`."""
 
     def lost(self, session: Session, why: str) -> None:
         """The link is gone."""
@@ -61,6 +85,11 @@ class Session:
     """An agent's presence on this node; the link's owner and its control stream's talker."""
 
     keeper: SessionKeeper
+    binding: bytes = b""  # SHA-256 of the certificate that this link's handshake showed; empty without TLS
+    source: str = ""  # whose share of handshakes it takes
+    identity: Identity | None = None  # who it is, by certificate; None: by token
+    rule: Rule = EVERYTHING
+    streams: int = 0
     link: Link | None = None
     hello: Hello | None = None
     epoch: int = 0
@@ -69,13 +98,13 @@ class Session:
     update_due: bool = False  # the registry is to be told of `exposes`
     addresses: frozenset[str] = frozenset()
     listeners: list[Listener] = field(default_factory=list)
-    handshaking: bool = True  # until the Proof
-    refused: bool = False
-    state: str = "new"  # new, hello, proven, live, over
+    handshaking: bool = True  # until it is proven
+    answered: bool = False  # refused, or enrolled
+    state: str = "new"  # new, hello, proven, live; enrolling; over
     why: str = ""
 
     _control: StreamEnd | None = None
-    _decoder: Decoder = field(default_factory=lambda: Decoder(Hello))
+    _decoder: Decoder = field(default_factory=lambda: Decoder(Hello | Enrol))
     _hello_frame: bytes = b""
     _nonce: bytes = b""
     _deadline: Timer | None = None
@@ -137,7 +166,9 @@ class Session:
             self.end(f"control stream {why}")
 
     def _take(self, message: Any, frame: bytes) -> None:
-        if self.state == "new":
+        if isinstance(message, Enrol):
+            self._take_enrol(message)
+        elif self.state == "new":
             self._take_hello(message, frame)
         elif self.state == "hello":
             self._take_proof(message)
@@ -156,9 +187,11 @@ class Session:
         if fault:
             self.refuse(Refusal.BAD_REQUEST, fault)
             return
-        secret = self.keeper.tokens.get(hello.token_id)
-        if secret is None:
-            self.refuse(Refusal.BAD_TOKEN, f"join token {hello.token_id!r} is not known to this broker")
+        try:
+            self.identity = None if hello.token_id else self._certified(hello)
+            secret = self._secret(hello) if hello.token_id else b""
+        except Refused as refused:
+            self.refuse(refused.code, refused.text)
             return
         if self.keeper.draining:
             self.refuse(Refusal.DRAINING)
@@ -169,26 +202,73 @@ class Session:
         if self.keeper.host in hello.holds_hosts:
             self.refuse(Refusal.DUPLICATE_NODE, f"the agent already has a session on the host {self.keeper.host}")
             return
-        self.state = "hello"
         self.exposes = tuple(hello.exposes)
         self.addresses = frozenset(hello.addresses)
+        if self.identity is not None:
+            self._proven()
+            return
+        self.state = "hello"
         self._hello_frame = frame
         self._nonce = secrets.token_bytes(messages.NONCE_BYTES)
         self._decoder.expect(Proof)
-        mac = token_mac(secret, BROKER_LABEL, frame, self._nonce, self.keeper.binding)
+        mac = token_mac(secret, BROKER_LABEL, frame, self._nonce, self.binding)
         self._say(encode(Challenge(nonce=self._nonce, mac=mac)))
+
+    def _secret(self, hello: Hello) -> bytes:
+        """Of the join token that the Hello names. Raises Refused."""
+        secret = self.keeper.tokens.get(hello.token_id)
+        if secret is None:
+            text = f"join token {hello.token_id!r} is not known to this broker"
+            if not self.keeper.tokens:
+                text = "this broker takes certificates only: give the agent an identity (agent.identity)"
+            raise Refused(Refusal.BAD_TOKEN, text)
+        return secret
+
+    def _certified(self, hello: Hello) -> Identity:
+        """Who shows the link's certificate: exactly who the Hello says. Raises Refused."""
+        roots = self.keeper.roots
+        der = self.link.peer_certificate if self.link is not None else None
+        if roots is None or der is None:
+            missing = "this broker takes no certificates" if roots is None else "the link shows no certificate"
+            raise Refused(Refusal.BAD_CERTIFICATE, f"{missing}, and the Hello names no join token")
+        try:
+            who = roots.verify(der)
+        except TrustError as fault:
+            code = Refusal.REVOKED if isinstance(fault, Revoked) else Refusal.BAD_CERTIFICATE
+            raise Refused(code, str(fault)) from None
+        claimed = f"agent/{hello.namespace}/{hello.agent_id}"
+        if who.kind != "agent" or (who.namespace, who.name) != (hello.namespace, hello.agent_id):
+            raise Refused(Refusal.BAD_CERTIFICATE, f"the certificate is of {who.subject}, and not of {claimed}")
+        foreign = [address for address in hello.addresses if address not in who.addresses]
+        if foreign:
+            raise Refused(Refusal.BAD_CERTIFICATE, f"{foreign[0]} is not in the certificate of {claimed}")
+        return who
+
+    def _take_enrol(self, request: Enrol) -> None:
+        if request.version != messages.VERSION:
+            text = f"the agent speaks protocol version {request.version}, this broker {messages.VERSION}"
+            self.refuse(Refusal.VERSION, text)
+        elif self.keeper.draining:
+            self.refuse(Refusal.DRAINING)
+        else:
+            self.state = "enrolling"
+            self._decoder.expect(Bye)
+            self.keeper.enrols(self, request)
 
     def _take_proof(self, proof: Proof) -> None:
         assert self.hello is not None
         secret = self.keeper.tokens.get(self.hello.token_id, b"")
-        expected = token_mac(secret, AGENT_LABEL, self._hello_frame, self._nonce, self.keeper.binding)
+        expected = token_mac(secret, AGENT_LABEL, self._hello_frame, self._nonce, self.binding)
         if not hmac.compare_digest(proof.mac, expected):
             self.refuse(Refusal.BAD_TOKEN, f"the proof for join token {self.hello.token_id!r} is wrong")
             return
+        self._hello_frame = b""
+        self._proven()
+
+    def _proven(self) -> None:
         self.state = "proven"
         if self.link is not None:
             self.link.allowance = None
-        self._hello_frame = b""
         self._decoder.expect(Update | Bye)
         self._decoder.limit = messages.MAX_MESSAGE
         self.keeper.wants(self)
@@ -208,23 +288,59 @@ class Session:
 
     def welcome(self, welcome: Welcome) -> None:
         """Registered: the session is live."""
-        if self.state == "proven":
-            self.state = "live"
-            self._stop_deadline()
-            self._say(encode(welcome))
+        if self.state != "proven":
+            return
+        self.state = "live"
+        self._stop_deadline()
+        self._say(encode(welcome))
+        roots = self.keeper.roots
+        if roots is not None and self.hello is not None and self.hello.trust < roots.generation:
+            self.tell(Trust(signed=roots.signed))
+
+    def enrolled(self, answer: Enrolled) -> None:
+        """The authority's answer. The agent ends the link when it has it all: it may be 60 KB."""
+        if self.state == "enrolling":
+            self.answered = True
+            self.keeper.log("agent_enrolled", peer=self.peer)
+            self._say(encode(answer))
 
     def refuse(self, code: Refusal, text: str = "") -> None:
         """Not here: tell it, then end the link when the word is out."""
         if self.state == "over":
             return
         text = text or code.telling.text
-        self.refused = True
+        self.answered = True
         self.keeper.log(
             "session_refused", code=code.value, reason=text, peer=self.peer,
             agent=self.hello.agent_id if self.hello else "",
         )  # fmt: skip
         self._say(encode(Refuse(code=code.value, text=text[:512])))
         self.end(f"refused: {code}")
+
+    def revoke(self) -> None:
+        """The agent's certificate is void from now on: its streams end, and the session."""
+        assert self.identity is not None
+        text = f"the certificate of {self.identity.subject} is revoked"
+        self.keeper.log(
+            "session_revoked", code=Refusal.REVOKED.value, reason=text, peer=self.peer, agent=self.identity.name,
+            epoch=str(self.epoch), streams=self.streams,
+        )  # fmt: skip
+        self.answered = True
+        for stream in list(self.link.streams.values()) if self.link is not None else ():
+            if isinstance(stream, StreamEnd) and isinstance(stream.pair, Pair):
+                stream.pair.abort(Ending.REVOKED)
+        self._say(encode(Refuse(code=Refusal.REVOKED.value, text=text)))
+        self.end(f"{Refusal.REVOKED}: {text}")
+
+    # Streams.
+
+    @property
+    def full(self) -> Refused | None:
+        """Why the agent can't have another stream here, if so."""
+        if self.rule.streams and self.streams >= self.rule.streams:
+            text = f"the agent has {self.streams} streams on {self.keeper.node}, its limit there"
+            return Refused(Refusal.TOO_MANY_STREAMS, text)
+        return None
 
     def tell(self, message: messages.Message) -> None:
         """Send a control message."""

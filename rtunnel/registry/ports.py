@@ -75,10 +75,12 @@ class _Bag:
             self._place[last] = n
         return True
 
-    def take(self, rng: random.Random) -> int | None:
-        if not self._ports:
+    def take(self, rng: random.Random, allows: Callable[[int], bool] | None = None) -> int | None:
+        """With `allows`, which is for the few, in O(n)."""
+        ports = self._ports if allows is None else list(filter(allows, self._ports))
+        if not ports:
             return None
-        port = self._ports[rng.randrange(len(self._ports))]
+        port = ports[rng.randrange(len(ports))]
         self.remove(port)
         return port
 
@@ -157,13 +159,15 @@ class PortAllocator:
             resting = len(self._quarantined) + len(self._elsewhere)
             return PortCounts(len(self._free), len(self._used), resting, len(self._foreign))
 
-    def allocate(self, owner: str, epoch: int, node: str, try_bind: TryBind[T]) -> tuple[int, T, PortLease]:
+    def allocate(
+        self, owner: str, epoch: int, node: str, try_bind: TryBind[T], allows: Callable[[int], bool] | None = None
+    ) -> tuple[int, T, PortLease]:
         """A port for this owner, its last one if that is possible, with what `try_bind(port)` returned for it.
 
-        Raises PortsExhausted, RegistryUnavailable, Superseded, and any OSError of `try_bind` other than "in use".
-        With the registry out of reach the owner still gets back a port that rests *here* for it.
+        `allows`: one of these. Raises PortsExhausted, RegistryUnavailable, Superseded, and any OSError of `try_bind`
+        other than "in use". With the registry out of reach the owner still gets back a port that rests *here* for it.
         """
-        for port, resting in self._candidates(owner, node):
+        for port, resting in self._candidates(owner, node, allows):
             lease = PortLease(self.ip, port, owner, node, epoch)
             try:
                 return port, self._secure(lease, try_bind, resting), lease
@@ -204,10 +208,10 @@ class PortAllocator:
 
     # ------------------------------------------------------------------ inside
 
-    def _candidates(self, owner: str, node: str) -> Iterator[tuple[int, bool]]:
+    def _candidates(self, owner: str, node: str, allows: Callable[[int], bool] | None) -> Iterator[tuple[int, bool]]:
         """Ports to try, each marked as in use before it is yielded, and whether it rested here for this owner."""
         port = self._preferred(owner, node)
-        if port is not None:
+        if port is not None and (allows is None or allows(port)):
             try:
                 yield port, self._claim(port, owner)
             except PortTaken:
@@ -215,7 +219,7 @@ class PortAllocator:
         while True:
             with self._lock:
                 self._wake()
-                port = self._free.take(self._rng)
+                port = self._free.take(self._rng, allows)
                 if port is None:
                     return
                 self._mark(port, owner)

@@ -15,7 +15,7 @@ import ssl
 from collections import deque
 from typing import Final, Protocol
 
-from rtunnel.relay.ends import LINGER_SECONDS, Talker, reset_on_close
+from rtunnel.relay.ends import LINGER_SECONDS, SocketEnd, Talker, reset_on_close
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
 from rtunnel.relay.transport import Scratch, TlsTransport, Transport
 from rtunnel.wire import yamux
@@ -452,6 +452,9 @@ class Link(yamux.Session):
             return
         try:
             done = self._transport.handshake()
+        except ssl.SSLError as error:
+            self._down(f"handshake: {_reason(error)}", linger=True)  # a reset could overtake the alert
+            return
         except OSError as error:
             self.kill(f"handshake: {_reason(error)}")
             return
@@ -577,13 +580,16 @@ class Link(yamux.Session):
         self._death = _reason(error)
         self.loop.soon(lambda: self._down(self._death))
 
-    def _down(self, why: str) -> None:
+    def _down(self, why: str, *, linger: bool = False) -> None:
         if self.over:
             return
         if self._timer is not None:
             self._timer.cancel()
         self._live.discard(self)
-        self.loop.close(self.sock)
+        if linger:
+            SocketEnd(self.loop, self.sock, self.peer, watched=True).close()
+        else:
+            self.loop.close(self.sock)
         self._out.clear()
         self._unread = b""
         self.waiting.clear()

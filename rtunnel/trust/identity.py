@@ -4,15 +4,17 @@ Certificates are X.509 (RFC 5280) on P-256, straight from a CA of the cluster. A
 `rtunnel:agent/<namespace>/<agent_id>` as a URI, each word percent-encoded, and an agent's addresses as iPAddress. A
 broker's has DNS names (`broker.rtunnel`), as TLS wants it.
 
-A **trust list** says which CAs are in force and what is revoked. It is numbered and signed by each CA in force, so the
-way that it comes is of no matter: a file, the authority, a broker. Only a list with a higher number counts, and only
-when a CA that is in force by now has signed it: one list hands on to the next, also from CA to CA.
+A **trust list** says which CAs are in force and what is revoked. It is numbered and signed by each CA that is or was in
+force, so the way that it comes is of no matter: a file, the authority, a broker. Only a list with a higher number
+counts, and only when a CA that is in force by now has signed it: one list hands on to the next, also from CA to CA.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +28,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from rtunnel.trust.keys import TrustError
+from rtunnel.trust.tls import certificate_der
 from rtunnel.wire.messages import MAX_LIST
 
 #: Hosts whose clocks are behind accept a fresh certificate too: it begins so long before it is issued.
@@ -41,6 +44,10 @@ _REMEMBERED: Final = 65536
 
 PrivateKey = ec.EllipticCurvePrivateKey
 PublicKey = ec.EllipticCurvePublicKey
+
+
+class Revoked(TrustError):
+    """The certificate was good, and is revoked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +169,17 @@ class Roots:
         """The CAs in force."""
         return b"".join(ca.public_bytes(serialization.Encoding.PEM) for ca in self._cas).decode()
 
+    def begin_again(self, pem: bytes, where: str = "the CA file") -> None:
+        """Other CAs are in force, by hand. The list in force stays so when one of them has signed it; else it is gone
+        but for its revocations, and any list of theirs counts. Raises TrustError, and nothing has changed then.
+        """
+        fresh = Roots(pem, where)
+        if self.signed:
+            with suppress(TrustError):
+                fresh.take(self.signed)
+        self.number, self.generation, self.signed = fresh.number, fresh.generation, fresh.signed
+        self._put(fresh._cas)
+
     def take(self, data: bytes) -> bool:
         """Put a list in force; False when it is not newer. Raises TrustError when no CA in force has signed it."""
         try:
@@ -195,7 +213,7 @@ class Roots:
         return False
 
     def verify(self, der: bytes, now: Callable[[], float] = time.time) -> Identity:
-        """Whose certificate this is: of a CA in force, of this time, not revoked. Raises TrustError, which says why.
+        """Whose certificate this is: of a CA in force, of this time, not revoked. Raises TrustError (also Revoked).
 
         The signature of one that was seen before is not computed again.
         """
@@ -211,7 +229,7 @@ class Roots:
         if moment < identity.issued - BACKDATE.total_seconds():
             raise TrustError(f"the certificate of {identity.subject} is not valid yet: check the clock")
         if self.is_revoked(identity):
-            raise TrustError(f"the certificate of {identity.subject} is revoked")
+            raise Revoked(f"the certificate of {identity.subject} is revoked")
         return identity
 
     def _check(self, der: bytes) -> Identity:
@@ -232,6 +250,14 @@ class Roots:
         return identity.issued <= self.revoked.get(identity.subject, 0)
 
 
+def load_roots(path: Path | str) -> Roots:
+    """The CAs of a file, without any list. Raises TrustError."""
+    try:
+        return Roots(Path(path).read_bytes(), str(path))
+    except OSError as fault:
+        raise TrustError(f"{path}: can't be read: {fault.strerror}") from None
+
+
 # --- proofs -------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +272,32 @@ def load_private_key(path: Path | str) -> PrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise TrustError(f"{path}: is not a key on P-256")
     return key
+
+
+def load_pair(certificate: Path | str, key: Path | str) -> tuple[bytes, PrivateKey, Identity]:
+    """An agent's certificate (DER), its key, and what it says. Raises TrustError, which names the file at fault."""
+    der, private = certificate_der(certificate), load_private_key(key)
+    try:
+        who = read_certificate(der)
+    except TrustError as fault:
+        raise TrustError(f"{certificate}: {fault}") from None
+    if private.public_key() != who.public_key:
+        raise TrustError(f"{key}: is not the key of the certificate in {certificate}")
+    return der, private, who
+
+
+def check_directory(path: Path | str) -> None:
+    """Whether a role may keep secrets there, in a directory that exists or that it could make. Raises TrustError."""
+    directory = Path(path)
+    try:
+        if not directory.exists():
+            directory = next(parent for parent in directory.absolute().parents if parent.exists())
+        if not directory.is_dir():
+            raise TrustError(f"{directory}: is not a directory")
+    except OSError as fault:
+        raise TrustError(f"{path}: can't be used: {fault.strerror}") from None
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise TrustError(f"{directory}: this user can't write there")
 
 
 def prove(key: PrivateKey, body: bytes) -> bytes:

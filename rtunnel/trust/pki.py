@@ -1,257 +1,375 @@
-"""Makes the cluster's secrets: a CA, a broker's certificate, the cluster key, a join token.
+"""The cluster's secrets and certificates: a directory with the CA, its key, and the authority's store.
 
-Keys are ECDSA on P-256: every TLS 1.3 implementation must have it (RFC 8446 section 9.1), OpenSSL's FIPS providers and
-hardware tokens too, which is not so for Ed25519; and with OpenSSL's assembly a handshake costs about the same.
+`init` makes one. `Directory` is one that is there: it issues, revokes, and hands over from one CA to the next. Every
+change of the CAs or the revocations makes a new trust list, in the same transaction.
 """
 
 from __future__ import annotations
 
-import ipaddress
-import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.hazmat.primitives import serialization
 
-from rtunnel.trust import keys
-from rtunnel.trust.identity import BACKDATE, agent_uri
+from rtunnel.trust import certificates, keys
+from rtunnel.trust.certificates import DAY, Ca, key_hash, key_pem, new_ca, new_key, pem
+from rtunnel.trust.files import PUBLIC, SECRET, Made, replace, write_new
+from rtunnel.trust.identity import PublicKey, Roots, TrustList, load_private_key, read_certificate, sign_list
 from rtunnel.trust.keys import TrustError
+from rtunnel.trust.store import FILE, CaRecord, Issued, Store
+from rtunnel.wire.messages import MAX_CERTIFICATE
 
-SERVER_NAME = "broker.rtunnel"
-CA_DAYS = 3650
-BROKER_DAYS = 365
+CA_FILE: Final = "ca.pem"
+BROKER_DAYS: Final = 365
 #: By hand; one that an agent enrols for lives shorter.
-AGENT_DAYS = 90
-
-_PUBLIC, _SECRET = 0o644, 0o600
+AGENT_DAYS: Final = 90
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
-    """What was written."""
-
-    path: Path
-    what: str
+class KeyRevoked(TrustError):
+    """A certificate for this key was revoked: the key gets no other one."""
 
 
 def init(directory: Path, *, names: Sequence[str] = (), ips: Sequence[str] = ()) -> list[Made]:
     """Make everything that a new cluster needs. Raises TrustError; never overwrites, and leaves nothing half made."""
-    ca_key = ec.generate_private_key(ec.SECP256R1())
-    ca = _ca_certificate(ca_key)
-    broker_key = ec.generate_private_key(ec.SECP256R1())
-    broker = _broker_certificate(broker_key, ca, ca_key, names, ips)
-    return _write_all(
+    now = time.time()
+    ca = new_ca(1, now)
+    key = new_key()
+    broker = certificates.broker_certificate(ca, key.public_key(), "broker", names, ips, now, BROKER_DAYS * DAY)
+    return write_new(
         directory,
         [
-            ("ca.pem", _PUBLIC, _pem(ca), f"CA certificate, for agents; valid until {_until(ca)}"),
-            ("ca.key", _SECRET, _key_pem(ca_key), "the CA's key: keep it offline, no role needs it"),
-            ("broker.pem", _PUBLIC, _pem(broker), _broker_words(broker)),
-            ("broker.key", _SECRET, _key_pem(broker_key), "its key, for brokers"),
-            ("cluster.key", _SECRET, _text(keys.new_cluster_key()), "for brokers and gateways: signs Dials"),
-            ("join.token", _SECRET, _text(keys.new_token().line()), "for brokers and agents: lets agents join"),
+            (CA_FILE, PUBLIC, pem(ca.certificate), f"CA, for everybody; valid until {_until(ca.certificate)}"),
+            ("ca.key", SECRET, key_pem(ca.key), "the CA's key: for the authority only"),
+            (FILE, SECRET, _first_store(ca, broker), "tokens, certificates, revocations: for the authority only"),
+            ("broker.pem", PUBLIC, pem(broker), f"broker certificate; valid until {_until(broker)}"),
+            ("broker.key", SECRET, key_pem(key), "its key, for brokers"),
+            ("cluster.key", SECRET, _text(keys.new_cluster_key()), "for brokers and gateways: signs Dials"),
+            ("join.token", SECRET, _text(keys.new_token().line()), "for brokers and agents: lets agents join"),
         ],
-    )
+    )  # fmt: skip
 
 
-def issue_broker(directory: Path, name: str, *, names: Sequence[str] = (), ips: Sequence[str] = ()) -> list[Made]:
+def _first_store(ca: Ca, broker: x509.Certificate) -> bytes:
+    """Made elsewhere, so that it appears whole; without the CA's key."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / FILE
+        store = Store.create(path)
+        record = CaRecord(1, "issuing", _der(ca.certificate), "ca.key")
+        with store.change():
+            store.put_ca(record)
+            _record(store, broker, record.number)
+            _publish(store, [record], [ca], time.time(), other_cas=True)
+        store.close()
+        return path.read_bytes()
+
+
+def issue_broker(
+    directory: Path, name: str, *, names: Sequence[str] = (), ips: Sequence[str] = (), key: PublicKey | None = None
+) -> list[Made]:
     """Another broker certificate, `name`.pem and `name`.key, from the CA in `directory`: also how one is renewed.
 
-    Raises TrustError; never overwrites.
+    With `key` it is for that one, and only `name`.pem is written. Raises TrustError; never overwrites.
     """
-    if not name or "/" in name or name.startswith("."):
-        raise TrustError(f"{name!r} is not a name for a file")
-    ca, ca_key = _load_ca(directory)
-    key = ec.generate_private_key(ec.SECP256R1())
-    certificate = _broker_certificate(key, ca, ca_key, names, ips)
-    return _write_all(
-        directory,
-        [
-            (f"{name}.pem", _PUBLIC, _pem(certificate), _broker_words(certificate)),
-            (f"{name}.key", _SECRET, _key_pem(key), "its key, for brokers"),
-        ],
-    )
+    with open_directory(directory) as opened, opened.change():
+        return _issue_pair(directory, name, key, "broker", lambda k: opened.issue_broker(name, k, names=names, ips=ips))
 
 
 def issue_agent(
-    directory: Path, name: str, *, agent_id: str, namespace: str, addresses: Sequence[str], days: float = AGENT_DAYS
-) -> list[Made]:
-    """An agent's certificate and key, `name`.pem and `name`.key, from the CA in `directory`.
-
-    Raises TrustError; never overwrites.
-    """
-    ca, ca_key = _load_ca(directory)
-    key = ec.generate_private_key(ec.SECP256R1())
-    certificate = agent_certificate(key.public_key(), ca, ca_key, agent_id, namespace, addresses, days)
-    return _write_all(
-        directory,
-        [
-            (f"{name}.pem", _PUBLIC, _pem(certificate), f"agent certificate; valid until {_until(certificate)}"),
-            (f"{name}.key", _SECRET, _key_pem(key), "its key, for the agent"),
-        ],
-    )
-
-
-def agent_certificate(
-    key: ec.EllipticCurvePublicKey,
-    ca: x509.Certificate,
-    ca_key: ec.EllipticCurvePrivateKey,
+    directory: Path,
+    name: str,
+    *,
     agent_id: str,
     namespace: str,
     addresses: Sequence[str],
-    days: float,
-) -> x509.Certificate:
-    """What makes a key an agent's: who it is, and which addresses it answers for. Raises TrustError."""
-    issuer = ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-    names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(agent_uri(namespace, agent_id))]
+    days: float = AGENT_DAYS,
+    key: PublicKey | None = None,
+) -> list[Made]:
+    """An agent's certificate and key, `name`.pem and `name`.key, from the CA in `directory`.
+
+    With `key` it is for that one, and only `name`.pem is written. Raises TrustError; never overwrites.
+    """
+    with open_directory(directory) as opened, opened.change():
+        return _issue_pair(
+            directory, name, key, "agent",
+            lambda k: opened.issue_agent(agent_id, k, namespace=namespace, addresses=addresses, seconds=days * DAY),
+        )  # fmt: skip
+
+
+def _issue_pair(
+    directory: Path, name: str, key: PublicKey | None, kind: str, issue: Callable[[PublicKey], x509.Certificate]
+) -> list[Made]:
+    check_file_name(name)
+    private = None if key is not None else new_key()
+    public = key if private is None else private.public_key()
+    assert public is not None
+    certificate = issue(public)
+    files = [(f"{name}.pem", PUBLIC, pem(certificate), f"{kind} certificate; valid until {_until(certificate)}")]
+    if private is not None:
+        files.append((f"{name}.key", SECRET, key_pem(private), f"its key, for the {kind}"))
+    return write_new(directory, files)
+
+
+def check_file_name(name: str) -> None:
+    """Whether files can be named so, without a folder. Raises TrustError."""
+    if not name or "/" in name or name.startswith("."):
+        raise TrustError(f"{name!r} is not a name for a file")
+
+
+# --- a directory that is there ----------------------------------------------------------------------------
+
+
+class Directory:
+    """The CAs with their keys, and the store. For one thread at a time; every method raises TrustError.
+
+    Other processes may change it: what is read here is from the last `refresh` or `change`.
+    """
+
+    def __init__(self, path: Path, now: Callable[[], float] = time.time) -> None:
+        self.path = path
+        self.now = now
+        self.store = Store(path / FILE)
+        self.cas: list[CaRecord] = []
+        self.number = 0
+        self.generation = 0
+        self.signed = b""  # the trust list in force
+        self.roots: Roots
+        self._signers: dict[int, Ca] = {}
+        self._version = -1
+        try:
+            self.refresh()
+        except TrustError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """It is not to be used any more."""
+        self.store.close()
+
+    def refresh(self) -> None:
+        """Take in what other processes have changed."""
+        version = self.store.version()
+        if version != self._version:
+            self._load()
+            self._version = version
+
+    def _load(self) -> None:
+        self.cas = self.store.cas()
+        self._signers = {}
+        for record in self.cas:
+            path = self.path / record.key_file
+            if record.role != "retired" or path.exists():
+                self._signers[record.number] = _load_ca(record, path)
+        self.number, self.generation, self.signed = self.store.trust_list()
+        self.roots = Roots(self.pem)
+        self.roots.take(self.signed)
+
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """All or nothing of what is done inside; what changes something belongs in here."""
+        with self.store.change():
+            try:
+                self.refresh()
+                yield
+            except BaseException:
+                self._version = -1  # what is known may not have come to be
+                raise
+
+    def ca(self, role: str) -> CaRecord | None:
+        """The CA that has this role."""
+        return next((record for record in self.cas if record.role == role), None)
+
+    @property
+    def issuing(self) -> Ca:
+        """The CA that certificates come from."""
+        return self._signers[self._issuing.number]
+
+    @property
+    def _issuing(self) -> CaRecord:
+        record = self.ca("issuing")
+        if record is None:
+            raise TrustError(f"{self.store.path}: has no CA that issues: it is damaged")
+        return record
+
+    @property
+    def pem(self) -> bytes:
+        """The CAs in force, the one that issues first."""
+        return b"".join(pem(x509.load_der_x509_certificate(record.certificate)) for record in _in_force(self.cas))
+
+    # Certificates. Inside of `change`.
+
+    def issue_agent(
+        self,
+        agent_id: str,
+        key: PublicKey,
+        *,
+        namespace: str,
+        addresses: Sequence[str],
+        seconds: float,
+        token: str = "",
+        remember: int = 0,
+    ) -> x509.Certificate:
+        """For an agent, by a `token` or by hand; remembered until `remember` at least. KeyRevoked is possible."""
+        issued = self._issue_time(f"agent/{namespace}/{agent_id}", key)
+        made = certificates.agent_certificate(self.issuing, key, agent_id, namespace, addresses, issued, seconds)
+        if len(_der(made)) > MAX_CERTIFICATE:
+            raise TrustError(f"the certificate would have {len(_der(made))} bytes, over {MAX_CERTIFICATE}")
+        _record(self.store, made, self._issuing.number, token, remember)
+        self.store.forget(self.now())
+        return made
+
+    def issue_broker(self, name: str, key: PublicKey, *, names: Sequence[str], ips: Sequence[str]) -> x509.Certificate:
+        """For a broker. KeyRevoked is possible."""
+        issued = self._issue_time(f"broker/{name}", key)
+        made = certificates.broker_certificate(self.issuing, key, name, names, ips, issued, BROKER_DAYS * DAY)
+        _record(self.store, made, self._issuing.number)
+        return made
+
+    def _issue_time(self, subject: str, key: PublicKey) -> int:
+        for item in self.store.issued_for(key_hash(key)):
+            if item.issued <= self.store.revoked_at(item.subject):
+                raise KeyRevoked(f"this key's certificate for {item.subject} is revoked: make another key")
+        # What is issued in the second of the revocation counts as issued before it.
+        return max(int(self.now()), self.store.revoked_at(subject) + 1)
+
+    # Revocations. Inside of `change`.
+
+    def revoke(self, subject: str, *, force: bool = False) -> list[Issued]:
+        """What was issued to it until now is void; returns that.
+
+        Nothing known to have been issued is an error, unless `force`: then it stays on the list for ever. So does a
+        gateway's key, which has no end.
+        """
+        now = int(self.now())
+        known = self.store.issued_to(subject)
+        void = [item for item in known if item.ends > now and item.issued > self.store.revoked_at(subject)]
+        if not (void or force or subject.startswith("gateway/")):
+            raise TrustError(f"nothing that is valid was issued to {subject} (`rtunnel pki list` shows what was)")
+        until = max(item.ends for item in void) if void else None
+        self.store.revoke(subject, max([now, *(item.issued for item in known)]), until)
+        self.publish()
+        return void
+
+    # The way from one CA to the next. Inside of `change`.
+
+    def start_rotation(self) -> None:
+        """A new CA is in force beside the present one; certificates come from the present one still."""
+        if self.ca("next") is not None:
+            raise TrustError("a rotation has been started already: `rotate switch` comes next")
+        if self.ca("old") is not None:
+            raise TrustError("the last rotation is not over: `rotate finish` comes next")
+        number = max(record.number for record in self.cas) + 1
+        ca = new_ca(number, self.now())
+        key_file = f"ca-{number}.key"
+        replace(self.path / key_file, SECRET, key_pem(ca.key))  # one that is there was never in force
+        self.store.put_ca(CaRecord(number, "next", _der(ca.certificate), key_file))
+        self._handed_over()
+
+    def switch_rotation(self) -> None:
+        """Certificates come from the new CA; the old one is in force still."""
+        coming = self.ca("next")
+        if coming is None:
+            reason = "is not over: `rotate finish` comes next" if self.ca("old") else "was not started: `rotate start`"
+            raise TrustError(f"the rotation {reason}")
+        self._give_role(self._issuing, "old")
+        self._give_role(coming, "issuing")
+        self._handed_over()
+
+    def waiting(self) -> list[Issued]:
+        """Certificates that stop working when the old CA leaves: their holders have none from the new one."""
+        old = self.ca("old")
+        if old is None:
+            return []
+        items = self.store.issued(self.now())
+        renewed = {item.subject for item in items if item.ca != old.number}
+        left = [item for item in items if item.ca == old.number and item.subject not in renewed]
+        return [item for item in left if item.issued > self.store.revoked_at(item.subject)]
+
+    def finish_rotation(self, *, force: bool = False) -> None:
+        """The old CA is in force no more. Refused while somebody depends on it, unless `force`."""
+        old = self.ca("old")
+        if old is None:
+            step = "`rotate switch` comes next" if self.ca("next") else "it begins with `rotate start`"
+            raise TrustError(f"there is no rotation to finish: {step}")
+        if (left := self.waiting()) and not force:
+            some = ", ".join(sorted(item.subject for item in left)[:5]) + (", ..." if len(left) > 5 else "")
+            raise TrustError(
+                f"{len(left)} valid certificates are from the old CA, of {some}: wait until they are renewed "
+                "(brokers: `rtunnel pki issue broker`), or use --force"
+            )
+        self._give_role(old, "retired")
+        self._handed_over()
+
+    def _give_role(self, record: CaRecord, role: str) -> None:
+        self.store.put_ca(CaRecord(record.number, role, record.certificate, record.key_file))
+
+    def _handed_over(self) -> None:
+        self._load()
+        self.publish(other_cas=True)
+        replace(self.path / CA_FILE, PUBLIC, self.pem)
+
+    def publish(self, *, other_cas: bool = False) -> None:
+        """Make a new trust list of what is there. Inside of `change`."""
+        _publish(self.store, self.cas, list(self._signers.values()), self.now(), other_cas=other_cas)
+        self._load()
+
+
+@contextmanager
+def open_directory(path: Path) -> Iterator[Directory]:
+    """A directory of `init`, closed at the end. Raises TrustError."""
+    directory = Directory(path)
     try:
-        names += [x509.IPAddress(address) for address in dict.fromkeys(map(ipaddress.ip_address, addresses))]
-    except ValueError as fault:
-        raise TrustError(f"can't stand in a certificate: {fault}") from None
-    builder = _builder(_name("rtunnel agent"), ca.subject, key, days)
-    builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-    builder = builder.add_extension(_usage(signs_certificates=False), critical=True)
-    builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
-    builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-    authority = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer)
-    return builder.add_extension(authority, critical=False).sign(ca_key, hashes.SHA256())
+        yield directory
+    finally:
+        directory.close()
 
 
-def _broker_words(certificate: x509.Certificate) -> str:
-    return f"broker certificate; valid for {BROKER_DAYS} days, until {_until(certificate)}"
+def _publish(store: Store, cas: Sequence[CaRecord], signers: Sequence[Ca], now: float, *, other_cas: bool) -> None:
+    number, generation, _ = store.trust_list()
+    # Numbers are times: also after the store was restored from a backup the next list is newer than all before it.
+    number = max(number + 1, int(now))
+    content = TrustList(
+        number=number,
+        generation=number if other_cas else generation,
+        cas=[record.certificate for record in _in_force(cas)],
+        revoked=store.revocations(now),
+    )
+    # Retired ones sign too: who has missed a rotation, or starts with the CA file of before, can take the list.
+    store.put_trust_list(number, content.generation, sign_list(content, [(ca.certificate, ca.key) for ca in signers]))
+
+
+def _in_force(cas: Sequence[CaRecord]) -> list[CaRecord]:
+    order = ("issuing", "next", "old")
+    return sorted((record for record in cas if record.role in order), key=lambda record: order.index(record.role))
+
+
+def _record(store: Store, made: x509.Certificate, ca: int, token: str = "", remember: int = 0) -> None:
+    who = read_certificate(_der(made))
+    ends = int(who.ends)
+    addresses = tuple(sorted(who.addresses))
+    key = key_hash(who.public_key)
+    store.record(Issued(who.subject, key, ca, addresses, token, int(who.issued), ends, max(ends, remember)))
+
+
+def _load_ca(record: CaRecord, path: Path) -> Ca:
+    certificate = x509.load_der_x509_certificate(record.certificate)
+    key = load_private_key(path)
+    if key.public_key() != certificate.public_key():
+        raise TrustError(f"{path}: is not the key of CA {record.number}")
+    return Ca(certificate, key)
+
+
+def _der(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.DER)
 
 
 def _until(certificate: x509.Certificate) -> str:
     return certificate.not_valid_after_utc.strftime("%Y-%m-%d")
 
 
-# --- certificates -----------------------------------------------------------------------------------------
-
-
-def _ca_certificate(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
-    name = _name("rtunnel cluster CA")
-    builder = _builder(name, name, key.public_key(), CA_DAYS)
-    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-    builder = builder.add_extension(_usage(signs_certificates=True), critical=True)
-    return builder.sign(key, hashes.SHA256())
-
-
-def _broker_certificate(
-    key: ec.EllipticCurvePrivateKey,
-    ca: x509.Certificate,
-    ca_key: ec.EllipticCurvePrivateKey,
-    names: Sequence[str],
-    ips: Sequence[str],
-) -> x509.Certificate:
-    issuer = ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-    builder = _builder(_name(SERVER_NAME), ca.subject, key.public_key(), BROKER_DAYS)
-    builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-    builder = builder.add_extension(_usage(signs_certificates=False), critical=True)
-    builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-    builder = builder.add_extension(x509.SubjectAlternativeName(_alternatives(names, ips)), critical=False)
-    authority = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer)
-    return builder.add_extension(authority, critical=False).sign(ca_key, hashes.SHA256())
-
-
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: float
-) -> x509.CertificateBuilder:
-    now = datetime.now(UTC).replace(microsecond=0)
-    return (
-        x509.CertificateBuilder(subject_name=subject, issuer_name=issuer, public_key=key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - BACKDATE)
-        .not_valid_after(now + timedelta(days=days))
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-    )
-
-
-def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _name(common: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
-
-
-def _alternatives(names: Sequence[str], ips: Sequence[str]) -> list[x509.GeneralName]:
-    try:
-        wanted: list[x509.GeneralName] = [x509.DNSName(name) for name in dict.fromkeys((SERVER_NAME, *names))]
-        wanted += [x509.IPAddress(address) for address in dict.fromkeys(map(ipaddress.ip_address, ips))]
-    except ValueError as fault:
-        raise TrustError(f"can't stand in a certificate: {fault}") from None
-    return wanted
-
-
-def _load_ca(directory: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    certificate, key = directory / "ca.pem", directory / "ca.key"
-    try:
-        ca = x509.load_pem_x509_certificate(certificate.read_bytes())
-        ca_key = serialization.load_pem_private_key(key.read_bytes(), None)
-    except OSError as fault:
-        raise TrustError(f"{fault.filename}: can't be read: {fault.strerror}") from None
-    except (ValueError, TypeError) as fault:
-        raise TrustError(f"{directory}: ca.pem and ca.key can't be used: {fault}") from None
-    if not isinstance(ca_key, ec.EllipticCurvePrivateKey) or ca_key.public_key() != ca.public_key():
-        raise TrustError(f"{key}: is not the key of {certificate}")
-    return ca, ca_key
-
-
-# --- files ------------------------------------------------------------------------------------------------
-
-
-def _pem(certificate: x509.Certificate) -> bytes:
-    return certificate.public_bytes(serialization.Encoding.PEM)
-
-
-def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    plain = serialization.NoEncryption()
-    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
-
-
 def _text(line: str) -> bytes:
     return f"{line}\n".encode()
-
-
-def _write_all(directory: Path, files: Sequence[tuple[str, int, bytes, str]]) -> list[Made]:
-    """Write all or nothing; whatever is there already stays as it is."""
-    undo: list[Callable[[], object]] = []
-    try:
-        if not directory.exists():
-            directory.mkdir(mode=0o700, parents=True)
-            undo.append(directory.rmdir)
-        for name, mode, data, _ in files:
-            path = directory / name
-            _create(path, mode, data, undo)
-    except OSError as fault:
-        for step in reversed(undo):
-            with suppress(OSError):
-                step()
-        if isinstance(fault, FileExistsError):
-            raise TrustError(f"{fault.filename}: exists, and is not overwritten: use another directory") from None
-        raise TrustError(f"{fault.filename or directory}: can't be written: {fault.strerror}") from None
-    return [Made(directory / name, what) for name, _, _, what in files]
-
-
-def _create(path: Path, mode: int, data: bytes, undo: list[Callable[[], object]]) -> None:
-    # Secret from its first byte on: the mode is given at creation, whatever the umask.
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    undo.append(path.unlink)
-    with os.fdopen(descriptor, "wb") as file:
-        os.fchmod(descriptor, mode)
-        file.write(data)

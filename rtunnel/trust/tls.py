@@ -16,18 +16,20 @@ from rtunnel.trust.keys import TrustError
 from rtunnel.wire.messages import ALPN
 
 
-def server_context(certificate: Path | str, key: Path | str) -> ssl.SSLContext:
-    """A broker's side. Raises TrustError, which names the file at fault."""
+def server_context(certificate: Path | str, key: Path | str, *, clients: str = "") -> ssl.SSLContext:
+    """A broker's side. Raises TrustError, which names the file at fault.
+
+    `clients`: the CAs (PEM) of clients' certificates; then a client may show one, and one that is not from them, or not
+    of this time, ends the handshake.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     _common(context)
     # A link is never resumed: tickets would be bytes and keys for nothing.
     context.num_tickets = 0
-    for path in (certificate, key):
-        _readable(path)
-    try:
-        context.load_cert_chain(certificate, key, password=_no_password)
-    except (ssl.SSLError, ValueError) as fault:
-        raise TrustError(_chain_fault(certificate, key, fault)) from None
+    _load_chain(context, certificate, key)
+    if clients:
+        context.verify_mode = ssl.CERT_OPTIONAL
+        context.load_verify_locations(cadata=clients)
     return context
 
 
@@ -36,15 +38,27 @@ def client_context(ca: Path | str) -> ssl.SSLContext:
 
     Raises TrustError.
     """
+    return client_context_of(_readable(ca).decode("ascii", "replace"), str(ca))
+
+
+def client_context_of(pem: str, where: str = "the CAs in force") -> ssl.SSLContext:
+    """The same with the text of the CA certificates (`Roots.pem`)."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     _common(context)
-    _readable(ca)
     try:
-        context.load_verify_locations(cafile=ca)
-    except ssl.SSLError:
-        raise TrustError(f"{ca}: has no PEM certificate") from None
+        context.load_verify_locations(cadata=pem)
+    except (ssl.SSLError, ValueError):
+        raise TrustError(f"{where}: has no PEM certificate") from None
     if not context.get_ca_certs():
-        raise TrustError(f"{ca}: has no CA certificate")
+        raise TrustError(f"{where}: has no CA certificate")
+    return context
+
+
+def link_context(cas: str, certificate: Path | str = "", key: Path | str = "") -> ssl.SSLContext:
+    """As `client_context_of`; shows a certificate if one is given. Raises TrustError."""
+    context = client_context_of(cas)
+    if certificate:
+        _load_chain(context, certificate, key)
     return context
 
 
@@ -70,6 +84,15 @@ def days_left(path: Path | str, now: datetime | None = None) -> float:
 def _common(context: ssl.SSLContext) -> None:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols([ALPN])
+
+
+def _load_chain(context: ssl.SSLContext, certificate: Path | str, key: Path | str) -> None:
+    for path in (certificate, key):
+        _readable(path)
+    try:
+        context.load_cert_chain(certificate, key, password=_no_password)
+    except (ssl.SSLError, ValueError) as fault:
+        raise TrustError(_chain_fault(certificate, key, fault)) from None
 
 
 _END = "-----END CERTIFICATE-----"

@@ -5,11 +5,11 @@ A source is an IPv4 address, or the /64 of an IPv6 address: who has one address 
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass
 from typing import Final
 
 from rtunnel.config import LimitsConfig
+from rtunnel.net import source_of
 from rtunnel.wire.refusal import Refusal, Refused
 
 #: A bucket holds so many seconds of its rate: clients open connections in bursts.
@@ -163,10 +163,3 @@ class Limits:
     def known(self) -> int:
         """Sources and users in memory."""
         return len(self._sources) + len(self._users)
-
-
-def source_of(peer: str) -> str:
-    """Who an address counts for."""
-    if ":" not in peer:
-        return peer
-    return socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, peer)[:8] + bytes(8)) + "/64"

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, TypeVar
 
 import trio
@@ -178,19 +179,31 @@ class Cluster:
         return part
 
     async def start_agent(self, agent_id: str = "a1", *addresses: str, **keys: object) -> Part:
-        """An agent that dials the VIP; it answers for 127.1.0.1 unless told otherwise."""
+        """An agent that dials the VIP; it answers for 127.1.0.1 unless told otherwise, and can prove it."""
+        addresses = addresses or ("127.1.0.1",)
+        name = self.certify(
+            agent_id, *addresses, namespace=str(keys.get("namespace", self._keys.get("agent.namespace", "default")))
+        )
         part = await self._start(
             "agent",
             {
                 "agent.brokers": [f"127.0.0.1:{self.vip.address[1]}"],
                 "agent.agent_id": agent_id,
-                "agent.addresses": list(addresses) or ["127.1.0.1"],
+                "agent.addresses": list(addresses),
                 "agent.exposes": ["1-65535"],
+                "agent.certificate": str(self.secrets / f"{name}.pem"),
+                "agent.key": str(self.secrets / f"{name}.key"),
                 **dotted("agent", keys),
             },
         )
         self.agents[agent_id] = part
         return part
+
+    def certify(self, agent_id: str, *addresses: str, namespace: str = "default", days: float = 1) -> str:
+        """A fresh certificate and key of an agent; the name of their files."""
+        name = f"agent-{token_hex(6)}"  # the directory may be others', too
+        pki.issue_agent(self.secrets, name, agent_id=agent_id, namespace=namespace, addresses=addresses, days=days)
+        return name
 
     async def start_gateway(self, **keys: object) -> Part:
         """The gateway that `socks` and `http` use."""
@@ -236,6 +249,7 @@ class Cluster:
             "registry.reconcile": 2.0,
             "broker.certificate": str(made / "broker.pem"),
             "broker.key": str(made / "broker.key"),
+            "broker.ca": str(made / "ca.pem"),
             "broker.cluster_key": str(made / "cluster.key"),
             "broker.join_token": str(made / "join.token"),
             "broker.drain": 5.0,

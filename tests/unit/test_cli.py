@@ -160,12 +160,12 @@ def test_pki_commands(tmp_path: Path) -> None:
     directory = str(tmp_path / "pki")
     result = rtunnel("pki", "init", directory, "--name", "vip.example", "--ip", "10.0.0.1")
     assert result.exit_code == 0
-    assert "broker certificate; valid for 365 days, until 20" in result.output
+    assert "broker certificate; valid until 20" in result.output
     again = rtunnel("pki", "init", directory)
     assert again.exit_code == 2 and "exists, and is not overwritten" in again.stderr
-    assert rtunnel("pki", "broker", directory, "broker-2").exit_code == 0
-    assert rtunnel("pki", "token", "--id", "web").output.startswith("rtunnel-token-1.web.")
-    assert rtunnel("pki", "token", "--id", "a.b").exit_code == 2
+    assert rtunnel("pki", "issue", "broker", "--dir", directory, "broker-2").exit_code == 0
+    assert rtunnel("pki", "shared-token", "--id", "web").output.startswith("rtunnel-token-1.web.")
+    assert rtunnel("pki", "shared-token", "--id", "a.b").exit_code == 2
 
 
 # --- the registry's commands ------------------------------------------------------------------------------------------

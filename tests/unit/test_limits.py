@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtunnel.config import LimitsConfig
+from rtunnel.net import source_of
 from rtunnel.wire.refusal import Refusal
 from rtunnel_socks import limits as module
-from rtunnel_socks.limits import Limits, source_of
+from rtunnel_socks.limits import Limits
 
 
 def test_a_bucket_refills() -> None:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from rtunnel.trust import keys, pki, tls
 from rtunnel.trust.keys import DialSigner, NonceWindow, TrustError, token_mac
 
-SECRETS = ("ca.key", "broker.key", "cluster.key", "join.token")
+SECRETS = ("ca.key", "authority.db", "broker.key", "cluster.key", "join.token")
 PUBLIC = ("ca.pem", "broker.pem")
 
 
@@ -108,9 +108,9 @@ def test_another_broker_certificate(made: Path) -> None:
 
 def test_issuing_without_a_ca(tmp_path: Path, made: Path) -> None:
     """A missing CA, and a key of another CA, are told."""
-    with pytest.raises(TrustError, match=r"ca\.pem: can't be read"):
+    with pytest.raises(TrustError, match=r"authority\.db: can't be opened"):
         pki.issue_broker(tmp_path, "b")
-    (tmp_path / "ca.pem").write_bytes((made / "ca.pem").read_bytes())
+    (tmp_path / "authority.db").write_bytes((made / "authority.db").read_bytes())
     (tmp_path / "ca.key").write_bytes((made / "broker.key").read_bytes())
     with pytest.raises(TrustError, match="is not the key of"):
         pki.issue_broker(tmp_path, "b")

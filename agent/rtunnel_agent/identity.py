@@ -1,0 +1,372 @@
+"""Who the agent is: its certificate and key, the CAs that it believes, how it gets and renews all that. trio's side.
+
+A certificate that the agent enrols for lives in a directory of its own:
+
+    agent.key, agent.pem   the key, which never leaves, and the certificate
+    next.key               the key of a request under way: it stays the same until there is an answer, so that asking
+                           again after a lost answer does not use a token up
+    trust.list             the newest trust list
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from ssl import SSLContext
+from typing import Final
+
+import trio
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import load_der_x509_certificate
+from structlog.typing import FilteringBoundLogger
+
+from rtunnel.config import AgentConfig
+from rtunnel.trust.certificates import ENROL_LABEL, agent_request, key_pem, new_key, pem, sign_renewal
+from rtunnel.trust.files import SECRET, replace
+from rtunnel.trust.identity import Identity, PrivateKey, Roots, load_pair, load_private_key, load_roots
+from rtunnel.trust.keys import TrustError, load_token, token_mac
+from rtunnel.trust.tls import link_context
+from rtunnel.watch import Watched, watch
+from rtunnel.wire.messages import VERSION, Enrol, Enrolled
+from rtunnel.wire.refusal import Refused
+
+#: A certificate is renewed when so much of its life is over, give or take the jitter: a fleet that was started at once
+#: must not come back at once.
+RENEW_AT: Final = 2 / 3
+RENEW_JITTER: Final = 0.05
+#: With less than this left somebody should look.
+WARN_AT: Final = 5 / 6
+#: Pauses between two requests: doubled from the first up to the cap, or a tenth of what the certificate lives still.
+FIRST_PAUSE: Final = 0.25
+LONGEST_PAUSE: Final = 600.0
+#: The clock may be set, and the machine may sleep: look again so often.
+LOOK_SECONDS: Final = 30.0
+
+#: After CAs have changed certificates come from another one soon: so many seconds are enough for the fleet.
+CA_SPREAD: Final = 600.0
+
+_FIX: Final = "make one with `rtunnel pki token create`, and give it to the agent"
+
+Ask = Callable[[Enrol], Awaitable[Enrolled]]
+
+
+@dataclass(frozen=True, slots=True)
+class AgentIdentity:
+    """A certificate and its key."""
+
+    certificate: bytes  # DER
+    key: PrivateKey
+    who: Identity
+
+
+class Credentials:
+    """See the module. `ask` gets a request to the authority; raises Refused, or OSError with a text."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        agent_id: str,
+        addresses: Sequence[str],
+        *,
+        ask: Ask,
+        put: Callable[[AgentIdentity], object],
+        log: FilteringBoundLogger,
+    ) -> None:
+        """`put` gets each new identity, the first one now. Raises TrustError."""
+        self.identity: AgentIdentity | None = None
+        self.failure = ""  # why the last request came to nothing
+        self.renewed = 0.0  # when there was a new certificate last, since the start
+        self.context: SSLContext | None = None  # of links
+        self.anonymous: SSLContext | None = None  # of links that show no certificate
+        self._config = config
+        self._agent_id = agent_id
+        self._addresses = tuple(addresses)
+        self._ask = ask
+        self._on_put = put
+        self._log = log.bind(agent=agent_id)
+        self._directory = Path(config.identity) if config.identity else None
+        self._pair = Path(config.certificate), Path(config.key)
+        if self._directory is not None:
+            self._pair = self._directory / "agent.pem", self._directory / "agent.key"
+        self._token = load_token(config.join_token) if config.join_token else None
+        self._roots = load_roots(config.ca) if config.security == "tls" or config.identity else None
+        self._renew_at = 0.0
+        self._warned = False
+        self._changed = trio.Event()
+        if self._directory is not None:
+            self._open_directory(self._directory)
+        elif config.certificate:
+            self._put(AgentIdentity(*load_pair(*self._pair)))
+        self._make_contexts()
+
+    def _keep(self, path: Path, signed: bytes) -> None:
+        try:
+            replace(path, SECRET, signed)
+        except TrustError as fault:
+            self._log.warning("trust_list_not_kept", reason=str(fault), hint="the next start begins with an old one")
+
+    # What the agent asks for.
+
+    @property
+    def generation(self) -> int:
+        """Of the trust list."""
+        return self._roots.generation if self._roots is not None else 0
+
+    @property
+    def by_certificate(self) -> bool:
+        """Whether sessions are proved by certificate, and not by the join token."""
+        return self._config.security == "tls" and bool(self._config.identity or self._config.certificate)
+
+    @property
+    def missing(self) -> str:
+        """Why no session can be had at present; empty when one can."""
+        if not self.by_certificate or not (fault := self._fault()):
+            return ""
+        return f"{fault}; {self.failure}" if self.failure else fault
+
+    def take(self, signed: bytes) -> None:
+        """A trust list came."""
+        assert self._roots is not None
+        generation = self._roots.generation
+        try:
+            if not self._roots.take(signed):
+                return
+        except TrustError as fault:
+            self._log.error("trust_rejected", reason=str(fault))
+            return
+        if self._directory is not None:
+            self._keep(self._directory / "trust.list", signed)
+        self._make_contexts()
+        if self._roots.generation > generation and self.identity is not None:
+            life = self.identity.who.ends - self.identity.who.issued
+            soon = random.uniform(0, min(CA_SPREAD, life / 6))  # noqa: S311
+            self._renew_at = min(self._renew_at, time.time() + soon)
+        self._tell()
+        self._log.info("trust_loaded", number=self._roots.number, generation=self._roots.generation)
+
+    async def run(self) -> None:
+        """Keep everything up to date."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch, self._files(), self._log)
+            if self.identity is not None or self._directory is not None:
+                nursery.start_soon(self._warn_in_time)
+            if self._directory is not None:
+                nursery.start_soon(self._keep_fresh)
+
+    async def changed(self, patience: float) -> None:
+        """Wait for another certificate, or other CAs; at most `patience` seconds."""
+        with trio.move_on_after(patience):
+            await self._changed.wait()
+
+    def shown(self) -> dict[str, object] | None:
+        """For /statusz."""
+        if self.identity is None and not self.by_certificate:
+            return None
+        who = self.identity.who if self.identity is not None else None
+        return {
+            "subject": who.subject if who is not None else "",
+            "ends": who.ends if who is not None else 0,
+            "renews": self._renew_at if who is not None and self._directory is not None else 0,
+            "renewed": self.renewed,
+            "failure": self.failure,
+            "fault": self._fault(),
+            "trust": {"number": self._roots.number, "generation": self.generation} if self._roots is not None else None,
+        }
+
+    # The certificate, and what follows from it.
+
+    def _fault(self) -> str:
+        """Why the certificate can't be used; empty when it can."""
+        if self.identity is None:
+            return "there is no certificate yet"
+        who, roots = self.identity.who, self._roots
+        if time.time() >= who.ends:
+            return "the certificate has expired"
+        if roots is None or roots.is_revoked(who):
+            return ""  # the broker says it better
+        try:
+            roots.verify(self.identity.certificate)
+        except TrustError as fault:
+            return str(fault)
+        return ""
+
+    def _put(self, identity: AgentIdentity) -> None:
+        wanted = f"agent/{self._config.namespace}/{self._agent_id}"
+        missing = [address for address in self._addresses if address not in identity.who.addresses]
+        if identity.who.subject != wanted:
+            raise TrustError(f"{self._pair[0]}: is the certificate of {identity.who.subject}, and this is {wanted}")
+        if missing:
+            raise TrustError(f"{self._pair[0]}: has not the address {missing[0]} of this agent")
+        self.identity = identity
+        self._on_put(identity)
+        self._warned = False
+        life = identity.who.ends - identity.who.issued
+        share = RENEW_AT + random.uniform(-RENEW_JITTER, RENEW_JITTER)  # noqa: S311
+        self._renew_at = identity.who.issued + life * share
+
+    def _make_contexts(self) -> None:
+        if self._config.security == "plain" or self._roots is None:
+            return
+        self.anonymous = self.context = link_context(self._roots.pem)
+        if self.identity is not None:
+            self.context = link_context(self._roots.pem, *self._pair)
+
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()
+
+    # Files.
+
+    def _open_directory(self, directory: Path) -> None:
+        """Make it, or read what is there."""
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as fault:
+            raise TrustError(f"{directory}: can't be made: {fault.strerror}") from None
+        assert self._roots is not None
+        trust = directory / "trust.list"
+        if trust.exists():
+            try:
+                self._roots.take(trust.read_bytes())
+            except (TrustError, OSError) as fault:
+                self._log.warning("trust_rejected", file=str(trust), reason=str(fault))
+        if self._pair[0].exists():
+            try:
+                self._finish_exchange(directory)
+                self._put(AgentIdentity(*load_pair(*self._pair)))
+            except TrustError as fault:
+                self._log.warning("identity_rejected", reason=str(fault), hint="a new one is enrolled for")
+        if self._token is None and (missing := self._fault()):
+            raise TrustError(f"{directory}: {missing}, and agent.join_token is not given: {_FIX}")
+
+    def _finish_exchange(self, directory: Path) -> None:
+        """The last one ended between its two files: then the certificate is that of the next key."""
+        pending = directory / "next.key"
+        if pending.exists() and not _fits(*self._pair) and _fits(self._pair[0], pending):
+            pending.rename(self._pair[1])
+
+    def _files(self) -> list[Watched]:
+        files: list[Watched] = []
+        if self._roots is not None:
+            files.append(Watched("ca", [Path(self._config.ca)], lambda: load_roots(self._config.ca), self._put_cas))
+        if self._config.certificate:
+            files.append(Watched("certificate", self._pair, lambda: load_pair(*self._pair), self._put_pair))
+        return files
+
+    async def _put_cas(self, fresh: Roots) -> dict[str, object]:
+        """Another CA file."""
+        assert self._roots is not None
+        self._roots.begin_again(fresh.pem.encode())
+        self._make_contexts()
+        self._tell()
+        return {"number": self._roots.number}
+
+    async def _put_pair(self, pair: tuple[bytes, PrivateKey, Identity]) -> dict[str, object]:
+        self._put(AgentIdentity(*pair))
+        self._make_contexts()
+        self._tell()
+        self.renewed = time.time()
+        return {"ends": _day(pair[2].ends)}
+
+    # Enrolling and renewing.
+
+    async def _keep_fresh(self) -> None:
+        failures = 0
+        while True:
+            pause = 0.0 if self._fault() else self._renew_at - time.time()
+            if pause > 0:
+                failures = 0
+                await self.changed(min(pause, LOOK_SECONDS))
+            elif not await self._get():
+                failures += 1
+                left = self.identity.who.ends - time.time() if self.identity is not None else 0.0
+                cap = max(self._config.backoff_cap, min(LONGEST_PAUSE, left / 10))
+                await trio.sleep(random.uniform(0.5, 1.0) * min(cap, FIRST_PAUSE * 2.0 ** min(failures, 16)))  # noqa: S311
+
+    async def _get(self) -> bool:
+        """One request, by the certificate while it is good, else by the token; whether it was answered with one."""
+        renewing = self.identity is not None and not self._fault()
+        try:
+            await self._exchange(renewing)
+        except (Refused, OSError, TrustError) as fault:
+            code = f"{fault.code}: " if isinstance(fault, Refused) else ""
+            failure = code + str(fault)
+            if failure != self.failure:
+                event = "renewal_failed" if renewing else "enrolment_failed"
+                ends = _day(self.identity.who.ends) if self.identity is not None else ""
+                self._log.warning(event, reason=failure, certificate_ends=ends)
+            self.failure = failure
+            return False
+        self.failure = ""
+        return True
+
+    async def _exchange(self, renewing: bool) -> None:
+        assert self._directory is not None and self._roots is not None
+        pending = self._directory / "next.key"
+        key = _pending_key(pending)
+        answer = await self._ask(self._request(key, renewing))
+        if answer.trust:
+            self.take(answer.trust)
+        who = self._roots.verify(answer.certificate)
+        if who.public_key != key.public_key():
+            raise TrustError("the authority's certificate is for another key")
+        self._put(AgentIdentity(answer.certificate, key, who))
+        # The certificate first: whoever dies between the two finds the key beside it.
+        replace(self._pair[0], SECRET, pem(load_der_x509_certificate(answer.certificate)))
+        pending.rename(self._pair[1])
+        self._make_contexts()
+        self.renewed = time.time()
+        self._tell()
+        self._log.info("renewed" if renewing else "enrolled", ends=_day(who.ends), addresses=sorted(who.addresses))
+
+    def _request(self, key: PrivateKey, renewing: bool) -> Enrol:
+        names = agent_request(key, self._agent_id, self._config.namespace, self._addresses)
+        request = names.public_bytes(Encoding.DER)
+        if renewing:
+            assert self.identity is not None
+            signature = sign_renewal(self.identity.key, request)
+            return Enrol(VERSION, request, certificate=self.identity.certificate, signature=signature)
+        if self._token is None:
+            raise TrustError(f"agent.join_token is not given: {_FIX}")
+        return Enrol(VERSION, request, self._token.id, token_mac(self._token.secret, ENROL_LABEL, request))
+
+    async def _warn_in_time(self) -> None:
+        """Once for each certificate, when it is nearly over and there is no other."""
+        while True:
+            identity = self.identity
+            warn_at = 0.0
+            if identity is not None:
+                warn_at = identity.who.issued + WARN_AT * (identity.who.ends - identity.who.issued)
+                if time.time() >= warn_at and not self._warned:
+                    self._warned = True
+                    reason = self.failure or "it is not renewed by itself"
+                    self._log.warning("certificate_ends_soon", ends=_day(identity.who.ends), reason=reason)
+            await self.changed(min(max(warn_at - time.time(), 1.0), LOOK_SECONDS))
+
+
+def _pending_key(path: Path) -> PrivateKey:
+    """The key of the request under way, or of a new one. Raises TrustError."""
+    if path.exists():
+        try:
+            return load_private_key(path)
+        except TrustError:
+            pass  # nothing depends on it yet
+    key = new_key()
+    replace(path, SECRET, key_pem(key))
+    return key
+
+
+def _fits(certificate: Path, key: Path) -> bool:
+    try:
+        load_pair(certificate, key)
+    except TrustError:
+        return False
+    return True
+
+
+def _day(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

@@ -1,0 +1,239 @@
+"""Connections and messages: each message is a question, and gets one answer. trio; the store is on a worker thread."""
+
+from __future__ import annotations
+
+import os
+import ssl
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, TypeVar
+
+import trio
+
+from rtunnel.config import AuthorityConfig, format_endpoint, parse_endpoint
+from rtunnel.logs import get_logger
+from rtunnel.net import listening_socket
+from rtunnel.trust.authority import Authority, Granted, claimed
+from rtunnel.trust.certificates import DAY, Ca, authority_certificate, key_pem, new_key, pem
+from rtunnel.trust.keys import TrustError
+from rtunnel.trust.pki import Directory
+from rtunnel.trust.tls import server_context
+from rtunnel.wire.messages import VERSION, Decoder, Enrol, Follow, Message, MessageError, Refuse, Trust, encode
+from rtunnel.wire.refusal import Refusal, Refused
+
+_T = TypeVar("_T")
+
+#: From one whole message to the next, and for a TLS handshake.
+DEADLINE: Final = 10.0
+#: A broker or gateway process has one connection, and up to 8 in a storm of new agents.
+MAX_CONNECTIONS: Final = 2048
+MAX_OF_SOURCE: Final = 512
+#: What `rtunnel pki` changed is seen after this; together with a follower's own pause it is far below 5 s.
+LOOK_SECONDS: Final = 0.5
+#: The authority's own certificate; it makes another one when half of the time is over.
+OWN_DAYS: Final = 7
+_LOG_PAUSE: Final = 10.0
+
+
+class Server:
+    """The authority's process. `run` is its life."""
+
+    def __init__(self, config: AuthorityConfig) -> None:
+        """Raises TrustError when the directory can't be used."""
+        self.directory = Directory(Path(config.directory))
+        self.authority = Authority(self.directory)
+        self.connections = 0
+        self.counts: Counter[str] = Counter()
+        self.bound = ("", 0)
+        self._listen = config.listen
+        self._log = get_logger("authority").bind()
+        self._one = trio.CapacityLimiter(1)  # SQLite's transactions are one after another anyway
+        self._sources: Counter[str] = Counter()
+        self._full_logged = float("-inf")
+        self._fault = ""
+        # What Follow is answered from.
+        self._number = self.directory.number
+        self._signed = self.directory.signed
+        self._tls = _Tls(self.directory.issuing)
+
+    def close(self) -> None:
+        """After `run`."""
+        self.directory.close()
+
+    async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED) -> None:
+        """Started when it accepts connections. Until `stop`. Raises ListenError."""
+        sock = listening_socket(*parse_endpoint(self._listen), key="authority.listen")
+        self.bound = sock.getsockname()[:2]
+        async with (
+            trio.SocketListener(trio.socket.from_stdlib_socket(sock)) as listener,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(self._look)
+            nursery.start_soon(trio.serve_listeners, self._connection, [listener])
+            self._log.info("authority_ready", listen=format_endpoint(*self.bound), list=self._number)
+            task_status.started(self)
+            await stop.wait()
+            nursery.cancel_scope.cancel()
+
+    def reasons(self) -> list[str]:
+        """Why it is not ready."""
+        return [f"store: {self._fault}"] if self._fault else []
+
+    def shown(self) -> dict[str, object]:
+        """For /statusz."""
+        return {
+            "role": "authority",
+            "directory": str(self.directory.path),
+            "list": self._number,
+            "store": self._fault or "ok",
+            "connections": self.connections,
+            **{name: self.counts[name] for name in ("enrolled", "renewed", "refused")},
+        }
+
+    # The directory, on a worker thread.
+
+    async def _there(self, call: Callable[[], _T]) -> _T:
+        return await trio.to_thread.run_sync(call, limiter=self._one)
+
+    async def _look(self) -> None:
+        """See what `rtunnel pki` has changed."""
+        while True:
+            await trio.sleep(LOOK_SECONDS)
+            try:
+                await self._there(self._refresh)
+            except TrustError as fault:
+                self._store_is(str(fault))
+            else:
+                self._store_is("")
+
+    def _refresh(self) -> None:
+        self.directory.refresh()
+        if self.directory.number != self._number:
+            self._log.info("trust_list", number=self.directory.number, revoked=len(self.directory.roots.revoked))
+        self._number, self._signed = self.directory.number, self.directory.signed
+        if self._tls.is_of_yesterday(self.directory.issuing):
+            self._tls = _Tls(self.directory.issuing)
+
+    def _store_is(self, fault: str) -> None:
+        if fault and fault != self._fault:
+            self._log.error("store_fault", reason=fault, hint="nobody can enrol or renew meanwhile")
+        self._fault = fault
+
+    # Connections.
+
+    async def _connection(self, tcp: trio.SocketStream) -> None:
+        try:
+            source = str(tcp.socket.getpeername()[0])
+            peer = format_endpoint(*tcp.socket.getpeername()[:2])
+        except OSError:  # it has gone already
+            return
+        if self.connections >= MAX_CONNECTIONS or self._sources[source] >= MAX_OF_SOURCE:
+            self._full(peer)
+            return
+        self.connections += 1
+        self._sources[source] += 1
+        try:
+            await self._converse(trio.SSLStream(tcp, self._tls.context, server_side=True, https_compatible=True), peer)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        except Exception:
+            self._log.exception("connection_failed", peer=peer)
+        finally:
+            self.connections -= 1
+            self._sources[source] -= 1
+            if not self._sources[source]:
+                del self._sources[source]
+
+    def _full(self, peer: str) -> None:
+        self.counts["turned_away"] += 1
+        if trio.current_time() > self._full_logged + _LOG_PAUSE:
+            self._full_logged = trio.current_time()
+            self._log.warning("too_many_connections", peer=peer, limit=MAX_CONNECTIONS, of_one_source=MAX_OF_SOURCE)
+
+    async def _converse(self, stream: trio.SSLStream[trio.SocketStream], peer: str) -> None:
+        """Until the peer has nothing more to say, or says it too slowly or wrongly."""
+        decoder = Decoder(Enrol | Follow)
+        while True:
+            with trio.move_on_after(DEADLINE) as waiting:
+                try:
+                    while (question := decoder.next()) is None:
+                        data = await stream.receive_some(decoder.limit)
+                        if not data:
+                            return
+                        decoder.feed(data)
+                    answer = await self._answer(question, peer)
+                except MessageError as fault:
+                    code = Refusal.VERSION if fault.other_version else Refusal.PROTOCOL_ERROR
+                    self._log.warning("bad_message", peer=peer, reason=str(fault))
+                    await stream.send_all(encode(Refuse(code, str(fault)[:512])))
+                    return
+                await stream.send_all(encode(answer))
+            if waiting.cancelled_caught:
+                return
+
+    async def _answer(self, question: Enrol | Follow, peer: str) -> Message:
+        if isinstance(question, Follow):
+            if question.version != VERSION:
+                return Refuse(Refusal.VERSION, f"version {question.version} is not spoken here, only {VERSION}")
+            return Trust(self._signed if question.number < self._number else b"")
+        try:
+            granted = await self._there(lambda: self.authority.enrol(question))
+        except Refused as refused:
+            return self._refuse(question, refused.code, refused.text, peer)
+        except TrustError as fault:
+            self._store_is(str(fault))
+            text = "the authority can't read or write its store: see its log"
+            return self._refuse(question, Refusal.AUTHORITY_UNAVAILABLE, text, peer)
+        self._granted(granted, peer)
+        return granted.answer
+
+    def _granted(self, granted: Granted, peer: str) -> None:
+        event = "enrolled" if granted.token_id else "renewed"
+        self.counts[event] += 1
+        self._log.info(
+            event,
+            subject=granted.request.subject,
+            addresses=list(granted.request.addresses),
+            until=datetime.fromtimestamp(granted.ends, UTC).isoformat(timespec="seconds"),
+            peer=peer,
+            **({"token": granted.token_id} if granted.token_id else {}),
+        )
+
+    def _refuse(self, question: Enrol, code: Refusal, text: str, peer: str) -> Refuse:
+        self.counts["refused"] += 1
+        asked = claimed(question)
+        self._log.warning(
+            "enrol_refused",
+            code=code,
+            reason=text,
+            token=question.token_id,
+            subject=asked.subject if asked else "",
+            addresses=list(asked.addresses) if asked else [],
+            peer=peer,
+        )
+        return Refuse(code, text[:512])
+
+
+class _Tls:
+    """What the authority shows: a certificate of its own making, whose key never leaves this process."""
+
+    def __init__(self, ca: Ca) -> None:
+        now = time.time()
+        key = new_key()
+        certificate = authority_certificate(ca, key.public_key(), now, OWN_DAYS * DAY)
+        self._issuer = ca.fingerprint
+        self._made = now
+        # OpenSSL takes it from a file only: here from one that has no name.
+        descriptor = os.memfd_create("authority")
+        try:
+            os.write(descriptor, pem(certificate) + key_pem(key))
+            self.context: ssl.SSLContext = server_context(*[f"/proc/self/fd/{descriptor}"] * 2)
+        finally:
+            os.close(descriptor)
+
+    def is_of_yesterday(self, ca: Ca) -> bool:
+        """Whether another one is due."""
+        return ca.fingerprint != self._issuer or time.time() > self._made + OWN_DAYS * DAY / 2

@@ -1,0 +1,279 @@
+"""What a broker or a gateway goes by: the CAs in force and the revocations, kept up to date. trio's side.
+
+They come from files and from the authority. A list is good by its signature, so all ways may be used at once, and the
+newest list wins. When the authority is away what was in force stays in force.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+from structlog.typing import FilteringBoundLogger
+
+from rtunnel.config import parse_endpoint
+from rtunnel.trust.certificates import AUTHORITY_NAME
+from rtunnel.trust.files import PUBLIC, replace
+from rtunnel.trust.identity import Roots
+from rtunnel.trust.keys import TrustError
+from rtunnel.trust.tls import client_context_of
+from rtunnel.watch import Watched, watch
+from rtunnel.wire.messages import (
+    MAX_MESSAGE,
+    VERSION,
+    Decoder,
+    Enrol,
+    Enrolled,
+    Follow,
+    Message,
+    MessageError,
+    Refuse,
+    Trust,
+    encode,
+)
+from rtunnel.wire.refusal import Refusal, Refused
+
+#: The authority is asked for news so often.
+FOLLOW_SECONDS: Final = 1.5
+#: An answer of the authority takes so long at most, with the connect.
+PATIENCE: Final = 5.0
+#: Connections to the authority at once.
+MAX_LINES: Final = 8
+#: A trust list with its wrapping has less; a longer file is the wrong one.
+_MAX_FILE: Final = 1 << 16
+
+Apply = Callable[[Callable[[], Any]], Awaitable[Any]]
+
+
+class Anchor:
+    """The CAs in force and the revocations of one process.
+
+    `roots` belongs to the thread in which `apply` runs what it is given; `changed` is called there after each change.
+    """
+
+    def __init__(
+        self,
+        *,
+        ca: Path,
+        trust: Path | None,
+        authority: str,
+        log: FilteringBoundLogger,
+        apply: Apply,
+        changed: Callable[[], object],
+    ) -> None:
+        """Reads `ca`, and `trust` if it is there. Raises TrustError."""
+        self.roots = Roots(_read(ca), str(ca))
+        self._ca = ca
+        self._trust = trust
+        self._authority = authority
+        self._log = log
+        self._apply = apply
+        self._changed = changed
+        self._fault = "not asked yet"
+        self._unkept = ""  # why the newest list is not in its file
+        self._lines: list[_Line] = []
+        self._limit = trio.CapacityLimiter(MAX_LINES)
+        self._context: ssl.SSLContext | None = None
+        self._watched = [Watched("ca", [ca], partial(_read, ca), self._put_ca)]
+        if trust is not None:
+            self._watched.append(Watched("trust", [trust], partial(_read, trust), self._put_trust))
+            if trust.exists():
+                self._take(_read(trust), f"{trust}: ")
+
+    async def run(self) -> None:
+        """Keep up to date until cancelled: the files, and the authority through any outage."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watch, self._watched, self._log)
+                if self._authority:
+                    nursery.start_soon(self._follow)
+        finally:
+            while self._lines:
+                self._lines.pop().close()
+
+    async def enrol(self, request: Enrol) -> Enrolled:
+        """The authority's answer. Raises Refused; AUTHORITY_UNAVAILABLE when there is none within 5 s."""
+        if not self._authority:
+            raise Refused(Refusal.AUTHORITY_UNAVAILABLE, "no authority is configured here: certificates come by hand")
+        try:
+            answer = await self._ask(request, Enrolled | Refuse)
+        except _Silent as fault:
+            raise Refused(Refusal.AUTHORITY_UNAVAILABLE, f"the authority can't be reached: {fault}") from None
+        if isinstance(answer, Refuse):
+            raise Refused(Refusal.parse(answer.code), answer.text)
+        assert isinstance(answer, Enrolled)
+        return answer
+
+    def shown(self) -> dict[str, object]:
+        """For /statusz."""
+        return {
+            "number": self.roots.number,
+            "generation": self.roots.generation,
+            "revoked": len(self.roots.revoked),
+            "authority": (self._fault or "ok") if self._authority else "none",
+            "kept": self._unkept or ("ok" if self._trust else "no file"),
+        }
+
+    # What changes `roots`.
+
+    async def _put_ca(self, pem: bytes) -> dict[str, object]:
+        def begin_again() -> bool:
+            self.roots.begin_again(pem, str(self._ca))
+            return True
+
+        await self._change(begin_again)
+        return {"number": self.roots.number}
+
+    async def _put_trust(self, signed: bytes) -> dict[str, object]:
+        news = await self._change(partial(self._take, signed, f"{self._trust}: "))
+        return {"number": self.roots.number, "news": news}
+
+    async def _change(self, change: Callable[[], bool]) -> bool:
+        """Run where `roots` may be changed; whether it was. Raises TrustError."""
+
+        def there() -> bool:
+            news = change()
+            if news:
+                self._changed()
+            return news
+
+        news = bool(await self._apply(there))
+        if news:
+            self._context = None  # it trusts the CAs of before
+        return news
+
+    def _take(self, signed: bytes, where: str = "") -> bool:
+        try:
+            return self.roots.take(signed)
+        except TrustError as fault:
+            raise TrustError(f"{where}{fault}") from None
+
+    # The authority.
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                answer = await self._ask(Follow(VERSION, self.roots.number), Trust | Refuse)
+                if isinstance(answer, Refuse):
+                    raise _Silent(f"it refuses: {answer.text}")
+                if answer.signed and await self._change(partial(self._take, answer.signed)):
+                    self._log.info("trust_list_taken", **self._news())
+                    await self._keep(answer.signed)
+                self._heard("")
+            except (_Silent, TrustError) as fault:
+                self._heard(str(fault))
+            await trio.sleep(FOLLOW_SECONDS)
+
+    def _news(self) -> dict[str, object]:
+        return {"number": self.roots.number, "revoked": len(self.roots.revoked)}
+
+    def _heard(self, fault: str) -> None:
+        """Say it once when it changes."""
+        if fault and fault != self._fault:
+            hint = "what was in force stays in force; nobody can enrol or renew meanwhile"
+            self._log.warning("authority_unavailable", authority=self._authority, reason=fault, hint=hint)
+        elif not fault and self._fault:
+            self._log.info("authority_reached", authority=self._authority)
+        self._fault = fault
+
+    async def _keep(self, signed: bytes) -> None:
+        if self._trust is None:
+            return
+        try:
+            await trio.to_thread.run_sync(replace, self._trust, PUBLIC, signed)
+            self._unkept = ""
+        except TrustError as fault:
+            if str(fault) != self._unkept:
+                hint = "the next start begins with an older list"
+                self._log.warning("trust_list_not_kept", reason=str(fault), hint=hint)
+            self._unkept = str(fault)
+
+    async def _ask(self, request: Message, expected: Any) -> Any:
+        """One question, one answer. Raises _Silent."""
+        with trio.move_on_after(PATIENCE):
+            async with self._limit:
+                while self._lines:  # the authority closes those that are silent: then the next one
+                    line = self._lines.pop()
+                    try:
+                        return await self._converse(line, request, expected)
+                    except _Silent:
+                        continue
+                return await self._converse(await self._connect(), request, expected)
+        raise _Silent(f"no answer within {PATIENCE:g} s")
+
+    async def _converse(self, line: _Line, request: Message, expected: Any) -> Any:
+        try:
+            answer = await line.ask(request, expected)
+        except BaseException:
+            line.close()
+            raise
+        self._lines.append(line)
+        return answer
+
+    async def _connect(self) -> _Line:
+        host, port = parse_endpoint(self._authority)
+        if self._context is None:
+            self._context = client_context_of(self.roots.pem)
+        try:
+            tcp = await trio.open_tcp_stream(host, port)
+        except OSError as fault:
+            raise _Silent(_reason(fault)) from None
+        return _Line(trio.SSLStream(tcp, self._context, server_hostname=AUTHORITY_NAME, https_compatible=True))
+
+
+class _Silent(Exception):
+    """No answer; the text says why."""
+
+
+class _Line:
+    """A connection to the authority."""
+
+    def __init__(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
+        self.stream = stream
+        self._decoder = Decoder(None, MAX_MESSAGE)
+
+    def close(self) -> None:
+        """At once."""
+        self.stream.transport_stream.socket.close()
+
+    async def ask(self, request: Message, expected: Any) -> Any:
+        """Raises _Silent."""
+        self._decoder.expect(expected)
+        try:
+            await self.stream.send_all(encode(request))
+            while (answer := self._decoder.next()) is None:
+                data = await self.stream.receive_some(MAX_MESSAGE)
+                if not data:
+                    raise _Silent("it closed the connection")
+                self._decoder.feed(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as fault:
+            raise _Silent(_reason(fault)) from None
+        except MessageError as fault:
+            raise _Silent(f"it does not speak our protocol: {fault}") from None
+        return answer
+
+
+def _reason(fault: BaseException) -> str:
+    """What lies below: trio wraps what OpenSSL and the kernel say."""
+    while isinstance(below := fault.__cause__ or fault.__context__, OSError):
+        fault = below
+    if isinstance(fault, ssl.SSLCertVerificationError):
+        return f"its certificate is not good: {fault.verify_message}"
+    if isinstance(fault, OSError):
+        return (fault.strerror or str(fault)).lower()
+    return str(fault) or "the connection broke"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_FILE + 1)
+    except OSError as fault:
+        raise TrustError(f"{path}: can't be read: {fault.strerror}") from None
+    if len(data) > _MAX_FILE:
+        raise TrustError(f"{path}: is far too long")
+    return data

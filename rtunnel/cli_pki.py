@@ -1,0 +1,438 @@
+"""`rtunnel pki`: the cluster's keys, certificates, tokens and revocations, at the authority's directory."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+
+from rtunnel.config import BadValue, canonical_ip, check_network, check_word
+from rtunnel.console import Failure, print_table, told
+from rtunnel.logs import printable
+from rtunnel.roles import EXIT_USAGE
+from rtunnel.trust import certificates, keys, pki
+from rtunnel.trust.certificates import DAY, read_request, requested_key
+from rtunnel.trust.files import PUBLIC, SECRET, Made, replace, write_new
+from rtunnel.trust.keys import TrustError
+from rtunnel.trust.pki import Directory, open_directory
+from rtunnel.trust.store import TokenRecord
+
+_UNITS = {"d": DAY, "h": 3600, "m": 60, "s": 1}
+
+
+class _Duration(click.ParamType[int]):
+    """Seconds of 90s, 30m, 24h or 7d."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"(\d{1,6})([smhd])", str(value))
+        if not found or not int(found[1]):
+            self.fail(f"{value!r} is not a duration: write it like 30m, 24h or 7d", param, ctx)
+        return int(found[1]) * _UNITS[found[2]]
+
+
+class _Checked(click.ParamType[str]):
+    """What a check of the configuration takes."""
+
+    def __init__(self, name: str, check: Callable[[str], str]) -> None:
+        self.name = name
+        self._check = check
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return self._check(str(value))
+        except ValueError as fault:
+            fix = f" ({fault.fix})" if isinstance(fault, BadValue) and fault.fix else ""
+            self.fail(f"{fault}{fix}", param, ctx)
+
+
+_DURATION = _Duration()
+_WORD = _Checked("word", check_word)
+_IP = _Checked("ip", canonical_ip)
+_CIDR = _Checked("cidr", check_network)
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+
+_dir = click.option(
+    "--dir", "directory", type=_FOLDER, default=".", help="The authority's, made by `pki init`; default: this one."
+)
+_names = click.option("--name", "names", multiple=True, help="A DNS name of the brokers' VIP; repeatable.")
+_ips = click.option("--ip", "ips", type=_IP, multiple=True, help="An IP address of the brokers' VIP; repeatable.")
+_namespace = click.option("--namespace", type=_WORD, default="default", show_default=True, help="Of the agent.")
+_csr = click.option(
+    "--csr", type=click.Path(path_type=Path, dir_okay=False), help="A request of `pki request`: the key stays there."
+)
+_force = click.option("--force", is_flag=True, help="Also when that looks wrong.")
+
+
+@click.group("pki")
+def pki_group() -> None:
+    """Make keys, certificates and tokens; revoke them; replace the CA."""
+
+
+@pki_group.command("init")
+@click.argument("directory", type=click.Path(path_type=Path))
+@_names
+@_ips
+def init(directory: Path, names: tuple[str, ...], ips: tuple[str, ...]) -> None:
+    """Make a CA, a broker certificate, a cluster key and a join token in DIRECTORY. Nothing is overwritten.
+
+    Names and addresses are needed only where agents are given another `server_name` than broker.rtunnel.
+    """
+    with told():
+        _show_made(pki.init(directory, names=names, ips=ips))
+
+
+@pki_group.command("shared-token")
+@click.option("--id", "token_id", default="", help="Its name in files and logs; random by default.")
+def shared_token(token_id: str) -> None:
+    """Print a join token for brokers without an authority (`broker.join_token`).
+
+    Add the line to the brokers' file, and give it to agents in a file of its own. Who has it may claim any address.
+    """
+    click.echo(_new_token(token_id).line())
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+@pki_group.group("token")
+def token_group() -> None:
+    """Join tokens: with one an agent gets its first certificate from the authority."""
+
+
+@token_group.command("create")
+@_dir
+@click.option("--id", "token_id", default="", help="Its name in lists and logs; random by default.")
+@click.option("--lifetime", type=_DURATION, default="24h", show_default=True, help="It can be used so long.")
+@click.option("--uses", type=click.IntRange(1, 1_000_000), default=1, show_default=True, help="By so many agents.")
+@_namespace
+@click.option(
+    "--cidr", "networks", type=_CIDR, multiple=True, required=True, help="Addresses they may have; repeatable."
+)
+@click.option("--cert-lifetime", type=_DURATION, default="24h", show_default=True, help="Of their certificates.")
+def token_create(
+    directory: Path,
+    token_id: str,
+    lifetime: int,
+    uses: int,
+    namespace: str,
+    networks: tuple[str, ...],
+    cert_lifetime: int,
+) -> None:
+    """Make a token and print it, once: give the line to the agent in a file."""
+    token = _new_token(token_id)
+    ends = int(time.time()) + lifetime
+    record = TokenRecord(token.id, token.secret, namespace, networks, uses, 0, ends, cert_lifetime)
+    with _changing(directory) as opened:
+        opened.store.add_token(record)
+    click.echo(token.line())
+    whom = "one agent" if uses == 1 else f"{uses} agents"
+    click.echo(f"lets {whom} of {namespace} in {', '.join(networks)} enrol until {_time(ends)}", err=True)
+
+
+@token_group.command("list")
+@_dir
+def token_list(directory: Path) -> None:
+    """Show the tokens, without their secrets."""
+    now = time.time()
+    with told(), open_directory(directory) as opened:
+        tokens = opened.store.tokens()
+    columns = ("token", "state", "used", "until", "namespace", "networks", "certificates")
+    print_table(columns, [_token_row(token, now) for token in tokens])
+
+
+@token_group.command("revoke")
+@_dir
+@click.argument("token_id", metavar="ID")
+def token_revoke(directory: Path, token_id: str) -> None:
+    """Let nobody enrol with token ID any more. Certificates that it gave stay: `pki revoke` is for them."""
+    with _changing(directory) as opened:
+        if not opened.store.revoke_token(token_id):
+            raise TrustError(f"there is no token {token_id!r} (`rtunnel pki token list` shows them)")
+    click.echo(f"token {token_id} is revoked")
+
+
+def _token_row(token: TokenRecord, now: float) -> tuple[str, ...]:
+    used, networks = f"{token.used}/{token.uses}", ", ".join(token.networks)
+    return token.id, _state(token, now), used, _time(token.ends), token.namespace, networks, _for(token.lifetime)
+
+
+def _state(token: TokenRecord, now: float) -> str:
+    if token.revoked:
+        return "revoked"
+    return "over" if token.ends <= now else "used up" if token.used >= token.uses else "good"
+
+
+def _new_token(token_id: str) -> keys.Token:
+    try:
+        return keys.new_token(token_id)
+    except ValueError as fault:
+        raise Failure(str(fault), EXIT_USAGE) from None
+
+
+# --- certificates -----------------------------------------------------------------------------------------------------
+
+
+@pki_group.group("issue")
+def issue_group() -> None:
+    """Make certificates by hand."""
+
+
+@issue_group.command("broker")
+@_dir
+@click.argument("name")
+@_names
+@_ips
+@_csr
+def issue_broker(directory: Path, name: str, names: tuple[str, ...], ips: tuple[str, ...], csr: Path | None) -> None:
+    """Make a certificate for broker NAME: NAME.pem and NAME.key in the directory. To add one, or to renew."""
+    with told():
+        key = requested_key(_load_request(csr)) if csr else None
+        _show_made(pki.issue_broker(directory, _word(name), names=names, ips=ips, key=key))
+
+
+@issue_group.command("agent")
+@_dir
+@click.argument("name")
+@_namespace
+@click.option("--address", "addresses", type=_IP, multiple=True, help="That it answers for; repeatable.")
+@click.option("--days", type=click.FloatRange(0.01, 3650), default=pki.AGENT_DAYS, show_default=True, help="Its life.")
+@_csr
+def issue_agent(
+    directory: Path, name: str, namespace: str, addresses: tuple[str, ...], days: float, csr: Path | None
+) -> None:
+    """Make a certificate for agent NAME: NAME.pem and NAME.key in the directory.
+
+    Agents with a join token get theirs from the authority. One of this kind renews itself there too, for as long again.
+    """
+    with told():
+        key = None
+        if csr:
+            asked = read_request(_load_request(csr))
+            if (asked.namespace, asked.agent_id) != (namespace, name):
+                raise TrustError(f"{csr}: is for {asked.subject}, not for agent/{namespace}/{name}")
+            if addresses and set(addresses) != set(asked.addresses):
+                raise TrustError(f"{csr}: is for {', '.join(asked.addresses)}, not for {', '.join(addresses)}")
+            key, addresses = asked.public_key, asked.addresses
+        if not addresses:
+            raise TrustError("which addresses? give --address for each")
+        made = pki.issue_agent(
+            directory, name, agent_id=_word(name), namespace=namespace, addresses=addresses, days=days, key=key
+        )
+        _show_made(made)
+    click.echo(f"agent/{namespace}/{name} for {', '.join(addresses)}")
+
+
+@pki_group.command("request")
+@click.argument("kind", type=click.Choice(["agent", "broker"]))
+@click.argument("name")
+@_namespace
+@click.option("--address", "addresses", type=_IP, multiple=True, help="That the agent answers for; repeatable.")
+@click.option("--into", type=_FOLDER, default=".", help="The folder; default: this one.")
+def request(kind: str, name: str, namespace: str, addresses: tuple[str, ...], into: Path) -> None:
+    """Make a key and a request for a certificate, NAME.key and NAME.csr, on the host that will use them.
+
+    Take NAME.csr to the authority's directory, and bring back the certificate: `pki issue KIND NAME --csr NAME.csr`.
+    """
+    with told():
+        pki.check_file_name(_word(name))
+        key = certificates.new_key()
+        made = (
+            certificates.agent_request(key, name, namespace, addresses)
+            if kind == "agent"
+            else certificates.broker_request(key, name)
+        )
+        what = f"the request: for `rtunnel pki issue {kind} {name}`"
+        files = [
+            (f"{name}.key", SECRET, certificates.key_pem(key), "the key: it stays here"),
+            (f"{name}.csr", PUBLIC, certificates.pem(made), what),
+        ]
+        _show_made(write_new(into, files))
+
+
+@pki_group.command("list")
+@_dir
+def list_issued(directory: Path) -> None:
+    """Show the certificates that are good."""
+    with told(), open_directory(directory) as opened:
+        in_force = {ca.number for ca in opened.cas if ca.role != "retired"}
+        revoked = opened.store.revoked_at
+        items = [i for i in opened.store.issued(time.time()) if i.ca in in_force and i.issued > revoked(i.subject)]
+    columns = ("subject", "addresses", "issued", "until", "ca", "token")
+    rows = [(i.subject, ", ".join(i.addresses), _time(i.issued), _time(i.ends), i.ca, i.token) for i in items]
+    print_table(columns, rows)
+
+
+def _load_request(path: Path) -> x509.CertificateSigningRequest:
+    try:
+        return x509.load_pem_x509_csr(path.read_bytes())
+    except OSError as fault:
+        raise TrustError(f"{path}: can't be read: {fault.strerror}") from None
+    except ValueError as fault:
+        raise TrustError(f"{path}: is not a certificate request: {fault}") from None
+
+
+def _word(name: str) -> str:
+    try:
+        return check_word(name)
+    except BadValue as fault:
+        raise Failure(f"{fault}" + (f" ({fault.fix})" if fault.fix else ""), EXIT_USAGE) from None
+
+
+# --- revocation -------------------------------------------------------------------------------------------------------
+
+
+@pki_group.command("revoke")
+@_dir
+@click.argument("subject")
+@_force
+def revoke(directory: Path, subject: str, force: bool) -> None:
+    """Make void what SUBJECT has: agent/NAMESPACE/ID (or NAMESPACE/ID), broker/NAME, gateway/KEY_ID.
+
+    Brokers and gateways that follow the authority end its sessions and streams within 5 seconds.
+    """
+    subject = _subject(subject)
+    with _changing(directory) as opened:
+        void = opened.revoke(subject, force=force)
+        tokens = [opened.store.token(item.token) for item in void if item.token]
+        number = opened.number
+    what = "the key" if subject.startswith("gateway/") else f"{len(void)} certificates"
+    click.echo(f"{printable(subject)} is revoked: {what} (trust list {number})")
+    now = time.time()
+    for token in {t.id: t for t in tokens if t is not None and _state(t, now) == "good"}.values():
+        left = token.uses - token.used
+        click.echo(f"token {token.id}, which let it in, is good for {left} more: `rtunnel pki token revoke {token.id}`")
+
+
+def _subject(text: str) -> str:
+    parts = text.split("/")
+    if len(parts) == 2 and parts[0] not in ("broker", "gateway"):
+        parts = ["agent", *parts]
+    count = {"agent": 3, "broker": 2, "gateway": 2}.get(parts[0])
+    if len(parts) != count or not all(parts):
+        raise Failure(f"{text!r} is not agent/NAMESPACE/ID, broker/NAME or gateway/KEY_ID", EXIT_USAGE)
+    return "/".join(parts)
+
+
+# --- the trust list, and another CA -----------------------------------------------------------------------------------
+
+
+@pki_group.command("show")
+@_dir
+def show(directory: Path) -> None:
+    """Show the trust list that is in force."""
+    with told(), open_directory(directory) as opened:
+        click.echo(f"trust list {opened.number}, CAs of {opened.generation}, {len(opened.signed)} bytes")
+        for record in opened.cas:
+            ca = x509.load_der_x509_certificate(record.certificate)
+            fingerprint = ca.fingerprint(hashes.SHA256()).hex()[:16]
+            ends = int(ca.not_valid_after_utc.timestamp())
+            click.echo(f"CA {record.number}: {_ROLES[record.role]}; until {_time(ends)}, SHA-256 {fingerprint}...")
+        for subject, at in sorted(opened.roots.revoked.items()):
+            click.echo(f"revoked: {printable(subject)}, what was issued until {_time(at)}")
+
+
+_ROLES = {
+    "issuing": "in force, certificates come from it",
+    "next": "in force, certificates come from it after `rotate switch`",
+    "old": "in force until `rotate finish`",
+    "retired": "not in force",
+}
+
+
+@pki_group.command("export")
+@_dir
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+def export(directory: Path, file: Path) -> None:
+    """Write the signed trust list to FILE: for brokers and gateways that can't reach the authority (key `trust`)."""
+    with told(), open_directory(directory) as opened:
+        replace(file, PUBLIC, opened.signed)
+        click.echo(f"{file}: trust list {opened.number}")
+
+
+@pki_group.group("rotate")
+def rotate_group() -> None:
+    """Replace the CA in three steps, with two CAs side by side meanwhile."""
+
+
+@rotate_group.command("start")
+@_dir
+def rotate_start(directory: Path) -> None:
+    """Make a new CA, and let everybody trust it. Certificates come from the old one still."""
+    with _changing(directory) as opened:
+        opened.start_rotation()
+    _say(
+        "A new CA is in force beside the old one.",
+        "Brokers and gateways that follow the authority know it in seconds, agents from their brokers.",
+        f"Others need {directory / pki.CA_FILE} (it has both now), or the list of `rtunnel pki export`.",
+        "Next: when all of them show this list's number in /statusz, `rtunnel pki rotate switch`.",
+    )
+
+
+@rotate_group.command("switch")
+@_dir
+def rotate_switch(directory: Path) -> None:
+    """Let certificates come from the new CA."""
+    with _changing(directory) as opened:
+        opened.switch_rotation()
+        left = opened.waiting()
+    _say(
+        f"Certificates come from the new CA. {len(left)} are from the old one still (`rtunnel pki list`).",
+        "Agents replace theirs when they renew. Now: a new certificate for each broker, `rtunnel pki issue broker`.",
+        f"Give {directory / pki.CA_FILE} to whatever starts with a copy of it.",
+        "Next: when no certificate of the old CA is needed any more, `rtunnel pki rotate finish`.",
+    )
+
+
+@rotate_group.command("finish")
+@_dir
+@_force
+def rotate_finish(directory: Path, force: bool) -> None:
+    """Let nobody trust the old CA. Refused while certificates of the old one are in use, unless --force."""
+    with _changing(directory) as opened:
+        left = opened.waiting()
+        opened.finish_rotation(force=force)
+    _say(
+        "The old CA is not in force any more.",
+        *([f"{len(left)} certificates of it are void: their holders need new ones."] if left else []),
+        f"Give {directory / pki.CA_FILE} to whatever starts with a copy of it.",
+        "The old key only signs trust lists now, for those who were away. Delete its file when nobody is.",
+    )
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        click.echo(line)
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _changing(directory: Path) -> Iterator[Directory]:
+    with told(), open_directory(directory) as opened, opened.change():
+        yield opened
+
+
+def _show_made(made: Sequence[Made]) -> None:
+    width = max(len(str(item.path)) for item in made)
+    for item in made:
+        click.echo(f"{item.path!s:<{width}}  {item.what}")
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _for(seconds: int) -> str:
+    unit, size = next((unit, size) for unit, size in _UNITS.items() if seconds % size == 0)
+    return f"{seconds // size}{unit}"

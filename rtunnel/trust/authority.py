@@ -1,0 +1,147 @@
+"""Who gets a certificate: the authority's decisions about Enrol. Everything here blocks; it is for one thread."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from rtunnel.trust.certificates import ENROL_LABEL, RENEW_LABEL, Request, key_hash, load_request, read_request
+from rtunnel.trust.identity import Identity, read_certificate
+from rtunnel.trust.keys import TrustError, token_mac
+from rtunnel.trust.pki import Directory, KeyRevoked
+from rtunnel.trust.store import StoreFault, TokenRecord
+from rtunnel.wire.messages import VERSION, Enrol, Enrolled
+from rtunnel.wire.refusal import Refusal, Refused
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """A certificate that was given out, and what to write down of it."""
+
+    answer: Enrolled
+    request: Request
+    token_id: str  # "": it was renewed
+    ends: float
+
+
+class Authority:
+    """Decides with a directory of `pki.init`."""
+
+    def __init__(self, directory: Directory) -> None:
+        self.directory = directory
+
+    def enrol(self, enrol: Enrol) -> Granted:
+        """Answer an Enrol. Raises Refused, or StoreFault when nothing can be decided now."""
+        if enrol.version != VERSION:
+            raise Refused(Refusal.VERSION, f"version {enrol.version} is not spoken here, only {VERSION}")
+        with self.directory.change():
+            return self._renew(enrol) if enrol.certificate else self._enrol(enrol)
+
+    def _enrol(self, enrol: Enrol) -> Granted:
+        token = self.directory.store.token(enrol.token_id)
+        if token is None:
+            raise Refused(Refusal.BAD_TOKEN, f"no join token {enrol.token_id!r} is known here")
+        if not hmac.compare_digest(token_mac(token.secret, ENROL_LABEL, enrol.request), enrol.mac):
+            raise Refused(Refusal.BAD_TOKEN, f"the proof of join token {token.id!r} is wrong")
+        # From here on it is somebody who has the token: what is wrong with it may be told.
+        if token.revoked:
+            raise Refused(Refusal.BAD_TOKEN, f"join token {token.id!r} is revoked")
+        if token.ends <= self.directory.now():
+            raise Refused(Refusal.BAD_TOKEN, f"join token {token.id!r} is over: it needs a new one")
+        asked = _asked(enrol)
+        _check_limits(asked, token)
+        # An answer that was lost costs no use: the same key comes again for the same agent.
+        again = self._has_used(token, asked)
+        if not again and token.used >= token.uses:
+            raise Refused(Refusal.BAD_TOKEN, f"join token {token.id!r} is used up: it was for {_times(token.uses)}")
+        granted = self._issue(asked, asked.addresses, token.lifetime, token)
+        if not again:
+            self.directory.store.use_token(token.id)
+        return granted
+
+    def _has_used(self, token: TokenRecord, asked: Request) -> bool:
+        items = self.directory.store.issued_for(key_hash(asked.public_key))
+        return any(item.token == token.id and item.subject == asked.subject for item in items)
+
+    def _renew(self, enrol: Enrol) -> Granted:
+        present = self._present(enrol.certificate)
+        try:
+            signed = RENEW_LABEL + enrol.request
+            present.public_key.verify(enrol.signature, signed, ec.ECDSA(hashes.SHA256()))
+        except InvalidSignature:
+            reason = f"the request is not signed by the key of {present.subject}'s certificate"
+            raise Refused(Refusal.BAD_CERTIFICATE, reason) from None
+        asked = _asked(enrol)
+        if asked.subject != present.subject:
+            reason = f"{present.subject} can't renew as {asked.subject}: another identity needs a join token"
+            raise Refused(Refusal.NOT_AUTHORISED, reason)
+        if foreign := [address for address in asked.addresses if address not in present.addresses]:
+            reason = f"the present certificate is not for {', '.join(foreign)}: more addresses need a join token"
+            raise Refused(Refusal.NOT_AUTHORISED, reason)
+        return self._issue(asked, asked.addresses, present.ends - present.issued, None)
+
+    def _present(self, der: bytes) -> Identity:
+        roots = self.directory.roots
+        try:
+            who = read_certificate(der)
+            if roots.is_revoked(who):
+                raise Refused(Refusal.REVOKED, f"{who.subject} is revoked: it needs a join token and another key")
+            who = roots.verify(der, self.directory.now)
+        except TrustError as fault:
+            raise Refused(Refusal.BAD_CERTIFICATE, f"{fault}: enrol with a join token") from None
+        if who.kind != "agent":
+            raise Refused(Refusal.BAD_CERTIFICATE, f"{who.subject} is no agent, and can't renew here")
+        return who
+
+    def _issue(self, asked: Request, addresses: Sequence[str], seconds: float, token: TokenRecord | None) -> Granted:
+        try:
+            made = self.directory.issue_agent(
+                asked.agent_id, asked.public_key, namespace=asked.namespace, addresses=addresses, seconds=seconds,
+                token=token.id if token else "", remember=token.ends if token else 0,
+            )  # fmt: skip
+        except KeyRevoked as fault:
+            raise Refused(Refusal.REVOKED, str(fault)) from None
+        except StoreFault:
+            raise
+        except TrustError as fault:
+            raise Refused(Refusal.BAD_REQUEST, str(fault)) from None
+        answer = Enrolled(made.public_bytes(serialization.Encoding.DER), self.directory.signed)
+        return Granted(answer, asked, token.id if token else "", made.not_valid_after_utc.timestamp())
+
+
+def claimed(enrol: Enrol) -> Request | None:
+    """Whom it is for, as it says itself: for the log of what was refused."""
+    try:
+        return read_request(load_request(enrol.request))
+    except TrustError:
+        return None
+
+
+def _asked(enrol: Enrol) -> Request:
+    try:
+        return read_request(load_request(enrol.request))
+    except TrustError as fault:
+        raise Refused(Refusal.BAD_REQUEST, str(fault)) from None
+
+
+def _check_limits(asked: Request, token: TokenRecord) -> None:
+    if asked.namespace != token.namespace:
+        reason = f"join token {token.id!r} is for namespace {token.namespace!r}, not for {asked.namespace!r}"
+        raise Refused(Refusal.NOT_AUTHORISED, reason)
+    networks = [ipaddress.ip_network(network) for network in token.networks]
+    inside = {a for a in asked.addresses if any(ipaddress.ip_address(a) in network for network in networks)}
+    if foreign := [address for address in asked.addresses if address not in inside]:
+        reason = (
+            f"join token {token.id!r} is not for {', '.join(foreign[:4])}, only for {', '.join(token.networks[:4])}"
+        )
+        raise Refused(Refusal.NOT_AUTHORISED, reason)
+
+
+def _times(count: int) -> str:
+    return "one agent" if count == 1 else f"{count} agents"

@@ -1,0 +1,72 @@
+"""Files that are written whole or not at all: keys, certificates, trust lists."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from rtunnel.trust.keys import TrustError
+
+PUBLIC: Final = 0o644
+SECRET: Final = 0o600
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What was written."""
+
+    path: Path
+    what: str
+
+
+def write_new(directory: Path, files: Sequence[tuple[str, int, bytes, str]]) -> list[Made]:
+    """Write all of (name, mode, content, what it is), or nothing; whatever is there already stays as it is.
+
+    Raises TrustError.
+    """
+    undo: list[Callable[[], object]] = []
+    try:
+        if not directory.exists():
+            directory.mkdir(mode=0o700, parents=True)
+            undo.append(directory.rmdir)
+        for name, mode, data, _ in files:
+            path = directory / name
+            _create(path, mode, data, undo)
+    except OSError as fault:
+        for step in reversed(undo):
+            with suppress(OSError):
+                step()
+        if isinstance(fault, FileExistsError):
+            raise TrustError(f"{fault.filename}: exists, and is not overwritten: use another directory") from None
+        raise TrustError(f"{fault.filename or directory}: can't be written: {fault.strerror}") from None
+    return [Made(directory / name, what) for name, _, _, what in files]
+
+
+def replace(path: Path, mode: int, data: bytes) -> None:
+    """Give a file this content: who reads it sees the old or the new one, also after a power cut. Raises TrustError."""
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    undo: list[Callable[[], object]] = []
+    try:
+        _create(fresh, mode, data, undo)
+        fresh.replace(path)
+    except OSError as fault:
+        for step in undo:
+            with suppress(OSError):
+                step()
+        raise TrustError(f"{path}: can't be written: {fault.strerror or fault}") from None
+
+
+def _create(path: Path, mode: int, data: bytes, undo: list[Callable[[], object]]) -> None:
+    # Secret from its first byte on: the mode is given at creation, whatever the umask.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    undo.append(path.unlink)
+    with os.fdopen(descriptor, "wb") as file:
+        os.fchmod(descriptor, mode)
+        file.write(data)
+        file.flush()
+        os.fsync(descriptor)

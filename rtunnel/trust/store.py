@@ -1,0 +1,252 @@
+"""What the authority knows: `authority.db`, an SQLite file beside the CA's key.
+
+The authority and `rtunnel pki` use it at the same time, each in transactions of their own (`Store.change`). Secrets of
+tokens are in it, since MACs are checked with them: it is for its owner only.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from rtunnel.trust.keys import TrustError
+
+FILE: Final = "authority.db"
+#: Others hold it for milliseconds.
+_PATIENCE: Final = 5.0
+_VERSION: Final = 1
+
+_SCHEMA: Final = f"""
+CREATE TABLE cas (
+    number INTEGER PRIMARY KEY, role TEXT NOT NULL, certificate BLOB NOT NULL, key_file TEXT NOT NULL);
+CREATE TABLE list (number INTEGER NOT NULL, generation INTEGER NOT NULL, signed BLOB NOT NULL);
+CREATE TABLE tokens (
+    id TEXT PRIMARY KEY, secret BLOB NOT NULL, namespace TEXT NOT NULL, networks TEXT NOT NULL, uses INTEGER NOT NULL,
+    used INTEGER NOT NULL, ends INTEGER NOT NULL, lifetime INTEGER NOT NULL, revoked INTEGER NOT NULL);
+CREATE TABLE issued (
+    subject TEXT NOT NULL, key BLOB NOT NULL, ca INTEGER NOT NULL, addresses TEXT NOT NULL, token TEXT NOT NULL,
+    issued INTEGER NOT NULL, ends INTEGER NOT NULL, forget INTEGER NOT NULL, PRIMARY KEY (subject, key, ca));
+CREATE INDEX issued_by_key ON issued (key);
+CREATE INDEX issued_by_forget ON issued (forget);
+CREATE TABLE revocations (subject TEXT PRIMARY KEY, at INTEGER NOT NULL, until INTEGER);
+PRAGMA user_version = {_VERSION};
+"""
+
+
+class StoreFault(TrustError):
+    """The file can't be read or written at present."""
+
+
+@dataclass(frozen=True, slots=True)
+class CaRecord:
+    """A CA; its key is in a file.
+
+    Role `issuing` gives out certificates; `next` and `old` are in force beside it; `retired` only signs trust lists,
+    for those who have missed a rotation.
+    """
+
+    number: int
+    role: str
+    certificate: bytes  # DER
+    key_file: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRecord:
+    """A join token, and what it allows. Times are seconds since 1970."""
+
+    id: str
+    secret: bytes = field(repr=False)
+    namespace: str
+    networks: tuple[str, ...]
+    uses: int
+    used: int
+    ends: int
+    lifetime: int  # of a certificate, in seconds
+    revoked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Issued:
+    """A certificate that was given out."""
+
+    subject: str
+    key: bytes  # `certificates.key_hash`
+    ca: int
+    addresses: tuple[str, ...]
+    token: str  # "": by hand, or a renewal
+    issued: int
+    ends: int
+    forget: int  # the record is of use until then
+
+
+class Store:
+    """The file, open. For one thread at a time. Every method raises TrustError, which names the file."""
+
+    def __init__(self, path: Path) -> None:
+        """A file that `create` has made."""
+        self.path = path
+        try:
+            with path.open("r+b"):
+                pass
+        except OSError as fault:
+            raise TrustError(f"{path}: can't be opened: {fault.strerror} (`rtunnel pki init` makes one)") from None
+        self._db = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
+        try:
+            with self._told():
+                # FULL: a revocation or a used token that was told must not be undone by a power cut.
+                self._db.execute("PRAGMA journal_mode = WAL")
+                self._db.execute("PRAGMA synchronous = FULL")
+                (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            if version != _VERSION:
+                raise TrustError(f"{path}: is of version {version}, and this is rtunnel for version {_VERSION}")
+        except TrustError:
+            self._db.close()
+            raise
+
+    @staticmethod
+    def create(path: Path) -> Store:
+        """A new one in an empty file that is there."""
+        with sqlite3.connect(path) as db:
+            db.executescript(_SCHEMA)
+        db.close()
+        return Store(path)
+
+    def close(self) -> None:
+        """It is not to be used any more."""
+        self._db.close()
+
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """All or nothing of what is done inside, and nobody else changes anything meanwhile."""
+        self._run("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._run("COMMIT")
+        except BaseException:
+            self._db.rollback()
+            raise
+
+    def version(self) -> int:
+        """Another one when another process has changed something; own changes don't count."""
+        return int(self._run("PRAGMA data_version").fetchone()[0])
+
+    # CAs and the trust list.
+
+    def cas(self) -> list[CaRecord]:
+        """All, also retired ones, the oldest first."""
+        rows = self._run("SELECT number, role, certificate, key_file FROM cas ORDER BY number")
+        return [CaRecord(*row) for row in rows]
+
+    def put_ca(self, ca: CaRecord) -> None:
+        """Add one, or give it another role."""
+        values = (ca.number, ca.role, ca.certificate, ca.key_file)
+        self._run("INSERT OR REPLACE INTO cas VALUES (?, ?, ?, ?)", *values)
+
+    def trust_list(self) -> tuple[int, int, bytes]:
+        """(number, generation, signed) of the trust list in force; zeros before the first one."""
+        row = self._run("SELECT number, generation, signed FROM list").fetchone()
+        return (0, 0, b"") if row is None else (row[0], row[1], row[2])
+
+    def put_trust_list(self, number: int, generation: int, signed: bytes) -> None:
+        """Another list is in force."""
+        self._run("DELETE FROM list")
+        self._run("INSERT INTO list VALUES (?, ?, ?)", number, generation, signed)
+
+    # Tokens.
+
+    def tokens(self) -> list[TokenRecord]:
+        """All, those that end last first."""
+        return [_token(row) for row in self._run("SELECT * FROM tokens ORDER BY ends DESC, id")]
+
+    def token(self, token_id: str) -> TokenRecord | None:
+        """The one of this id."""
+        row = self._run("SELECT * FROM tokens WHERE id = ?", token_id).fetchone()
+        return None if row is None else _token(row)
+
+    def add_token(self, token: TokenRecord) -> None:
+        """An id is given once."""
+        if self.token(token.id) is not None:
+            raise TrustError(f"there is a token {token.id} already: choose another id")
+        values = (token.id, token.secret, token.namespace, " ".join(token.networks), token.uses, token.used)
+        rest = (token.ends, token.lifetime, int(token.revoked))
+        self._run("INSERT INTO tokens VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", *values, *rest)
+
+    def use_token(self, token_id: str) -> None:
+        """Count one use."""
+        self._run("UPDATE tokens SET used = used + 1 WHERE id = ?", token_id)
+
+    def revoke_token(self, token_id: str) -> bool:
+        """It allows nothing more; False when there is none."""
+        return self._run("UPDATE tokens SET revoked = 1 WHERE id = ?", token_id).rowcount > 0
+
+    # Certificates.
+
+    def record(self, item: Issued) -> None:
+        """Remember a certificate. Of one subject, key and CA the last one counts, and the token is the first one's."""
+        values = (item.subject, item.key, item.ca, " ".join(item.addresses), item.token)
+        self._run(
+            "INSERT INTO issued VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (subject, key, ca) DO UPDATE SET"
+            " addresses = excluded.addresses,"
+            " token = CASE excluded.token WHEN '' THEN token ELSE excluded.token END, issued = excluded.issued,"
+            " ends = max(ends, excluded.ends), forget = max(forget, excluded.forget)",
+            *values, item.issued, item.ends, item.forget,
+        )  # fmt: skip
+
+    def forget(self, now: float) -> None:
+        """Drop records that are of no use any more."""
+        self._run("DELETE FROM issued WHERE forget < ?", int(now))
+
+    def issued(self, now: float) -> list[Issued]:
+        """The certificates that have not expired."""
+        rows = self._run("SELECT * FROM issued WHERE ends > ? ORDER BY subject, issued", int(now))
+        return [_issued(row) for row in rows]
+
+    def issued_to(self, subject: str) -> list[Issued]:
+        """Every certificate of one that is remembered."""
+        return [_issued(row) for row in self._run("SELECT * FROM issued WHERE subject = ?", subject)]
+
+    def issued_for(self, key: bytes) -> list[Issued]:
+        """Every certificate for one key that is remembered."""
+        return [_issued(row) for row in self._run("SELECT * FROM issued WHERE key = ?", key)]
+
+    # Revocations.
+
+    def revoke(self, subject: str, at: int, until: int | None) -> None:
+        """What was issued until `at` is void, and was to end at `until`; None: never."""
+        self._run("INSERT OR REPLACE INTO revocations VALUES (?, ?, ?)", subject, at, until)
+
+    def revoked_at(self, subject: str) -> int:
+        """Until when what was issued to it is void; 0: it was never revoked."""
+        row = self._run("SELECT at FROM revocations WHERE subject = ?", subject).fetchone()
+        return 0 if row is None else int(row[0])
+
+    def revocations(self, now: float) -> dict[str, int]:
+        """Those that matter still: something that they make void would be good without them."""
+        rows = self._run("SELECT subject, at FROM revocations WHERE until IS NULL OR until > ?", int(now))
+        return dict(rows.fetchall())
+
+    def _run(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        with self._told():
+            return self._db.execute(sql, values)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as fault:
+            raise StoreFault(f"{self.path}: can't be used: {fault}") from None
+
+
+def _token(row: tuple[Any, ...]) -> TokenRecord:
+    token_id, secret, namespace, networks, uses, used, ends, lifetime, revoked = row
+    return TokenRecord(token_id, secret, namespace, tuple(networks.split()), uses, used, ends, lifetime, bool(revoked))
+
+
+def _issued(row: tuple[Any, ...]) -> Issued:
+    subject, key, ca, addresses, *rest = row
+    return Issued(subject, key, ca, tuple(addresses.split()), *rest)
