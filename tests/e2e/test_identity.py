@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,18 @@ import trio
 from structlog.testing import capture_logs
 
 from rtunnel.relay.relay import Relay
-from rtunnel.registry import connect
-from rtunnel.config import RegistryConfig
 from rtunnel.trust import pki
-from rtunnel.trust.identity import Identity, load_pair
-from rtunnel.trust.keys import Token, TrustError, load_token
-from rtunnel.trust.tls import certificate_der, certificate_fingerprint, link_context
+from rtunnel.trust.identity import load_pair
+from rtunnel.trust.keys import Token, load_token
+from rtunnel.trust.tls import link_context
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Hello
 from rtunnel.wire.refusal import Refusal
 from rtunnel_agent.handshake import AgentSession, new_nonce
-from rtunnel_agent.serve import status
 from rtunnel_broker.node import Node
 from support.authority import address, authority, token
-from support.cluster import Cluster, Part, SocksRefused, Target, in_thread, read_line, running_cluster
+from support.cluster import Target, in_thread, read_line, running_cluster
 from support.plumbing import close_kept
-from support.redis_server import RedisServer
 
 Events = list[Any]  # captured log lines
 IP = "127.1.0.1"

@@ -23,7 +23,7 @@ import pytest
 from lab.roles import ADMIN_PORT, REDIS_PORT, Lab
 from lab.target import HTTP_PORT, UNEXPOSED_PORT
 from lab.topology import BROKERS, HOSTS, LINK_PORT, PROXY_PORT, PYTHON_LAB, VIP, Host, Process, wait_for
-from rtunnel.trust.keys import DialSigner, load_cluster_key, load_token
+from rtunnel.trust.keys import DialSigner, load_cluster_key
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Decoder, Dial, DialBody, Hello, Refuse, encode, encode_body
 
