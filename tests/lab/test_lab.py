@@ -457,5 +457,5 @@ def test_9_the_idle_connection_lived_on(lab: Lab, idle: Idle) -> None:
 
 def test_9_every_part_ends_cleanly(lab: Lab) -> None:
     """SIGTERM: each part ends with status 0."""
-    for name in (*HOSTS, "gateway", *BROKERS):
+    for name in (*HOSTS, "gateway", *BROKERS, "authority"):
         assert lab.parts[name].terminate(40) == 0, lab.parts[name].tail()

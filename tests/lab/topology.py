@@ -4,6 +4,7 @@
     VPC b       b1 b2                                  --+-- router: VIP:7000 -> a broker (DNAT)
     VPC app     app                                    --+           VIP:1080 -> the gateway (DNAT)
     VPC centre  broker1-3 redis gateway controller     --+           everything else: dropped
+                authority
 
 Each VPC is a bridge in a namespace of its own; each host is a namespace with one `eth0`. Nothing is made in
 the machine's own namespace but the names of these namespaces, which carry this process's pid. A janitor
@@ -49,6 +50,7 @@ PLACES = {
     "redis": ("centre", 20),
     "gateway": ("centre", 30),
     "controller": ("centre", 40),
+    "authority": ("centre", 50),
 }
 HOSTS = ("a1", "a2", "b1", "b2")
 BROKERS = ("broker1", "broker2", "broker3")
