@@ -1,4 +1,4 @@
-"""The lab's system in its namespaces: Redis, an authority, three brokers, a gateway, an agent and a target on each host.
+"""The lab's system in its namespaces: Redis, an authority, three brokers, a gateway, agents and targets.
 
 Agents get their certificates as on real hosts: each has a token of one use for its own addresses, and enrols.
 """
@@ -133,11 +133,12 @@ class Lab:
         )
 
     def start_agent(self, name: str) -> None:
-        """A host's agent, which answers for the host's IPv4 and IPv6 address; it enrols when it starts for the first time."""
+        """A host's agent, which answers for the host's IPv4 and IPv6 address. The first time it enrols."""
         host = self.net[name]
         token = self.directory / f"{name}.token"
         if not token.exists():
             token.write_text(self.new_token(host.ip, host.ip6))
+            token.chmod(0o600)
         sections: dict[str, dict[str, Any] | list[dict[str, Any]]] = {
             "agent": {
                 "brokers": [f"{VIP}:{LINK_PORT}"],
@@ -145,7 +146,7 @@ class Lab:
                 "addresses": [host.ip, host.ip6],
                 "exposes": [str(HTTP_PORT), str(HALF_CLOSE_PORT), str(ECHO_PORT)],
                 "ca": self._secret("ca.pem"),
-                "identity": str(self.directory / f"identity-{name}"),
+                "identity": str(self.identity(name)),
                 "join_token": str(token),
                 "admin": f"127.0.0.1:{ADMIN_PORT}",
             }
@@ -175,6 +176,13 @@ class Lab:
         for name in ended:
             self.wait_ready(name)
 
+    def spawn_impostor(self, place: str, **keys: Any) -> Process:
+        """An agent of an attacker's on a host of his: none of the lab's parts, with these keys of [agent]."""
+        path = self.directory / "impostor.toml"
+        common = {"brokers": [f"{VIP}:{LINK_PORT}"], "ca": self._secret("ca.pem"), "exposes": ["1-65535"], "admin": ""}
+        path.write_text(_toml({"log": {"format": "json"}, "agent": common | keys}))
+        return self.net[place].spawn(_RTUNNEL, "agent", "--config", str(path), name=f"impostor@{place}", fresh=True)
+
     def restart_agents(self, names: Iterable[str]) -> None:
         """SIGTERM, then started anew, all at once."""
         for name in names:
@@ -201,12 +209,23 @@ class Lab:
         cidrs = [word for network in networks for word in ("--cidr", network)]
         return self.net["authority"].check(_RTUNNEL, "pki", "token", "create", "--dir", str(self._pki), *cidrs)
 
+    def issue(self, name: str, namespace: str, *addresses: str) -> tuple[str, str]:
+        """An agent's certificate and key, by hand."""
+        words = [word for address in addresses for word in ("--address", address)]
+        words += ["--namespace", namespace, "--dir", str(self._pki)]
+        self.net["authority"].check(_RTUNNEL, "pki", "issue", "agent", name, *words)
+        return self._secret(f"{name}.pem"), self._secret(f"{name}.key")
+
     def revoke(self, *words: str) -> None:
         """`rtunnel pki revoke`, where the authority is."""
         self.net["authority"].check(_RTUNNEL, "pki", "revoke", *words, "--dir", str(self._pki))
 
     def _make_pki(self) -> None:
         self.net["controller"].check(_RTUNNEL, "pki", "init", str(self._pki))
+
+    def identity(self, agent: str) -> Path:
+        """Where an agent keeps its certificate and key."""
+        return self.directory / f"identity-{agent}"
 
     @property
     def secrets(self) -> Path:
