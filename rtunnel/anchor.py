@@ -259,8 +259,10 @@ class _Line:
 
 def _reason(fault: BaseException) -> str:
     """What lies below: trio wraps what OpenSSL and the kernel say."""
-    while isinstance(below := fault.__cause__ or fault.__context__, OSError):
-        fault = below
+    below = fault.__cause__ or fault.__context__
+    while below is not None:
+        fault = below.exceptions[0] if isinstance(below, BaseExceptionGroup) else below
+        below = fault.__cause__ or fault.__context__
     if isinstance(fault, ssl.SSLCertVerificationError):
         return f"its certificate is not good: {fault.verify_message}"
     if isinstance(fault, OSError):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ _namespace = click.option("--namespace", type=_WORD, default="default", show_def
 _csr = click.option(
     "--csr", type=click.Path(path_type=Path, dir_okay=False), help="A request of `pki request`: the key stays there."
 )
+_into = click.option("--into", type=_FOLDER, help="Where the files go; default: the authority's directory.")
 _force = click.option("--force", is_flag=True, help="Also when that looks wrong.")
 
 
@@ -193,11 +195,14 @@ def issue_group() -> None:
 @_names
 @_ips
 @_csr
-def issue_broker(directory: Path, name: str, names: tuple[str, ...], ips: tuple[str, ...], csr: Path | None) -> None:
-    """Make a certificate for broker NAME: NAME.pem and NAME.key in the directory. To add one, or to renew."""
+@_into
+def issue_broker(
+    directory: Path, name: str, names: tuple[str, ...], ips: tuple[str, ...], csr: Path | None, into: Path | None
+) -> None:
+    """Make a certificate for broker NAME: NAME.pem and NAME.key. To add one, or to renew (--into another folder)."""
     with told():
         key = requested_key(_load_request(csr)) if csr else None
-        _show_made(pki.issue_broker(directory, _word(name), names=names, ips=ips, key=key))
+        _show_made(pki.issue_broker(directory, _word(name), names=names, ips=ips, key=key, into=into))
 
 
 @issue_group.command("agent")
@@ -207,10 +212,17 @@ def issue_broker(directory: Path, name: str, names: tuple[str, ...], ips: tuple[
 @click.option("--address", "addresses", type=_IP, multiple=True, help="That it answers for; repeatable.")
 @click.option("--days", type=click.FloatRange(0.01, 3650), default=pki.AGENT_DAYS, show_default=True, help="Its life.")
 @_csr
+@_into
 def issue_agent(
-    directory: Path, name: str, namespace: str, addresses: tuple[str, ...], days: float, csr: Path | None
+    directory: Path,
+    name: str,
+    namespace: str,
+    addresses: tuple[str, ...],
+    days: float,
+    csr: Path | None,
+    into: Path | None,
 ) -> None:
-    """Make a certificate for agent NAME: NAME.pem and NAME.key in the directory.
+    """Make a certificate for agent NAME: NAME.pem and NAME.key.
 
     Agents with a join token get theirs from the authority. One of this kind renews itself there too, for as long again.
     """
@@ -225,10 +237,8 @@ def issue_agent(
             key, addresses = asked.public_key, asked.addresses
         if not addresses:
             raise TrustError("which addresses? give --address for each")
-        made = pki.issue_agent(
-            directory, name, agent_id=_word(name), namespace=namespace, addresses=addresses, days=days, key=key
-        )
-        _show_made(made)
+        issue = partial(pki.issue_agent, directory, name, days=days, key=key, into=into)
+        _show_made(issue(agent_id=_word(name), namespace=namespace, addresses=addresses))
     click.echo(f"agent/{namespace}/{name} for {', '.join(addresses)}")
 
 

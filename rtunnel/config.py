@@ -1066,6 +1066,8 @@ def warnings(config: Config, role: str) -> list[Problem]:
         if KEYS[key].key.secret and (mode := _open_to_others(_get(config, key))):
             reason = f"{_get(config, key)} has mode {mode:04o}: other users of this machine can use it"
             found.append(Problem(config.source(key), key, reason, "chmod 0600"))
+    if role == "authority":
+        found += _open_directory(config)
     if "broker" in role_sections(role):
         found += _ephemeral_overlaps(config)
     if "gateway" in role_sections(role):
@@ -1076,6 +1078,15 @@ def warnings(config: Config, role: str) -> list[Problem]:
     if role == "agent" and not (config.agent.exposes or config.agent.publish):
         found.append(_problem(config, "agent.exposes", "is empty: nothing can be reached through this agent", ""))
     return found
+
+
+def _open_directory(config: Config) -> Iterator[Problem]:
+    key = "authority.directory"
+    folder = Path(config.authority.directory)
+    for path in sorted([*folder.glob("*.key"), *folder.glob("authority.db*")]):
+        if mode := _open_to_others(str(path)):
+            reason = f"{path} has mode {mode:04o}: other users of this machine can use it"
+            yield Problem(config.source(key), key, reason, "chmod 0600")
 
 
 def _open_doors(config: Config) -> Iterator[Problem]:

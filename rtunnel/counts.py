@@ -15,6 +15,7 @@ class StreamCounts:
     streams: int = 0
     accepted: int = 0
     refused: dict[str, int] = field(default_factory=dict)  # by code word
+    endings: dict[str, int] = field(default_factory=dict)  # of streams, by word
     bytes_up: int = 0
     bytes_down: int = 0
 
@@ -26,6 +27,7 @@ class StreamCounts:
     def ended(self, account: Account) -> None:
         """It is over."""
         self.streams -= 1
+        self.endings[account.ending.value] = self.endings.get(account.ending.value, 0) + 1
         self.bytes_up += account.up
         self.bytes_down += account.down
 
@@ -39,6 +41,7 @@ class StreamCounts:
             "streams": self.streams,
             "accepted": self.accepted,
             "refused": self.refused,
+            "endings": self.endings,
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
         }

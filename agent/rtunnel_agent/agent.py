@@ -147,7 +147,7 @@ class Agent:
             if why.startswith("TLS:") and "alert" in why and ("certificate" in why or "unknown ca" in why):
                 return f"the broker does not accept this agent's certificate ({why}): compare CAs and clocks"
             if why.startswith(Refusal.REVOKED.value):
-                fix = f"without {self.config.identity}/agent.pem it enrols anew, with a new token"
+                fix = "it enrols anew when agent.join_token has another token"
                 return f"{why}; {fix}" if self.config.identity else why
         if "certificate not accepted" in why:
             return f"{why}; see agent.ca ({self.config.ca}) and agent.server_name ({self.config.server_name})"
@@ -185,6 +185,8 @@ class Agent:
     def _gone(self, session: AgentSession, outcome: Outcome) -> None:
         watch = self._watches.pop(session, None)
         self.draining.pop(session, None)
+        if outcome.code is Refusal.REVOKED:
+            self.credentials.revoked()
         if watch is not None:
             watch.outcome = outcome
             for event in (watch.settled, watch.retire, watch.down):

@@ -28,7 +28,7 @@ from rtunnel.config import AgentConfig
 from rtunnel.trust.certificates import ENROL_LABEL, agent_request, key_pem, new_key, pem, sign_renewal
 from rtunnel.trust.files import SECRET, replace
 from rtunnel.trust.identity import Identity, PrivateKey, Roots, load_pair, load_private_key, load_roots
-from rtunnel.trust.keys import TrustError, load_token, token_mac
+from rtunnel.trust.keys import Token, TrustError, load_token, token_mac
 from rtunnel.trust.tls import link_context
 from rtunnel.watch import Watched, watch
 from rtunnel.wire.messages import VERSION, Enrol, Enrolled
@@ -96,6 +96,8 @@ class Credentials:
         self._roots = load_roots(config.ca) if config.security == "tls" or config.identity else None
         self._renew_at = 0.0
         self._warned = False
+        self._revoked = False  # a broker says so;
+        self._void = False  # and there is another token since: then the certificate is worth nothing to us either
         self._changed = trio.Event()
         if self._directory is not None:
             self._open_directory(self._directory)
@@ -127,6 +129,10 @@ class Credentials:
         if not self.by_certificate or not (fault := self._fault()):
             return ""
         return f"{fault}; {self.failure}" if self.failure else fault
+
+    def revoked(self) -> None:
+        """A broker has said that the certificate is. Whoever means it to come back gives it another token."""
+        self._revoked = True
 
     def take(self, signed: bytes) -> None:
         """A trust list came."""
@@ -186,6 +192,8 @@ class Credentials:
         who, roots = self.identity.who, self._roots
         if time.time() >= who.ends:
             return "the certificate has expired"
+        if self._void:
+            return "the certificate is revoked"
         if roots is None or roots.is_revoked(who):
             return ""  # the broker says it better
         try:
@@ -194,16 +202,20 @@ class Credentials:
             return str(fault)
         return ""
 
-    def _put(self, identity: AgentIdentity) -> None:
+    def _check(self, identity: AgentIdentity) -> None:
+        """Whether it is this agent's. Raises TrustError."""
         wanted = f"agent/{self._config.namespace}/{self._agent_id}"
         missing = [address for address in self._addresses if address not in identity.who.addresses]
         if identity.who.subject != wanted:
             raise TrustError(f"{self._pair[0]}: is the certificate of {identity.who.subject}, and this is {wanted}")
         if missing:
             raise TrustError(f"{self._pair[0]}: has not the address {missing[0]} of this agent")
+
+    def _put(self, identity: AgentIdentity) -> None:
+        self._check(identity)
         self.identity = identity
         self._on_put(identity)
-        self._warned = False
+        self._warned = self._revoked = self._void = False
         life = identity.who.ends - identity.who.issued
         share = RENEW_AT + random.uniform(-RENEW_JITTER, RENEW_JITTER)  # noqa: S311
         self._renew_at = identity.who.issued + life * share
@@ -253,6 +265,9 @@ class Credentials:
         files: list[Watched] = []
         if self._roots is not None:
             files.append(Watched("ca", [Path(self._config.ca)], lambda: load_roots(self._config.ca), self._put_cas))
+        if self._directory is not None and self._config.join_token:
+            token = Path(self._config.join_token)
+            files.append(Watched("join_token", [token], lambda: load_token(token), self._put_token))
         if self._config.certificate:
             files.append(Watched("certificate", self._pair, lambda: load_pair(*self._pair), self._put_pair))
         return files
@@ -264,6 +279,12 @@ class Credentials:
         self._make_contexts()
         self._tell()
         return {"number": self._roots.number}
+
+    async def _put_token(self, token: Token) -> dict[str, object]:
+        self._token = token
+        self._void = self._revoked
+        self._tell()
+        return {"id": token.id}
 
     async def _put_pair(self, pair: tuple[bytes, PrivateKey, Identity]) -> dict[str, object]:
         self._put(AgentIdentity(*pair))
@@ -285,7 +306,8 @@ class Credentials:
                 failures += 1
                 left = self.identity.who.ends - time.time() if self.identity is not None else 0.0
                 cap = max(self._config.backoff_cap, min(LONGEST_PAUSE, left / 10))
-                await trio.sleep(random.uniform(0.5, 1.0) * min(cap, FIRST_PAUSE * 2.0 ** min(failures, 16)))  # noqa: S311
+                pause = random.uniform(0.5, 1.0) * min(cap, FIRST_PAUSE * 2.0 ** min(failures, 16))  # noqa: S311
+                await self.changed(pause)
 
     async def _get(self) -> bool:
         """One request, by the certificate while it is good, else by the token; whether it was answered with one."""
@@ -314,10 +336,12 @@ class Credentials:
         who = self._roots.verify(answer.certificate)
         if who.public_key != key.public_key():
             raise TrustError("the authority's certificate is for another key")
-        self._put(AgentIdentity(answer.certificate, key, who))
+        identity = AgentIdentity(answer.certificate, key, who)
+        self._check(identity)
         # The certificate first: whoever dies between the two finds the key beside it.
         replace(self._pair[0], SECRET, pem(load_der_x509_certificate(answer.certificate)))
         pending.rename(self._pair[1])
+        self._put(identity)
         self._make_contexts()
         self.renewed = time.time()
         self._tell()

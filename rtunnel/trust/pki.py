@@ -69,14 +69,23 @@ def _first_store(ca: Ca, broker: x509.Certificate) -> bytes:
 
 
 def issue_broker(
-    directory: Path, name: str, *, names: Sequence[str] = (), ips: Sequence[str] = (), key: PublicKey | None = None
+    directory: Path,
+    name: str,
+    *,
+    names: Sequence[str] = (),
+    ips: Sequence[str] = (),
+    key: PublicKey | None = None,
+    into: Path | None = None,
 ) -> list[Made]:
-    """Another broker certificate, `name`.pem and `name`.key, from the CA in `directory`: also how one is renewed.
+    """Another broker certificate from the CA in `directory`, also to renew one: `name`.pem and `name`.key, there or in
+    another folder.
 
     With `key` it is for that one, and only `name`.pem is written. Raises TrustError; never overwrites.
     """
     with open_directory(directory) as opened, opened.change():
-        return _issue_pair(directory, name, key, "broker", lambda k: opened.issue_broker(name, k, names=names, ips=ips))
+        return _issue_pair(
+            into or directory, name, key, "broker", lambda k: opened.issue_broker(name, k, names=names, ips=ips)
+        )
 
 
 def issue_agent(
@@ -88,14 +97,15 @@ def issue_agent(
     addresses: Sequence[str],
     days: float = AGENT_DAYS,
     key: PublicKey | None = None,
+    into: Path | None = None,
 ) -> list[Made]:
-    """An agent's certificate and key, `name`.pem and `name`.key, from the CA in `directory`.
+    """An agent's certificate and key from the CA in `directory`: `name`.pem and `name`.key, there or in another folder.
 
     With `key` it is for that one, and only `name`.pem is written. Raises TrustError; never overwrites.
     """
     with open_directory(directory) as opened, opened.change():
         return _issue_pair(
-            directory, name, key, "agent",
+            into or directory, name, key, "agent",
             lambda k: opened.issue_agent(agent_id, k, namespace=namespace, addresses=addresses, seconds=days * DAY),
         )  # fmt: skip
 

@@ -38,7 +38,7 @@ def client_context(ca: Path | str) -> ssl.SSLContext:
 
     Raises TrustError.
     """
-    return client_context_of(_readable(ca).decode("ascii", "replace"), str(ca))
+    return client_context_of(_readable(ca).decode("ascii", "ignore"), str(ca))
 
 
 def client_context_of(pem: str, where: str = "the CAs in force") -> ssl.SSLContext:

@@ -134,7 +134,7 @@ _TELLINGS: dict[Refusal, Telling] = {
     _R.RATE_LIMITED: Telling(
         GENERAL_FAILURE, 429, "connection_limit_reached", _STOP, "too many new connections in a short time"
     ),
-    _R.TOO_MANY_STREAMS: Telling(GENERAL_FAILURE, 429, "connection_limit_reached", _STOP, "too many streams at once"),
+    _R.TOO_MANY_STREAMS: Telling(GENERAL_FAILURE, 429, "connection_limit_reached", _TRY, "too many streams at once"),
     _R.TOO_MANY_HANDSHAKES: Telling(
         GENERAL_FAILURE, 429, "connection_limit_reached", _STOP, "too many connections that are not streams yet"
     ),

@@ -132,6 +132,7 @@ class TargetDial:
     _tried: int = 0
     _alive: list[Attempt] = field(default_factory=list)
     _failures: list[str] = field(default_factory=list)
+    _codes: set[Refusal] = field(default_factory=set)
     _hedge: Timer | None = None
     _deadline: Timer | None = None
 
@@ -158,7 +159,10 @@ class TargetDial:
                 self._hedge = self.owner.relay.loop.after(self.owner.hedge_delay, self._hedged)
             attempt.start()
         elif not self._alive:
-            self._fail(Refused(Refusal.AGENT_UNAVAILABLE, f"no path works: {'; '.join(self._failures)}"))
+            # Full everywhere is no fault of the paths.
+            full = self._codes == {Refusal.TOO_MANY_STREAMS}
+            code = Refusal.TOO_MANY_STREAMS if full else Refusal.AGENT_UNAVAILABLE
+            self._fail(Refused(code, f"no path works: {'; '.join(self._failures)}"))
 
     def _hedged(self) -> None:
         self._hedge = None
@@ -176,6 +180,7 @@ class TargetDial:
             self._fail(Refused(code, text))
             return
         self._failures.append(f"{attempt.used.node}: {code}: {text}")
+        self._codes.add(code)
         self.owner.log(
             "tuple_failed", target=str(self.target), code=code.value, reason=text, node=attempt.used.node,
             ps=f"{attempt.used.ps_ip}:{attempt.used.ps_port}", epoch=str(attempt.used.epoch),

@@ -211,6 +211,7 @@ def start_broker(site: Site, name: str, security: str, ports: int = 50) -> tuple
         "key": site.secret("broker.key"),
         "cluster_key": site.secret("cluster.key"),
         "join_token": site.secret("join.token"),
+        "source_handshakes": 0,  # a whole fleet comes from one address
         "admin": "",
     }
     sections = {"registry": _registry(site, name), "broker": keys}

@@ -101,6 +101,9 @@ class Fleet:
     def session_draining(self, session: AgentSession, deadline: float) -> None:
         """See SessionOwner."""
 
+    def session_trust(self, session: AgentSession, signed: bytes) -> None:
+        """See SessionOwner."""
+
     def serve_stream(self, session: AgentSession, stream: StreamEnd) -> Talker:
         """See SessionOwner: nobody dials them."""
         raise AssertionError("a Dial for an idle agent")

@@ -64,6 +64,8 @@ from support.redis_server import RedisServer
 PATIENCE = 10.0
 #: Deadlines of the tests' roles: short, and long enough for a loaded machine.
 DEADLINE = 0.6
+#: Keys of an agent that has no certificate, and proves its token.
+BY_TOKEN: dict[str, Any] = {"certificate": "", "key": ""}
 
 
 def noise(size: int) -> bytes:
@@ -1003,8 +1005,10 @@ async def test_the_admin_ports_withstand_everything(here: Path, monkeypatch: pyt
 
 
 async def refused_agent(cluster: Cluster, wanted: str, **keys: Any) -> str:
-    """Start an agent that must not get a session; what it gives as its reason, which must have the wanted words."""
-    part = await cluster.start_agent("odd", "127.1.0.9", redundancy=1, **keys)
+    """Start an agent without a certificate that must not get a session; what it gives as its reason, which must have
+    the wanted words.
+    """
+    part = await cluster.start_agent("odd", "127.1.0.9", redundancy=1, **BY_TOKEN | keys)
     await cluster.until(lambda: "not dialled yet" not in part.agent.reasons()[0])
     (reason,) = part.agent.reasons()
     assert wanted in reason, reason
@@ -1344,7 +1348,7 @@ async def test_the_agent_checks_each_dial_itself(here: Path, secrets: Path) -> N
     async with running_cluster(here, **FAST) as cluster:
         await cluster.start(brokers=1)
         async with unharmed(cluster, Target("127.1.0.1")):
-            keys = {"brokers": [rogue.at], "exposes": [str(port)]}
+            keys = BY_TOKEN | {"brokers": [rogue.at], "exposes": [str(port)]}
             part = await cluster.start_agent("odd", "127.1.0.9", redundancy=1, **keys)
             await cluster.until(done.is_set)
             rogue.sock.close()

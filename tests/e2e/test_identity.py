@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
 import trio
+from cryptography import x509
 from structlog.testing import capture_logs
 
+from rtunnel.config import RegistryConfig
+from rtunnel.registry import connect
 from rtunnel.relay.relay import Relay
 from rtunnel.trust import pki
 from rtunnel.trust.identity import load_pair
-from rtunnel.trust.keys import Token, load_token
-from rtunnel.trust.tls import link_context
+from rtunnel.trust.keys import Token, TrustError, load_token
+from rtunnel.trust.tls import certificate_der, certificate_fingerprint, link_context
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Hello
 from rtunnel.wire.refusal import Refusal
 from rtunnel_agent.handshake import AgentSession, new_nonce
+from rtunnel_agent.serve import status
 from rtunnel_broker.node import Node
 from support.authority import address, authority, token
-from support.cluster import Target, in_thread, read_line, running_cluster
-from support.plumbing import close_kept
+from support.cluster import Cluster, SocksRefused, Target, in_thread, read_line, running_cluster
+from support.plumbing import close_kept, kept
+from support.redis_server import RedisServer
 
 Events = list[Any]  # captured log lines
 IP = "127.1.0.1"
@@ -60,6 +66,7 @@ class Knock:
         self.done = trio.Event()
         self.code: Refusal | None = None
         self.why = ""
+        self.held: Any = None
         self._token = trio.lowlevel.current_trio_token()
 
     async def at(self, node: Node) -> Knock:
@@ -84,6 +91,13 @@ class Knock:
             await trio.to_thread.run_sync(self.relay.stop)
         return self
 
+    def hold(self, link: Any) -> None:
+        """The handshake is done, and not a word is said until `go_on`."""
+        self.held = link
+
+    def go_on(self) -> None:
+        self.relay.call(lambda: AgentSession.link_up(self.session, self.held))
+
     def session_up(self, session: AgentSession) -> None:
         self._token.run_sync_soon(self.done.set)
 
@@ -105,7 +119,7 @@ def showing(secrets: Path, name: str, ca: Path | None = None) -> Any:
     return link_context(cas, secrets / f"{name}.pem", secrets / f"{name}.key") if name else link_context(cas)
 
 
-def without_certificate(directory: Path, given: Token) -> dict[str, object]:
+def without_certificate(directory: Path, given: Token) -> dict[str, Any]:
     """Keys of an agent that enrols with this token."""
     path = directory / f"{given.id}.token"
     path.write_text(given.line())
@@ -237,3 +251,432 @@ async def test_an_agent_enrols_once_and_renews_through_any_node(tmp_path: Path, 
         modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "identity").iterdir()}
         assert modes == dict.fromkeys(("agent.key", "agent.pem", "trust.list"), 0o600)
         assert (tmp_path / "identity").stat().st_mode & 0o777 == 0o700
+
+
+async def test_without_the_authority_the_session_stays_until_the_end(tmp_path: Path, events: Events) -> None:
+    """Renewals fail and say why; at the end of the certificate the session goes on, and a new one needs the token."""
+    async with running_cluster(tmp_path, broker__join_token="") as cluster:
+        async with authority(cluster.secrets) as server:
+            where = address(server)
+            await cluster.start_broker("b1", authority=where)
+            await cluster.start_gateway()
+            many = token(cluster.secrets, networks=("127.1.0.0/24",), lifetime=4, uses=2)
+            agent = (await cluster.start_agent(**without_certificate(tmp_path, many), redundancy=1)).agent
+            await cluster.whole()
+        target = Target(IP)
+        with await cluster.socks(IP, target.port) as sock:
+            await cluster.until(lambda: bool(named(events, "renewal_failed")))
+            assert "authority_unavailable" in named(events, "renewal_failed")[0]["reason"]
+            shown = status(agent)["identity"]
+            assert isinstance(shown, dict) and "authority_unavailable" in shown["failure"]
+            await cluster.until(lambda: bool(agent.credentials.missing))
+            assert named(events, "certificate_ends_soon")
+            assert "has expired" in agent.credentials.missing
+            assert agent.state == "ready" and says(sock) == b"127.1.0.1:still there"
+        (session,) = cluster.brokers["b1"].node.sessions.values()
+        cluster.brokers["b1"].node.relay.call(lambda: session.end("a test"))
+        await cluster.until(lambda: agent.state == "down" and "has expired" in agent.reasons()[1])
+        async with authority(cluster.secrets, where):
+            await cluster.until(lambda: agent.state == "ready")
+        assert len(named(events, "enrolled")) == 4  # twice, each by authority and agent
+        assert not agent.credentials.failure
+
+
+async def test_an_agent_without_token_and_certificate_does_not_start(tmp_path: Path) -> None:
+    """It could never get one: the fix is named."""
+    async with running_cluster(tmp_path, agent__join_token="") as cluster:
+        keys: dict[str, Any] = {"certificate": "", "key": "", "identity": str(tmp_path / "identity")}
+        with pytest.raises(
+            TrustError, match=r"no certificate yet, and agent.join_token is not given.*pki token create"
+        ):
+            await cluster.start_agent(**keys)
+
+
+async def test_a_token_that_is_used_up_is_told(tmp_path: Path, events: Events) -> None:
+    """Two agents with a token of one use: the second one says why it has no certificate, and no broker hears of it."""
+    async with running_cluster(tmp_path, broker__join_token="") as cluster, authority(cluster.secrets) as server:
+        await cluster.start_broker("b1", authority=address(server))
+        await cluster.start_gateway()
+        once = token(cluster.secrets, networks=("127.1.0.0/24",))
+        await cluster.start_agent(**without_certificate(tmp_path, once), redundancy=1)
+        await cluster.whole()
+        keys = without_certificate(tmp_path, once) | {"identity": str(tmp_path / "second")}
+        second = (await cluster.start_agent("a2", "127.1.0.2", **keys, redundancy=1)).agent
+        await cluster.until(lambda: "used up" in second.reasons()[0])
+        assert "bad_token" in named(events, "enrolment_failed")[0]["reason"]
+        assert list(cluster.brokers["b1"].node.sessions) == ["default/a1"]
+
+
+async def test_an_exchange_that_ended_between_its_files_is_finished(tmp_path: Path) -> None:
+    """The certificate is there, its key still waits beside it: the next start puts them together, without a request."""
+    async with running_cluster(tmp_path, broker__join_token="", agent__join_token="") as cluster:
+        await cluster.start_broker()
+        await cluster.start_gateway()
+        old, new = cluster.certify("a1", IP), cluster.certify("a1", IP)
+        home = tmp_path / "identity"
+        home.mkdir()
+        for name, source in {"agent.key": f"{old}.key", "agent.pem": f"{new}.pem", "next.key": f"{new}.key"}.items():
+            (home / name).write_bytes((cluster.secrets / source).read_bytes())
+        await cluster.start_agent(certificate="", key="", identity=str(home), redundancy=1)
+        await cluster.whole()
+        assert sorted(path.name for path in home.iterdir()) == ["agent.key", "agent.pem"]
+        assert (home / "agent.key").read_bytes() == (cluster.secrets / f"{new}.key").read_bytes()
+
+
+# --- revocation and rotation --------------------------------------------------------------------------------
+
+
+def revoke(secrets: Path, subject: str) -> None:
+    with pki.open_directory(secrets) as opened, opened.change():
+        opened.revoke(subject)
+
+
+async def test_a_revoked_agent_is_out_within_seconds_also_without_redis(
+    tmp_path: Path, make_redis: Callable[..., RedisServer], events: Events
+) -> None:
+    """Its sessions end, and its streams with them; other agents' stay; it can't come back."""
+    server = make_redis().start()
+    registry = connect(RegistryConfig(url=server.url, ttl=3.0, quarantine=5.0, timeout=0.5))
+    try:
+        async with running_cluster(tmp_path, registry) as cluster, authority(cluster.secrets) as one:
+            for node in ("b1", "b2"):
+                await cluster.start_broker(node, authority=address(one), trust=str(tmp_path / f"{node}.list"))
+            await cluster.start_gateway()
+            for number in (1, 2):
+                await cluster.start_agent(f"a{number}", f"127.1.0.{number}")
+            await cluster.whole()
+            target, other = Target(IP), Target("127.1.0.2")
+            with await cluster.socks(IP, target.port) as theirs, await cluster.socks("127.1.0.2", other.port) as ours:
+                assert says(theirs) and says(ours)
+                server.kill()
+                await in_thread(lambda: revoke(cluster.secrets, "agent/default/a1"))
+                with trio.fail_after(REVOKED_WITHIN):
+                    assert await in_thread(lambda: ended(theirs))
+                    agent = cluster.agents["a1"].agent
+                    await cluster.until(lambda: agent.state == "down")
+                assert says(ours) == b"127.1.0.2:still there"
+            lines = named(events, "session_revoked")
+            assert sorted(line["node"] for line in lines) == ["b1", "b2"]
+            assert sum(line["streams"] for line in lines) == 1
+            await cluster.until(lambda: any("revoked" in reason for reason in agent.reasons()))
+            assert cluster.agents["a2"].agent.state == "ready"
+            assert {line["code"] for line in named(events, "session_refused")} <= {"revoked", "duplicate_node"}
+            counts = [part.node.counts.endings.get("revoked", 0) for part in cluster.brokers.values()]
+            assert sorted(counts) == [0, 1]
+    finally:
+        registry.close()
+
+
+def ended(sock: socket.socket) -> bool:
+    """Wait for the end of a stream on which nobody speaks."""
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+async def test_a_rotation_cuts_no_stream(tmp_path: Path, events: Events) -> None:
+    """Old CA, both, switched, new CA alone: links and streams stay through it all, and new ones come up at the end."""
+    async with running_cluster(tmp_path, broker__join_token="") as cluster, authority(cluster.secrets) as server:
+        for node in ("b1", "b2"):
+            await cluster.start_broker(node, authority=address(server))
+        await cluster.start_gateway()
+        many = token(cluster.secrets, networks=("127.1.0.0/24",), lifetime=30)
+        agent = (await cluster.start_agent(**without_certificate(tmp_path, many))).agent
+        await cluster.whole()
+        nodes = [part.node for part in cluster.brokers.values()]
+        target = Target(IP)
+        old = cluster.certify("a9", "127.1.0.9")
+        with await cluster.socks(IP, target.port) as stream:
+            for step in ("start_rotation", "switch_rotation"):
+                before = agent.credentials.generation
+                await in_thread(partial(rotate, cluster.secrets, step))
+                await cluster.until(partial(lambda than: agent.credentials.generation > than, before))
+                assert says(stream) == b"127.1.0.1:still there"
+            await in_thread(lambda: replace_broker_certificate(cluster.secrets))
+            fingerprint = certificate_fingerprint(certificate_der(cluster.secrets / "broker.pem"))
+            await cluster.until(lambda: all(node._shown.binding == fingerprint for node in nodes))
+            await cluster.until(lambda: from_new_ca(cluster.secrets, agent.identity), patience=30.0)
+            before = agent.credentials.generation
+            await in_thread(lambda: rotate(cluster.secrets, "finish_rotation", force=True))  # a9 has the old one
+            await cluster.until(lambda: agent.credentials.generation > before)
+            assert says(stream) == b"127.1.0.1:still there"
+            in_force = (cluster.secrets / "ca.pem").read_text()
+            await cluster.until(lambda: all(node.roots is not None and node.roots.pem == in_force for node in nodes))
+            await other_sessions(cluster)
+        assert not named(events, "session_revoked") and not named(events, "identity_rejected")
+        assert await cluster.ask(IP, target.port) == b"127.1.0.1:hello"
+        claim = hello(agent_id="a9", addresses=["127.1.0.9"])
+        told = await Knock(claim, showing(cluster.secrets, old)).at(nodes[0])
+        assert "unknown ca" in told.why
+
+
+async def other_sessions(cluster: Cluster) -> None:
+    """Every link ends, and another one takes its place."""
+    old = {slot.session for part in cluster.agents.values() for slot in part.agent.slots}
+    for part in cluster.brokers.values():
+        for session in part.node.sessions.values():
+            part.node.relay.call(partial(session.end, "a test"))
+    slots = [slot for part in cluster.agents.values() for slot in part.agent.slots]
+    await cluster.until(lambda: all(slot.session is not None and slot.session not in old for slot in slots))
+    await cluster.whole()
+
+
+def rotate(secrets: Path, step: str, **options: Any) -> None:
+    with pki.open_directory(secrets) as opened, opened.change():
+        getattr(opened, step)(**options)
+
+
+def replace_broker_certificate(secrets: Path) -> None:
+    pki.issue_broker(secrets, "newer")
+    for name in ("pem", "key"):
+        (secrets / f"newer.{name}").replace(secrets / f"broker.{name}")
+
+
+def from_new_ca(secrets: Path, identity: Any) -> bool:
+    certificate = x509.load_der_x509_certificate(identity.certificate)
+    with pki.open_directory(secrets) as opened:
+        return certificate.issuer == opened.issuing.certificate.subject
+
+
+async def test_a_token_is_proved_on_the_certificate_of_the_handshake(tmp_path: Path) -> None:
+    """The broker's files change: the link that is up has the old certificate in its proof, later ones the new one."""
+    async with running_cluster(tmp_path) as cluster:
+        node = (await cluster.start_broker()).node
+        known = load_token(cluster.secrets / "join.token")
+        slow = Knock(hello(known.id), showing(cluster.secrets, ""), known.secret)
+        held = node._shown.binding
+        slow.session.link_up = lambda link: slow.hold(link)  # type: ignore[method-assign]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(slow.at, node)
+            await cluster.until(lambda: slow.held is not None)
+            await in_thread(lambda: replace_broker_certificate(cluster.secrets))
+            await cluster.until(lambda: node._shown.binding != held)
+            slow.go_on()
+        assert slow.session.welcome is not None, slow.why
+        later = await Knock(hello(known.id, agent_id="a2"), showing(cluster.secrets, ""), known.secret).at(node)
+        assert later.session.welcome is not None
+
+
+async def test_bad_files_change_nothing(tmp_path: Path, events: Events) -> None:
+    """A key that is not the certificate's, a CA file of noise: told, and links come up as before."""
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.start(brokers=1)
+        node = cluster.brokers["b1"].node
+        before = node._shown
+        (cluster.secrets / "broker.key").write_bytes((cluster.secrets / "ca.key").read_bytes())
+        (cluster.secrets / "ca.pem").write_text("noise")
+        await cluster.until(lambda: len(named(events, "ca_rejected")) == 2)  # broker and agent
+        await cluster.until(lambda: bool(named(events, "certificate_rejected")))
+        assert "is not the key of the certificate" in named(events, "certificate_rejected")[0]["reason"]
+        assert node._shown is before
+        await other_sessions(cluster)
+
+
+# --- what may register --------------------------------------------------------------------------------------
+
+
+async def test_the_first_rule_that_fits_admits(tmp_path: Path) -> None:
+    """By namespace and networks; an agent that no rule is for is refused, and told so."""
+    rules = [
+        {"networks": ["127.1.0.8/32"], "streams": 1},
+        {"namespaces": ["blue"]},
+        {"networks": ["127.1.0.0/29", "127.2.0.0/16"]},
+    ]
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.start_broker(admit=rules)
+        await cluster.start_gateway()
+        await cluster.start_agent("a1", IP, "127.2.3.4", redundancy=1)
+        await cluster.start_agent("a2", "127.9.0.1", redundancy=1, namespace="blue")
+        await cluster.start_agent("a3", "127.1.0.8", redundancy=1)
+        await cluster.whole()
+        numbers = {s.hello.agent_id: s.rule.number for s in cluster.brokers["b1"].node.sessions.values() if s.hello}
+        assert numbers == {"a1": 3, "a2": 2, "a3": 1}
+        odd = (await cluster.start_agent("odd", "127.1.0.2", "127.3.0.1", redundancy=1)).agent
+        await cluster.until(lambda: "no rule of broker.admit is for default/odd" in odd.reasons()[0])
+
+
+async def test_a_rule_says_which_ports_may_be_published(tmp_path: Path, events: Events) -> None:
+    """A fixed port outside of the rule is a notice, a random one comes from inside; without any, none is granted."""
+    rules: list[dict[str, object]] = [
+        {"networks": [f"{IP}/32"], "open_ports": [22901, "22903-22904"]},
+        {"networks": ["127.1.0.2/32"]},
+    ]
+    keys: dict[str, Any] = {"open_ports__range": "22900-22949", "open_ports__allow": ["127.0.0.0/8"]}
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.start_broker(admit=rules, **keys)
+        await cluster.start_gateway()
+        wanted = [f"{IP}:81@22901", f"{IP}:82@22902", f"{IP}:83", f"{IP}:84", f"{IP}:85"]
+        first = (await cluster.start_agent(publish=",".join(wanted), redundancy=1)).agent
+        second = (await cluster.start_agent("a2", "127.1.0.2", publish="127.1.0.2:81", redundancy=1)).agent
+        await cluster.whole()
+        granted = {p.target_port: p.port for p in welcome_of(first).open_ports}
+        assert granted.pop(81) == 22901
+        assert set(granted.values()) == {22903, 22904} and 82 not in granted
+        notices = " ".join(welcome_of(first).notices)
+        assert "rule 1 of broker.admit does not allow port 22902" in notices and "no free port" in notices
+        assert not welcome_of(second).open_ports and welcome_of(second).notices
+
+
+def welcome_of(agent: Any) -> Any:
+    (slot,) = agent.slots
+    assert slot.session is not None and slot.session.welcome is not None
+    return slot.session.welcome
+
+
+async def test_an_agent_has_so_many_streams_on_a_node(tmp_path: Path) -> None:
+    """The limit holds for each node, is told truthfully, and there is room again when a stream ends."""
+    async with running_cluster(tmp_path) as cluster:
+        for node in ("b1", "b2"):
+            await cluster.start_broker(node, admit=[{"streams": 2}])
+        await cluster.start_gateway()
+        await cluster.start_agent()
+        await cluster.whole()
+        target = Target(IP)
+        open_ones = [await cluster.socks(IP, target.port) for _ in range(4)]
+        with pytest.raises(SocksRefused):
+            await cluster.socks(IP, target.port)
+        refused = [part.node.counts.refused.get("too_many_streams", 0) for part in cluster.brokers.values()]
+        assert refused == [1, 1]  # the second node was asked as well
+        assert all(says(sock) == b"127.1.0.1:still there" for sock in open_ones)
+        answer = await cluster.http(f"CONNECT {IP}:{target.port} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert answer.startswith(b"HTTP/1.1 429") and b"limit" in answer, answer
+        open_ones.pop().close()
+        await cluster.until(lambda: sum(p.node.counts.streams for p in cluster.brokers.values()) == 3)
+        assert await cluster.ask(IP, target.port) == b"127.1.0.1:hello"
+
+
+async def test_one_source_does_not_take_all_handshakes(tmp_path: Path, events: Events) -> None:
+    """Its share is full of silent links: more of its own are turned away, an agent from elsewhere gets in at once."""
+    async with running_cluster(tmp_path, broker__handshake_timeout=60.0, broker__max_handshakes=8) as cluster:
+        node = (await cluster.start_broker(source_handshakes=5)).node
+        silent = [await in_thread(lambda: knock_from("127.66.0.9", node)) for _ in range(5)]
+        await cluster.until(lambda: node.handshakes == 5)
+        late = await in_thread(lambda: knock_from("127.66.0.9", node))
+        assert await in_thread(lambda: ended(late))
+        assert [line["limit"] for line in named(events, "source_has_too_many_handshakes")] == [5]
+        name = cluster.certify("a1", IP)
+        assert (await Knock(hello(), showing(cluster.secrets, name)).at(node)).session.welcome is not None
+        for sock in silent:
+            sock.close()
+        await cluster.until(lambda: node.handshakes == 0)
+        assert not node._sources
+
+
+def knock_from(source: str, node: Node) -> socket.socket:
+    return kept(socket.create_connection(node.bound, timeout=10.0, source_address=(source, 0)))
+
+
+# --- what an agent exposes ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def agent_file(tmp_path: Path) -> Callable[..., Path]:
+    """Writes the agent's file, whole at once."""
+
+    def write(exposes: list[str], more: str = "") -> Path:
+        fresh, path = tmp_path / "agent.new", tmp_path / "agent.toml"
+        fresh.write_text(f"[agent]\nexposes = {exposes}\n{more}\n")
+        return fresh.replace(path)
+
+    return write
+
+
+async def test_ports_are_exposed_and_hidden_while_the_agent_runs(
+    tmp_path: Path, agent_file: Callable[..., Path], events: Events
+) -> None:
+    """The file changes: new ports are reached, streams to hidden ones end and others stay, brokers are told."""
+    one, two = Target(IP), Target(IP)
+    path = agent_file([str(one.port)])
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.start_broker()
+        await cluster.start_gateway()
+        agent = (await cluster.start_agent(file=path, redundancy=1)).agent
+        await cluster.whole()
+        with pytest.raises(SocksRefused):
+            await cluster.socks(IP, two.port)
+        with await cluster.socks(IP, one.port) as first:
+            agent_file([str(one.port), str(two.port)], "target_timeout = 3")
+            await cluster.until(lambda: agent.config.exposes == [str(one.port), str(two.port)])
+            with await cluster.socks(IP, two.port) as second:
+                agent_file([str(two.port)])
+                assert await in_thread(lambda: ended(first))
+                assert says(second) == b"127.1.0.1:still there"
+        with pytest.raises(SocksRefused):
+            await cluster.socks(IP, one.port)
+        (session,) = cluster.brokers["b1"].node.sessions.values()
+        await cluster.until(lambda: session.exposes == (str(two.port),))
+        await cluster.until(
+            lambda: {t.exposes for t in cluster.registry.snapshot().tuples if t.agent_id == "a1"} == {str(two.port)}
+        )
+        assert agent.targets.counts.endings["revoked"] == 1
+        loaded = named(events, "config_loaded")
+        assert loaded[0]["needs_restart"] == ["agent.target_timeout"]
+        assert loaded[1]["streams_ended"] == 1
+
+
+async def test_a_bad_file_changes_nothing_and_says_so(
+    tmp_path: Path, agent_file: Callable[..., Path], events: Events
+) -> None:
+    target = Target(IP)
+    path = agent_file([str(target.port)])
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.start_broker()
+        await cluster.start_gateway()
+        agent = (await cluster.start_agent(file=path, redundancy=1)).agent
+        await cluster.whole()
+        with await cluster.socks(IP, target.port) as stream:
+            agent_file(["70000"])
+            await cluster.until(lambda: bool(named(events, "config_rejected")))
+            assert "'70000' is not a port" in named(events, "config_rejected")[0]["reason"]
+            assert says(stream) == b"127.1.0.1:still there"
+        assert agent.config.exposes == [str(target.port)]
+
+
+async def test_a_port_on_loopback_is_reached_there(tmp_path: Path) -> None:
+    """`loopback:` leads to 127.0.0.1, where the service is; the same port at the agent's address is not tried."""
+    inside = Target("127.0.0.1")
+    outside = Target(IP, inside.port)
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.start_broker()
+        await cluster.start_gateway()
+        await cluster.start_agent(exposes=[f"loopback:{inside.port}"], redundancy=1)
+        await cluster.whole()
+        assert await cluster.ask(IP, outside.port) == b"127.0.0.1:hello"
+        (session,) = cluster.brokers["b1"].node.sessions.values()
+        assert session.exposes == (str(inside.port),)
+
+
+async def test_a_revoked_agent_comes_back_with_another_token(tmp_path: Path, events: Events) -> None:
+    """Not by itself; the new token is read from its file, and the certificate is for another key."""
+    async with running_cluster(tmp_path, broker__join_token="") as cluster, authority(cluster.secrets) as server:
+        await cluster.start_broker("b1", authority=address(server))
+        await cluster.start_gateway()
+        networks = ("127.1.0.0/24",)
+        keys = without_certificate(tmp_path, token(cluster.secrets, networks=networks, uses=9))
+        agent = (await cluster.start_agent(**keys, redundancy=1)).agent
+        await cluster.whole()
+        first = agent.identity
+        await in_thread(lambda: revoke(cluster.secrets, "agent/default/a1"))
+        await cluster.until(lambda: any("another token" in reason for reason in agent.reasons()))
+        assert agent.identity is first
+        (tmp_path / Path(keys["join_token"]).name).write_text(token(cluster.secrets, networks=networks).line())
+        await cluster.until(lambda: agent.state == "ready")
+        assert agent.identity is not first
+        assert [line["id"] for line in named(events, "join_token_loaded")]
+
+
+async def test_a_plain_link_can_enrol(tmp_path: Path) -> None:
+    """The session is proved by a token that broker and authority know; the certificate is for proofs."""
+    keys: dict[str, Any] = {"broker__security": "plain", "agent__security": "plain"}
+    async with running_cluster(tmp_path, **keys) as cluster, authority(cluster.secrets) as server:
+        given = token(cluster.secrets, networks=("127.1.0.0/24",))
+        (tmp_path / "shared").write_text(given.line())
+        await cluster.start_broker("b1", authority=address(server), join_token=str(tmp_path / "shared"))
+        await cluster.start_gateway()
+        agent = (await cluster.start_agent(**without_certificate(tmp_path, given), redundancy=1)).agent
+        await cluster.whole()
+        await cluster.until(lambda: agent.identity is not None)
+        assert agent.identity is not None and agent.identity.who.subject == "agent/default/a1"
+        (session,) = cluster.brokers["b1"].node.sessions.values()
+        assert session.identity is None

@@ -81,7 +81,7 @@ class Witness(Target):
         super()._talk(served)
 
 
-async def start_agent(cluster: Cluster, agent_id: str, ip: str, **keys: object) -> Part:
+async def start_agent(cluster: Cluster, agent_id: str, ip: str, **keys: Any) -> Part:
     """An agent on a host of its own."""
     part = await cluster.start_agent(agent_id, ip, **keys)
     part.agent.targets.relay = cast("Relay", Host(part, ip))
@@ -98,8 +98,8 @@ def checks_off(*, broker: bool = False, agent: bool = False) -> Iterator[None]:
             raise Refused(Refusal.LINK_LOST)
         return decode_body(dial.body)
 
-    def no_agent_check(self: Targets, body: DialBody, session: AgentSession) -> None:
-        pass
+    def no_agent_check(self: Targets, body: DialBody, session: AgentSession) -> str:
+        return body.ip
 
     with pytest.MonkeyPatch.context() as patch:
         if broker:

@@ -178,8 +178,11 @@ class Cluster:
         self.vip.backends = [(p.node.bound[0], p.node.bound[1]) for p in self.brokers.values()]
         return part
 
-    async def start_agent(self, agent_id: str = "a1", *addresses: str, **keys: object) -> Part:
-        """An agent that dials the VIP; it answers for 127.1.0.1 unless told otherwise, and can prove it."""
+    async def start_agent(self, agent_id: str = "a1", *addresses: str, file: Path | None = None, **keys: Any) -> Part:
+        """An agent that dials the VIP; it answers for 127.1.0.1 unless told otherwise, and can prove it.
+
+        `file`: with all that it exposes.
+        """
         addresses = addresses or ("127.1.0.1",)
         name = self.certify(
             agent_id, *addresses, namespace=str(keys.get("namespace", self._keys.get("agent.namespace", "default")))
@@ -190,11 +193,12 @@ class Cluster:
                 "agent.brokers": [f"127.0.0.1:{self.vip.address[1]}"],
                 "agent.agent_id": agent_id,
                 "agent.addresses": list(addresses),
-                "agent.exposes": ["1-65535"],
+                **({} if file else {"agent.exposes": ["1-65535"]}),
                 "agent.certificate": str(self.secrets / f"{name}.pem"),
                 "agent.key": str(self.secrets / f"{name}.key"),
                 **dotted("agent", keys),
             },
+            file,
         )
         self.agents[agent_id] = part
         return part
@@ -210,7 +214,7 @@ class Cluster:
         self._gateway = await self._start("gateway", {"gateway.listen": "127.0.0.1:0", **dotted("gateway", keys)})
         return self._gateway
 
-    async def start(self, brokers: int = 2, agents: int = 1, **keys: object) -> None:
+    async def start(self, brokers: int = 2, agents: int = 1, **keys: Any) -> None:
         """So many of each, agents at 127.1.0.1 and on, until all is known to all."""
         for number in range(1, brokers + 1):
             await self.start_broker(f"b{number}")
@@ -240,7 +244,7 @@ class Cluster:
         assert self._gateway is not None
         return self._gateway.gateway
 
-    async def _start(self, name: str, keys: dict[str, object]) -> Part:
+    async def _start(self, name: str, keys: dict[str, object], file: Path | None = None) -> Part:
         made = self.secrets
         common: dict[str, object] = {
             "registry.heartbeat": 0.5,
@@ -264,7 +268,7 @@ class Cluster:
             "gateway.admin": "",
         }
         section = {key: value for key, value in self._keys.items() if str(key).startswith((name, "registry"))}
-        config = load(None, {}, common | section | keys)
+        config = load(file, {}, common | section | keys)
         role = find_role(name)
         part = Part(None, trio.CancelScope(), trio.Event())
 

@@ -2,43 +2,85 @@
 
 from __future__ import annotations
 
+import socket
 import stat
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 
+from rtunnel import anchor as anchor_module
+from rtunnel.config import format_endpoint
 from rtunnel.trust import pki
 from rtunnel.trust.certificates import new_key
+from rtunnel.trust.files import PUBLIC, replace
+from rtunnel.trust.identity import Roots
 from rtunnel.trust.keys import TrustError
-from rtunnel.trust.tls import certificate_der
+from rtunnel.trust.pki import open_directory
+from rtunnel.trust.tls import certificate_der, server_context
 from rtunnel.wire.refusal import Refusal, Refused
 from support.authority import Anchored, address, anchored, authority, change, enrol, renewal, token
 
 
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
+    """A cluster with an agent a1."""
     directory = tmp_path / "pki"
     pki.init(directory)
+    pki.issue_agent(directory, "a1", agent_id="a1", namespace="default", addresses=["10.1.0.7"])
     return directory
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """News are asked for often."""
+    monkeypatch.setattr(anchor_module, "FOLLOW_SECONDS", 0.05)
+
+
+def list_of(directory: Path) -> bytes:
+    """The signed one that is in force."""
+    with open_directory(directory) as opened:
+        return opened.signed
+
+
+def revoke_a1(directory: Path) -> None:
+    change(directory, lambda opened: opened.revoke("agent/default/a1"))
+
+
+async def until(true: Callable[[], Any]) -> None:
+    with trio.fail_after(15):
+        while not true():
+            await trio.sleep(0.01)
+
+
+# --- the authority ----------------------------------------------------------------------------------------------------
+
+
 async def test_it_follows_the_authority_and_keeps_what_it_heard(made: Path, tmp_path: Path) -> None:
-    """A revocation arrives by itself, is told once, and is there at the next start without the authority."""
-    pki.issue_agent(made, "a1", agent_id="a1", namespace="default", addresses=["10.1.0.7"])
+    """A revocation arrives within 5 s, is told once, and is there at the next start without the authority."""
     der = certificate_der(made / "a1.pem")
     kept = tmp_path / "trust"
     async with authority(made) as server, anchored(made / "ca.pem", kept, address(server)) as here:
         await here.until(lambda: here.anchor.roots.number > 0)
         here.anchor.roots.verify(der)
-        change(made, lambda opened: opened.revoke("agent/default/a1"))
-        await here.until(lambda: bool(here.anchor.roots.revoked))
+        revoke_a1(made)
+        with trio.fail_after(5):
+            await here.until(lambda: bool(here.anchor.roots.revoked))
         with pytest.raises(TrustError, match="revoked"):
             here.anchor.roots.verify(der)
-        with trio.fail_after(10):
-            while not kept.exists() or kept.read_bytes() != here.anchor.roots.signed:
-                await trio.sleep(0.01)
+        await until(lambda: kept.exists() and kept.read_bytes() == here.anchor.roots.signed)
         assert here.changes == sorted(set(here.changes)) and len(here.changes) == 2
+        assert here.anchor.shown() == {
+            "number": here.anchor.roots.number,
+            "generation": here.anchor.roots.generation,
+            "revoked": 1,
+            "authority": "ok",
+            "kept": "ok",
+        }
     assert stat.S_IMODE(kept.stat().st_mode) == 0o644
     later = Anchored(made / "ca.pem", kept).anchor
     with pytest.raises(TrustError, match="revoked"):
@@ -50,11 +92,274 @@ async def test_it_carries_enrols(made: Path) -> None:
     key = new_key()
     one = token(made)
     async with authority(made) as server, anchored(made / "ca.pem", None, address(server)) as here:
-        answer = await here.anchor.enrol(enrol(one, key))
+        answer = await here.anchor.enrol(enrol(one, key, agent_id="a2"))
         who = here.anchor.roots.verify(answer.certificate)
-        assert (who.subject, who.addresses) == ("agent/default/a1", {"10.1.0.7"})
-        again = await here.anchor.enrol(renewal(answer.certificate, key))
+        assert (who.subject, who.addresses) == ("agent/default/a2", frozenset({"10.1.0.7"}))
+        again = await here.anchor.enrol(renewal(answer.certificate, key, agent_id="a2"))
         assert here.anchor.roots.verify(again.certificate).subject == who.subject
         with pytest.raises(Refused) as caught:
             await here.anchor.enrol(enrol(one))
         assert caught.value.code is Refusal.BAD_TOKEN and "used up" in caught.value.text
+
+
+async def test_a_storm_of_enrols(made: Path) -> None:
+    """Many at once are all answered, over a few connections."""
+    by = token(made, uses=100)
+    async with authority(made) as server, anchored(made / "ca.pem", None, address(server)) as here:
+        done: list[bytes] = []
+
+        async def one(number: int) -> None:
+            answer = await here.anchor.enrol(enrol(by, agent_id=f"a{number}"))
+            done.append(answer.certificate)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(100):
+                nursery.start_soon(one, number)
+        assert len(set(done)) == 100
+        assert server.connections <= anchor_module.MAX_LINES
+
+
+async def test_it_outlives_the_authority(made: Path, quick: None) -> None:
+    """Away from the start, there, away, back: what was in force stays, enrolling is refused meanwhile, then goes on."""
+    reserved = socket.create_server(("127.0.0.1", 0))
+    where = format_endpoint(*reserved.getsockname())
+    reserved.close()
+    by = token(made, uses=5)
+    with capture_logs() as lines:
+        async with anchored(made / "ca.pem", None, where) as here:
+            with pytest.raises(Refused) as caught:
+                await here.anchor.enrol(enrol(by))
+            assert caught.value.code is Refusal.AUTHORITY_UNAVAILABLE and "refused" in caught.value.text
+            await until(lambda: "refused" in str(here.anchor.shown()["authority"]))
+            async with authority(made, where):
+                await here.until(lambda: here.anchor.roots.number > 0)
+                await here.anchor.enrol(enrol(by))
+                revoke_a1(made)
+                await here.until(lambda: bool(here.anchor.roots.revoked))
+            number = here.anchor.roots.number
+            await until(lambda: here.anchor.shown()["authority"] != "ok")
+            with pytest.raises(Refused):
+                await here.anchor.enrol(enrol(by))
+            assert (here.anchor.roots.number, len(here.anchor.roots.revoked)) == (number, 1)
+            async with authority(made, where):
+                await here.anchor.enrol(enrol(by))
+                await until(lambda: here.anchor.shown()["authority"] == "ok")
+    events = [line["event"] for line in lines]
+    assert events.count("authority_reached") == 2
+    assert 2 <= events.count("authority_unavailable") <= 4, "an outage is told when it begins, or looks different"
+
+
+async def test_a_silent_authority_is_given_up(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that takes connections and answers nothing is unavailable after its time."""
+    monkeypatch.setattr(anchor_module, "PATIENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        here = Anchored(made / "ca.pem", None, format_endpoint(*mute.getsockname()))
+        with pytest.raises(Refused) as caught:
+            await here.anchor.enrol(enrol(token(made)))
+    assert caught.value.code is Refusal.AUTHORITY_UNAVAILABLE and "no answer within" in caught.value.text
+
+
+async def test_an_authority_of_another_cluster_is_none(made: Path, tmp_path: Path, quick: None) -> None:
+    """Its certificate is not good: nothing of it is taken, no token is shown to it."""
+    pki.init(tmp_path / "theirs")
+    async with authority(tmp_path / "theirs") as server, anchored(made / "ca.pem", None, address(server)) as here:
+        with pytest.raises(Refused) as caught:
+            await here.anchor.enrol(enrol(token(made)))
+        assert "certificate is not good" in caught.value.text
+        await until(lambda: "certificate is not good" in str(here.anchor.shown()["authority"]))
+        assert here.anchor.roots.number == 0 and here.changes == []
+        assert server.shown()["refused"] == 0
+
+
+async def test_a_broker_is_no_authority(made: Path) -> None:
+    """A certificate of the right CA, but a broker's: the name decides."""
+    context = server_context(made / "broker.pem", made / "broker.key")
+
+    async def serve(tcp: trio.SocketStream) -> None:
+        with pytest.raises(trio.BrokenResourceError):
+            await trio.SSLStream(tcp, context, server_side=True).do_handshake()
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+        here = Anchored(made / "ca.pem", None, format_endpoint(*listeners[0].socket.getsockname()))
+        with pytest.raises(Refused) as caught:
+            await here.anchor.enrol(enrol(token(made)))
+        assert "certificate is not good" in caught.value.text
+        nursery.cancel_scope.cancel()
+
+
+async def test_without_an_authority(made: Path) -> None:
+    """Lists come by file only, and nobody enrols."""
+    here = Anchored(made / "ca.pem")
+    with pytest.raises(Refused) as caught:
+        await here.anchor.enrol(enrol(token(made)))
+    assert caught.value.code is Refusal.AUTHORITY_UNAVAILABLE and "no authority is configured" in caught.value.text
+    assert here.anchor.shown() | {"authority": "none", "kept": "no file", "number": 0} == here.anchor.shown()
+
+
+async def test_a_list_that_cant_be_kept_is_in_force(made: Path, tmp_path: Path, quick: None) -> None:
+    """The folder is not there: said, and nothing else."""
+    async with authority(made) as server, anchored(made / "ca.pem", tmp_path / "no" / "trust", address(server)) as here:
+        await until(lambda: "can't be written" in str(here.anchor.shown()["kept"]))
+        assert here.anchor.roots.number > 0
+        revoke_a1(made)
+        await here.until(lambda: bool(here.anchor.roots.revoked))
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_list_by_hand(made: Path, tmp_path: Path) -> None:
+    """A newer list in the file counts as soon as it is there; an older one changes nothing."""
+    file = tmp_path / "trust"
+    old = list_of(made)
+    replace(file, PUBLIC, old)
+    async with anchored(made / "ca.pem", file) as here:
+        number = here.anchor.roots.number
+        assert number > 0
+        revoke_a1(made)
+        replace(file, PUBLIC, list_of(made))
+        await here.until(lambda: here.anchor.roots.number > number)
+        assert here.anchor.roots.revoked
+        with capture_logs() as lines:
+            replace(file, PUBLIC, old)
+            await until(lambda: [line for line in lines if line["event"] == "trust_loaded"])
+        assert here.anchor.roots.number > number and len(here.changes) == 1
+
+
+@pytest.mark.parametrize("fault", ["garbage", "tampered", "theirs", "gone"])
+async def test_bad_lists_change_nothing(made: Path, tmp_path: Path, fault: str) -> None:
+    """While it runs: told, and what was in force stays. At the start: it does not start."""
+    revoke_a1(made)
+    good = list_of(made)
+    file = tmp_path / "trust"
+    pki.init(tmp_path / "theirs")
+    change(tmp_path / "theirs", lambda opened: opened.publish())
+    bad = {
+        "garbage": b"garbage",
+        "tampered": good.replace(b"agent/default/a1", b"agent/default/a2"),
+        "theirs": _later(tmp_path / "theirs"),
+    }.get(fault)
+    replace(file, PUBLIC, good)
+    async with anchored(made / "ca.pem", file) as here:
+        change(made, lambda opened: opened.publish())
+        with capture_logs() as lines:
+            if bad is None:
+                file.unlink()
+            else:
+                replace(file, PUBLIC, bad if fault != "tampered" else _tampered(made))
+            await until(lambda: [line for line in lines if line["event"] == "trust_rejected"])
+        (line,) = [line for line in lines if line["event"] == "trust_rejected"]
+        assert str(file) in line["reason"]
+        assert here.anchor.roots.signed == good and here.changes == []
+    if bad is not None:
+        with pytest.raises(TrustError, match=str(file)):
+            Anchored(made / "ca.pem", file)
+
+
+def _tampered(directory: Path) -> bytes:
+    """A newer list, with somebody else revoked."""
+    return list_of(directory).replace(b"agent/default/a1", b"agent/default/a2")
+
+
+def _later(directory: Path) -> bytes:
+    """A list with a number above all that this test knows."""
+    with open_directory(directory) as opened, opened.change():
+        opened.now = lambda: 4e9
+        opened.publish()
+    return list_of(directory)
+
+
+async def test_another_ca_file(made: Path, tmp_path: Path) -> None:
+    """Put into place while it runs, it counts: a list of the new CA is taken, one of the old is not any more."""
+    file, ca = tmp_path / "trust", tmp_path / "ca.pem"
+    replace(ca, PUBLIC, (made / "ca.pem").read_bytes())
+    replace(file, PUBLIC, list_of(made))
+    pki.init(tmp_path / "other")
+    async with anchored(ca, file) as here:
+        assert here.anchor.roots.number > 0
+        replace(ca, PUBLIC, (tmp_path / "other" / "ca.pem").read_bytes())
+        await here.until(lambda: bool(here.changes))
+        assert here.anchor.roots.number == 0
+        with pytest.raises(TrustError):
+            here.anchor.roots.verify(certificate_der(made / "a1.pem"))
+        replace(file, PUBLIC, list_of(tmp_path / "other"))
+        await here.until(lambda: here.anchor.roots.number > 0)
+        here.anchor.roots.verify(certificate_der(tmp_path / "other" / "broker.pem"))
+
+
+def test_the_list_in_force_survives_a_ca_file_of_its_own_ca(made: Path) -> None:
+    """Roots.begin_again: a list that one of the CAs has signed stays; else only its revocations do."""
+    revoke_a1(made)
+    roots = Roots((made / "ca.pem").read_bytes())
+    roots.take(list_of(made))
+    number, revoked = roots.number, roots.revoked
+    roots.begin_again((made / "ca.pem").read_bytes())
+    assert (roots.number, roots.revoked) == (number, revoked)
+    with pytest.raises(TrustError, match="no PEM"):
+        roots.begin_again(b"")
+    assert roots.number == number
+    other = made.parent / "other"
+    pki.init(other)
+    roots.begin_again((other / "ca.pem").read_bytes())
+    assert (roots.number, roots.revoked) == (0, revoked)
+
+
+def test_files_that_cant_be_used(made: Path, tmp_path: Path) -> None:
+    """Named at the start."""
+    with pytest.raises(TrustError, match="none: can't be read"):
+        Anchored(tmp_path / "none")
+    (tmp_path / "empty").touch()
+    with pytest.raises(TrustError, match="empty: has no PEM"):
+        Anchored(tmp_path / "empty")
+    (tmp_path / "long").write_bytes(b"x" * 70_000)
+    with pytest.raises(TrustError, match="long: is far too long"):
+        Anchored(made / "ca.pem", tmp_path / "long")
+
+
+# --- from CA to CA ----------------------------------------------------------------------------------------------------
+
+
+async def test_through_a_whole_rotation(made: Path, tmp_path: Path, quick: None) -> None:
+    """A follower trusts the new CA before anything comes from it, and the old one until the end; it starts again with
+    the CA file of before; and so does one that was away all the time."""
+    ca, file = tmp_path / "ca.pem", tmp_path / "trust"
+    replace(ca, PUBLIC, (made / "ca.pem").read_bytes())
+    old = certificate_der(made / "a1.pem")
+    async with authority(made) as server:
+        async with anchored(ca, file, address(server)) as here:
+            await here.until(lambda: here.anchor.roots.number > 0)
+
+            async def heard() -> None:
+                number = number_of(made)
+                await here.until(lambda: here.anchor.roots.number == number)
+
+            change(made, lambda opened: opened.start_rotation())
+            await heard()
+            here.anchor.roots.verify(old)
+            change(made, lambda opened: opened.switch_rotation())
+            pki.issue_agent(made, "n1", agent_id="a1", namespace="default", addresses=["10.1.0.7"])
+            pki.issue_broker(made, "broker", into=tmp_path / "new")
+            new = certificate_der(made / "n1.pem")
+            for der in (old, new):
+                here.anchor.roots.verify(der)
+            await heard()
+            change(made, lambda opened: opened.finish_rotation())
+            await heard()
+            here.anchor.roots.verify(new)
+            with pytest.raises(TrustError, match="not from a CA in force"):
+                here.anchor.roots.verify(old)
+            assert len(set(here.changes)) == len(here.changes) == 4
+        change(made, lambda opened: opened.publish())
+        async with anchored(ca, file, address(server)) as again:
+            again.anchor.roots.verify(new)
+            number = number_of(made)
+            await again.until(lambda: again.anchor.roots.number == number)
+        away = Anchored(ca)
+        assert away.anchor.roots.take(list_of(made))
+        away.anchor.roots.verify(new)
+
+
+def number_of(directory: Path) -> int:
+    with open_directory(directory) as opened:
+        return opened.number

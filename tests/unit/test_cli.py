@@ -52,7 +52,18 @@ def test_help_shows_commands_and_examples() -> None:
     """--help lists roles and tools, with examples."""
     result = rtunnel("--help")
     assert result.exit_code == 0
-    for word in ("agent", "broker", "gateway", "standalone", "demo", "pki", "resolve", "status", "Examples:"):
+    for word in (
+        "agent",
+        "authority",
+        "broker",
+        "gateway",
+        "standalone",
+        "demo",
+        "pki",
+        "resolve",
+        "status",
+        "Examples:",
+    ):
         assert word in result.output
 
 
@@ -61,7 +72,7 @@ def test_version() -> None:
     assert rtunnel("--version").output.startswith("rtunnel 0.")
 
 
-@pytest.mark.parametrize("section", ["broker", "agent", "gateway"])
+@pytest.mark.parametrize("section", ["broker", "agent", "gateway", "authority"])
 def test_every_key_has_a_flag(section: str) -> None:
     """A role's --help has a flag for each key of its section."""
     output = rtunnel(section, "--help").output

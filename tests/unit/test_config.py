@@ -53,6 +53,8 @@ def configured(tmp_path: Path, role: str, **more: object) -> Config:
                 values[f"{section}.{key}"] = str(tmp_path / name)
     if role == "agent":
         values |= {"agent.brokers": "vip:7000", "agent.exposes": "22"}
+    if role == "authority":
+        values["authority.directory"] = str(tmp_path)
     if role in ("broker", "gateway"):
         values["registry.url"] = "redis://127.0.0.1/0"
     return load(None, {}, values | {key.replace("__", "."): value for key, value in more.items()})
@@ -112,9 +114,11 @@ def test_numbers_in_exposes() -> None:
 
 def test_relative_files_stand_beside_the_configuration(tmp_path: Path) -> None:
     """A relative file starts from the configuration file's folder; one of a variable from the working directory."""
-    path = write(tmp_path, '[broker]\nkey = "pki/b.key"\ncertificate = "/etc/b.pem"\n')
+    text = '[broker]\nkey = "pki/b.key"\ncertificate = "/etc/b.pem"\n[authority]\ndirectory = "pki"\n'
+    path = write(tmp_path, text)
     loaded = load(path, {"RTUNNEL_BROKER_CLUSTER_KEY": "pki/c.key"}, {})
     assert loaded.broker.key == str(tmp_path / "pki/b.key")
+    assert loaded.authority.directory == str(tmp_path / "pki")
     assert loaded.broker.certificate == "/etc/b.pem"
     assert loaded.broker.cluster_key == "pki/c.key"
 
@@ -426,6 +430,7 @@ def test_a_complete_configuration_starts(tmp_path: Path, role: str) -> None:
         ("broker", ["broker.cluster_key", "broker.join_token", "broker.certificate", "broker.key"]),
         ("agent", ["agent.brokers", "agent.join_token", "agent.ca"]),
         ("gateway", ["gateway.cluster_key", "registry.url"]),
+        ("authority", ["authority.directory"]),
         (
             "standalone",
             ["broker.cluster_key", "broker.join_token", "broker.certificate", "broker.key", "gateway.cluster_key"],

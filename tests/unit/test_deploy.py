@@ -41,6 +41,11 @@ ROLES = ("broker", "agent", "gateway")
 #: The oldest that docs/deploy.md names, and the newest that the package knows.
 VERSIONS = ("1.30", kubernetes_validate.latest_version())
 #: Between the end of a drain and the kill: a broker still has its tuples to take back.
+#: What a role writes, by the variables of its unit.
+STATE = {
+    "broker": {"RTUNNEL_BROKER_TRUST": "%S/rtunnel-broker/trust.list"},
+    "agent": {"RTUNNEL_AGENT_IDENTITY": "%S/rtunnel-agent"},
+}
 MARGIN = {"broker": 30.0, "agent": 15.0, "gateway": 15.0}
 #: What `kubectl create secret` and the downward API would give.
 SECRETS = {("rtunnel-registry", "url"): "redis://:secret@rtunnel-redis:6379/0"}
@@ -261,7 +266,15 @@ def test_pods_are_hardened(folder: str) -> None:
         assert pod["enableServiceLinks"] is False
         assert pod.get("hostNetwork", False) is (each.name == "rtunnel-agent")
         assert not {"hostPID", "hostIPC"} & set(pod)
-        assert not any("hostPath" in volume for volume in pod["volumes"])
+        paths = [volume["hostPath"]["path"] for volume in pod["volumes"] if "hostPath" in volume]
+        assert paths == (["/var/lib/rtunnel"] if each.name == "rtunnel-agent" else [])
+        for made in pod.get("initContainers", []):
+            # Root for as long as it takes to give a folder away.
+            assert made["command"][-1] == "/var/lib/rtunnel/agent" and made["command"][0] == "install"
+            assert made["image"] == each.container["image"]
+            assert made["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["CHOWN", "FOWNER"]}
+            assert made["securityContext"]["allowPrivilegeEscalation"] is False
+            assert made["securityContext"]["readOnlyRootFilesystem"] is True
         for volume in pod["volumes"]:
             assert volume.get("secret", {"defaultMode": 0o440})["defaultMode"] == 0o440
         assert {"requests", "limits"} <= set(each.container["resources"])
@@ -278,7 +291,7 @@ def test_a_pod_could_start(role: str, tmp_path: Path, secrets: Path) -> None:
     assert set(pod.environ) <= {leaf.env for leaf in KEYS.values()}
     for name, content in config_map(pod.folder, f"rtunnel-{role}").items():
         (tmp_path / name).write_text(content)
-    text = toml_in_pod(role).replace("/etc/rtunnel/pki", str(secrets))
+    text = toml_in_pod(role).replace("/etc/rtunnel/pki", str(secrets)).replace("/var/lib/rtunnel", str(tmp_path))
     assert roles.check(load(text, tmp_path, pod.environ), role) == []
 
 
@@ -302,6 +315,7 @@ def _files(loaded: Config, role: str) -> Iterator[tuple[str, str]]:
         if (
             section == role
             and leaf.key.unit == "file"
+            and not leaf.key.made
             and name != "policy"
             and (value := getattr(getattr(loaded, section), name))
         ):
@@ -566,12 +580,14 @@ def test_units_hand_over_the_secrets(role: str, tmp_path: Path) -> None:
         assert credentials[variable.removeprefix("%d/")] == str(source)
         expected[source.name] = str(source)
     assert credentials == expected
-    assert variables == {}
+    assert variables == STATE.get(role, {})
+    assert unit(role)["Service"].get("StateDirectory", []) == [f"rtunnel-{role}"] * bool(STATE.get(role))
+    assert unit(role)["Service"].get("StateDirectoryMode", []) == ["0700"] * bool(STATE.get(role))
 
 
 @pytest.mark.parametrize("role", ROLES)
 def test_units_are_hardened(role: str) -> None:
-    """No user of its own on the machine, no capability, nothing to write."""
+    """No user of its own on the machine, no capability, nothing to write but the role's own folder."""
     wanted = {
         "DynamicUser": "yes",
         "NoNewPrivileges": "yes",
@@ -583,7 +599,7 @@ def test_units_are_hardened(role: str) -> None:
         "SystemCallArchitectures": "native",
     }
     assert {key: service(role, key) for key in wanted} == wanted
-    assert not {"ReadWritePaths", "StateDirectory", "AmbientCapability"} & set(unit(role)["Service"])
+    assert not {"ReadWritePaths", "AmbientCapability"} & set(unit(role)["Service"])
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
@@ -673,12 +689,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_all_packages(wheel: Path) -> None:
-    """Four import packages at the top and every module of them; the command; the roles; nothing else."""
+    """Five import packages at the top and every module of them; the command; the roles; nothing else."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         entry_points = archive.read(f"rtunnel-{rtunnel.__version__}.dist-info/entry_points.txt").decode()
     assert {name.partition("/")[0] for name in names} == {
-        "rtunnel", "rtunnel_agent", "rtunnel_broker", "rtunnel_socks", f"rtunnel-{rtunnel.__version__}.dist-info",
+        "rtunnel", "rtunnel_agent", "rtunnel_authority", "rtunnel_broker", "rtunnel_socks",
+        f"rtunnel-{rtunnel.__version__}.dist-info",
     }  # fmt: skip
     for package in project()["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]:
         source = ROOT / package
