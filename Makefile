@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint lab soak bench bench-quick clean
+.PHONY: demo test lint fuzz lab soak bench bench-quick clean
 .DEFAULT_GOAL := test
 
 .venv/.ready: pyproject.toml
@@ -24,6 +24,10 @@ lint: .venv/.ready ## ruff, mypy --strict, import contracts
 	$(BIN)/mypy
 	$(BIN)/mypy tests
 	$(BIN)/lint-imports --no-cache
+
+fuzz: .venv/.ready ## coverage-guided, FUZZ_SECONDS (30) a target; findings stay in tests/fuzz/cases and are tried by `make test`
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
 
 lab: .venv/.ready ## isolated VPCs in network namespaces (root)
 	$(BIN)/python -m pytest tests/lab -v --timeout 300

@@ -14,12 +14,14 @@ import logging
 import os
 import re
 import select
+import sys
 import threading
 import time
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from datetime import UTC, datetime
+from types import NoneType
 from typing import Any, cast
 
 import msgspec
@@ -201,22 +203,32 @@ def timestamp() -> str:
     return f"{text}{int((now - whole) * 1000):03d}Z"
 
 
+_SIMPLE = (str, int, float, bytes, NoneType)
+_SIMPLE_TYPES = frozenset((*_SIMPLE, bool))
+
+
 def _plain(value: Any) -> Any:
-    """What msgspec can't encode."""
+    """The value as JSON has it. An object is what it says of itself, and not its fields: it may hold a key."""
+    if isinstance(value, _SIMPLE):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
     if isinstance(value, BaseException):
         return f"{type(value).__name__}: {value}"
-    if isinstance(value, Mapping):
-        return dict(value)
     return str(value)
 
 
-_encode = msgspec.json.Encoder(enc_hook=_plain).encode
+_encode = msgspec.json.Encoder(enc_hook=str).encode
 _NOT_PLAIN = re.compile(r"[^\x20-\x7e]")
 
 
 def render_json(fields: dict[str, Any]) -> bytes:
     """One JSON object and a newline, in printable ASCII and printable Unicode only."""
     try:
+        if not _SIMPLE_TYPES.issuperset(map(type, fields.values())):  # most lines have nothing else
+            fields = {name: _plain(value) for name, value in fields.items()}
         line = _encode(fields)
     except Exception:
         line = _encode(_tamed(fields))
@@ -267,18 +279,20 @@ def render_console(fields: dict[str, Any], colour: bool = False) -> bytes:
     shown = f"{level:<8}"
     if colour:
         shown = f"{_COLOURS.get(level, _COLOURS['error'])}{shown}\x1b[0m"
-    pairs = "".join(f" {printable(_short(name, 64))}={_console_value(value)}" for name, value in rest.items())
-    head = f"{clock[11:-1]} {shown} {printable(event)}{pairs}\n"
+    pairs = "".join(
+        f" {_console_word(_short(name, 64))}={_console_word(_short(value, _CUT))}" for name, value in rest.items()
+    )
+    head = f"{clock[11:-1]} {shown} {_console_word(event)}{pairs}\n"
     lines = _short(trace, MAX_LINE).splitlines() if trace else ()
     return (head + "".join(f"    | {printable(line)}\n" for line in lines)).encode("utf-8", "backslashreplace")
 
 
-def _console_value(value: Any) -> str:
-    text = printable(_short(value, _CUT))
-    if isinstance(value, str) and not _WORD.fullmatch(text):
-        quoted = text.replace('"', '\\"')
-        return f'"{quoted}"'
-    return text
+def _console_word(text: str) -> str:
+    """As it is when nothing in it could be taken for the line's own structure; else in quotes, with escapes."""
+    if _WORD.fullmatch(text) and printable(text) == text:
+        return text
+    quoted = printable(text.replace("\\", "\\\\").replace('"', '\\"'))
+    return f'"{quoted}"'
 
 
 # --- structlog --------------------------------------------------------------------------------------------
@@ -313,7 +327,7 @@ class _Output:
 
 
 class _Bridge(logging.Handler):
-    """Lines of libraries that log with the standard module."""
+    """Lines of libraries that log with the standard module, and Python's warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Pass the record on as an event."""
@@ -351,6 +365,7 @@ def setup(config: LogConfig, *, fd: int = 2, **common: Any) -> None:
         cache_logger_on_first_use=True,
     )
     _bridge_standard_logging(max(LEVELS[config.level], logging.WARNING))
+    _take_strays()
 
 
 def _open_writer(fd: int, render: Render) -> Writer:
@@ -370,6 +385,29 @@ def _bridge_standard_logging(level: int) -> None:
         _bridge = _Bridge()
         logging.getLogger().addHandler(_bridge)
     _bridge.setLevel(level)
+    logging.captureWarnings(True)
+
+
+def _take_strays() -> None:
+    """Exceptions that nobody can catch become lines too: Python would print them raw, with what a peer put in them.
+
+    Hooks that somebody else has set (a test runner) stay.
+    """
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _log_unraisable
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = _log_dead_thread
+
+
+def _log_unraisable(stray: sys.UnraisableHookArgs) -> None:
+    fault = stray.exc_value or stray.exc_type
+    get_logger("python").error("exception_ignored", where=stray.err_msg or repr(stray.object), exc_info=fault)
+
+
+def _log_dead_thread(stray: threading.ExceptHookArgs) -> None:
+    if not issubclass(stray.exc_type, SystemExit):
+        name = stray.thread.name if stray.thread is not None else ""
+        get_logger("python").critical("thread_died", thread=name, exc_info=stray.exc_value)
 
 
 def flush(timeout: float = FLUSH_TIMEOUT) -> bool:

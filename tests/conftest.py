@@ -1,4 +1,4 @@
-"""Fixtures for every suite: real Redis servers."""
+"""For every suite: real Redis servers, and ears for secrets in logs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
+from support import secrecy
 from support.redis_server import RedisServer
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No secret in a log, whatever the tests do."""
+    config.pluginmanager.register(secrecy, "secrecy")
 
 
 @pytest.fixture(scope="session")

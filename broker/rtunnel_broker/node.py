@@ -423,7 +423,7 @@ class Node:
     def _end_lost(self, lost: dict[int, AddressTaken]) -> None:
         """While the registry did not have them, another agent came with one of their addresses, and is there now."""
         for session in list(self.sessions.values()):
-            if session.epoch in lost and not session.refused:
+            if session.epoch in lost and not session.answered:
                 session.refuse(Refusal.ADDRESS_TAKEN, str(lost[session.epoch]))
 
     def _registry_is_down(self, error: RegistryUnavailable) -> None:

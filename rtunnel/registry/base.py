@@ -9,9 +9,11 @@ Times are seconds since 1970 by the *registry's* clock, so that the clocks of no
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import msgspec
+
+from rtunnel.wire.messages import Id, Port, PortOrAny
 
 # An epoch is (incarnation << 32 | counter): 64 bits, so a JSON or Lua number would round it (docs/registry.md).
 COUNTER_BITS = 32
@@ -62,14 +64,14 @@ class NodeRecord(msgspec.Struct, frozen=True, gc=False):
 class Tuple(msgspec.Struct, frozen=True, gc=False):
     """(PS IP, PS port, agent IP, agent port) with what makes it safe to use."""
 
-    namespace: str
+    namespace: Id
     agent_ip: str
-    agent_port: int  # 0 for a guarded port: every exposed port of the agent
+    agent_port: PortOrAny  # 0 for a guarded port: every exposed port of the agent
     ps_ip: str
-    ps_port: int
-    node: str
-    epoch: int
-    agent_id: str
+    ps_port: Port
+    node: Id
+    epoch: Annotated[int, msgspec.Meta(ge=0)]
+    agent_id: Id
     state: str = "live"  # or "draining"
     exposes: str = ""  # for people: "22,9100,8000-8100"
     beat: float = 0.0  # heartbeat time, set by the registry

@@ -19,7 +19,7 @@ local now = string.format('%d.%03d', time[1], math.floor(time[2] / 1000))
 local dead = tonumber(now) - TTL / 1000
 
 local function older(a, b) return #a < #b or (#a == #b and a < b) end
-local function epoch_of(json) return string.match(json, '^{"epoch":"(%d+)"') end
+local function epoch_of(json) return string.match(json, '^{"epoch":"(%d+)"') or '0' end
 
 -- The feed's id is new whenever the feed is: it tells a reader that its cursor is of a registry that was wiped.
 local feeding = false
@@ -100,7 +100,7 @@ local function taken(target, agent)
     if field then
       local json = found[field]
       local means = json and epoch_of(json) == epoch
-      if tonumber(last) >= dead then
+      if (tonumber(last) or 0) >= dead then
         if means and not string.find(json, agent, 1, true) then other = json end
       elseif means then
         drop(target, field, json)
@@ -327,11 +327,12 @@ for _, node in ipairs(redis.call('ZRANGEBYSCORE', P .. 'nodes', dead, '+inf')) d
   local record = redis.call('GET', P .. 'node:' .. node)
   if record then found[#found + 1] = record end
 end
-return '[' .. table.concat(found, ',') .. ']'
+return table.concat(found, '\\n')
 """
 )
 
-# One page of a node's live tuples as one JSON array: one reply to parse, one call of the decoder.
+# One page of a node's live tuples as lines of JSON: one reply to parse, one call of the decoder, and a row that was
+# written by somebody else damages no other.
 PAGE = (
     HEAD
     + """
@@ -340,15 +341,15 @@ local page = redis.call('SSCAN', P .. 'tuples:' .. node, cursor, 'COUNT', count)
 local found = {}
 for _, member in ipairs(page[2]) do
   local target, field = string.match(member, '^(%S+) (%S+)$')
-  local key = P .. 'target:' .. target
-  local json = redis.call('HGET', key, field)
+  local key = P .. 'target:' .. (target or '')
+  local json = target and redis.call('HGET', key, field)
   if json then
     local beat = redis.call('HGET', key, field .. '@' .. epoch_of(json))
-    if beat and tonumber(beat) > dead then
+    if (tonumber(beat or 0) or 0) > dead then
       found[#found + 1] = '{"beat":' .. beat .. ',' .. string.sub(json, 2)
     end
   end
 end
-return {page[1], '[' .. table.concat(found, ',') .. ']'}
+return {page[1], table.concat(found, '\\n')}
 """
 )

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, wraps
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import msgspec
@@ -21,6 +21,8 @@ from redis.connection import Connection, ConnectionPool, SSLConnection, UnixDoma
 from redis.retry import Retry
 from redis.sentinel import Sentinel, SentinelConnectionPool
 
+from rtunnel.config import canonical_ip
+from rtunnel.logs import get_logger
 from rtunnel.registry import lua
 from rtunnel.registry.base import (
     COUNTER_BITS,
@@ -56,9 +58,28 @@ _TLS_OPTIONS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", 
 _PLAIN = re.compile(r"[A-Za-z0-9._~-]+").fullmatch
 
 _tuple = msgspec.json.Decoder(Tuple, strict=False)  # not strict: an epoch is a string in JSON, an int here
-_tuples = msgspec.json.Decoder(list[Tuple], strict=False)
-_records = msgspec.json.Decoder(list[NodeRecord], strict=False)
+_record_of = msgspec.json.Decoder(NodeRecord, strict=False)
 _encode = msgspec.json.Encoder().encode
+#: What a reply that nobody of ours has written can raise.
+_NONSENSE = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, msgspec.MsgspecError)
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_log = get_logger("registry")
+
+
+def _sensible(call: Callable[Concatenate[RedisRegistry, _P], _T]) -> Callable[Concatenate[RedisRegistry, _P], _T]:
+    """Replies that make no sense are an outage, which every caller outlives: something else answers there."""
+
+    @wraps(call)
+    def checked(registry: RedisRegistry, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return call(registry, *args, **kwargs)
+        except _NONSENSE as fault:
+            text = f"an answer makes no sense ({fault}); see who else writes there, and docs/registry.md"
+            raise RegistryUnavailable(f"registry {registry.url}: {text}") from fault
+
+    return checked
 
 
 class _Script:
@@ -114,18 +135,21 @@ class RedisRegistry:
 
     # ------------------------------------------------------------------ nodes
 
+    @_sensible
     def start_node(self, record: NodeRecord) -> int:
         node = _quote(record.node)
         incarnation = int(self._run(_START, node, _record(record, incarnation=False)))
         self._purge(record.node, incarnation << COUNTER_BITS)
         return incarnation
 
+    @_sensible
     def stop_node(self, node: str, incarnation: int) -> None:
         if self._run(_STOP, _quote(node), incarnation):
             self._purge(node, (incarnation + 1) << COUNTER_BITS)
 
+    @_sensible
     def nodes(self) -> list[NodeRecord]:
-        return _records.decode(self._run(_NODES))
+        return list(_rows(self._run(_NODES).splitlines(), _record_of.decode))
 
     def _purge(self, node: str, floor: int) -> None:
         first = 1
@@ -134,10 +158,12 @@ class RedisRegistry:
 
     # ------------------------------------------------------------------ ports
 
+    @_sensible
     def last_port(self, node: str, owner: str) -> int | None:
         port = self._command("GET", f"{self._prefix}:last:{_last(node, owner)}")
         return None if port is None else int(port)
 
+    @_sensible
     def lease_port(self, lease: PortLease) -> bool:
         node = (_quote(lease.node), lease.node, incarnation_of(lease.epoch))
         return bool(self._run(_LEASE, *node, *_lease_args(lease)))
@@ -147,6 +173,7 @@ class RedisRegistry:
 
     # ------------------------------------------------------------------ tuples
 
+    @_sensible
     def register(self, registration: Registration) -> None:
         if node := _node(registration):
             _, taken = self._put("keep", node, incarnation_of(registration.epoch), [registration])
@@ -157,6 +184,7 @@ class RedisRegistry:
         if node := _node(registration):
             self._remove(node, registration.tuples, registration.leases)
 
+    @_sensible
     def beat(self, record: NodeRecord, registrations: list[Registration]) -> Beat:
         self._beats += 1
         again: list[Registration] = []
@@ -203,7 +231,7 @@ class RedisRegistry:
         written, *refused = self._run(_PUT, *args)
         taken = {}
         for number, json in zip(refused[::2], refused[1::2], strict=True):
-            ours, other = tuples[number], _tuple.decode(json)
+            ours, other = tuples[number], _read_tuple(json)
             taken[ours.epoch] = AddressTaken(ours.namespace, ours.agent_ip, other.agent_id, other.node)
         return written, taken
 
@@ -218,6 +246,7 @@ class RedisRegistry:
 
     # ------------------------------------------------------------------ readers
 
+    @_sensible
     def lookup(self, namespace: str, ip: str) -> list[Tuple]:
         # No script: this is what docs/registry.md tells everybody else to do.
         clock, flat = self._exchange(
@@ -230,12 +259,13 @@ class RedisRegistry:
         for field, json in fields.items():
             if b"@" in field:
                 continue
-            entry = _tuple.decode(json)
-            beat = float(fields.get(b"%s@%d" % (field, entry.epoch), 0))
-            if beat > dead:
-                found.append(msgspec.structs.replace(entry, beat=beat))
+            for entry in _rows([json], _read_tuple):
+                beat = float(fields.get(b"%s@%d" % (field, entry.epoch), 0))
+                if beat > dead:
+                    found.append(msgspec.structs.replace(entry, beat=beat))
         return found
 
+    @_sensible
     def snapshot(self) -> Snapshot:
         feed, seq, now, nodes = self._run(_CURSOR)
         records = self.nodes()
@@ -244,11 +274,12 @@ class RedisRegistry:
             cursor = b"0"
             while True:
                 cursor, page = self._run(_PAGE, node, cursor, PAGE)
-                found += _tuples.decode(page)
+                found += _page_of(page)
                 if cursor == b"0":
                     break
         return Snapshot(cursor=f"{feed.decode()}/{int(seq)}", now=float(now), nodes=records, tuples=found)
 
+    @_sensible
     def changes(self, cursor: str, wait: float) -> tuple[str, list[Change]]:
         feed, _, text = cursor.partition("/")
         position = int(text)
@@ -265,7 +296,7 @@ class RedisRegistry:
         entries = reply[0][1] if reply else []
         if (entries and _sequence(entries[0]) != position + 1) or not (entries or block):
             raise CursorLost(f"the feed of {self.url} was trimmed past {cursor}")
-        return f"{feed}/{position + len(entries)}", [_change(entry) for entry in entries]
+        return f"{feed}/{position + len(entries)}", list(_rows((entry[1] for entry in entries), _change))
 
     # ------------------------------------------------------------------ talking to Redis
 
@@ -425,9 +456,45 @@ def _sequence(entry: list[Any]) -> int:
     return int(entry[0].partition(b"-")[0])
 
 
+def _rows(rows: Iterable[Any], read: Callable[[Any], _T]) -> Iterator[_T]:
+    """What the rows say. One that can't be read is left out, and told: one bad writer must not blind every reader."""
+    ignored, why = 0, ""
+    for row in rows:
+        try:
+            yield read(row)
+        except _NONSENSE as fault:
+            ignored, why = ignored + 1, str(fault)
+    if ignored:
+        _log.warning("registry_rows_ignored", rows=ignored, text=why)
+
+
+def _page_of(page: bytes) -> list[Tuple]:
+    try:
+        return [_checked(entry) for entry in _tuple.decode_lines(page)]  # half the time of one by one
+    except _NONSENSE:
+        return list(_rows(page.splitlines(), _read_tuple))
+
+
+def _read_tuple(json: bytes) -> Tuple:
+    return _checked(_tuple.decode(json))
+
+
+def _checked(entry: Tuple) -> Tuple:
+    """What msgspec can't check: a relay would fail at it when it dials."""
+    _check_ip(entry.ps_ip)
+    if entry.epoch >> 64:
+        raise ValueError(f"epoch {entry.epoch} has more than 64 bits")
+    return entry
+
+
+@lru_cache(maxsize=4096)
+def _check_ip(text: str) -> None:
+    canonical_ip(text)
+
+
 def _change(entry: list[Any]) -> Change:
-    kind, json = entry[1]
-    of = _tuple.decode(json)
+    kind, json = entry
+    of = _read_tuple(json)
     return Change(of.namespace, of.agent_ip, of.agent_port, of.node, of.epoch, of if kind == b"put" else None)
 
 

@@ -23,7 +23,7 @@ from urllib.parse import quote, unquote
 
 import msgspec
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -41,6 +41,17 @@ _SCHEME: Final = "rtunnel:"
 _ECDSA: Final = ec.ECDSA(hashes.SHA256())
 #: Certificates that were checked; one is checked again when it has been forgotten.
 _REMEMBERED: Final = 65536
+
+#: What a certificate from anybody may raise, when it is loaded or as late as when a part of it is looked at.
+_UNREADABLE: Final = (
+    ValueError,
+    TypeError,
+    OverflowError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 
 PrivateKey = ec.EllipticCurvePrivateKey
 PublicKey = ec.EllipticCurvePublicKey
@@ -92,7 +103,7 @@ def read_certificate(der: bytes) -> Identity:
     """What it says; whether it is true is another question (`Roots.verify`). Raises TrustError."""
     try:
         return _identity(x509.load_der_x509_certificate(der))
-    except ValueError as fault:
+    except _UNREADABLE as fault:
         raise TrustError(f"is not a certificate: {fault}") from None
 
 
@@ -104,7 +115,7 @@ def _identity(certificate: x509.Certificate) -> Identity:
     common = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
     kind, namespace, name, addresses = read_names(names, str(common[0].value) if common else "")
     key = certificate.public_key()
-    if not isinstance(key, ec.EllipticCurvePublicKey):
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise TrustError("the certificate's key is not on P-256")
     issued = (certificate.not_valid_before_utc + BACKDATE).timestamp()
     ends = certificate.not_valid_after_utc.timestamp()
@@ -156,8 +167,8 @@ class Roots:
         self._cas: list[x509.Certificate] = []
         self._known: dict[bytes, Identity] = {}
         try:
-            self._put(x509.load_pem_x509_certificates(pem))
-        except ValueError as fault:
+            self._put(_usable(x509.load_pem_x509_certificates(pem)))
+        except _UNREADABLE as fault:
             raise TrustError(f"{where}: has no PEM certificate that can be used: {fault}") from None
 
     def _put(self, cas: Iterable[x509.Certificate]) -> None:
@@ -185,8 +196,8 @@ class Roots:
         try:
             signed = msgspec.msgpack.decode(data, type=_SignedList)
             content = msgspec.msgpack.decode(signed.body, type=TrustList)
-            cas = [x509.load_der_x509_certificate(der) for der in content.cas]
-        except (msgspec.DecodeError, RecursionError, ValueError) as fault:
+            cas = _usable(x509.load_der_x509_certificate(der) for der in content.cas)
+        except (msgspec.DecodeError, RecursionError, *_UNREADABLE) as fault:
             raise TrustError(f"is not a trust list: {fault}") from None
         if content.number <= self.number:
             return False
@@ -202,7 +213,8 @@ class Roots:
     @staticmethod
     def _has_signed(ca: x509.Certificate, signed: _SignedList) -> bool:
         key, fingerprint = ca.public_key(), ca.fingerprint(hashes.SHA256())
-        assert isinstance(key, ec.EllipticCurvePublicKey)
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            return False  # somebody's own CA: it may issue certificates, and signs no lists
         for signature in signed.signatures:
             if signature.signer == fingerprint:
                 try:
@@ -238,16 +250,24 @@ class Roots:
             for ca in self._cas:
                 try:
                     certificate.verify_directly_issued_by(ca)
-                except (ValueError, TypeError, InvalidSignature):
+                except (InvalidSignature, *_UNREADABLE):
                     continue
                 return _identity(certificate)
-        except ValueError as fault:
+        except _UNREADABLE as fault:
             raise TrustError(f"is not a certificate: {fault}") from None
         raise TrustError("the certificate is not from a CA in force")
 
     def is_revoked(self, identity: Identity) -> bool:
         """Whether it was issued before its subject was revoked."""
         return identity.issued <= self.revoked.get(identity.subject, 0)
+
+
+def _usable(cas: Iterable[x509.Certificate]) -> list[x509.Certificate]:
+    """CAs whose keys are of a known kind; now, and not when a signature of theirs is looked at."""
+    found = list(cas)
+    for ca in found:
+        ca.public_key()
+    return found
 
 
 def load_roots(path: Path | str) -> Roots:

@@ -333,9 +333,19 @@ def parallel_downloads(way: Way, board: Board, count: int) -> None:
 
 def stalled_readers(way: Way, board: Board, count: int) -> None:
     """`count` streams of which nobody reads more than the first byte."""
+    _hold(way, board, count, b"D")
+
+
+def idle_streams(way: Way, board: Board, count: int) -> None:
+    """`count` streams on which one byte went there and back, and nothing since."""
+    _hold(way, board, count, b"E", b"x")
+
+
+def _hold(way: Way, board: Board, count: int, work: bytes, first: bytes = b"") -> None:
     socks = []
     for _ in range(count):
-        sock = way.connect(b"D")
+        sock = way.connect(work)
+        sock.sendall(first)
         sock.recv(1)
         socks.append(sock)
     board.slots[READY] = 1

@@ -35,7 +35,7 @@ METRICS: Final[dict[str, tuple[str, str, bool]]] = {
     "cpu_conn": ("µs", "CPU time of the tunnel per connection", False),
     "jain": ("", "Jain's index of 100 streams: 1 is perfectly fair", True),
     "beside": ("Gbit/s", "what the bulk stream moved meanwhile", True),
-    "stalled": ("KiB", "growth of the tunnel's PSS per stalled stream", False),
+    "stalled": ("KiB", "PSS of the tunnel per stalled stream, over that of an idle one", False),
     "errors": ("", "connections that failed", False),
     "left": ("", "connections to the target that the tunnel kept open after their clients had gone", False),
     "load": ("cores", "CPU time of the load generator per second", False),
@@ -277,11 +277,14 @@ def trip_beside_stalled(m: Measurement) -> Figures:
 
 
 def stalled_memory(m: Measurement) -> float:
-    """KiB of PSS by which the tunnel's processes grow for each of 50 stalled streams."""
-    before = memory(m.system.pids).pss
-    with m.running(Worker(load.stalled_readers, m.system.way, (50,))):
-        time.sleep(1.0)
-        return (memory(m.system.pids).pss - before) / 50
+    """KiB of PSS that the tunnel's processes have more for each of 50 stalled streams than for each of 50 idle ones."""
+    held = []
+    for work in (load.idle_streams, load.stalled_readers):
+        with m.running(Worker(work, m.system.way, (50,))):
+            time.sleep(1.0)
+            held.append(memory(m.system.pids).pss / 50)
+    idle, stalled = held
+    return stalled - idle
 
 
 # --- connections --------------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ from rtunnel_socks import gateway as gateway_module
 from support.cluster import Cluster, Part, SocksRefused, Target, in_thread, read_line, running_cluster
 from support.plumbing import close_kept, kept, reset
 from support.redis_server import RedisServer
+from support.secrecy import is_secret
 
 PATIENCE = 10.0
 #: Deadlines of the tests' roles: short, and long enough for a loaded machine.
@@ -1500,17 +1501,20 @@ async def closing(registry: RedisRegistry) -> AsyncIterator[RedisRegistry]:
         registry.close()
 
 
+RIGHT, WRONG = "right-pa55word", "wr0ng-password"
+
+
 @pytest.mark.parametrize("obstacle", ["nothing there", "not Redis", "wrong password"])
 async def test_without_redis_at_the_start_roles_wait_and_say_so(
     here: Path, make_redis: Callable[..., RedisServer], obstacle: str
 ) -> None:
     """Broker and gateway are alive, not ready, and name the registry; they come up by themselves when Redis does."""
-    server = make_redis(tcp=True, password="right")
-    url = f"redis://:right@127.0.0.1:{server.port}/0"
+    server = make_redis(tcp=True, password=RIGHT)
+    url = f"redis://:{RIGHT}@127.0.0.1:{server.port}/0"
     impostor = Impostor(server.port) if obstacle == "not Redis" else None
     if obstacle == "wrong password":
         server.start()
-        url = url.replace("right", "wrong")
+        url = url.replace(RIGHT, is_secret(WRONG, "a Redis"))
     async with closing(redis_registry(url)) as registry, running_cluster(here, registry, **FAST, **SHORT) as cluster:
         with capture_logs() as logs:
             await cluster.start_gateway(admin="127.0.0.1:0")
@@ -1521,7 +1525,7 @@ async def test_without_redis_at_the_start_roles_wait_and_say_so(
                     assert b'{"live":true}' in await in_thread(lambda at=at: probe(at, "/livez"))  # type: ignore[misc]
                     answer = await in_thread(lambda at=at: probe(at))  # type: ignore[misc]
                     assert answer.startswith(b"HTTP/1.1 503 ") and b"registry: registry redis://" in answer, answer
-                    assert b"wrong" not in answer
+                    assert WRONG.encode() not in answer
                 with pytest.raises(SocksRefused) as refused:
                     await cluster.socks("127.1.0.1", ANY_PORT)
                 assert refused.value.code == 1
@@ -1531,10 +1535,10 @@ async def test_without_redis_at_the_start_roles_wait_and_say_so(
                     impostor.close()
                 if obstacle == "wrong password":
                     with server.client() as client:
-                        client.config_set("requirepass", "wrong")
+                        client.config_set("requirepass", WRONG)
                 else:
                     server.start()
-        assert all("wrong" not in str(entry) for entry in logs)
+        assert all(WRONG not in str(entry) for entry in logs)
         await cluster.start_agent("a1", redundancy=1)
         await cluster.whole()
         target = Target("127.1.0.1")

@@ -12,6 +12,7 @@ from typing import Any
 import redis
 
 from support.polling import until
+from support.secrecy import is_secret
 
 
 def redis_binary() -> str:
@@ -34,7 +35,7 @@ class RedisServer:
         self, directory: Path, *, tcp: bool = False, password: str = "", options: tuple[str, ...] = ()
     ) -> None:
         self.directory = directory
-        self.password = password
+        self.password = is_secret(password, "a Redis")
         self.socket = directory / "redis.sock"
         self.port = _free_port() if tcp else 0
         self._process: subprocess.Popen[bytes] | None = None

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from support.polling import until
+from support.secrecy import heard
 
 DRAIN = 20.0
 TTL = 1.5
@@ -46,6 +47,7 @@ def environment() -> dict[str, str]:
 def run(*command: str, code: int | None = 0) -> str:
     """A command to its end; its output. Its exit code is as expected (None: any)."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=environment())
+    heard(done.stderr)
     assert code is None or done.returncode == code, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout + done.stderr
 

@@ -23,6 +23,7 @@ from rtunnel.registry import COUNTER_BITS, NodeRecord, Registration, Registry, R
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.roles import Role
 from rtunnel.trust import pki
+from support.secrecy import heard
 
 ROOT = Path(__file__).parents[2]
 
@@ -440,6 +441,7 @@ class Program:
     def end(self) -> tuple[int, list[dict[str, Any]], str]:
         """Exit code, log events, stdout's rest."""
         out, self.err = self.process.communicate(timeout=20)
+        heard(self.err)
         events = [json.loads(line) for line in self.err.splitlines() if line.startswith("{")]
         return self.process.returncode, events, out
 

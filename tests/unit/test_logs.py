@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import json
 import logging
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 
 from rtunnel import logs
 from rtunnel.config import LogConfig
+from rtunnel.trust.keys import new_token
 
 
 class Pipe:
@@ -127,6 +129,17 @@ def test_any_value_can_be_logged(pipe: Pipe) -> None:
     assert [event["event"] for event in lines] == ["odd"] * 9
     assert all(event["after"] == 1 for event in lines)
     assert lines[7]["value"] == "ValueError: x"
+
+
+def test_an_object_is_what_it_says_of_itself(pipe: Pipe) -> None:
+    """Fields that a repr leaves out are left out of both formats: a token has its secret there."""
+    token = new_token("ops")
+    for format in ("json", "console"):
+        log = setup(pipe, format=format)
+        log.info("x", token=token, several=[token], named={"t": (token,)})
+        (line,) = pipe.lines()
+        assert line.count(b"Token(id='ops')") == 3
+        assert base64.b64encode(token.secret)[:8] not in line
 
 
 def test_long_values_are_cut(pipe: Pipe) -> None:

@@ -5,16 +5,25 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable
+from ipaddress import ip_address
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import msgpack
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rtunnel.trust import pki
+from rtunnel.trust.identity import agent_uri, load_private_key, prove
+from rtunnel.trust.tls import certificate_der
 from rtunnel.wire import messages
 from rtunnel.wire.messages import (
+    MAX_CERTIFICATE,
+    MAX_LIST,
     MAX_MESSAGE,
     MAX_UNAUTHENTICATED,
     Accepted,
@@ -27,6 +36,9 @@ from rtunnel.wire.messages import (
     DialBody,
     Dialling,
     Drain,
+    Enrol,
+    Enrolled,
+    Follow,
     Hello,
     Message,
     MessageError,
@@ -34,6 +46,7 @@ from rtunnel.wire.messages import (
     Proof,
     Publish,
     Refuse,
+    Trust,
     Update,
     Welcome,
     decode_body,
@@ -43,7 +56,7 @@ from rtunnel.wire.messages import (
 
 NONCE = bytes(range(16))
 MAC = bytes(range(32))
-ANY = ControlMessage | Dial | DialAnswer
+ANY = ControlMessage | Follow | Dial | DialAnswer
 
 #: Every message with every field given, as the peer would pack it, and as it should arrive.
 EXAMPLES: list[tuple[dict[str, Any], Message]] = [
@@ -53,15 +66,25 @@ EXAMPLES: list[tuple[dict[str, Any], Message]] = [
             "addresses": ["10.1.0.7", "fd00::7"], "nonce": NONCE[::-1], "token_id": "ops",
             "exposes": ["22", "8000-8100"],
             "publish": [{"ip": "10.1.0.7", "target_port": 9100, "port": 30001, "allow": ["10.9.0.0/16"]}],
-            "holds": ["b1"], "holds_hosts": ["h1"], "software": "other 2",
+            "holds": ["b1"], "holds_hosts": ["h1"], "software": "other 2", "trust": 2**64 - 1,
         },
         Hello(
             version=1, agent_id="host-7", instance=NONCE, namespace="default", addresses=["10.1.0.7", "fd00::7"],
             nonce=NONCE[::-1], token_id="ops", exposes=["22", "8000-8100"],
             publish=[Publish(ip="10.1.0.7", target_port=9100, port=30001, allow=["10.9.0.0/16"])],
-            holds=["b1"], holds_hosts=["h1"], software="other 2",
+            holds=["b1"], holds_hosts=["h1"], software="other 2", trust=2**64 - 1,
         ),
     ),
+    (
+        {
+            "t": "enrol", "version": 1, "request": b"\x30\x00", "token_id": "ops", "mac": MAC,
+            "certificate": b"\x30\x01", "signature": b"s",
+        },
+        Enrol(version=1, request=b"\x30\x00", token_id="ops", mac=MAC, certificate=b"\x30\x01", signature=b"s"),
+    ),
+    ({"t": "enrolled", "certificate": b"\x30\x02", "trust": b"t"}, Enrolled(certificate=b"\x30\x02", trust=b"t")),
+    ({"t": "follow", "version": 1, "number": 2**64 - 1}, Follow(version=1, number=2**64 - 1)),
+    ({"t": "trust", "signed": b"t"}, Trust(signed=b"t")),
     ({"t": "challenge", "nonce": NONCE, "mac": MAC, "version": 1}, Challenge(nonce=NONCE, mac=MAC)),
     ({"t": "proof", "mac": MAC}, Proof(mac=MAC)),
     (
@@ -79,21 +102,30 @@ EXAMPLES: list[tuple[dict[str, Any], Message]] = [
     ({"t": "update", "exposes": ["22"]}, Update(exposes=["22"])),
     ({"t": "drain", "deadline": 30.0}, Drain(deadline=30.0)),
     ({"t": "bye", "reason": "so long"}, Bye(reason="so long")),
-    ({"t": "dial", "body": b"\x80", "mac": MAC}, Dial(body=b"\x80", mac=MAC)),
+    ({"t": "dial", "body": b"\x80", "mac": MAC, "key": "g1"}, Dial(body=b"\x80", mac=MAC, key="g1")),
     ({"t": "dialling"}, Dialling()),
-    ({"t": "accepted", "signature": b"p"}, Accepted(signature=b"p")),
+    (
+        {"t": "accepted", "certificate": b"\x30\x03", "signature": b"p"},
+        Accepted(certificate=b"\x30\x03", signature=b"p"),
+    ),
 ]  # fmt: skip
 IDS = [str(example["t"]) for example, _ in EXAMPLES]
 #: What a message becomes when its optional keys are left out.
 OPTIONAL: dict[str, dict[str, Any]] = {
-    "hello": {"exposes": [], "publish": [], "holds": [], "holds_hosts": [], "software": ""},
+    "hello": {
+        "token_id": "", "exposes": [], "publish": [], "holds": [], "holds_hosts": [], "software": "", "trust": 0,
+    },
+    "enrol": {"token_id": "", "mac": b"", "certificate": b"", "signature": b""},
+    "enrolled": {"trust": b""},
+    "follow": {"number": 0},
+    "trust": {"signed": b""},
     "challenge": {"version": 1},
     "welcome": {"open_ports": [], "notices": [], "software": ""},
     "refused": {"text": ""},
     "bye": {"reason": ""},
-    "dial": {"mac": b""},
-    "accepted": {"proof": b""},
-}
+    "dial": {"mac": b"", "key": ""},
+    "accepted": {"certificate": b"", "signature": b""},
+}  # fmt: skip
 BODY: dict[str, Any] = {
     "version": 1, "namespace": "default", "ip": "10.1.0.7", "port": 9100, "node": "b1", "epoch": 4294967297,
     "nonce": NONCE, "time": 1_800_000_000_000, "who": "alice@10.2.0.3",
@@ -202,7 +234,7 @@ def test_the_exact_bytes_of_a_frame_are_handed_over() -> None:
     frame = packed(example_of("dial") | {"future": 1})
     decoder = Decoder(Dial)
     decoder.feed(frame + b"raw")
-    assert decoder.next_frame() == (Dial(body=b"\x80", mac=MAC), frame)
+    assert decoder.next_frame() == (Dial(body=b"\x80", mac=MAC, key="g1"), frame)
     assert decoder.rest() == b"raw"
 
 
@@ -264,6 +296,12 @@ ADDRESSES = ("a", "f" * 46), ("::", "f" * 45)
 PORTS = (0, 65536, -1), (1, 65535)
 NONCES = (b"", NONCE[1:], NONCE + b"x"), (NONCE,)
 MACS = (b"", MAC[1:], MAC + b"x"), (MAC,)
+IDENTIFIERS = ("x" * 129,), ("", "x" * 128, "ü" * 128)
+UNSIGNED = (-1,), (0, 2**64 - 1)
+MACS_OR_NONE = (MAC + b"x",), (b"", MAC)
+CERTIFICATES = (b"x" * (MAX_CERTIFICATE + 1),), (b"", b"x" * MAX_CERTIFICATE)
+SIGNATURES = (b"x" * 129,), (b"", b"x" * 128)
+LISTS = (b"x" * (MAX_LIST + 1),), (b"", b"x" * MAX_LIST)
 TEXTS = ("x" * 513,), ("", "x" * 512, "ü" * 512)
 OPEN = {"port": 1, "ip": "::", "target_port": 65535}
 PUBLISH = {"ip": "10.1.0.7", "target_port": 9100, "port": 0, "allow": []}
@@ -274,7 +312,7 @@ CAPS: list[tuple[str, str, tuple[Any, ...], tuple[Any, ...]]] = [
     ("hello", "namespace", *WORDS),
     ("hello", "addresses", ([], ["::"] * 65, ["x"], ["f" * 46]), (["::"] * 64,)),
     ("hello", "nonce", *NONCES),
-    ("hello", "token_id", *WORDS),
+    ("hello", "token_id", *IDENTIFIERS),
     ("hello", "exposes", (["22"] * 257, [""], ["x" * 129]), ([], ["22"] * 256)),
     ("hello", "publish", ([PUBLISH] * 65,), ([], [PUBLISH] * 64)),
     ("hello", "publish", ([PUBLISH | {"port": 65536}], [PUBLISH | {"port": -1}]), ([PUBLISH | {"port": 65535}],)),
@@ -284,12 +322,22 @@ CAPS: list[tuple[str, str, tuple[Any, ...], tuple[Any, ...]]] = [
     ("hello", "holds", (["n"] * 17, [""], ["n" * 129]), (["n" * 128] * 16,)),
     ("hello", "holds_hosts", (["h"] * 17, [""], ["h" * 129]), (["h" * 128] * 16,)),
     ("hello", "software", *TEXTS),
+    ("hello", "trust", *UNSIGNED),
+    ("enrol", "request", *CERTIFICATES),
+    ("enrol", "token_id", *IDENTIFIERS),
+    ("enrol", "mac", *MACS_OR_NONE),
+    ("enrol", "certificate", *CERTIFICATES),
+    ("enrol", "signature", *SIGNATURES),
+    ("enrolled", "certificate", *CERTIFICATES),
+    ("enrolled", "trust", *LISTS),
+    ("follow", "number", *UNSIGNED),
+    ("trust", "signed", *LISTS),
     ("challenge", "nonce", *NONCES),
     ("challenge", "mac", *MACS),
     ("proof", "mac", *MACS),
     ("welcome", "node", *WORDS),
     ("welcome", "host", *WORDS),
-    ("welcome", "epoch", (-1,), (0, 2**64 - 1)),
+    ("welcome", "epoch", *UNSIGNED),
     ("welcome", "ip", *ADDRESSES),
     ("welcome", "port", *PORTS),
     ("welcome", "open_ports", ([OPEN | {"port": 0}], [OPEN | {"ip": "x"}], [OPEN | {"target_port": 0}]), ([OPEN] * 9,)),
@@ -300,8 +348,10 @@ CAPS: list[tuple[str, str, tuple[Any, ...], tuple[Any, ...]]] = [
     ("update", "exposes", (["22"] * 257, [""]), ([], ["x" * 128] * 256)),
     ("bye", "reason", *TEXTS),
     ("dial", "body", (b"x" * 1025,), (b"", b"x" * 1024)),
-    ("dial", "mac", (b"x" * 33,), (b"", MAC)),
-    ("accepted", "proof", (b"x" * 4097,), (b"x" * 4096,)),
+    ("dial", "mac", *MACS_OR_NONE),
+    ("dial", "key", *IDENTIFIERS),
+    ("accepted", "certificate", *CERTIFICATES),
+    ("accepted", "signature", *SIGNATURES),
 ]  # fmt: skip
 
 
@@ -318,7 +368,8 @@ def test_every_cap_of_a_field_holds(kind: str, key: str, over: tuple[Any, ...], 
 
 def test_every_field_with_a_limit_is_attacked() -> None:
     """The table above has all keys that hold more than a plain number."""
-    plain = {("hello", "version"), ("challenge", "version"), ("welcome", "heartbeat"), ("drain", "deadline")}
+    versions = {(kind, "version") for kind in ("hello", "enrol", "follow", "challenge")}
+    plain = versions | {("welcome", "heartbeat"), ("drain", "deadline")}
     every = {(kind, key) for kind in IDS for key in example_of(kind) if key != "t"}
     assert {(kind, key) for kind, key, _, _ in CAPS} == every - plain
 
@@ -326,7 +377,7 @@ def test_every_field_with_a_limit_is_attacked() -> None:
 @pytest.mark.parametrize(
     ("key", "over", "within"),
     [
-        ("namespace", *WORDS), ("ip", *ADDRESSES), ("port", *PORTS), ("node", *WORDS), ("epoch", (-1,), (0, 2**64 - 1)),
+        ("namespace", *WORDS), ("ip", *ADDRESSES), ("port", *PORTS), ("node", *WORDS), ("epoch", *UNSIGNED),
         ("nonce", *NONCES), ("time", (), (0, -1, 2**63)), ("who", *TEXTS),
     ],
 )  # fmt: skip
@@ -366,6 +417,37 @@ def test_a_hello_with_64_addresses_fits_before_authentication() -> None:
     """The limit for strangers leaves room for the longest IPv6 addresses in numbers."""
     hello = example_of("hello") | {"addresses": ["1111:2222:3333:4444:5555:6666:7777:8888"] * 64}
     assert decode(packed(hello), Hello, MAX_UNAUTHENTICATED).addresses == hello["addresses"]
+
+
+def test_the_longest_lists_and_certificates_fit() -> None:
+    """What each field may hold fits into a message together: with a certificate, a trust list too."""
+    certificate, signature = b"c" * MAX_CERTIFICATE, b"s" * 128
+    for message, limit in (
+        (Accepted(certificate=certificate, signature=signature), MAX_UNAUTHENTICATED),
+        (Dial(body=b"b" * 1024, mac=MAC, key="k" * 128), MAX_UNAUTHENTICATED),
+        (Enrolled(certificate=certificate, trust=b"t" * MAX_LIST), MAX_MESSAGE),
+        (Trust(signed=b"t" * MAX_LIST), MAX_MESSAGE),
+    ):
+        assert decode(encode(message), ANY, limit) == message
+
+
+def test_a_renewal_of_64_addresses_fits_before_authentication(tmp_path: Path) -> None:
+    """The longest Enrol of all has a request and a certificate, each with all names and addresses of an agent."""
+    namespace, agent_id = "n" * 128, "a" * 128
+    addresses = [f"1111:2222:3333:4444:5555:6666:7777:{number:x}" for number in range(64)]
+    pki.init(tmp_path / "ca")
+    pki.issue_agent(tmp_path / "ca", "a1", agent_id=agent_id, namespace=namespace, addresses=addresses)
+    key = load_private_key(tmp_path / "ca" / "a1.key")
+    uri = x509.UniformResourceIdentifier(agent_uri(namespace, agent_id))
+    alternatives = x509.SubjectAlternativeName([uri, *(x509.IPAddress(ip_address(address)) for address in addresses)])
+    request = x509.CertificateSigningRequestBuilder(x509.Name([])).add_extension(alternatives, critical=False)
+    message = Enrol(
+        version=1,
+        request=request.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER),
+        certificate=certificate_der(tmp_path / "ca" / "a1.pem"),
+        signature=prove(key, b"any"),
+    )
+    assert decode(encode(message), Enrol, MAX_UNAUTHENTICATED) == message
 
 
 @pytest.mark.parametrize("kind", ["nope", "", "HELLO", "Hello", "hello\0", "dialbody"])

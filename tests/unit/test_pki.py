@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from functools import partial
 from pathlib import Path
 
 import click
@@ -228,7 +229,7 @@ def test_revocations_leave_the_list_when_they_are_over(made: Path) -> None:
     pki.issue_agent(made, "a1", agent_id="a1", namespace="default", addresses=["10.1.0.7"], days=1)
     pki.issue_agent(made, "a2", agent_id="a2", namespace="default", addresses=["10.1.0.8"], days=9)
     for subject in ("agent/default/a1", "agent/default/a2", "gateway/g1"):
-        change(made, lambda opened, subject=subject: opened.revoke(subject))
+        change(made, partial(Directory.revoke, subject=subject))
     change(made, lambda opened: opened.revoke("agent/default/typo", force=True))
     with open_directory(made) as opened, opened.change():
         later = opened.now() + 2 * 86400
