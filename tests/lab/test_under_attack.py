@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from lab.roles import ADMIN_PORT, AUTHORITY_PORT, REDIS_PORT, Lab
-from lab.target import HTTP_PORT, UNEXPOSED_PORT
+from lab.target import ECHO_PORT, HTTP_PORT, UNEXPOSED_PORT
 from lab.topology import BROKERS, HOSTS, LINK_PORT, PROXY_PORT, PYTHON_LAB, VIP, Host, Process, wait_for
 from rtunnel.config import BrokerConfig, LimitsConfig
 from rtunnel.trust.keys import DialSigner, load_cluster_key
@@ -289,6 +289,38 @@ def test_a_stolen_token_is_worth_nothing_after_its_use(lab: Lab) -> None:
     fresh = lab.directory / "fresh.token"
     fresh.write_text(lab.new_token(a1.ip))
     assert_nobody_comes(lab, "a1", "b1", "not_authorised", **keys, join_token=str(fresh))
+
+
+def stream(lab: Lab, ip: str) -> socket.socket:
+    """To a host's echo service, by SOCKS5 from the controller."""
+    sock = lab.net["controller"].connect(lab.net["gateway"].ip, PROXY_PORT)
+    sock.sendall(b"\5\1\0\5\1\0\1" + socket.inet_aton(ip) + struct.pack(">H", ECHO_PORT))
+    heard = b""
+    while len(heard) < 12:
+        heard += sock.recv(12 - len(heard)) or b"\xff" * 12
+    assert heard[:4] == b"\5\0\5\0", heard
+    sock.sendall(b"there?")
+    assert sock.recv(6, socket.MSG_WAITALL) == b"there?"
+    return sock
+
+
+def test_a_revoked_host_is_out_within_seconds_also_without_redis(lab: Lab) -> None:
+    """Its open stream ends, another host's does not; a new token, put in the old one's place, lets it in again."""
+    b2 = lab.net["b2"]
+    lab.parts["redis"].kill()
+    with stream(lab, b2.ip) as lost, stream(lab, lab.net["b1"].ip) as kept:
+        lab.revoke("agent/default/b2")
+        began = time.monotonic()
+        lost.settimeout(20)
+        assert read_all(lost) == b""
+        took = time.monotonic() - began
+        kept.sendall(b"there?")
+        assert kept.recv(6, socket.MSG_WAITALL) == b"there?"
+    lab.start_redis()
+    lab.note("revoked", f"a host's stream ended {took:.2f} s after `rtunnel pki revoke`, with Redis dead")
+    assert took <= 5.0
+    (lab.directory / "b2.token").write_text(lab.new_token(b2.ip, b2.ip6))
+    lab.wait_ready("b2", 30)
 
 
 def test_nothing_goes_down_to_less_than_it_was_told(lab: Lab) -> None:
