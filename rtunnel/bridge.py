@@ -16,8 +16,8 @@ _A = TypeVarTuple("_A")
 
 #: Registry calls in flight per process: a storm of them must not become a storm of threads.
 REGISTRY_THREADS = 8
-#: The relay's turns take milliseconds; a thread that is silent for so many seconds is gone.
-RELAY_PATIENCE = 10.0
+#: The relay's turns take milliseconds, seconds on a machine that is far too busy; a thread silent for longer is gone.
+RELAY_PATIENCE = 30.0
 #: How soon a thread that has ended is noticed.
 RELAY_LOOK = 0.1
 

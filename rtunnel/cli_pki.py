@@ -315,7 +315,7 @@ def revoke(directory: Path, subject: str, force: bool) -> None:
         void = opened.revoke(subject, force=force)
         tokens = [opened.store.token(item.token) for item in void if item.token]
         number = opened.number
-    what = "the key" if subject.startswith("gateway/") else f"{len(void)} certificates"
+    what = "the key" if subject.startswith("gateway/") else _certificates(len(void))
     click.echo(f"{printable(subject)} is revoked: {what} (trust list {number})")
     now = time.time()
     for token in {t.id: t for t in tokens if t is not None and _state(t, now) == "good"}.values():
@@ -396,7 +396,7 @@ def rotate_switch(directory: Path) -> None:
         opened.switch_rotation()
         left = opened.waiting()
     _say(
-        f"Certificates come from the new CA. {len(left)} are from the old one still (`rtunnel pki list`).",
+        f"Certificates come from the new CA. From the old one: {_certificates(len(left))} (`rtunnel pki list`).",
         "Agents replace theirs when they renew. Now: a new certificate for each broker, `rtunnel pki issue broker`.",
         f"Give {directory / pki.CA_FILE} to whatever starts with a copy of it.",
         "Next: when no certificate of the old CA is needed any more, `rtunnel pki rotate finish`.",
@@ -413,7 +413,7 @@ def rotate_finish(directory: Path, force: bool) -> None:
         opened.finish_rotation(force=force)
     _say(
         "The old CA is not in force any more.",
-        *([f"{len(left)} certificates of it are void: their holders need new ones."] if left else []),
+        *([f"Void now: {_certificates(len(left))}, whose holders need new ones."] if left else []),
         f"Give {directory / pki.CA_FILE} to whatever starts with a copy of it.",
         "The old key only signs trust lists now, for those who were away. Delete its file when nobody is.",
     )
@@ -437,6 +437,10 @@ def _show_made(made: Sequence[Made]) -> None:
     width = max(len(str(item.path)) for item in made)
     for item in made:
         click.echo(f"{item.path!s:<{width}}  {item.what}")
+
+
+def _certificates(count: int) -> str:
+    return "1 certificate" if count == 1 else f"{count} certificates"
 
 
 def _time(seconds: float) -> str:

@@ -113,7 +113,9 @@ class Server:
         self.directory.refresh()
         if self.directory.number != self._number:
             self._log.info("trust_list", number=self.directory.number, revoked=len(self.directory.roots.revoked))
-        self._number, self._signed = self.directory.number, self.directory.signed
+        # In this order: trio's thread, which reads them, then sends a list too many and never an old one.
+        self._signed = self.directory.signed
+        self._number = self.directory.number
         if self._tls.is_of_yesterday(self.directory.issuing):
             self._tls = _Tls(self.directory.issuing)
 

@@ -320,7 +320,8 @@ class Link(yamux.Session):
         else:
             loop.add(sock.fileno(), self._event)
         self._transport.hup = watched  # whoever watched it before may have seen the FIN's edge
-        loop.soon(self._shake)
+        self._shaking = False
+        self._shake_in_line()
 
     @property
     def peer_certificate(self) -> bytes | None:
@@ -443,11 +444,17 @@ class Link(yamux.Session):
         if self.over:
             return
         if not self.up:
-            self._shake()
+            self._shake_in_line()
         elif mask & (IN | HUP | LOST):
             self._read()
 
+    def _shake_in_line(self) -> None:
+        if not self._shaking:
+            self._shaking = True
+            self.loop.in_line(self._shake)
+
     def _shake(self) -> None:
+        self._shaking = False
         if self.up or self.over:
             return
         try:

@@ -26,6 +26,10 @@ LOST: Final = select.EPOLLHUP | select.EPOLLERR
 _READING: Final = IN | select.EPOLLRDHUP | select.EPOLLET
 _EVERYTHING: Final = _READING | OUT
 
+#: What takes long is done in so few pieces a turn: a TLS handshake with a certificate takes a millisecond, and after
+#: an outage thousands of agents come at once, beside streams that must not wait for all of them.
+LONG_A_TURN: Final = 2
+
 Handler = Callable[[int], None]
 
 
@@ -54,6 +58,7 @@ class Loop:
         self._on_crash = on_crash
         self._epoll = select.epoll()
         self._ready: deque[Callable[[], None]] = deque()
+        self._long: deque[Callable[[], None]] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._timer_ids = count()
         self._cancelled = 0
@@ -90,6 +95,10 @@ class Loop:
     def soon(self, call: Callable[[], None]) -> None:
         """Run in this turn's queue (or the next's, when the queue is running)."""
         self._ready.append(call)
+
+    def in_line(self, call: Callable[[], None]) -> None:
+        """Run when it is its turn: something that takes long, a few of which are done in each turn."""
+        self._long.append(call)
 
     def after(self, seconds: float, call: Callable[[], None]) -> Timer:
         """Run in about so many seconds."""
@@ -129,6 +138,8 @@ class Loop:
                 self._run_timers()
             for _ in range(len(ready)):
                 self._guarded(ready.popleft())
+            for _ in range(min(LONG_A_TURN, len(self._long))):
+                self._guarded(self._long.popleft())
             if self._graves:
                 self._bury()
         self._shut()
@@ -144,7 +155,7 @@ class Loop:
             self._on_crash(crash)
 
     def _patience(self) -> float:
-        if self._ready or self._mailbox:
+        if self._ready or self._mailbox or self._long:
             return 0
         if not self._timers:
             return 60.0

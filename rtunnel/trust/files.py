@@ -48,11 +48,17 @@ def write_new(directory: Path, files: Sequence[tuple[str, int, bytes, str]]) -> 
 
 
 def replace(path: Path, mode: int, data: bytes) -> None:
-    """Give a file this content: who reads it sees the old or the new one, also after a power cut. Raises TrustError."""
+    """Give a file this content: who reads it sees the old or the new one, also after a power cut. Raises TrustError.
+
+    When root does it the file is its folder's owner's, whose process has to read it.
+    """
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     undo: list[Callable[[], object]] = []
     try:
         _create(fresh, mode, data, undo)
+        if os.geteuid() == 0:
+            owner = path.parent.stat()
+            os.chown(fresh, owner.st_uid, owner.st_gid)
         fresh.replace(path)
     except OSError as fault:
         for step in undo:

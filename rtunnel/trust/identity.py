@@ -42,8 +42,8 @@ _ECDSA: Final = ec.ECDSA(hashes.SHA256())
 #: Certificates that were checked; one is checked again when it has been forgotten.
 _REMEMBERED: Final = 65536
 
-#: What a certificate from anybody may raise, when it is loaded or as late as when a part of it is looked at.
-_UNREADABLE: Final = (
+#: What a key or certificate from anybody may raise, when it is loaded or as late as when a part of it is looked at.
+UNREADABLE: Final = (
     ValueError,
     TypeError,
     OverflowError,
@@ -103,7 +103,7 @@ def read_certificate(der: bytes) -> Identity:
     """What it says; whether it is true is another question (`Roots.verify`). Raises TrustError."""
     try:
         return _identity(x509.load_der_x509_certificate(der))
-    except _UNREADABLE as fault:
+    except UNREADABLE as fault:
         raise TrustError(f"is not a certificate: {fault}") from None
 
 
@@ -168,7 +168,7 @@ class Roots:
         self._known: dict[bytes, Identity] = {}
         try:
             self._put(_usable(x509.load_pem_x509_certificates(pem)))
-        except _UNREADABLE as fault:
+        except UNREADABLE as fault:
             raise TrustError(f"{where}: has no PEM certificate that can be used: {fault}") from None
 
     def _put(self, cas: Iterable[x509.Certificate]) -> None:
@@ -197,7 +197,7 @@ class Roots:
             signed = msgspec.msgpack.decode(data, type=_SignedList)
             content = msgspec.msgpack.decode(signed.body, type=TrustList)
             cas = _usable(x509.load_der_x509_certificate(der) for der in content.cas)
-        except (msgspec.DecodeError, RecursionError, *_UNREADABLE) as fault:
+        except (msgspec.DecodeError, RecursionError, *UNREADABLE) as fault:
             raise TrustError(f"is not a trust list: {fault}") from None
         if content.number <= self.number:
             return False
@@ -250,10 +250,10 @@ class Roots:
             for ca in self._cas:
                 try:
                     certificate.verify_directly_issued_by(ca)
-                except (InvalidSignature, *_UNREADABLE):
+                except (InvalidSignature, *UNREADABLE):
                     continue
                 return _identity(certificate)
-        except _UNREADABLE as fault:
+        except UNREADABLE as fault:
             raise TrustError(f"is not a certificate: {fault}") from None
         raise TrustError("the certificate is not from a CA in force")
 
@@ -287,7 +287,7 @@ def load_private_key(path: Path | str) -> PrivateKey:
         key = serialization.load_pem_private_key(Path(path).read_bytes(), None)
     except OSError as fault:
         raise TrustError(f"{path}: can't be read: {fault.strerror}") from None
-    except (ValueError, TypeError) as fault:
+    except UNREADABLE as fault:
         raise TrustError(f"{path}: is not a private key that can be used: {fault}") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise TrustError(f"{path}: is not a key on P-256")

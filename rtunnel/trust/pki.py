@@ -308,8 +308,8 @@ class Directory:
         if (left := self.waiting()) and not force:
             some = ", ".join(sorted(item.subject for item in left)[:5]) + (", ..." if len(left) > 5 else "")
             raise TrustError(
-                f"{len(left)} valid certificates are from the old CA, of {some}: wait until they are renewed "
-                "(brokers: `rtunnel pki issue broker`), or use --force"
+                f"the old CA's certificates are in use still, {len(left)} of them ({some}): wait until they are "
+                "renewed (brokers: `rtunnel pki issue broker`), or use --force"
             )
         self._give_role(old, "retired")
         self._handed_over()

@@ -110,10 +110,13 @@ class Store:
 
     @staticmethod
     def create(path: Path) -> Store:
-        """A new one in an empty file that is there."""
-        with sqlite3.connect(path) as db:
+        """A new one."""
+        try:
+            db = sqlite3.connect(path)
             db.executescript(_SCHEMA)
-        db.close()
+            db.close()
+        except sqlite3.Error as fault:
+            raise StoreFault(f"{path}: can't be made: {fault}") from None
         return Store(path)
 
     def close(self) -> None:
@@ -217,8 +220,12 @@ class Store:
     # Revocations.
 
     def revoke(self, subject: str, at: int, until: int | None) -> None:
-        """What was issued until `at` is void, and was to end at `until`; None: never."""
-        self._run("INSERT OR REPLACE INTO revocations VALUES (?, ?, ?)", subject, at, until)
+        """What was issued until `at` is void, and was to end at `until`; None: never. What was said before holds."""
+        self._run(
+            "INSERT INTO revocations VALUES (?, ?, ?) ON CONFLICT (subject) DO UPDATE SET"
+            " at = max(at, excluded.at), until = max(until, excluded.until)",  # NULL when one of them is
+            subject, at, until,
+        )  # fmt: skip
 
     def revoked_at(self, subject: str) -> int:
         """Until when what was issued to it is void; 0: it was never revoked."""

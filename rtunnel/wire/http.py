@@ -101,8 +101,7 @@ class HttpServer:
                 return self._read_head()
             self._bound()
         except HttpError:
-            self._over = True
-            self._buffer.clear()
+            self._end()
             raise
         return None
 
@@ -110,10 +109,18 @@ class HttpServer:
         """Take out what the client sent behind the head. Raises HttpError when it is over the limit."""
         if self._over or not self._read:
             return b""
-        self._bound()
+        try:
+            self._bound()
+        except HttpError:
+            self._end()
+            raise
         rest = bytes(self._buffer)
         self._buffer.clear()
         return rest
+
+    def _end(self) -> None:
+        self._over = True
+        self._buffer.clear()
 
     def _bound(self) -> None:
         if len(self._buffer) > self._max_early:

@@ -210,6 +210,7 @@ def start_broker(site: Site, name: str, security: str, ports: int = 50) -> tuple
         "certificate": site.secret("broker.pem"),
         "key": site.secret("broker.key"),
         "cluster_key": site.secret("cluster.key"),
+        "ca": site.secret("ca.pem") if security == "tls" else "",
         "join_token": site.secret("join.token"),
         "source_handshakes": 0,  # a whole fleet comes from one address
         "admin": "",

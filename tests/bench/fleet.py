@@ -1,18 +1,20 @@
 """Thousands of idle agents in one process, against one broker: memory, the connect storm, what heartbeats cost.
 
-Each agent is the product's own link and session (TLS, join proof, yamux pings), without a process around it; one that
-is refused or lost comes back as an agent does, with full jitter.
+Each agent is the product's own link and session (TLS with a certificate of its own, yamux pings), without a process
+around it; one that is refused or lost comes back as an agent does, with full jitter.
 """
 
 from __future__ import annotations
 
 import gc
 import random
+import ssl
 import time
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Final, NoReturn
 
 from bench.deployments import Site, start_broker
@@ -22,8 +24,9 @@ from rtunnel.config import AgentConfig
 from rtunnel.relay.ends import SocketEnd, Talker
 from rtunnel.relay.link import StreamEnd
 from rtunnel.relay.relay import Relay
-from rtunnel.trust.keys import load_token
-from rtunnel.trust.tls import client_context
+from rtunnel.trust.certificates import DAY, key_pem, new_key, pem
+from rtunnel.trust.pki import open_directory
+from rtunnel.trust.tls import link_context
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Hello
 from rtunnel.wire.refusal import Refusal
@@ -32,6 +35,7 @@ from rtunnel_agent.handshake import AgentSession, new_nonce
 
 _FORK: Final = get_context("fork")
 _AGENT: Final = AgentConfig()
+_NAMESPACE: Final = "fleet"
 #: A storm that is not through by then has failed.
 STORM_PATIENCE: Final = 300.0
 #: The broker is looked at so long after the storm, and so long.
@@ -44,8 +48,7 @@ class Fleet:
     def __init__(self, pki: Path, port: int, count: int, board: Board) -> None:
         self._port = port
         self._slots = board.slots
-        self._token = load_token(pki / "join.token")
-        self._tls = client_context(pki / "ca.pem")
+        self._tls = _contexts(pki, count)
         self._relay = Relay(lambda event, fields: None, "fleet")
         self._sessions: dict[AgentSession, int] = {}
         self._backoff = [BACKOFF_FIRST] * count
@@ -61,13 +64,12 @@ class Fleet:
             version=messages.VERSION,
             agent_id=f"fleet-{number}",
             instance=new_nonce(),
-            namespace="fleet",
-            addresses=[f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"],
+            namespace=_NAMESPACE,
+            addresses=[_address(number)],
             nonce=new_nonce(),
-            token_id=self._token.id,
             exposes=["9100"],
         )
-        session = AgentSession(self, hello, self._token.secret, _AGENT.handshake_timeout)
+        session = AgentSession(self, hello, b"", _AGENT.handshake_timeout)
         self._sessions[session] = number
 
         def connected(end: SocketEnd | None, code: Refusal, why: str) -> None:
@@ -75,7 +77,7 @@ class Fleet:
                 self.session_down(session, code, why)
                 return
             session.link = self._relay.link(
-                end.sock, session, peer=end.peer, client=True, tls=self._tls, server_name="broker.rtunnel",
+                end.sock, session, peer=end.peer, client=True, tls=self._tls[number], server_name="broker.rtunnel",
                 handshake_timeout=_AGENT.handshake_timeout, watched=True,
             )  # fmt: skip
 
@@ -109,10 +111,30 @@ class Fleet:
         raise AssertionError("a Dial for an idle agent")
 
 
+def _address(number: int) -> str:
+    return f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
+
+
+def _contexts(pki: Path, count: int) -> list[ssl.SSLContext]:
+    """What each agent shows: a certificate of its own."""
+    cas = (pki / "ca.pem").read_text()
+    contexts = []
+    with open_directory(pki) as authority, authority.change(), NamedTemporaryFile() as file:
+        for number in range(count):
+            key = new_key()
+            certificate = authority.issue_agent(
+                f"fleet-{number}", key.public_key(), namespace=_NAMESPACE, addresses=[_address(number)], seconds=DAY
+            )
+            Path(file.name).write_bytes(pem(certificate) + key_pem(key))
+            contexts.append(link_context(cas, file.name, file.name))
+    return contexts
+
+
 def _run(pki: Path, port: int, count: int, board: Board, pipe: Connection) -> NoReturn:
     become_a_load_process()
     gc.disable()
     fleet = Fleet(pki, port, count, board)
+    pipe.send(None)
     pipe.recv()
     fleet.start()
     while True:
@@ -159,6 +181,9 @@ def measure(site: Site, count: int, idle_seconds: float) -> Outcome:
     process.start()
     assert process.pid is not None
     try:
+        if not pipe.poll(STORM_PATIENCE):
+            raise BenchError("the fleet has no certificates yet")
+        pipe.recv()
         cpu, fleet_cpu, begin = cpu_seconds([broker.pid]), cpu_seconds([process.pid]), time.monotonic()
         pipe.send(None)
         while board[UNITS] < count and time.monotonic() - begin < STORM_PATIENCE:

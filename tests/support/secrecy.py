@@ -231,12 +231,13 @@ def _watch_files(event: str, arguments: tuple[Any, ...]) -> None:
             _busy.now = False
 
 
-_LOGS = (".log", ".jsonl", ".sock")
+#: Not looked into: logs, and code, whose examples are no secrets.
+_NO_SECRETS: Final = (".log", ".sock", ".py", ".pyc")
 
 
 def read_for_secrets(path: str) -> None:
     """Take in the secrets of a file, if it is one and small."""
-    if path.endswith(_LOGS):
+    if path.endswith(_NO_SECRETS):
         return
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

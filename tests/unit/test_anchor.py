@@ -20,7 +20,7 @@ from rtunnel.trust.certificates import new_key
 from rtunnel.trust.files import PUBLIC, replace
 from rtunnel.trust.identity import Roots
 from rtunnel.trust.keys import TrustError
-from rtunnel.trust.pki import open_directory
+from rtunnel.trust.pki import Directory, open_directory
 from rtunnel.trust.tls import certificate_der, server_context
 from rtunnel.wire.refusal import Refusal, Refused
 from support.authority import Anchored, address, anchored, authority, change, enrol, renewal, token
@@ -358,6 +358,26 @@ async def test_through_a_whole_rotation(made: Path, tmp_path: Path, quick: None)
         away = Anchored(ca)
         assert away.anchor.roots.take(list_of(made))
         away.anchor.roots.verify(new)
+
+
+async def test_it_finds_the_authority_of_the_new_ca(made: Path, quick: None) -> None:
+    """Which starts again after the rotation: the anchor, which does not, trusts it for new connections."""
+    reserved = socket.create_server(("127.0.0.1", 0))
+    where = format_endpoint(*reserved.getsockname())
+    reserved.close()
+    async with anchored(made / "ca.pem", None, where) as here:
+        for step in (Directory.start_rotation, Directory.switch_rotation, _finish):
+            async with authority(made, where):
+                change(made, step)
+                await here.until(partial(_has, here, number_of(made)))
+
+
+def _finish(directory: Directory) -> None:
+    directory.finish_rotation(force=True)
+
+
+def _has(here: Anchored, number: int) -> bool:
+    return here.anchor.roots.number == number
 
 
 def number_of(directory: Path) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
+import signal
+import socket
 import sqlite3
 import ssl
 import subprocess
@@ -562,6 +565,33 @@ async def test_its_own_certificate_follows_the_ca(made: Path) -> None:
                     await trio.sleep(0.05)
                 finally:
                     await trio.aclose_forcefully(stream)
+
+
+def test_the_process(made: Path) -> None:
+    """`rtunnel authority` says where it listens, answers, and ends in order at SIGTERM."""
+    by = token(made)
+    command = [sys.executable, "-m", "rtunnel.cli", "authority", "--directory", str(made), "--listen", "127.0.0.1:0"]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RTUNNEL_LOG_FORMAT": "json"}
+    with subprocess.Popen([*command, "--admin", ""], stderr=subprocess.PIPE, text=True, env=environ) as process:
+        assert process.stderr is not None
+        try:
+            lines = map(json.loads, process.stderr)
+            host, port = next(line for line in lines if line["event"] == "authority_ready")["listen"].split(":")
+            context = client_context(made / "ca.pem")
+            with (
+                socket.create_connection((host, int(port)), 10) as tcp,
+                context.wrap_socket(tcp, server_hostname=AUTHORITY_NAME) as stream,
+            ):
+                stream.sendall(encode(enrol(by)))
+                decoder = Decoder(Enrolled | Refuse, 1 << 16)
+                while (answer := decoder.next()) is None:
+                    decoder.feed(stream.recv(1 << 16))
+                assert isinstance(answer, Enrolled)
+            process.send_signal(signal.SIGTERM)
+            assert [line["event"] for line in lines][-1] == "stopped"
+            assert process.wait() == 0
+        finally:
+            process.kill()
 
 
 def test_a_directory_that_is_none(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import stat
-from functools import partial
 from pathlib import Path
 
 import click
@@ -16,6 +15,7 @@ from cryptography import x509
 from rtunnel import cli
 from rtunnel.trust import keys, pki
 from rtunnel.trust.authority import Authority
+from rtunnel.trust.certificates import new_key
 from rtunnel.trust.identity import Roots, load_private_key
 from rtunnel.trust.keys import TrustError
 from rtunnel.trust.pki import Directory, open_directory
@@ -114,6 +114,18 @@ def test_secrets_stay_private(made: Path) -> None:
     assert stat.S_IMODE((made / "ca.pem").stat().st_mode) == 0o644
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_what_root_makes_is_the_owners(made: Path) -> None:
+    """The authority runs as the directory's owner: the new CA's key, and what SQLite keeps, must be its own."""
+    for path in (made, *made.iterdir()):
+        os.chown(path, 4321, 4321)
+    run(made, "rotate", "start")
+    with open_directory(made) as opened, opened.change():
+        opened.publish()
+        assert {path.name for path in made.iterdir() if path.stat().st_uid != 4321} == set()
+    assert {path.name for path in made.iterdir() if path.stat().st_uid != 4321} == set()
+
+
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +212,7 @@ def test_revoking(made: Path, tmp_path: Path) -> None:
     csr = ("--csr", str(tmp_path / "a1.csr"))
     run(made, "issue", "agent", "a1", *csr)
     number = roots_of(made).number
-    assert "agent/default/a1 is revoked: 1 certificates" in run(made, "revoke", "default/a1").output
+    assert "agent/default/a1 is revoked: 1 certificate " in run(made, "revoke", "default/a1").output
     roots = roots_of(made)
     assert roots.number > number and roots.generation < roots.number
     with pytest.raises(TrustError, match="revoked"):
@@ -228,14 +240,23 @@ def test_revocations_leave_the_list_when_they_are_over(made: Path) -> None:
     """When everything that they made void has expired; those of gateways and forced ones never."""
     pki.issue_agent(made, "a1", agent_id="a1", namespace="default", addresses=["10.1.0.7"], days=1)
     pki.issue_agent(made, "a2", agent_id="a2", namespace="default", addresses=["10.1.0.8"], days=9)
-    for subject in ("agent/default/a1", "agent/default/a2", "gateway/g1"):
-        change(made, partial(Directory.revoke, subject=subject))
-    change(made, lambda opened: opened.revoke("agent/default/typo", force=True))
     with open_directory(made) as opened, opened.change():
+        for subject in ("agent/default/a1", "agent/default/a2", "gateway/g1"):
+            opened.revoke(subject)
+        for subject in ("agent/default/typo", "agent/default/a3"):
+            opened.revoke(subject, force=True)
+        opened.issue_agent("a3", new_key().public_key(), namespace="default", addresses=["10.1.0.9"], seconds=60)
+        opened.revoke("agent/default/a3")
+        assert len(opened.roots.revoked) == 5
         later = opened.now() + 2 * 86400
         opened.now = lambda: later
         opened.publish()
-        assert set(opened.roots.revoked) == {"agent/default/a2", "agent/default/typo", "gateway/g1"}
+        assert set(opened.roots.revoked) == {
+            "agent/default/a2",
+            "agent/default/a3",
+            "agent/default/typo",
+            "gateway/g1",
+        }
 
 
 def test_an_open_token_is_named_when_its_agent_is_revoked(made: Path) -> None:
@@ -301,7 +322,7 @@ def test_another_ca(made: Path, tmp_path: Path) -> None:
     run(made, "issue", "broker", "still-old")
     Roots(old).verify(certificate_der(made / "still-old.pem"))
 
-    assert "3 are from the old one still" in run(made, "rotate", "switch").output
+    assert "From the old one: 3 certificates" in run(made, "rotate", "switch").output
     for step, words in (("start", "`rotate finish` comes next"), ("switch", "`rotate finish` comes next")):
         assert words in run(made, "rotate", step, code=2).stderr
     for name in ("broker", "still-old"):
@@ -311,7 +332,7 @@ def test_another_ca(made: Path, tmp_path: Path) -> None:
         Roots(old).verify(new)
     follower.verify(new)
     refused = run(made, "rotate", "finish", code=2).stderr
-    assert "1 valid certificates are from the old CA, of agent/default/a1" in refused and "--force" in refused
+    assert "1 of them (agent/default/a1)" in refused and "--force" in refused
     run(made, "issue", "agent", "a1", "--address", "10.1.0.7", "--into", str(tmp_path / "new"))
     follower.verify(a1)
 
@@ -338,8 +359,8 @@ def test_finishing_by_force(made: Path) -> None:
     run(made, "revoke", "default/a1")
     run(made, "rotate", "start")
     run(made, "rotate", "switch")
-    assert "of broker/broker:" in run(made, "rotate", "finish", code=2).stderr
-    assert "1 certificates of it are void" in run(made, "rotate", "finish", "--force").output
+    assert "1 of them (broker/broker)" in run(made, "rotate", "finish", code=2).stderr
+    assert "Void now: 1 certificate," in run(made, "rotate", "finish", "--force").output
 
 
 def test_a_rotation_that_fails_is_not_begun(made: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account, Ending, StreamPair
 from rtunnel.relay.link import LEAST_RTT, MAX_STREAM_WINDOW
+from rtunnel.relay.loop import LONG_A_TURN, Loop
 from rtunnel.relay.relay import WATCH_SECONDS
 from rtunnel.trust import pki
 from rtunnel.trust.tls import client_context, server_context
@@ -581,3 +582,24 @@ def test_an_end_that_broke_while_it_was_told_is_not_joined() -> None:
             target.recv(1)
         relay.settle(lambda: not relay.pairs and accepted[0].fileno() == accepted[1].fileno() == -1)
         assert [account.ending for account in accounts] == [Ending.CLIENT_RESET]
+
+
+def test_what_takes_long_stands_in_line() -> None:
+    """Between two pieces of it at most a few others of it are done before everybody else has a turn."""
+    loop = Loop(on_crash=lambda crash: None)
+    done: list[str] = []
+    for _ in range(20):
+        loop.in_line(lambda: done.append("long"))
+
+    def other() -> None:
+        done.append("other")
+        if done.count("long") < 20:
+            loop.soon(other)
+        else:
+            loop.stop()
+
+    loop.soon(other)
+    loop.run()
+    runs = "".join("l" if word == "long" else " " for word in done).split()
+    assert done.count("long") == 20
+    assert max(map(len, runs)) <= LONG_A_TURN

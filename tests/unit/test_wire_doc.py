@@ -13,8 +13,12 @@ from typing import Any
 import msgpack
 import msgspec
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from rtunnel.config import Config
+from rtunnel.trust import certificates, identity
 from rtunnel.trust.keys import DialSigner, token_mac
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Decoder, Dial, Hello, Message, Proof, decode_body
@@ -132,6 +136,41 @@ def test_the_example_of_a_dial_is_right() -> None:
     assert msgpack.unpackb(body)["who"] == asked.who
 
 
+# Enrolment and trust lists.
+
+
+def test_the_example_of_an_enrolment_is_right() -> None:
+    """The MAC under the page's secret over its stand-in of a request; and the labels."""
+    text = b"".join(len(part).to_bytes(4, "big") + part for part in (b"rtunnel enrol 1", VECTORS["certificate"]))
+    assert hmac.new(VECTORS["secret"], text, hashlib.sha256).digest() == VECTORS["enrol mac"]
+    assert token_mac(VECTORS["secret"], certificates.ENROL_LABEL, VECTORS["certificate"]) == VECTORS["enrol mac"]
+    for label in (certificates.ENROL_LABEL, certificates.RENEW_LABEL):
+        assert f"`{label.rstrip(bytes(1)).decode()}`" in section("Enrolment")
+    assert f"`{certificates.AUTHORITY_NAME}`" in section("The authority")
+    assert "`rtunnel:agent/<namespace>/<agent_id>`" in section("Enrolment")
+    assert identity.agent_uri("blue", "a/b") == "rtunnel:agent/blue/a%2Fb"
+
+
+def test_the_example_of_a_trust_list_is_right() -> None:
+    """It is taken by who has the CA, says what the page says, and an independent decoder and check agree."""
+    ca = x509.load_der_x509_certificate(VECTORS["ca certificate"])
+    roots = identity.Roots(certificates.pem(ca))
+    assert roots.take(VECTORS["trust list"])
+    assert (roots.number, roots.generation, roots.pem) == (1800000000, 1800000000, certificates.pem(ca).decode())
+    assert roots.revoked == {"agent/default/host-7": 1799999990}
+    listed = msgpack.unpackb(VECTORS["trust list"])
+    (signature,) = listed["signatures"]
+    assert signature["signer"] == hashlib.sha256(VECTORS["ca certificate"]).digest()
+    key = ca.public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    key.verify(signature["value"], b"rtunnel trust list 1\0" + listed["body"], ec.ECDSA(hashes.SHA256()))
+    body = msgpack.unpackb(listed["body"])
+    names = [[row[0].strip("`") for row in table] for table in tables(section("Trust lists"))]
+    assert names == [list(listed), list(body)]
+    for word in (str(roots.number), "1799999990", "`agent/default/host-7`", "`rtunnel trust list 1`"):
+        assert word in section("Trust lists")
+
+
 # The fields of messages.
 
 PARTS = {
@@ -211,7 +250,7 @@ def test_the_refusal_codes_are_those_of_the_enum() -> None:
 def test_every_refusal_word_on_the_page_exists() -> None:
     """The tables of checks name no code that is not there."""
     words = {code.value for code in Refusal}
-    for title in ("dial body", "hello", "publish", "proof"):
+    for title in ("dial body", "hello", "publish", "proof", "Enrolment"):
         for table in tables(section(title)):
             for row in table:
                 if len(row) == 2:
