@@ -1123,6 +1123,9 @@ def _agent_needs(config: Config) -> list[Problem]:
     if agent.security == "plain":
         fix = "the cluster's join.token file"
         problems += _need(config, "agent.join_token", "a plain link carries no certificates", fix)
+    elif agent.identity and _file_fault(str(Path(agent.identity, "agent.pem"))):
+        why = f"there is no certificate in {agent.identity}"
+        problems += _need(config, "agent.join_token", why, "`rtunnel pki token create` makes one")
     elif not (agent.certificate or agent.identity):
         fix = "give identity and a token of `rtunnel pki token create`, or the cluster's join.token file"
         problems += _need(config, "agent.join_token", "brokers ask for a certificate or a token", fix)

@@ -122,8 +122,8 @@ class Node:
         self._links: Listener | None = None
 
     def _anchor(self) -> Anchor:
-        async def apply(call: Callable[[], object]) -> None:
-            await self.bridge.run(call)
+        async def apply(call: Callable[[], object]) -> object:
+            return await self.bridge.run(call)
 
         broker = self.config
         trust = Path(broker.trust) if broker.trust else None
@@ -499,6 +499,7 @@ class Node:
         self._log.info(
             "session_up", node=self.node, agent=hello.agent_id, namespace=hello.namespace, epoch=str(session.epoch),
             port=guarded.lease.port, addresses=list(hello.addresses), peer=session.peer, agent_software=hello.software,
+            proved_by="certificate" if session.identity is not None else "join token",
         )  # fmt: skip
 
     def _open_shop(
@@ -568,9 +569,10 @@ class Node:
             raise Refused(Refusal.PORT_NOT_ALLOWED, "this broker allows no open ports (broker.open_ports)")
         if publish.ip not in session.addresses:
             raise Refused(Refusal.PORT_NOT_ALLOWED, f"{publish.ip} is not one of the agent's addresses")
-        if publish.port and not session.rule.allows(publish.port):
-            text = f"rule {session.rule.number} of broker.admit does not allow port {publish.port}"
-            raise Refused(Refusal.PORT_NOT_ALLOWED, text)
+        rule = session.rule
+        if rule.open_ports == () or (publish.port and not rule.allows(publish.port)):
+            port = f"port {publish.port}" if publish.port else "any open port"
+            raise Refused(Refusal.PORT_NOT_ALLOWED, f"rule {rule.number} of broker.admit does not allow {port}")
         for cidr in publish.allow:
             ipaddress.ip_network(cidr, strict=False)
         # One owner may have several open ports: each target is an owner of its own.
@@ -578,7 +580,7 @@ class Node:
         if publish.port:
             _, sock, lease = self._open.allocate_fixed(publish.port, owner, session.epoch, self.node, self._bind)
         else:
-            allows = session.rule.allows if session.rule.open_ports is not None else None
+            allows = rule.allows if rule.open_ports is not None else None
             _, sock, lease = self._open.allocate(owner, session.epoch, self.node, self._bind, allows)
         return Leased(lease, sock)
 

@@ -459,8 +459,9 @@ class Link(yamux.Session):
             return
         try:
             done = self._transport.handshake()
-        except ssl.SSLError as error:
-            self._down(f"handshake: {_reason(error)}", linger=True)  # a reset could overtake the alert
+        except ssl.SSLCertVerificationError as error:
+            # The peer may believe that it is up (TLS 1.3): a reset could overtake the alert that tells it why not.
+            self._down(f"handshake: {_reason(error)}", linger=True)
             return
         except OSError as error:
             self.kill(f"handshake: {_reason(error)}")

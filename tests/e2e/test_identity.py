@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -363,6 +364,14 @@ async def test_a_revoked_agent_is_out_within_seconds_also_without_redis(
             assert {line["code"] for line in named(events, "session_refused")} <= {"revoked", "duplicate_node"}
             counts = [part.node.counts.endings.get("revoked", 0) for part in cluster.brokers.values()]
             assert sorted(counts) == [0, 1]
+            # A broker that starts without the authority has what it knew.
+            await cluster.until((tmp_path / "b1.list").exists)
+            server.start()
+            late = (await cluster.start_broker("late", trust=str(tmp_path / "b1.list"))).node
+            name = cluster.certify("a2", "127.1.0.2")
+            told = await Knock(hello(agent_id="a2", addresses=["127.1.0.2"]), showing(cluster.secrets, name)).at(late)
+            assert told.session.welcome is not None
+            assert late.roots is not None and "agent/default/a1" in late.roots.revoked
     finally:
         registry.close()
 
@@ -409,6 +418,37 @@ async def test_a_rotation_cuts_no_stream(tmp_path: Path, events: Events) -> None
         claim = hello(agent_id="a9", addresses=["127.1.0.9"])
         told = await Knock(claim, showing(cluster.secrets, old)).at(nodes[0])
         assert "unknown ca" in told.why
+
+
+async def test_a_rotation_by_files_alone_cuts_no_stream(tmp_path: Path, events: Events) -> None:
+    """No authority: CA files, certificates and keys are replaced by hand, under brokers and agents that run."""
+    old, new = tmp_path / "pki", tmp_path / "new"
+    pki.init(new)
+    async with running_cluster(tmp_path, broker__join_token="") as cluster:
+        first, second = (path.joinpath("ca.pem").read_text() for path in (old, new))
+        pki.issue_agent(old, "mine", agent_id="a1", namespace="default", addresses=[IP])
+        pki.issue_agent(new, "mine", agent_id="a1", namespace="default", addresses=[IP])
+        keys: dict[str, Any] = {"certificate": str(old / "mine.pem"), "key": str(old / "mine.key")}
+        await cluster.start_broker()
+        await cluster.start_gateway()
+        agent = (await cluster.start_agent(**keys, redundancy=1)).agent
+        await cluster.whole()
+        node, target = cluster.brokers["b1"].node, Target(IP)
+        with await cluster.socks(IP, target.port) as stream:
+            (old / "ca.pem").write_text(first + second)
+            await cluster.until(lambda: len(named(events, "ca_loaded")) == 2)  # broker and agent
+            for name in ("broker", "mine"):
+                for kind in ("pem", "key"):
+                    shutil.copyfile(new / f"{name}.{kind}", old / f"{name}.{kind}")
+            await cluster.until(lambda: len(named(events, "certificate_loaded")) == 2)
+            (old / "ca.pem").write_text(second)
+            await cluster.until(lambda: len(named(events, "ca_loaded")) == 4)
+            assert says(stream) == b"127.1.0.1:still there"
+        await other_sessions(cluster)
+        assert await cluster.ask(IP, target.port) == b"127.1.0.1:hello"
+        (session,) = node.sessions.values()
+        assert agent.identity is not None and session.link is not None
+        assert session.link.peer_certificate == agent.identity.certificate == certificate_der(new / "mine.pem")
 
 
 async def other_sessions(cluster: Cluster) -> None:
@@ -515,7 +555,8 @@ async def test_a_rule_says_which_ports_may_be_published(tmp_path: Path, events: 
         assert set(granted.values()) == {22903, 22904} and 82 not in granted
         notices = " ".join(welcome_of(first).notices)
         assert "rule 1 of broker.admit does not allow port 22902" in notices and "no free port" in notices
-        assert not welcome_of(second).open_ports and welcome_of(second).notices
+        (notice,) = welcome_of(second).notices
+        assert not welcome_of(second).open_ports and "rule 2 of broker.admit does not allow any open port" in notice
 
 
 def welcome_of(agent: Any) -> Any:

@@ -115,13 +115,15 @@ def needs(role: str, **keys: str) -> list[str]:
     return sorted({problem.key for problem in caught.value.problems if "is not given" in problem.reason} & wanted)
 
 
-def test_who_may_join_needs_a_certificate_or_a_token() -> None:
+def test_who_may_join_needs_a_certificate_or_a_token(tmp_path: Path) -> None:
     """A token where there are no certificates, and nothing more than what is used."""
     assert needs("broker") == ["broker.join_token"]
     assert needs("broker", broker__ca="ca.pem") == []
     assert needs("broker", broker__ca="ca.pem", broker__security="plain") == ["broker.join_token"]
     assert needs("agent") == ["agent.ca", "agent.join_token"]
-    assert needs("agent", agent__identity="home") == ["agent.ca"]
+    assert needs("agent", agent__identity="home") == ["agent.ca", "agent.join_token"]
+    (tmp_path / "agent.pem").touch()
+    assert needs("agent", agent__identity=str(tmp_path)) == ["agent.ca"]
     assert needs("agent", agent__certificate="a.pem", agent__key="a.key", agent__ca="ca.pem") == []
     assert needs("agent", agent__identity="home", agent__security="plain") == ["agent.ca", "agent.join_token"]
 
