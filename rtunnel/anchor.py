@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -41,7 +42,7 @@ from rtunnel.wire.refusal import Refusal, Refused
 FOLLOW_SECONDS: Final = 1.5
 #: An answer of the authority takes so long at most, with the connect.
 PATIENCE: Final = 5.0
-#: Connections to the authority at once.
+#: Connections to the authority at once for enrolments; news have one of their own.
 MAX_LINES: Final = 8
 #: A trust list with its wrapping has less; a longer file is the wrong one.
 _MAX_FILE: Final = 1 << 16
@@ -194,8 +195,10 @@ class Anchor:
 
     async def _ask(self, request: Message, expected: Any) -> Any:
         """One question, one answer. Raises _Silent."""
+        # News do not wait behind a storm of new agents.
+        limit = self._limit if isinstance(request, Enrol) else nullcontext()
         with trio.move_on_after(PATIENCE):
-            async with self._limit:
+            async with limit:
                 while self._lines:  # the authority closes those that are silent: then the next one
                     line = self._lines.pop()
                     try:

@@ -135,18 +135,19 @@ class Credentials:
         self._revoked = True
 
     def take(self, signed: bytes) -> None:
-        """A trust list came."""
-        assert self._roots is not None
+        """A trust list came, from whoever it may be."""
+        if self._roots is None:
+            return  # nobody is known by certificate here
         generation = self._roots.generation
         try:
             if not self._roots.take(signed):
                 return
-        except TrustError as fault:
-            self._log.error("trust_rejected", reason=str(fault))
+            self._make_contexts()
+        except Exception as fault:  # TrustError says all; but whatever a list does, the agent goes on
+            self._log.error("trust_rejected", reason=str(fault) or type(fault).__name__)
             return
         if self._directory is not None:
             self._keep(self._directory / "trust.list", signed)
-        self._make_contexts()
         if self._roots.generation > generation and self.identity is not None:
             life = self.identity.who.ends - self.identity.who.issued
             soon = random.uniform(0, min(CA_SPREAD, life / 6))  # noqa: S311
@@ -223,9 +224,8 @@ class Credentials:
     def _make_contexts(self) -> None:
         if self._config.security == "plain" or self._roots is None:
             return
-        self.anonymous = self.context = link_context(self._roots.pem)
-        if self.identity is not None:
-            self.context = link_context(self._roots.pem, *self._pair)
+        cas, pair = self._roots.pem, self._pair if self.identity is not None else ("", "")
+        self.anonymous, self.context = link_context(cas), link_context(cas, *pair)
 
     def _tell(self) -> None:
         changed, self._changed = self._changed, trio.Event()
@@ -314,9 +314,10 @@ class Credentials:
         renewing = self.identity is not None and not self._fault()
         try:
             await self._exchange(renewing)
-        except (Refused, OSError, TrustError) as fault:
-            code = f"{fault.code}: " if isinstance(fault, Refused) else ""
-            failure = code + str(fault)
+        except Exception as fault:  # whatever is answered, the agent tries again
+            known = isinstance(fault, TrustError | OSError)
+            kind = "" if known else f"{fault.code if isinstance(fault, Refused) else type(fault).__name__}: "
+            failure = kind + str(fault)
             if failure != self.failure:
                 event = "renewal_failed" if renewing else "enrolment_failed"
                 ends = _day(self.identity.who.ends) if self.identity is not None else ""

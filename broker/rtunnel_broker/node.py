@@ -246,7 +246,7 @@ class Node:
         for session in list(self._certified):
             if session.identity is not None and roots.is_revoked(session.identity):
                 session.revoke()
-        self.bridge.spawn(self._show)
+        self.bridge.spawn(self._show_other_cas)
         if roots.generation > self._generation:
             self._generation = roots.generation
             self._tell(list(self.sessions.values()), Trust(signed=roots.signed))
@@ -268,27 +268,34 @@ class Node:
         clients = self.roots.pem if self.roots is not None else ""
         return Shown(server_context(broker.certificate, broker.key, clients=clients), binding)
 
-    async def _show(self) -> None:
-        """Show links what is in the files, and ask for certificates of the CAs in force, from the next one on."""
+    async def _show(self) -> Shown:
+        """Show links what is in the files, and ask for certificates of the CAs in force, from the next one on.
+
+        Raises TrustError. One at a time: the last one has seen the last change.
+        """
         async with self._showing:
-            try:
-                shown = await trio.to_thread.run_sync(self._load_shown)
-            except TrustError as fault:
-                # The files are looked at as well: a good pair will come. A CA that is gone is refused at the Hello.
-                self._log.error("certificate_rejected", node=self.node, reason=str(fault))
-            else:
-                await self._put_shown(shown)
+            shown = await trio.to_thread.run_sync(self._load_shown)
 
-    async def _put_shown(self, shown: Shown) -> dict[str, object]:
-        def put() -> None:
-            self._shown = shown
+            def put() -> None:
+                self._shown = shown
 
-        await self.bridge.run(put)
+            await self.bridge.run(put)
+            return shown
+
+    async def _show_other_cas(self) -> None:
+        try:
+            await self._show()
+        except TrustError as fault:
+            # The files are looked at as well: a good pair will come. Of a CA that is gone nobody gets past the Hello.
+            self._log.error("certificate_rejected", node=self.node, reason=str(fault))
+
+    async def _put_certificate(self, _: Shown) -> dict[str, object]:
+        shown = await self._show()
         return {"node": self.node, "fingerprint": shown.binding.hex()[:16]}
 
     async def _watch_certificate(self) -> None:
         paths = [Path(self.config.certificate), Path(self.config.key)]
-        await watch([Watched("certificate", paths, self._load_shown, self._put_shown)], self._log)
+        await watch([Watched("certificate", paths, self._load_shown, self._put_certificate)], self._log)
 
     async def _enrol(self, anchor: Anchor, session: Session, request: Enrol) -> None:
         """Ask the authority. The link's deadline goes on."""

@@ -35,6 +35,16 @@ ENROL_LABEL: Final = b"rtunnel enrol 1"
 RENEW_LABEL: Final = b"rtunnel renew 1\0"
 
 _ECDSA: Final = ec.ECDSA(hashes.SHA256())
+#: What a request from anybody may raise, when it is loaded or as late as when a part of it is looked at.
+_UNREADABLE: Final = (
+    ValueError,
+    TypeError,
+    OverflowError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +227,7 @@ def read_request(request: x509.CertificateSigningRequest) -> Request:
         names = request.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         raise TrustError("the request has no subjectAltName: it names no agent") from None
-    except (ValueError, x509.DuplicateExtension) as fault:
+    except _UNREADABLE as fault:
         raise TrustError(f"the request can't be read: {fault}") from None
     kind, namespace, agent_id, asked = read_names(names, "")
     if kind != "agent":
@@ -237,7 +247,7 @@ def load_request(der: bytes) -> x509.CertificateSigningRequest:
     """From its DER. Raises TrustError."""
     try:
         return x509.load_der_x509_csr(der)
-    except ValueError as fault:
+    except _UNREADABLE as fault:
         raise TrustError(f"is not a certificate request: {fault}") from None
 
 
@@ -246,7 +256,7 @@ def requested_key(request: x509.CertificateSigningRequest) -> PublicKey:
     try:
         key = request.public_key()
         good = request.is_signature_valid
-    except (ValueError, UnsupportedAlgorithm) as fault:
+    except _UNREADABLE as fault:
         raise TrustError(f"the request's key can't be used: {fault}") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise TrustError("the request's key is not on P-256")

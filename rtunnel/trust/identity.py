@@ -287,8 +287,11 @@ def load_private_key(path: Path | str) -> PrivateKey:
         key = serialization.load_pem_private_key(Path(path).read_bytes(), None)
     except OSError as fault:
         raise TrustError(f"{path}: can't be read: {fault.strerror}") from None
-    except UNREADABLE as fault:
-        raise TrustError(f"{path}: is not a private key that can be used: {fault}") from None
+    except UNREADABLE:
+        # The library's text may quote the file, and with it the key.
+        raise TrustError(
+            f"{path}: is not a private key that can be used: give a PEM file without a passphrase"
+        ) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise TrustError(f"{path}: is not a key on P-256")
     return key

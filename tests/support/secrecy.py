@@ -48,6 +48,7 @@ _PEM = re.compile(rb"-----BEGIN (?:EC )?PRIVATE KEY-----.*?-----END (?:EC )?PRIV
 _HASH = re.compile(rb"\$scrypt\$[^$\s]{1,40}\$([A-Za-z0-9+/]{11,86})\$([A-Za-z0-9+/]{22,86})")
 _URL = re.compile(rb"(?:rediss?|redis\+sentinel|unix)://[^\s:@/\"']*:([^\s@/\"']+)@")
 _RUN = re.compile(rf"[A-Za-z0-9+/_-]{{{WINDOW},}}")
+_DIGITS = re.compile(r"[0-9]+")
 _ESCAPED = re.compile(r"\\+(?:x([0-9a-fA-F]{2})|u00([0-9a-fA-F]{2}))")
 
 
@@ -64,8 +65,8 @@ class Secrets:
             self.binary.setdefault(secret, whose)
 
     def add_text(self, secret: str, whose: str) -> None:
-        """A password. One of a few different letters could be anything."""
-        if len(secret) >= SHORTEST and len({char for char in secret if char.isalnum()}) > 4:
+        """A password. One word, or a few different letters, could stand anywhere."""
+        if len(secret) >= SHORTEST and not secret.isalpha() and len({char for char in secret if char.isalnum()}) > 4:
             self.text.setdefault(secret, whose)
 
     def add_content(self, data: bytes, whose: str) -> None:
@@ -116,7 +117,7 @@ class Needles:
     def __init__(self, secrets: Secrets) -> None:
         self._spelled: dict[str, str] = {}  # windows of base64 in one alphabet, and of hex in lower case
         self._raw: dict[bytes, str] = {}
-        self._plain: dict[str, str] = {}
+        self._plain: dict[str, list[tuple[str, str]]] = {}  # by their first characters
         for secret, whose in secrets.binary.items():
             for form in (*_base64_of(secret), secret.hex()):
                 for window in _windows(form, WINDOW):
@@ -127,7 +128,7 @@ class Needles:
             data = text.encode("utf-8", "surrogatepass")
             for form in (text, quote(text, safe=""), logs.printable(text), data.hex(), *_base64_of(data)):
                 if len(form) >= SHORTEST:
-                    self._plain[form] = whose
+                    self._plain.setdefault(form[:SHORTEST], []).append((form, whose))
 
     def find(self, line: str) -> tuple[str, str] | None:
         """(whose secret it is, the line without it) when the line has one."""
@@ -142,9 +143,10 @@ class Needles:
             for window in _windows(raw, RAW_WINDOW):
                 if window in self._raw:
                     return self._raw[window], line[:40] + "[...]"
-        for form, whose in self._plain.items():
-            if form in line:
-                return whose, line.replace(form, "[...]")
+        for start in _windows(line, SHORTEST):
+            for form, whose in self._plain.get(start, ()):
+                if form in line:
+                    return whose, line.replace(form, "[...]")
         return None
 
 
@@ -164,14 +166,15 @@ class Ears:
 
     def __init__(self) -> None:
         self.test = "before the first test"
-        self._lines: dict[str, str] = {}  # each once, with the test that said it first
+        #: By the line without its numbers, so that each kind is kept once: a secret has letters too.
+        self._lines: dict[str, tuple[str, str]] = {}
         self._lock = threading.Lock()
 
     def hear(self, text: str, who: str = "") -> None:
         """Some lines."""
         with self._lock:
             for line in text.splitlines():
-                self._lines.setdefault(line, who or self.test)
+                self._lines.setdefault(_DIGITS.sub("0", line), (line, who or self.test))
 
     def event(self, method: str, fields: dict[str, Any]) -> None:
         """A log event, as each format writes it."""
@@ -181,8 +184,8 @@ class Ears:
             self.hear(line.decode("utf-8", "replace"))
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """(line, who said it)"""
-        return iter(self._lines.items())
+        """(line, who said it first), for all that differ in more than their numbers."""
+        return iter(self._lines.values())
 
 
 ears = Ears()

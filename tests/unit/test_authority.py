@@ -23,13 +23,16 @@ import trio
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtensionOID
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from rtunnel import roles
 from rtunnel.config import ConfigError, load
 from rtunnel.trust import pki
 from rtunnel.trust.authority import Authority, Granted
-from rtunnel.trust.certificates import AUTHORITY_NAME, new_key
+from rtunnel.trust.certificates import AUTHORITY_NAME, load_request, new_key, read_request
 from rtunnel.trust.identity import Identity, Roots, load_private_key, read_certificate
 from rtunnel.trust.keys import Token, TrustError, token_mac
 from rtunnel.trust.pki import Directory
@@ -191,6 +194,49 @@ def test_requests_with_keys_that_are_not_the_askers(made: Path) -> None:
         assert code is Refusal.BAD_REQUEST and words in text
     forged = good[:-1] + bytes([good[-1] ^ 1])
     assert refusal(at(made), _signed(by, forged))[0] is Refusal.BAD_REQUEST
+
+
+SAN = _uri("rtunnel:agent/default/a1", ips=("10.1.0.7", "fd00::7")).public_bytes()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.one_of(
+        st.binary(max_size=40),
+        st.tuples(st.integers(0, len(SAN) - 1), st.integers(0, 255)).map(
+            lambda at: SAN[: at[0]] + bytes([at[1]]) + SAN[at[0] + 1 :]
+        ),
+    )
+)
+@example(b"\x30\x06\xa3\x04\x30\x02\x05\x00")  # x400Address: a kind of name that the library does not know
+@example(b"\x30\x0a\x87\x08\x0a\x00\x00\x00\xff\x00\x00\x00")  # a network where an address should be
+def test_odd_names_are_refused(names: bytes) -> None:
+    """Whatever stands where the names should be, well signed: a request, or a TrustError and nothing else."""
+    odd = x509.UnrecognizedExtension(ExtensionOID.SUBJECT_ALTERNATIVE_NAME, names)
+    builder = x509.CertificateSigningRequestBuilder(x509.Name([])).add_extension(odd, critical=False)
+    der = builder.sign(_ODD_KEY, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
+    try:
+        read_request(load_request(der))
+    except TrustError:
+        pass
+
+
+_ODD_KEY = new_key()
+
+
+ODD = csr(_ODD_KEY)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 9999), st.integers(0, 255), st.sampled_from(("set", "cut", "double")))
+def test_odd_requests_are_refused(place: int, value: int, how: str) -> None:
+    """Any byte of a request changed, cut or doubled."""
+    at = place % len(ODD)
+    put = {"set": bytes([value]), "cut": b"", "double": ODD[at : at + 1] * 2}[how]
+    try:
+        read_request(load_request(ODD[:at] + put + ODD[at + 1 :]))
+    except TrustError:
+        pass
 
 
 def test_tokens_that_do_not_count(made: Path) -> None:

@@ -23,7 +23,7 @@ from rtunnel.trust.identity import load_pair
 from rtunnel.trust.keys import Token, TrustError, load_token
 from rtunnel.trust.tls import certificate_der, certificate_fingerprint, link_context
 from rtunnel.wire import messages
-from rtunnel.wire.messages import Hello
+from rtunnel.wire.messages import Hello, Trust
 from rtunnel.wire.refusal import Refusal
 from rtunnel_agent.handshake import AgentSession, new_nonce
 from rtunnel_agent.serve import status
@@ -496,6 +496,21 @@ async def test_a_token_is_proved_on_the_certificate_of_the_handshake(tmp_path: P
         assert slow.session.welcome is not None, slow.why
         later = await Knock(hello(known.id, agent_id="a2"), showing(cluster.secrets, ""), known.secret).at(node)
         assert later.session.welcome is not None
+
+
+async def test_a_trust_list_that_nobody_asked_for_harms_no_agent(tmp_path: Path, events: Events) -> None:
+    """Noise from a broker, also to an agent that knows no CAs: the session goes on."""
+    for security in ("tls", "plain"):
+        keys: dict[str, Any] = {"broker__security": security, "agent__security": security}
+        async with running_cluster(tmp_path, **keys) as cluster:
+            await cluster.start(brokers=1)
+            (session,) = cluster.brokers["b1"].node.sessions.values()
+            cluster.brokers["b1"].node.relay.call(partial(session.tell, Trust(signed=b"noise")))
+            target = Target(IP)
+            await cluster.until(lambda: bool(named(events, "trust_rejected")))
+            assert await cluster.ask(IP, target.port) == b"127.1.0.1:hello"
+            assert cluster.agents["a1"].agent.state == "ready"
+    assert len(named(events, "trust_rejected")) == 1
 
 
 async def test_bad_files_change_nothing(tmp_path: Path, events: Events) -> None:
