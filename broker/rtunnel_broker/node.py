@@ -30,6 +30,7 @@ from rtunnel.logs import get_logger
 from rtunnel.net import bound_socket, listen, listening_socket, source_of
 from rtunnel.registry import (
     COUNTER_BITS,
+    AddressTaken,
     NodeRecord,
     PortLease,
     Registration,
@@ -424,7 +425,7 @@ class Node:
         left: list[Registration] = []
         self._left_during_beat = left
         try:
-            put_back = await self.bridge.registry(self._registry.beat, self.record(), registrations)
+            beat = await self.bridge.registry(self._registry.beat, self.record(), registrations)
         except RegistryUnavailable as error:
             self._registry_is_down(error)
             return
@@ -434,12 +435,20 @@ class Node:
         finally:
             self._left_during_beat = None
         if self.registry_down:
-            self._log.info("registry_back", node=self.node, tuples_put_back=put_back)
+            self._log.info("registry_back", node=self.node, tuples_put_back=beat.put_back)
             self.registry_down = ""
-        elif put_back:
-            self._log.warning("registry_had_lost_tuples", node=self.node, tuples_put_back=put_back)
+        elif beat.put_back:
+            self._log.warning("registry_had_lost_tuples", node=self.node, tuples_put_back=beat.put_back)
+        if beat.lost:
+            await self.bridge.run(lambda: self._end_lost(beat.lost))
         for registration in left:
             await self.bridge.registry_tries(self._registry.unregister, registration)
+
+    def _end_lost(self, lost: dict[int, AddressTaken]) -> None:
+        """While the registry did not have them, another agent came with one of their addresses, and is there now."""
+        for session in list(self.sessions.values()):
+            if session.epoch in lost and not session.answered:
+                session.refuse(Refusal.ADDRESS_TAKEN, str(lost[session.epoch]))
 
     def _registry_is_down(self, error: RegistryUnavailable) -> None:
         if not self.registry_down or self.registry_down == "not contacted yet":
@@ -496,7 +505,7 @@ class Node:
                 granted, notices = await self._take_open_ports(session, leased)
                 session.registration = self._registration(session, guarded, leased, granted)
                 await self.bridge.registry(self._registry.register, session.registration)
-            except (Refused, RegistryUnavailable, PortsExhausted, OSError) as error:
+            except (Refused, RegistryUnavailable, AddressTaken, PortsExhausted, OSError) as error:
                 await self._give_back(leased)
                 session.registration = None
                 code, text = _refusal_of(error), str(error)
@@ -638,7 +647,11 @@ class Node:
                 for t in registration.tuples
             )
             session.registration = Registration(registration.epoch, tuples, registration.leases)
-            await self.bridge.registry_tries(self._registry.register, session.registration)
+            try:
+                await self.bridge.registry_tries(self._registry.register, session.registration)
+            except AddressTaken as error:
+                lost = {session.epoch: error}
+                await self.bridge.run(lambda: self._end_lost(lost))
 
     # Leaving.
 
@@ -719,4 +732,6 @@ def _refusal_of(error: Exception) -> Refusal:
         return error.code
     if isinstance(error, OSError):  # no descriptor, no memory for one more listener
         return Refusal.OVERLOADED
+    if isinstance(error, AddressTaken):
+        return Refusal.ADDRESS_TAKEN
     return Refusal.REGISTRY_UNAVAILABLE if isinstance(error, RegistryUnavailable) else Refusal.PORTS_EXHAUSTED

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from rtunnel.registry.base import (
     COUNTER_BITS,
+    AddressTaken,
+    Beat,
     Change,
     CursorLost,
     NodeRecord,
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COUNTER_BITS",
+    "AddressTaken",
+    "Beat",
     "Change",
     "CursorLost",
     "NodeRecord",

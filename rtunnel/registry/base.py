@@ -32,6 +32,18 @@ class Superseded(Exception):
     """Another process has started under this node_id: this incarnation is over and must stop."""
 
 
+class AddressTaken(Exception):
+    """A live tuple of another agent has this address; the text says whose and where."""
+
+    def __init__(self, namespace: str, ip: str, agent_id: str, node: str) -> None:
+        where = ip if namespace == "default" else f"{ip} of namespace {namespace!r}"
+        super().__init__(f"{where} is taken: the agent {agent_id!r} has it, with a session on the node {node!r}")
+        self.namespace = namespace
+        self.ip = ip
+        self.agent_id = agent_id  # who has it
+        self.node = node
+
+
 # gc=False: these hold nothing that could form a cycle, and a collection that walks a million of them holds the GIL
 # for hundreds of milliseconds.
 class NodeRecord(msgspec.Struct, frozen=True, gc=False):
@@ -81,6 +93,13 @@ class Registration(msgspec.Struct, frozen=True):
     epoch: int
     tuples: tuple[Tuple, ...]
     leases: tuple[PortLease, ...]
+
+
+class Beat(msgspec.Struct, frozen=True):
+    """What a heartbeat found."""
+
+    put_back: int  # tuples that were missing; 0 in quiet times
+    lost: dict[int, AddressTaken]  # by epoch: sessions that could not be put back, for another agent has an address
 
 
 class Change(msgspec.Struct, frozen=True, gc=False):
@@ -151,17 +170,20 @@ class Registry(Protocol):
 
         A tuple of a newer epoch for the same (target, node, agent_port) stays. Registering the same epoch again changes
         the tuples (state, exposes). Raises Superseded when a later incarnation has the node_id.
+
+        One address, one agent: raises AddressTaken, and has then written nothing, when one of its (namespace, agent_ip)
+        has a live tuple of another agent_id on any node, this one included. Of two that come at once one wins.
         """
 
     def unregister(self, registration: Registration) -> None:
         """Remove exactly these tuples (by epoch) and quarantine the leases. A newer session's tuples stay."""
 
-    def beat(self, record: NodeRecord, registrations: list[Registration]) -> int:
+    def beat(self, record: NodeRecord, registrations: list[Registration]) -> Beat:
         """Refresh the node, its tuples and its leases in batches; put back whatever is missing.
 
-        Returns how many tuples had to be put back (0 in quiet times). A session that ended while the beat was on its
-        way (its port is quarantined by now) is not put back. Raises Superseded when the node_id was taken by a later
-        incarnation.
+        A session that ended while the beat was on its way (its port is quarantined by now) is not put back. Nor is a
+        missing tuple whose address has a live one of another agent by now: who is there stays, and the caller must end
+        the sessions in `lost`. Raises Superseded when the node_id was taken by a later incarnation.
         """
 
     def lookup(self, namespace: str, ip: str) -> list[Tuple]:

@@ -88,25 +88,35 @@ local function drop(target, field, json)
   emit('gone', json)
 end
 
--- Fields whose node died: the key lives on with the agent's other sessions, so that no expiry takes them.
-local function prune(target)
+-- Drop the fields whose node died: the key lives on with the agent's other sessions, so that no expiry takes them.
+-- Then the live tuple of another agent than `agent` (a piece of JSON with its id), if there is one.
+local function taken(target, agent)
   local all = redis.call('HGETALL', P .. 'target:' .. target)
-  for i = 1, #all, 2 do
-    local field, epoch = string.match(all[i], '^(.*)@(%d+)$')
-    if field and tonumber(all[i + 1]) < dead then
-      local json = redis.call('HGET', P .. 'target:' .. target, field)
-      if json and epoch_of(json) == epoch then
+  local found = {}
+  for i = 1, #all, 2 do found[all[i]] = all[i + 1] end
+  local other
+  for beat, last in pairs(found) do
+    local field, epoch = string.match(beat, '^(.*)@(%d+)$')
+    if field then
+      local json = found[field]
+      local means = json and epoch_of(json) == epoch
+      if (tonumber(last) or 0) >= dead then
+        if means and not string.find(json, agent, 1, true) then other = json end
+      elseif means then
         drop(target, field, json)
         redis.call('SREM', P .. 'tuples:' .. string.match(field, '^(.*)/%d+$'), target .. ' ' .. field)
       else
-        redis.call('HDEL', P .. 'target:' .. target, all[i])
+        redis.call('HDEL', P .. 'target:' .. target, beat)
       end
     end
   end
+  return other
 end
 """
 
-# Write leases, then tuples, of sessions of one node. Returns how many tuples were not there in just this form.
+# Write leases, then tuples, of sessions of one node, but none whose address another agent has: a registration ('keep')
+# is then refused as a whole, of a beat ('back') just that tuple. Returns how many tuples were not there in just this
+# form, then the number of each refused one and the tuple that stood in its way.
 PUT = (
     HEAD
     + """
@@ -115,18 +125,29 @@ local refused = superseded(node, incarnation)
 if refused then return refused end
 redis.call('ZADD', P .. 'nodes', now, node)
 
+local tuples, answer = {}, {0}
+for n = 1, tonumber(arg()) do
+  local target, agent, field, port, epoch, json = arg(), arg(), arg(), arg(), arg(), arg()
+  local other = mode == 'keep' and taken(target, agent)
+  if other then return {0, n - 1, other} end
+  tuples[n] = {target, agent, field, port, epoch, json}
+end
+
 for _ = 1, tonumber(arg()) do
   local port, owner, last, epoch = arg(), arg(), arg(), arg()
   hold(mode, port, owner, last, epoch, node, raw_node)
 end
 
-local written = 0
-for _ = 1, tonumber(arg()) do
-  local target, field, port, epoch, json = arg(), arg(), arg(), arg(), arg()
+for n, tuple in ipairs(tuples) do
+  local target, agent, field, port, epoch, json = unpack(tuple)
   local key = P .. 'target:' .. target
+  local other = mode == 'back' and taken(target, agent)
   local present = redis.call('HGET', key, field)
-  local wanted = true
-  if present then
+  local wanted = not other
+  if other then
+    answer[#answer + 1] = n - 1
+    answer[#answer + 1] = other
+  elseif present then
     wanted = not older(epoch, epoch_of(present))
   elseif mode == 'back' then
     -- The session may have ended, and its port may serve another, since the beat was put together.
@@ -138,16 +159,15 @@ for _ = 1, tonumber(arg()) do
     redis.call('HSET', key, field, json, field .. '@' .. epoch, now)
     redis.call('PEXPIRE', key, TTL)
     index(P .. 'tuples:' .. node, target .. ' ' .. field)
-    prune(target)
     if present ~= json then
-      written = written + 1
+      answer[1] = answer[1] + 1
       emit('put', '{"beat":' .. now .. ',' .. string.sub(json, 2))
     end
   else
     redis.call('HDEL', key, field .. '@' .. epoch)  -- what REFRESH may have left
   end
 end
-return written
+return answer
 """
 )
 

@@ -17,6 +17,8 @@ import msgspec
 
 from rtunnel.registry.base import (
     COUNTER_BITS,
+    AddressTaken,
+    Beat,
     Change,
     CursorLost,
     NodeRecord,
@@ -192,6 +194,9 @@ class MemoryRegistry:
             now = self._clock()
             for node, epoch in {(part.node, part.epoch) for part in _parts(registration)}:
                 self._fence(node, incarnation_of(epoch))
+            for entry in registration.tuples:
+                if taken := self._taken(entry, now):
+                    raise taken
             for lease in registration.leases:
                 self._keep(lease, now, back=False)
             for entry in registration.tuples:
@@ -207,18 +212,22 @@ class MemoryRegistry:
             for lease in registration.leases:
                 self._release(lease, now)
 
-    def beat(self, record: NodeRecord, registrations: list[Registration]) -> int:
+    def beat(self, record: NodeRecord, registrations: list[Registration]) -> Beat:
         with self._changed:
             self._fence(record.node, record.incarnation)
             now = self._clock()
             self._nodes[record.node] = msgspec.structs.replace(record, beat=now)
             back = 0
+            lost: dict[int, AddressTaken] = {}
             for registration in registrations:
                 for lease in registration.leases:
                     self._keep(lease, now, back=True)
                 for entry in registration.tuples:
-                    back += self._put(entry, now, back=True)
-            return back
+                    if taken := self._taken(entry, now):
+                        lost[registration.epoch] = taken
+                    else:
+                        back += self._put(entry, now, back=True)
+            return Beat(back, lost)
 
     def _live(self, entry: Tuple) -> _Live | None:
         fields = self._targets.get((entry.namespace, entry.agent_ip))
@@ -227,7 +236,6 @@ class MemoryRegistry:
     def _put(self, entry: Tuple, now: float, *, back: bool) -> bool:
         """Write or refresh one tuple; whether it had to be written. `back`: by a beat, which may be late."""
         entry = entry if entry.beat == 0.0 else msgspec.structs.replace(entry, beat=0.0)
-        self._prune(entry, now)
         live = self._live(entry)
         if live is not None:
             if live.tuple.epoch > entry.epoch:
@@ -243,11 +251,14 @@ class MemoryRegistry:
         self._emit(entry, msgspec.structs.replace(entry, beat=now))
         return True
 
-    def _prune(self, at: Tuple, now: float) -> None:
-        """Drop the dead tuples of this target."""
-        fields = self._targets.get((at.namespace, at.agent_ip), {})
-        for live in [live for live in fields.values() if not self._alive(live.beat, now)]:
-            self._drop(live.tuple)
+    def _taken(self, entry: Tuple, now: float) -> AddressTaken | None:
+        """Drop the dead tuples of this target; then whether a live one is another agent's."""
+        for live in list(self._targets.get((entry.namespace, entry.agent_ip), {}).values()):
+            if not self._alive(live.beat, now):
+                self._drop(live.tuple)
+            elif live.tuple.agent_id != entry.agent_id:
+                return AddressTaken(entry.namespace, entry.agent_ip, live.tuple.agent_id, live.tuple.node)
+        return None
 
     def _may_return(self, entry: Tuple, now: float) -> bool:
         port = self._ports.get((entry.ps_ip, entry.ps_port))

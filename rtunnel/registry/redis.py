@@ -26,6 +26,8 @@ from rtunnel.logs import get_logger
 from rtunnel.registry import lua
 from rtunnel.registry.base import (
     COUNTER_BITS,
+    AddressTaken,
+    Beat,
     Change,
     CursorLost,
     NodeRecord,
@@ -171,16 +173,19 @@ class RedisRegistry:
 
     # ------------------------------------------------------------------ tuples
 
+    @_sensible
     def register(self, registration: Registration) -> None:
         if node := _node(registration):
-            self._put("keep", node, incarnation_of(registration.epoch), [registration])
+            _, taken = self._put("keep", node, incarnation_of(registration.epoch), [registration])
+            for refused in taken.values():
+                raise refused
 
     def unregister(self, registration: Registration) -> None:
         if node := _node(registration):
             self._remove(node, registration.tuples, registration.leases)
 
     @_sensible
-    def beat(self, record: NodeRecord, registrations: list[Registration]) -> int:
+    def beat(self, record: NodeRecord, registrations: list[Registration]) -> Beat:
         self._beats += 1
         again: list[Registration] = []
         for batch in _batches(registrations, BATCH):
@@ -188,9 +193,12 @@ class RedisRegistry:
             turns = range(self._beats % VERIFY_EVERY, len(batch), VERIFY_EVERY)
             again += [batch[n] for n in sorted(missing.union(turns))]
         back = 0
+        lost: dict[int, AddressTaken] = {}
         for batch in _batches(again, WRITE_BATCH):
-            back += self._put("back", record.node, record.incarnation, batch)
-        return back
+            written, taken = self._put("back", record.node, record.incarnation, batch)
+            back += written
+            lost |= taken
+        return Beat(back, lost)
 
     def _refresh(self, record: NodeRecord, batch: list[Registration]) -> set[int]:
         """The heartbeat of one batch: which of its registrations Redis does not (wholly) have."""
@@ -206,18 +214,26 @@ class RedisRegistry:
         lost, unleased = self._run(_REFRESH, *node, "".join(tuples), "".join(leases))
         return {of_tuple[n] for n in lost} | {of_lease[n] for n in unleased}
 
-    def _put(self, mode: Literal["keep", "back"], node: str, incarnation: int, batch: list[Registration]) -> int:
+    def _put(
+        self, mode: Literal["keep", "back"], node: str, incarnation: int, batch: list[Registration]
+    ) -> tuple[int, dict[int, AddressTaken]]:
+        """How many tuples were written; the epochs of sessions that lack an address because another agent has it."""
         args: list[Any] = [mode, _quote(node), node, incarnation]
         leases = [lease for registration in batch for lease in registration.leases]
         tuples = [entry for registration in batch for entry in registration.tuples]
-        args.append(len(leases))
-        for lease in leases:
-            args += _lease_args(lease)
         args.append(len(tuples))
         for entry in tuples:
             port = _at(entry.ps_ip, entry.ps_port)
-            args += (_target(entry), _field(entry), port, entry.epoch, _static(entry))
-        return int(self._run(_PUT, *args))
+            args += (_target(entry), _agent(entry), _field(entry), port, entry.epoch, _static(entry))
+        args.append(len(leases))
+        for lease in leases:
+            args += _lease_args(lease)
+        written, *refused = self._run(_PUT, *args)
+        taken = {}
+        for number, json in zip(refused[::2], refused[1::2], strict=True):
+            ours, other = tuples[number], _read_tuple(json)
+            taken[ours.epoch] = AddressTaken(ours.namespace, ours.agent_ip, other.agent_id, other.node)
+        return written, taken
 
     def _remove(self, node: str, tuples: tuple[Tuple, ...], leases: tuple[PortLease, ...]) -> None:
         args: list[Any] = [_quote(node), node, len(leases)]
@@ -421,6 +437,11 @@ def _static(entry: Tuple) -> bytes:
     fields = msgspec.structs.asdict(entry)
     del fields["beat"]
     return _encode({"epoch": str(fields.pop("epoch")), **fields})
+
+
+def _agent(entry: Tuple) -> bytes:
+    """What this agent's stored tuples contain, and no other's: a quote inside of a value has a backslash before it."""
+    return b',"agent_id":%s,' % _encode(entry.agent_id)
 
 
 def _record(record: NodeRecord, *, incarnation: bool) -> bytes:

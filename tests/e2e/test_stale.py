@@ -231,9 +231,10 @@ async def test_an_ip_that_moved_is_not_found_at_its_old_agent(tmp_path: Path, ev
         await start_agent(cluster, "a2", ASKED, redundancy=1)
         await cluster.whole()
         scene = Scene(cluster, moved, there)
-        # As if the gateway had missed everything since, and even with the port's present epoch.
-        for number, stale in enumerate((plain(old), msgspec.structs.replace(plain(old), epoch=now.epoch)), 1):
-            await scene.force(stale)
+        # As if the gateway had missed everything since, and even with the port's present epoch. Under a2's name: a
+        # registry takes no tuple of another agent for an address that a2 has.
+        for number, epoch in enumerate((old.epoch, now.epoch), 1):
+            await scene.force(msgspec.structs.replace(plain(old), epoch=epoch, agent_id="a2"))
             assert await scene.ask() == f"{ASKED}:hello".encode()
             assert scene.refused("stale_target") == number
         assert here.seen == there.seen == 0

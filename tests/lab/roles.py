@@ -1,4 +1,7 @@
-"""The lab's system in its namespaces: Redis, three brokers, a gateway, an agent and a target on each host."""
+"""The lab's system in its namespaces: Redis, an authority, three brokers, a gateway, agents and targets.
+
+Agents get their certificates as on real hosts: each has a token of one use for its own addresses, and enrols.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,10 @@ from lab.topology import (
     wait_for,
 )
 from rtunnel.config import RegistryConfig
-from rtunnel.trust import pki
 
 ADMIN_PORT = 7070
 REDIS_PORT = 6379
+AUTHORITY_PORT = 7443
 HEARTBEAT = RegistryConfig().heartbeat
 
 #: scenario 7: who may use the open ports of this agent, and which of them is fixed
@@ -59,10 +62,11 @@ class Lab:
         """Everything; returns when every part says that it is ready."""
         self._make_pki()
         self.start_redis()
+        self.start_authority()
         for broker in BROKERS:
             self.start_broker(broker)
         self.start_gateway()
-        for name in (*BROKERS, "gateway"):
+        for name in ("authority", *BROKERS, "gateway"):
             self.wait_ready(name)
         for host in HOSTS:
             self.start_agent(host)
@@ -81,6 +85,11 @@ class Lab:
         )
         wait_for("redis answers", self._redis_answers, 10, every=0.02)
 
+    def start_authority(self) -> None:
+        """The one process with the CA's key; `wait_ready` tells when it serves."""
+        keys = {"directory": str(self._pki), "listen": f"0.0.0.0:{AUTHORITY_PORT}"}
+        self._start(self.net["authority"], "authority", {"authority": {**keys, "admin": f"127.0.0.1:{ADMIN_PORT}"}})
+
     def start_broker(self, name: str) -> None:
         """One broker node; `wait_ready` tells when it serves."""
         host = self.net[name]
@@ -97,7 +106,9 @@ class Lab:
                     "certificate": self._secret("broker.pem"),
                     "key": self._secret("broker.key"),
                     "cluster_key": self._secret("cluster.key"),
-                    "join_token": self._secret("join.token"),
+                    "ca": self._secret("ca.pem"),
+                    "trust": str(self.directory / f"{name}.trust"),
+                    "authority": self._authority,
                     "admin": f"127.0.0.1:{ADMIN_PORT}",
                 },
                 "broker.open_ports": {"range": "30000-30099", "allow": ["10.9.0.0/24"]},
@@ -123,11 +134,12 @@ class Lab:
         )
 
     def start_agent(self, name: str) -> None:
-        """A host's agent, which answers for the host's IPv4 and IPv6 address."""
+        """A host's agent, which answers for the host's IPv4 and IPv6 address. The first time it enrols."""
         host = self.net[name]
-        if not (self._pki / f"{name}.pem").exists():
-            addresses = [host.ip, host.ip6]
-            pki.issue_agent(self._pki, name, agent_id=name, namespace="default", addresses=addresses)
+        token = self.directory / f"{name}.token"
+        if not token.exists():
+            token.write_text(self.new_token(host.ip, host.ip6))
+            token.chmod(0o600)
         sections: dict[str, dict[str, Any] | list[dict[str, Any]]] = {
             "agent": {
                 "brokers": [f"{VIP}:{LINK_PORT}"],
@@ -135,9 +147,8 @@ class Lab:
                 "addresses": [host.ip, host.ip6],
                 "exposes": [str(HTTP_PORT), str(HALF_CLOSE_PORT), str(ECHO_PORT)],
                 "ca": self._secret("ca.pem"),
-                "certificate": self._secret(f"{name}.pem"),
-                "key": self._secret(f"{name}.key"),
-                "join_token": self._secret("join.token"),
+                "identity": str(self.identity(name)),
+                "join_token": str(token),
                 "admin": f"127.0.0.1:{ADMIN_PORT}",
             }
         }
@@ -150,6 +161,29 @@ class Lab:
             ]
         self._start(host, "agent", sections)
 
+    def revive(self) -> None:
+        """Start whatever has ended."""
+        ended = [name for name, part in self.parts.items() if not part.alive]
+        for name in ended:
+            if name in BROKERS:
+                self.start_broker(name)
+            elif name == "gateway":
+                self.start_gateway()
+            elif name == "authority":
+                self.start_authority()
+        for name in ended:
+            if name in HOSTS:
+                self.start_agent(name)
+        for name in ended:
+            self.wait_ready(name)
+
+    def spawn_impostor(self, place: str, **keys: Any) -> Process:
+        """An agent of an attacker's on a host of his: none of the lab's parts, with these keys of [agent]."""
+        path = self.directory / "impostor.toml"
+        common = {"brokers": [f"{VIP}:{LINK_PORT}"], "ca": self._secret("ca.pem"), "exposes": ["1-65535"], "admin": ""}
+        path.write_text(_toml({"log": {"format": "json"}, "agent": common | keys}))
+        return self.net[place].spawn(_RTUNNEL, "agent", "--config", str(path), name=f"impostor@{place}", fresh=True)
+
     def restart_agents(self, names: Iterable[str]) -> None:
         """SIGTERM, then started anew, all at once."""
         for name in names:
@@ -158,7 +192,7 @@ class Lab:
             self.start_agent(name)
 
     def _start(self, host: Host, role: str, sections: dict[str, Any]) -> None:
-        registry = {} if role == "agent" else {"registry": {"url": self._redis_url}}
+        registry = {"registry": {"url": self._redis_url}} if role in ("broker", "gateway") else {}
         path = self.config(host.name)
         path.write_text(_toml({"log": {"format": "json"}, **registry, **sections}))
         self.parts[host.name] = host.spawn(_RTUNNEL, role, "--config", str(path), name=f"{role}@{host.name}")
@@ -167,8 +201,37 @@ class Lab:
         """The TOML file of a part."""
         return self.directory / f"{name}.toml"
 
+    @property
+    def _authority(self) -> str:
+        return f"{self.net['authority'].ip}:{AUTHORITY_PORT}"
+
+    def new_token(self, *networks: str) -> str:
+        """A token of one use for these addresses."""
+        cidrs = [word for network in networks for word in ("--cidr", network)]
+        return self.net["authority"].check(_RTUNNEL, "pki", "token", "create", "--dir", str(self._pki), *cidrs)
+
+    def issue(self, name: str, namespace: str, *addresses: str) -> tuple[str, str]:
+        """An agent's certificate and key, by hand."""
+        words = [word for address in addresses for word in ("--address", address)]
+        words += ["--namespace", namespace, "--dir", str(self._pki)]
+        self.net["authority"].check(_RTUNNEL, "pki", "issue", "agent", name, *words)
+        return self._secret(f"{name}.pem"), self._secret(f"{name}.key")
+
+    def revoke(self, *words: str) -> None:
+        """`rtunnel pki revoke`, where the authority is."""
+        self.net["authority"].check(_RTUNNEL, "pki", "revoke", *words, "--dir", str(self._pki))
+
     def _make_pki(self) -> None:
         self.net["controller"].check(_RTUNNEL, "pki", "init", str(self._pki))
+
+    def identity(self, agent: str) -> Path:
+        """Where an agent keeps its certificate and key."""
+        return self.directory / f"identity-{agent}"
+
+    @property
+    def secrets(self) -> Path:
+        """What `rtunnel pki init` made."""
+        return self._pki
 
     def _secret(self, name: str) -> str:
         path = self._pki / name
@@ -187,6 +250,13 @@ class Lab:
     def ready(self, name: str) -> bool:
         """What its `/readyz` says."""
         return self.net[name].get("127.0.0.1", ADMIN_PORT, "/readyz")[0] == 200
+
+    def reached(self, name: str) -> bool:
+        """The same of a part that may be starting."""
+        try:
+            return self.ready(name)
+        except OSError:
+            return False
 
     def wait_ready(self, name: str, seconds: float = 20.0) -> float:
         """How long it took until it was ready. Fails at once when the process has ended."""

@@ -175,14 +175,6 @@ def test_1_curl_uploads_through_the_http_proxy(lab: Lab, tmp_path: Path) -> None
 # Scenario 2: two sessions on two different nodes.
 
 
-def reached(lab: Lab, name: str) -> bool:
-    """Whether a part that may be starting is ready."""
-    try:
-        return lab.ready(name)
-    except OSError:
-        return False
-
-
 @pytest.mark.parametrize("mode", ["random", "roundrobin"])
 def test_2_two_sessions_on_two_nodes(lab: Lab, mode: Balance) -> None:
     """Within 5 s of an agent's start, whether the VIP picks brokers at random or in turn."""
@@ -194,7 +186,7 @@ def test_2_two_sessions_on_two_nodes(lab: Lab, mode: Balance) -> None:
 
         def all_ready() -> bool:
             for name in names:
-                if name not in took and reached(lab, name):
+                if name not in took and lab.reached(name):
                     took[name] = time.monotonic() - lab.parts[name].started
             return len(took) == len(names)
 
@@ -465,5 +457,5 @@ def test_9_the_idle_connection_lived_on(lab: Lab, idle: Idle) -> None:
 
 def test_9_every_part_ends_cleanly(lab: Lab) -> None:
     """SIGTERM: each part ends with status 0."""
-    for name in (*HOSTS, "gateway", *BROKERS):
+    for name in (*HOSTS, "gateway", *BROKERS, "authority"):
         assert lab.parts[name].terminate(40) == 0, lab.parts[name].tail()

@@ -4,6 +4,7 @@
     VPC b       b1 b2                                  --+-- router: VIP:7000 -> a broker (DNAT)
     VPC app     app                                    --+           VIP:1080 -> the gateway (DNAT)
     VPC centre  broker1-3 redis gateway controller     --+           everything else: dropped
+                authority
 
 Each VPC is a bridge in a namespace of its own; each host is a namespace with one `eth0`. Nothing is made in
 the machine's own namespace but the names of these namespaces, which carry this process's pid. A janitor
@@ -49,6 +50,7 @@ PLACES = {
     "redis": ("centre", 20),
     "gateway": ("centre", 30),
     "controller": ("centre", 40),
+    "authority": ("centre", 50),
 }
 HOSTS = ("a1", "a2", "b1", "b2")
 BROKERS = ("broker1", "broker2", "broker3")
@@ -248,6 +250,13 @@ class Host:
         with self._entered():
             return socket.socket(family, socket.SOCK_STREAM)
 
+    def new_packet_socket(self) -> socket.socket:
+        """Hears every IPv4 packet that this namespace sends or gets from now on (Ethernet frames)."""
+        with self._entered():
+            sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0003))  # ETH_P_ALL: outgoing too
+        sock.setblocking(False)
+        return sock
+
     def connect(self, ip: str, port: int, seconds: float = 5.0) -> socket.socket:
         """A TCP connection from here, for use in the test's own process."""
         version = ipaddress.ip_address(ip).version
@@ -420,7 +429,8 @@ class Topology:
 def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
     """This process's own, without what would change the parts under test."""
     ours = {k: v for k, v in os.environ.items() if not k.startswith("RTUNNEL_") and not k.lower().endswith("_proxy")}
-    return {**ours, "PYTHONUNBUFFERED": "1", "PYTHONPATH": _TESTS, **(more or {})}
+    path = os.pathsep.join(filter(None, (_TESTS, ours.get("PYTHONPATH"))))
+    return {**ours, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, **(more or {})}
 
 
 def _start_janitor(names: Sequence[str]) -> subprocess.Popen[bytes]:

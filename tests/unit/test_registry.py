@@ -16,6 +16,7 @@ import pytest
 from rtunnel.config import RegistryConfig
 from rtunnel.registry import (
     COUNTER_BITS,
+    AddressTaken,
     Change,
     CursorLost,
     NodeRecord,
@@ -108,7 +109,14 @@ class Node:
         return session
 
     def beat(self, *sessions: Registration) -> int:
-        return self.registry.beat(self.record, list(sessions))
+        """How many tuples were put back; no session was lost."""
+        beat = self.registry.beat(self.record, list(sessions))
+        assert beat.lost == {}
+        return beat.put_back
+
+    def lost(self, *sessions: Registration) -> dict[int, AddressTaken]:
+        """The sessions that a beat could not put back."""
+        return self.registry.beat(self.record, list(sessions)).lost
 
 
 def plain(tuples: list[Tuple]) -> list[Tuple]:
@@ -334,6 +342,152 @@ def test_agent_with_several_addresses_and_open_ports_is_one_session(store: Store
     assert everything(registry) == []
 
 
+# ---------------------------------------------------------------------- one address, one agent
+
+
+def refused(node: Node, session: Registration) -> AddressTaken:
+    """What stood in the way of this registration; nothing of it is left."""
+    before, cursor = everything(node.registry), node.registry.snapshot().cursor
+    last = [node.registry.last_port(node.name, lease.owner) for lease in session.leases]
+    with pytest.raises(AddressTaken) as caught:
+        node.registry.register(session)
+    assert everything(node.registry) == before
+    assert drain(node.registry, cursor)[1] == []
+    assert [node.registry.last_port(node.name, lease.owner) for lease in session.leases] == last
+    for lease in session.leases:
+        assert node.registry.lease_port(msgspec.structs.replace(lease, owner="default/somebody"))
+    return caught.value
+
+
+@pytest.mark.parametrize("where", ["another node", "the same node"])
+@pytest.mark.parametrize("state", ["live", "draining"])
+def test_address_of_a_live_agent_is_refused_to_others(store: Store, where: str, state: str) -> None:
+    """By name, and as a whole: also the address that nobody has."""
+    registry = store.open()
+    first, second = Node(registry), Node(registry, "broker-2", "10.0.0.2")
+    holder = first.start()
+    entry = msgspec.structs.replace(holder.tuples[0], state=state)
+    registry.register(msgspec.structs.replace(holder, tuples=(entry,)))
+    node = second if where == "another node" else first
+    late = node.session("10.1.0.8", 20002, agent="b")
+    late = msgspec.structs.replace(
+        late, tuples=(*late.tuples, msgspec.structs.replace(late.tuples[0], agent_ip="10.1.0.7"))
+    )
+    taken = refused(node, late)
+    assert (taken.namespace, taken.ip, taken.agent_id, taken.node) == ("default", "10.1.0.7", "a", "broker-1")
+    assert str(taken) == "10.1.0.7 is taken: the agent 'a' has it, with a session on the node 'broker-1'"
+    again, elsewhere = second.start(agent="a"), node.start(port=20003, agent="b", namespace="other")
+    assert plain(registry.lookup("default", "10.1.0.7")) == [entry, *again.tuples]
+    assert plain(registry.lookup("other", "10.1.0.7")) == list(elsewhere.tuples)
+
+
+def test_address_of_an_open_port_is_refused_to_others(store: Store) -> None:
+    registry = store.open()
+    first, second = Node(registry), Node(registry, "broker-2", "10.0.0.2")
+    holder = first.session()
+    registry.register(
+        msgspec.structs.replace(holder, tuples=(msgspec.structs.replace(holder.tuples[0], agent_port=9100),))
+    )
+    assert refused(second, second.session(agent="b")).agent_id == "a"
+
+
+def test_address_is_free_when_its_agent_has_left_everywhere(store: Store) -> None:
+    registry = store.open()
+    one, two = Node(registry), Node(registry, "broker-2", "10.0.0.2")
+    first, second = one.start(), two.start()
+    registry.unregister(first)
+    later = one.session(port=20002, agent="b")
+    assert refused(one, later).node == "broker-2"
+    registry.unregister(second)
+    registry.register(later)
+    assert everything(registry) == list(later.tuples)
+    assert refused(two, two.session(port=20005)).agent_id == "b"
+
+
+def test_address_is_free_when_its_nodes_were_silent_for_the_ttl(store: Store) -> None:
+    """And the one that was silent can't take it back."""
+    registry = store.open(ttl=0.4, quarantine=0.5)
+    one, two = Node(registry), Node(registry, "broker-2", "10.0.0.2")
+    silent, later = one.start(), two.session(agent="b")
+    refused(two, later)
+
+    def free() -> bool:
+        try:
+            registry.register(later)
+        except AddressTaken:
+            return False
+        return True
+
+    until(free, what="the silent node's tuple to expire")
+    assert everything(registry) == list(later.tuples)
+    [taken] = one.lost(silent).values()
+    assert (taken.agent_id, taken.node) == ("b", "broker-2")
+    assert everything(registry) == list(later.tuples)
+
+
+@pytest.mark.parametrize("where", ["another node", "the same node"])
+def test_after_a_wipe_the_first_that_comes_has_the_address_and_the_other_is_told(store: Store, where: str) -> None:
+    registry = store.open()
+    first, second = Node(registry), Node(registry, "broker-2", "10.0.0.2")
+    loser, bystander = first.start(), first.start("10.1.0.9", 20009, agent="c")
+    store.wipe()
+    winner = (second if where == "another node" else first).start(port=20002, agent="b")
+    lost = first.lost(loser, bystander)
+    assert {epoch: taken.agent_id for epoch, taken in lost.items()} == {loser.epoch: "b"}
+    assert everything(registry) == [*winner.tuples, *bystander.tuples]
+    with pytest.raises(AddressTaken):
+        registry.register(loser)
+    registry.unregister(loser)
+    assert everything(registry) == [*winner.tuples, *bystander.tuples]
+    assert first.lost(bystander) == {}
+    registry.unregister(winner)
+    assert first.start(port=20001).epoch > loser.epoch
+
+
+def test_of_many_that_want_one_address_at_the_same_moment_one_gets_it(store: Store) -> None:
+    """Each on a node of its own, with a client of its own; again and again."""
+    nodes = [Node(store.open(), f"n{n}", f"10.0.0.{n}") for n in range(8)]
+    for turn in range(20):
+        sessions = [node.session(f"10.2.0.{turn}", agent=node.name) for node in nodes]
+        ready = threading.Barrier(len(nodes))
+        refusals: list[AddressTaken] = []
+
+        def claim(node: Node, session: Registration) -> None:
+            ready.wait()  # noqa: B023 - all threads of this turn end in it
+            try:
+                node.registry.register(session)
+            except AddressTaken as taken:
+                refusals.append(taken)  # noqa: B023
+
+        threads = [threading.Thread(target=claim, args=pair) for pair in zip(nodes, sessions, strict=True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        [winner] = nodes[0].registry.lookup("default", f"10.2.0.{turn}")
+        assert {taken.agent_id for taken in refusals} == {winner.agent_id}
+        assert len(refusals) == len(nodes) - 1
+
+
+def test_ids_that_look_like_stored_ones_are_told_apart(store: Store) -> None:
+    """An id may contain what surrounds an id in Redis."""
+    registry = store.open()
+    one, two = Node(registry), Node(registry, "broker-2", "10.0.0.2")
+    ids = ["a", "a,", 'a"', 'a","agent_id":"b",', "b", "", "\\", '\\"', "ä", "\x7f"]
+    for n, agent in enumerate(ids):
+        ip = f"10.3.0.{n}"
+        one.start(ip, 20000 + n, agent=agent)
+        for m, other in enumerate(ids):
+            session = two.session(ip, 20100 + m, agent=other)
+            if other == agent:
+                registry.register(session)
+                registry.unregister(session)
+            else:
+                with pytest.raises(AddressTaken) as caught:
+                    registry.register(session)
+                assert caught.value.agent_id == agent
+
+
 # ---------------------------------------------------------------------- beats and silence
 
 
@@ -533,7 +687,7 @@ def test_concurrent_writers_leave_no_gap_for_a_resuming_reader(store: Store) -> 
 
     def write(node: Node) -> None:
         for n in range(100):
-            session = node.start(f"10.1.0.{n}", 20000 + n, agent=f"{node.name}-{n}")
+            session = node.start(f"10.1.0.{n}", 20000 + n, agent=f"a{n}")
             written[node.name].append((session.epoch, True))
             if n % 2:
                 node.registry.unregister(session)
