@@ -280,7 +280,7 @@ def test_standalone(tmp_path: Path) -> None:
             certificate = "pki/broker.pem"
             key = "pki/broker.key"
             cluster_key = "pki/cluster.key"
-            join_token = "pki/join.token"
+            ca = "pki/ca.pem"
             admin = "127.0.0.1:0"
             [gateway]
             listen = "127.0.0.1:0"

@@ -169,7 +169,7 @@ class Site:
             certificate = "pki/broker.pem"
             key = "pki/broker.key"
             cluster_key = "pki/cluster.key"
-            join_token = "pki/join.token"
+            ca = "pki/ca.pem"
             drain = {DRAIN}
             admin = "127.0.0.1:0"
             """
@@ -188,7 +188,7 @@ class Site:
 
     def agent(self, name: str, ip: str, brokers: list[str], *flags: str) -> Process:
         made = f"agent-{len(self.processes)}"
-        pki.issue_agent(self.directory / "pki", made, agent_id=name, namespace="default", addresses=[ip], days=1)
+        pki.issue_agent(self.directory / "pki", made, agent_id=name, namespace="default", addresses=[ip])
         text = f"""
             [agent]
             brokers = {json.dumps(brokers)}
@@ -198,7 +198,6 @@ class Site:
             ca = "pki/ca.pem"
             certificate = "pki/{made}.pem"
             key = "pki/{made}.key"
-            join_token = "pki/join.token"
             backoff_cap = 0.5
             drain = {DRAIN}
             admin = "127.0.0.1:0"
