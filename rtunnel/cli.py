@@ -37,7 +37,7 @@ Examples:
   rtunnel authority --directory ./pki          gives agents certificates, for tokens of `rtunnel pki token create`
   rtunnel broker --config /etc/rtunnel.toml
   rtunnel agent --brokers vip.example:7000 --exposes 9100 --ca ca.pem --join-token join.token
-  rtunnel gateway --listen 0.0.0.0:1080 --registry-url redis://10.0.0.5/0 --cluster-key cluster.key --policy policy.toml
+  rtunnel gateway --listen 0.0.0.0:1080 --registry-url redis://10.0.0.5/0 --key gateway.key --ca ca.pem
   rtunnel user add alice --file users
   rtunnel policy test --file policy.toml --user alice --from 10.9.0.4 10.1.0.7:22
   rtunnel resolve 10.1.0.7:9100                through which brokers is it reached?

@@ -85,7 +85,9 @@ def pki_group() -> None:
 @_names
 @_ips
 def init(directory: Path, names: tuple[str, ...], ips: tuple[str, ...]) -> None:
-    """Make a CA, a broker certificate, a cluster key and a join token in DIRECTORY. Nothing is overwritten.
+    """Make a CA, a broker certificate, the cluster's and a gateway's key, and a join token in DIRECTORY.
+
+    Nothing is overwritten.
 
     Names and addresses are needed only where agents are given another `server_name` than broker.rtunnel.
     """
@@ -186,7 +188,7 @@ def _new_token(token_id: str) -> keys.Token:
 
 @pki_group.group("issue")
 def issue_group() -> None:
-    """Make certificates by hand."""
+    """Make certificates, and gateways' keys, by hand."""
 
 
 @issue_group.command("broker")
@@ -240,6 +242,18 @@ def issue_agent(
         issue = partial(pki.issue_agent, directory, name, days=days, key=key, into=into)
         _show_made(issue(agent_id=_word(name), namespace=namespace, addresses=addresses))
     click.echo(f"agent/{namespace}/{name} for {', '.join(addresses)}")
+
+
+@issue_group.command("gateway")
+@_dir
+@click.argument("name")
+def issue_gateway(directory: Path, name: str) -> None:
+    """Make a key for gateway NAME from the cluster key in the directory: NAME.key. Every gateway has its own.
+
+    Brokers need not be told. `pki revoke gateway/KEY_ID` takes it back.
+    """
+    with told():
+        _show_made(pki.issue_gateway(directory, _word(name)))
 
 
 @pki_group.command("request")

@@ -463,7 +463,12 @@ def _endpoint(text: str) -> Key:
 _ADMIN = Key('health over HTTP; "" for none', _optional(_listen), "host:port")
 _SECURITY = _choice("of links: tls, or plain for no encryption at all", "tls", "plain")
 _NAMESPACE = Key("tells apart VPCs that use the same addresses", check_word, "word")
-_CLUSTER_KEY = _file("the key under which Dials are MACed, one for the cluster", secret=True)
+_CLUSTER_KEY = _file("the key that gateways' keys are derived from, one for the cluster", secret=True)
+_CA = _file("PEM: the cluster's CA; agents are known by it")
+_AUTHORITY = Key("where agents' certificates and the newest trust list come from", _optional(_remote), "host:port")
+_TRUST = _file("the newest trust list: kept here, and read when it changes; need not be there", made=True)
+_DIAL_SECURITY = _choice("of Dials to guarded ports and what follows them: plain, or tls", "plain", "tls")
+_PROOF = _choice("agents must prove that they have the target's address: required, or off", "required", "off")
 _DRAIN = _seconds("at SIGTERM streams may finish for so long", low=0)
 _LEVEL = _choice("the least level that is written: debug, info, warning or error", "debug", "info", "warning", "error")
 _FORMAT = _choice("json, console, or auto: console on a terminal", "auto", "json", "console")
@@ -545,6 +550,7 @@ class BrokerConfig(_Section):
     trust: A[str, _TRUST] = ""
     authority: A[str, _AUTHORITY] = ""
     cluster_key: A[str, _CLUSTER_KEY] = ""
+    dial_security: A[str, _DIAL_SECURITY] = "plain"
     join_token: A[str, _file("tokens that agents without a certificate may prove, one a line", secret=True)] = ""
     admit: A[list[AdmitConfig], _ADMIT] = []
     handshake_timeout: A[float, _seconds("for a link until Welcome, and for a Dial on a guarded port")] = 10.0
@@ -606,7 +612,12 @@ class GatewayConfig(_Section):
     listen: A[str, _endpoint("SOCKS5 and HTTP proxy on one port")] = "127.0.0.1:1080"
     name: A[str, _id("told in Dials; default: the host's name")] = ""
     namespace: A[str, _NAMESPACE] = "default"
-    cluster_key: A[str, _CLUSTER_KEY] = ""
+    key: A[str, _file("the gateway's own key, which signs its Dials (`rtunnel pki issue gateway`)", secret=True)] = ""
+    ca: A[str, _CA] = ""
+    trust: A[str, _TRUST] = ""
+    authority: A[str, _AUTHORITY] = ""
+    proof: A[str, _PROOF] = "required"
+    dial_security: A[str, _DIAL_SECURITY] = "plain"
     policy: A[str, _file("who may reach what (docs/policy.md); without it only clients on this machine may")] = ""
     users: A[str, _file("names and password hashes (`rtunnel user`); with it clients must log in", secret=True)] = ""
     no_auth: A[list[str], Key(_NO_AUTH, _each(check_network, MAX_ALLOW), "CIDRs")] = []
@@ -909,6 +920,9 @@ def _cross_check(config: Config) -> Iterator[Problem]:
         yield _problem(config, "gateway.no_auth", "means nothing without users", fix)
     yield from _check_workers(config)
     yield from _check_identity(config)
+    for key in ("gateway.trust", "gateway.authority"):
+        if _get(config, key) and not config.gateway.ca:
+            yield _problem(config, key, "means nothing without gateway.ca", "give the cluster's ca.pem file")
     if config.agent.addresses:
         yield from _check_publish(config, config.agent.addresses)
 
@@ -1032,10 +1046,9 @@ def check_role(config: Config, role: str) -> None:
     problems += [Problem(config.source(key), key, reason) for key, reason in faults if reason]
     if role == "standalone":
         problems += _check_ports(config, role_sections(role))
-        keys = [config.broker.cluster_key, config.gateway.cluster_key]
-        if all(keys) and len({Path(key).resolve() for key in keys}) > 1:
-            fix = "give both the same file"
-            problems.append(_problem(config, "gateway.cluster_key", "is not broker.cluster_key", fix))
+        if config.broker.dial_security != config.gateway.dial_security:
+            reason = f"is {config.gateway.dial_security}, and broker.dial_security is {config.broker.dial_security}"
+            problems.append(_problem(config, "gateway.dial_security", reason, "set both", "broker.dial_security"))
         for key in ("broker.workers", "gateway.workers"):
             if _get(config, key) > 1:
                 fix = "use 1, or run `rtunnel broker` and `rtunnel gateway`"
@@ -1072,6 +1085,9 @@ def warnings(config: Config, role: str) -> list[Problem]:
         found += _ephemeral_overlaps(config)
     if "gateway" in role_sections(role):
         found += _open_doors(config)
+        if config.gateway.proof == "off":
+            reason = "agents need not prove that they have an address: registry and brokers are believed"
+            found.append(_problem(config, "gateway.proof", reason, 'write proof = "required"'))
     if role == "broker" and is_memory(config):
         reason = "the memory registry lives inside one process: no gateway and no other broker will see this node"
         found.append(_problem(config, "registry.url", reason, "use redis://..., or run `rtunnel standalone`"))
@@ -1111,9 +1127,11 @@ def _broker_needs(config: Config) -> list[Problem]:
     elif not config.broker.ca:
         fix = "give ca for certificates, or join_token for shared tokens; " + _PKI
         problems += _need(config, "broker.join_token", "and no broker.ca: no agent could join", fix)
-    if config.broker.security == "tls":
-        problems += _need(config, "broker.certificate", "links use TLS", _PKI)
-        problems += _need(config, "broker.key", "links use TLS", _PKI)
+    for key, what in (("security", "links use"), ("dial_security", "guarded ports use")):
+        if getattr(config.broker, key) == "tls":
+            problems += _need(config, "broker.certificate", f"{what} TLS", _PKI)
+            problems += _need(config, "broker.key", f"{what} TLS", _PKI)
+            break
     return problems
 
 
@@ -1137,7 +1155,13 @@ def _agent_needs(config: Config) -> list[Problem]:
 
 
 def _gateway_needs(config: Config) -> list[Problem]:
-    return _need(config, "gateway.cluster_key", "Dials are signed with it", "the brokers' cluster.key file")
+    problems = _need(config, "gateway.key", "Dials are signed with it", "`rtunnel pki issue gateway` makes one")
+    if config.gateway.proof == "required":
+        fix = 'give the cluster\'s ca.pem, or write proof = "off" to believe registry and brokers'
+        problems += _need(config, "gateway.ca", "agents' proofs are checked with it (gateway.proof = required)", fix)
+    elif config.gateway.dial_security == "tls":
+        problems += _need(config, "gateway.ca", "brokers are known by it", "the cluster's ca.pem file")
+    return problems
 
 
 def _authority_needs(config: Config) -> list[Problem]:
@@ -1153,17 +1177,15 @@ _NEEDS: dict[str, Callable[[Config], list[Problem]]] = {
 
 
 def _role_files(config: Config, role: str) -> Iterator[str]:
-    """The file keys that this role will open."""
-    unused = set()
-    if config.broker.security == "plain":
+    """The file keys that this role will open, and that must be there."""
+    unused = {path for path, leaf in KEYS.items() if leaf.key.made}
+    if config.broker.security == config.broker.dial_security == "plain":
         unused |= {"broker.certificate", "broker.key"}
     if config.agent.security == "plain" and not config.agent.identity:
         unused.add("agent.ca")
     for section in role_sections(role):
         for path, leaf in KEYS.items():
-            if not path.startswith(section + ".") or leaf.key.unit != _FILE or leaf.key.made or not _get(config, path):
-                continue
-            if path not in unused:
+            if path.startswith(section + ".") and leaf.key.unit == _FILE and _get(config, path) and path not in unused:
                 yield path
 
 

@@ -204,6 +204,8 @@ class Cluster:
         self.vip.backends = [("127.0.0.1", port) for port in self._node_ports.values()]
 
     async def _start_agent(self, agent_id: str, ip: str) -> Running:
+        made = self.directory / "pki"
+        pki.issue_agent(made, agent_id, agent_id=agent_id, namespace="default", addresses=[ip], days=1)
         return await self._serve(
             "agent",
             {
@@ -211,6 +213,8 @@ class Cluster:
                 "agent.agent_id": agent_id,
                 "agent.addresses": [ip],
                 "agent.exposes": [str(self.target_port)],
+                "agent.certificate": str(made / f"{agent_id}.pem"),
+                "agent.key": str(made / f"{agent_id}.key"),
             },
         )
 
@@ -255,7 +259,8 @@ class Cluster:
             "agent.ca": str(made / "ca.pem"),
             "agent.join_token": str(made / "join.token"),
             "agent.admin": "",
-            "gateway.cluster_key": str(made / "cluster.key"),
+            "gateway.key": str(made / "gateway.key"),
+            "gateway.ca": str(made / "ca.pem"),
             "gateway.admin": "",
         }
         return load(None, {}, common | keys)

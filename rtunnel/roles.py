@@ -128,12 +128,12 @@ def _materials(config: Config, role: str) -> Iterator[tuple[str, Callable[[], ob
     sections = role_sections(role)
     broker, agent, gateway = config.broker, config.agent, config.gateway
     if "broker" in sections:
-        yield "broker.cluster_key", partial(keys.load_cluster_key, broker.cluster_key)
+        yield "broker.cluster_key", partial(keys.load_cluster_keys, broker.cluster_key)
         if broker.join_token:
             yield "broker.join_token", partial(keys.load_tokens, broker.join_token)
         if broker.ca:
             yield "broker.ca", partial(identity.load_roots, broker.ca)
-        if broker.security == "tls":
+        if "tls" in (broker.security, broker.dial_security):
             yield "broker.certificate", partial(tls.server_context, broker.certificate, broker.key)
     if "agent" in sections:
         if agent.join_token:
@@ -145,7 +145,11 @@ def _materials(config: Config, role: str) -> Iterator[tuple[str, Callable[[], ob
         if agent.identity:
             yield "agent.identity", partial(identity.check_directory, agent.identity)
     if "gateway" in sections:
-        yield "gateway.cluster_key", partial(keys.load_cluster_key, gateway.cluster_key)
+        yield "gateway.key", partial(keys.load_gateway_key, gateway.key)
+        if "broker" in sections:
+            yield "gateway.key", partial(_of_one_cluster, broker.cluster_key, gateway.key)
+        if gateway.ca:
+            yield "gateway.ca", partial(identity.load_roots, gateway.ca)
         if gateway.policy:
             yield "gateway.policy", partial(policy.load_policy, gateway.policy)
         if gateway.users:
@@ -157,6 +161,13 @@ def _materials(config: Config, role: str) -> Iterator[tuple[str, Callable[[], ob
 def _check_directory(path: Path) -> None:
     with pki.open_directory(path):
         pass
+
+
+def _of_one_cluster(cluster_key: str, gateway_key: str) -> None:
+    """In one process the two had better know each other. Raises TrustError."""
+    key = keys.load_gateway_key(gateway_key)
+    if not any(keys.gateway_key(cluster, key.id) == key for cluster in keys.load_cluster_keys(cluster_key)):
+        raise TrustError(f"{gateway_key}: is not derived from the cluster key in {cluster_key}")
 
 
 def _expiring(config: Config, role: str) -> Iterator[Problem]:

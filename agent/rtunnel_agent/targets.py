@@ -11,6 +11,7 @@ from rtunnel.relay.join import Account, Ending
 from rtunnel.relay.link import StreamEnd
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.relay import Attempt, Relay
+from rtunnel.trust.identity import prove
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Accepted, Decoder, Dial, DialBody, Dialling, MessageError, Refuse, decode_body, encode
 from rtunnel.wire.refusal import Refusal, Refused
@@ -97,6 +98,17 @@ class Targets:
             raise Refused(Refusal.NOT_EXPOSED, f"the agent does not expose port {body.port}")
         return way
 
+    def accepted(self, dialled: bytes) -> bytes:
+        """The answer yes to a gateway's Dial of this body, with the proof that it is ours to give; b"": to a broker's.
+
+        25 us go into the signature, so it is made when the target is there: refusals need none, and a target on this
+        host is connected before there is time to sign.
+        """
+        identity = self.identity
+        if identity is None or not dialled:
+            return _ACCEPTED
+        return encode(Accepted(certificate=identity.certificate, signature=prove(identity.key, dialled)))
+
 
 @dataclass(slots=True)
 class Served:
@@ -116,13 +128,14 @@ class Served:
 class IncomingStream:
     """One stream from a broker: Dial, connect, answer, join."""
 
-    __slots__ = ("_attempt", "_decoder", "_late", "_served", "_session", "_stream", "_targets")
+    __slots__ = ("_attempt", "_decoder", "_dialled", "_late", "_served", "_session", "_stream", "_targets")
 
     def __init__(self, targets: Targets, session: AgentSession, stream: StreamEnd) -> None:
         self._targets = targets
         self._session = session
         self._stream = stream
         self._decoder = Decoder(Dial)
+        self._dialled = b""  # the body of a gateway's Dial, exactly as it came
         self._served: Served | None = None
         self._attempt: Attempt | None = None
         self._late: Timer | None = None
@@ -142,6 +155,8 @@ class IncomingStream:
         except Refused as refused:
             self._refuse(refused.code, refused.text)
         else:
+            if dial.mac:  # a broker's own has none, and nobody who would look at a proof
+                self._dialled = dial.body
             self._connect(body, way)
 
     def _connect(self, body: DialBody, way: str) -> None:
@@ -167,7 +182,7 @@ class IncomingStream:
             return
         self._targets.counts.began()
         self._session.streams += 1
-        self._stream.say(_ACCEPTED)
+        self._stream.say(self._targets.accepted(self._dialled))
         self._targets.relay.join(self._stream, target, up=self._decoder.rest(), on_end=served)
 
     def finished(self) -> None:

@@ -42,13 +42,13 @@ from rtunnel.registry import (
 from rtunnel.registry.ports import PortAllocator, PortsExhausted, PortTaken
 from rtunnel.relay.relay import Listener, Relay
 from rtunnel.trust.identity import Roots
-from rtunnel.trust.keys import DialSigner, TrustError, load_cluster_key, load_tokens
-from rtunnel.trust.tls import certificate_der, certificate_fingerprint, server_context
+from rtunnel.trust.keys import DialKeys, TrustError, load_cluster_keys, load_tokens
+from rtunnel.trust.tls import certificate_der, certificate_fingerprint, dial_server_context, server_context
 from rtunnel.watch import Watched, watch
 from rtunnel.wire.messages import Bye, Drain, Enrol, OpenPort, Publish, Trust, Welcome
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_broker.admit import Admission
-from rtunnel_broker.ports import DialChecker, GuardedPort, Networks, OpenPortServer, PortCounts
+from rtunnel_broker.ports import DialChecker, Guarded, GuardedPort, Networks, OpenPortServer, PortCounts
 from rtunnel_broker.session import Session
 
 #: Requests for certificates under way to the authority.
@@ -62,10 +62,11 @@ TELL_PAUSE: Final = 0.02
 
 @dataclass(frozen=True)
 class Shown:
-    """What links' handshakes show of this broker: a TLS context, and the fingerprint of its certificate."""
+    """What handshakes show of this broker: TLS contexts, and the fingerprint of its certificate."""
 
     context: ssl.SSLContext | None = None  # None: links are plain
     binding: bytes = b""
+    dials: ssl.SSLContext | None = None  # of guarded ports; None: they are plain
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ class Node:
         self._owner_locks: dict[str, tuple[trio.Lock, int]] = {}
         self._left_during_beat: list[Registration] | None = None
         self._beating = trio.Lock()
-        self._checker = DialChecker(self.node, DialSigner(load_cluster_key(broker.cluster_key)), broker.dial_window)
+        dial_keys = DialKeys(load_cluster_keys(broker.cluster_key))
+        self._checker = DialChecker(self.node, dial_keys, broker.dial_window, self._is_revoked)
         self._log = get_logger("broker").bind()
         self._admission = Admission(broker.admit)
         self._certified: set[Session] = set()  # by certificate, from a good Hello on; the relay's thread has it
@@ -193,9 +195,22 @@ class Node:
         """See SessionKeeper."""
         self._log.info(event, node=self.node, **fields)
 
+    def _is_revoked(self, key: str) -> bool:
+        """Of a gateway's key."""
+        return self.roots is not None and f"gateway/{key}" in self.roots.revoked
+
+    def _review(self) -> None:
+        """Pairs of gateways whose key is revoked end."""
+        self.relay.review(lambda pair: not (isinstance(pair.on_end, Guarded) and self._is_revoked(pair.on_end.key)))
+
     def report(self, event: str, fields: dict[str, object]) -> None:
         """What the relay itself has to say: never good news."""
         self._log.error(event, node=self.node, **fields)
+
+    @property
+    def dial_tls(self) -> ssl.SSLContext | None:
+        """See SessionKeeper."""
+        return self._shown.dials
 
     def _handshake_over(self, session: Session) -> None:
         session.handshaking = False
@@ -246,6 +261,7 @@ class Node:
         for session in list(self._certified):
             if session.identity is not None and roots.is_revoked(session.identity):
                 session.revoke()
+        self._review()
         self.bridge.spawn(self._show_other_cas)
         if roots.generation > self._generation:
             self._generation = roots.generation
@@ -262,11 +278,12 @@ class Node:
     def _load_shown(self) -> Shown:
         """Raises TrustError."""
         broker = self.config
+        dials = dial_server_context(broker.certificate, broker.key) if broker.dial_security == "tls" else None
         if broker.security == "plain":
-            return Shown()
+            return Shown(dials=dials)
         binding = certificate_fingerprint(certificate_der(broker.certificate))
         clients = self.roots.pem if self.roots is not None else ""
-        return Shown(server_context(broker.certificate, broker.key, clients=clients), binding)
+        return Shown(server_context(broker.certificate, broker.key, clients=clients), binding, dials)
 
     async def _show(self) -> Shown:
         """Show links what is in the files, and ask for certificates of the CAs in force, from the next one on.
@@ -335,7 +352,7 @@ class Node:
                 nursery.start_soon(self._heartbeats)
                 if self.anchor is not None:
                     nursery.start_soon(self.anchor.run)
-                if self.config.security == "tls":
+                if "tls" in (self.config.security, self.config.dial_security):
                     nursery.start_soon(self._watch_certificate)
                 self._log.info(
                     "broker_ready", node=self.node, listen=format_endpoint(*self.bound), ip=self.ip,

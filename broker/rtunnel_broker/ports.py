@@ -9,6 +9,7 @@ import ipaddress
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,7 +18,8 @@ from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account
 from rtunnel.relay.link import Link, StreamEnd
 from rtunnel.relay.relay import Relay
-from rtunnel.trust.keys import DialSigner, NonceWindow
+from rtunnel.relay.tls import NOT_TLS
+from rtunnel.trust.keys import DialKeys, NonceWindow
 from rtunnel.wire import messages
 from rtunnel.wire.messages import (
     Accepted,
@@ -39,6 +41,15 @@ _OVERLOADED: Final = encode(
     Refuse(code=Refusal.OVERLOADED.value, text="too many connections to this broker's ports wait for their Dial")
 )
 
+_TLS_ONLY: Final = encode(
+    Refuse(
+        code=Refusal.PROTOCOL_ERROR.value,
+        text="this broker takes Dials over TLS only: gateway.dial_security must be tls",
+    )
+)
+#: How a TLS handshake begins (RFC 8446 section 5.1).
+_TLS: Final = b"\x16\x03"
+
 #: An agent answers for its target within `agent.target_timeout` (10 s); one that has not by now never will.
 OPEN_DEADLINE: Final = 30.0
 
@@ -55,16 +66,20 @@ class PortCounts(StreamCounts):
 class DialChecker:
     """What a Dial must be before it may reach an agent (docs/wire.md, "Dial")."""
 
-    def __init__(self, node: str, signer: DialSigner, window: float) -> None:
+    def __init__(self, node: str, keys: DialKeys, window: float, is_revoked: Callable[[str], bool]) -> None:
+        """`is_revoked` is asked with the id of a gateway's key."""
         self._node = node
-        self._signer = signer
+        self._keys = keys
         self._window = window
+        self.is_revoked = is_revoked
         self._nonces = NonceWindow(2 * window)
 
-    def check(self, dial: Dial, session: Session) -> DialBody:
-        """The Dial's body, when it is authentic, fresh, and for exactly this session. Raises Refused, MessageError."""
-        if not self._signer.verify(dial.body, dial.mac):
+    def check(self, dial: Dial, session: Session) -> None:
+        """Raises Refused or MessageError unless the Dial is authentic, fresh, and for exactly this session."""
+        if not self._keys.verify(dial.key, dial.body, dial.mac):
             raise Refused(Refusal.BAD_MAC)
+        if self.is_revoked(dial.key):
+            raise Refused(Refusal.REVOKED, f"the gateway's key {dial.key} is revoked")
         body = decode_body(dial.body)
         if body.version != messages.VERSION:
             text = f"the gateway speaks protocol version {body.version}, this broker {messages.VERSION}"
@@ -84,7 +99,19 @@ class DialChecker:
             raise Refused(Refusal.STALE_EPOCH, f"this port's session has epoch {session.epoch}, not {body.epoch}")
         if not self._nonces.fresh(body.nonce, time.monotonic()):
             raise Refused(Refusal.REPLAYED)
-        return body
+
+
+@dataclass(slots=True)
+class Guarded:
+    """What the end of a gateway's pair is told to; also the sign by which the node knows whose pair it is."""
+
+    counts: StreamCounts
+    session: Session
+    key: str  # the id of the gateway's key
+
+    def __call__(self, account: Account) -> None:
+        self.session.streams -= 1
+        self.counts.ended(account)
 
 
 class GuardedConnection:
@@ -106,16 +133,17 @@ class GuardedConnection:
             frame = self._decoder.next_frame()
             if frame is None:
                 return
-            body = port.checker.check(frame[0], port.session)
+            port.checker.check(frame[0], port.session)
             if full := port.session.full:
                 raise full
         except MessageError as error:
-            self._refuse(Refused(Refusal.PROTOCOL_ERROR, str(error)))
+            text = "a TLS handshake came, and broker.dial_security is plain" if data.startswith(_TLS) else str(error)
+            self._refuse(Refused(Refusal.PROTOCOL_ERROR, text))
         except Refused as refused:
             self._refuse(refused)
         else:
             port.counts.waiting -= 1
-            port.pass_on(self._end, frame[1] + self._decoder.rest(), body)
+            port.pass_on(self._end, frame[1] + self._decoder.rest(), frame[0].key)
 
     def finished(self) -> None:
         """See Talker."""
@@ -124,7 +152,8 @@ class GuardedConnection:
     def lost(self, why: str) -> None:
         """See Talker."""
         self._port.counts.waiting -= 1
-        self._port.session.keeper.log("dial_lost", reason=why, peer=self._who, port=self._port.number)
+        fix = {"hint": "gateway.dial_security must be tls"} if why == NOT_TLS else {}
+        self._port.session.keeper.log("dial_lost", reason=why, peer=self._who, port=self._port.number, **fix)
 
     def _refuse(self, refused: Refused) -> None:
         self._port.counts.waiting -= 1
@@ -145,20 +174,24 @@ class GuardedPort:
 
     def accept(self, sock: socket.socket, peer: str) -> None:
         """A connection: its Dial must come in time."""
+        tls = self.session.keeper.dial_tls
         if self.counts.waiting >= self.max_waiting:
             self.counts.refuse(Refusal.OVERLOADED)
             try:
-                sock.send(_OVERLOADED)  # and no lingering: there are too many already
+                if tls is None:
+                    sock.send(_OVERLOADED)  # and no lingering: there are too many already
             except OSError:
                 pass
             sock.close()
             return
         self.counts.waiting += 1
         end = self.relay.end(sock, peer, spoken=True)
+        if tls is not None:
+            end = self.relay.secure(end, tls, otherwise=_TLS_ONLY)
         end.talk(GuardedConnection(self, end), self.timeout)
 
-    def pass_on(self, end: SocketEnd, first: bytes, body: DialBody) -> None:
-        """A good Dial: open the stream with the Dial in front, and join."""
+    def pass_on(self, end: SocketEnd, first: bytes, key: str) -> None:
+        """A good Dial, by the gateway's key of this id: open the stream with the Dial in front, and join."""
         link = self.session.link
         assert link is not None
         end.pause()
@@ -167,11 +200,7 @@ class GuardedPort:
         stream.say(first)
         self.counts.began()
         self.session.streams += 1
-        self.relay.join(end, stream, on_end=self._ended)
-
-    def _ended(self, account: Account) -> None:
-        self.session.streams -= 1
-        self.counts.ended(account)
+        self.relay.join(end, stream, on_end=Guarded(self.counts, self.session, key))
 
     def refuse(self, end: SocketEnd, refused: Refused) -> None:
         """Tell the gateway why not."""

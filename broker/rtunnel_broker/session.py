@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hmac
 import secrets
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -59,6 +60,10 @@ class SessionKeeper(Protocol):
     tokens: Mapping[str, bytes]
     handshake_timeout: float
     draining: bool
+
+    @property
+    def dial_tls(self) -> ssl.SSLContext | None:
+        """What guarded ports show; None: they are plain."""
 
     @property
     def roots(self) -> Roots | None:

@@ -61,6 +61,8 @@ class End(Protocol):
 class SocketEnd:
     """A connected, non-blocking TCP socket."""
 
+    can_splice = True  # what goes through the descriptor is what is said
+
     __slots__ = (
         "_awaits_room",
         "_deadline",

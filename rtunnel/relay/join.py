@@ -169,6 +169,7 @@ class _Flow:
         "_gate",
         "_held",
         "_in_pipe",
+        "_may_splice",
         "_pair",
         "_pipe",
         "_queued",
@@ -187,6 +188,7 @@ class _Flow:
         self.hup = source.hup
         self.end = False  # the FIN is passed on
         self._gate = gate
+        self._may_splice = gate is None and source.can_splice and sink.can_splice
         self._held: bytes | memoryview = first  # read, not yet written
         self._pipe: tuple[int, int] | None = None
         self._in_pipe = 0
@@ -253,7 +255,7 @@ class _Flow:
             return self._pass_fin()
         if self._pipe is None and size < wanted and not self.hup:
             self.readable = False  # epoll(7): a short read has drained the socket
-        elif self._pipe is None and size == wanted and self._gate is None and not self._pair.done:
+        elif self._pipe is None and size == wanted and self._may_splice and not self._pair.done:
             self._pipe = self._pair.pipes.take()
         return size
 

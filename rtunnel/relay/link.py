@@ -461,10 +461,10 @@ class Link(yamux.Session):
             done = self._transport.handshake()
         except ssl.SSLCertVerificationError as error:
             # The peer may believe that it is up (TLS 1.3): a reset could overtake the alert that tells it why not.
-            self._down(f"handshake: {_reason(error)}", linger=True)
+            self._down(f"handshake: {reason_of(error)}", linger=True)
             return
         except OSError as error:
-            self.kill(f"handshake: {_reason(error)}")
+            self.kill(f"handshake: {reason_of(error)}")
             return
         self.blocked = bool(self._transport.pending)
         if done:
@@ -506,7 +506,7 @@ class Link(yamux.Session):
             self._down(f"protocol error: {error}")
             return
         except OSError as error:
-            self._down(_reason(error))
+            self._down(reason_of(error))
             return
         if not self._queued:
             self._queued = True
@@ -585,7 +585,7 @@ class Link(yamux.Session):
     def _die_soon(self, error: OSError) -> None:
         """A write failed, deep in somebody's call: the link goes down in the next turn and takes nothing until then."""
         self.blocked = True
-        self._death = _reason(error)
+        self._death = reason_of(error)
         self.loop.soon(lambda: self._down(self._death))
 
     def _down(self, why: str, *, linger: bool = False) -> None:
@@ -607,7 +607,8 @@ class Link(yamux.Session):
         self._owner.link_down(self, why)
 
 
-def _reason(error: OSError) -> str:
+def reason_of(error: OSError) -> str:
+    """In words, without the library's own."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate not accepted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):

@@ -14,6 +14,7 @@ from rtunnel.relay.ends import End, SocketEnd
 from rtunnel.relay.join import Account, Ending, Gate, OnEnd, Pair, Pipes, SocketPair, StreamPair
 from rtunnel.relay.link import Link, LinkOwner, StreamEnd, Windows
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
+from rtunnel.relay.tls import TlsEnd, TlsSocket
 from rtunnel.relay.transport import Scratch
 from rtunnel.wire.refusal import Refusal
 
@@ -25,6 +26,8 @@ ACCEPT_PAUSE: Final = 0.5
 DEFER_SECONDS: Final = 1
 #: Pairs that live longer get TCP keep-alive on both sides: four calls that a short connection never earns back.
 WATCH_SECONDS: Final = 30.0
+#: Pairs that are judged anew before others get their turn: a millisecond or two.
+REVIEWS_A_TURN: Final = 100
 #: A dead peer is then noticed after 60 + 4 * 15 s of silence.
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
 
@@ -287,6 +290,12 @@ class Relay:
         end.readable = spoken
         return end
 
+    def secure(
+        self, end: SocketEnd, context: ssl.SSLContext, *, server_name: str | None = None, otherwise: bytes = b""
+    ) -> TlsEnd:
+        """The same connection under TLS, for an end that nobody has talked to. See `TlsEnd`."""
+        return TlsEnd(end, context, self.scratch, server_name, otherwise)
+
     def connect(self, host: str, port: int, timeout: float, done: Connected) -> Attempt:
         """Connect to an IP: `done(end, _, "")` or `done(None, refusal, text)`. See `Attempt`."""
         attempt = Attempt(self.loop, f"[{host}]:{port}" if ":" in host else f"{host}:{port}", done)
@@ -356,6 +365,20 @@ class Relay:
         else:
             raise TypeError("two streams can't be joined")
 
+    def review(self, allowed: Callable[[Pair], bool]) -> None:
+        """What is allowed has changed: pairs that are not end, some now and the others in the next turns."""
+        pairs = list(self.pairs)
+
+        def some() -> None:
+            for pair in pairs[-REVIEWS_A_TURN:]:
+                if not pair.done and not allowed(pair):
+                    pair.abort(Ending.REVOKED)
+            del pairs[-REVIEWS_A_TURN:]
+            if pairs:
+                self.loop.soon(some)
+
+        some()
+
     def _watch_over(self) -> None:
         """Pairs that have come to stay notice when a peer dies without a word."""
         for pair in self.pairs:
@@ -378,6 +401,8 @@ class Relay:
                 owner.abort()  # neither joined nor refused yet
             elif isinstance(owner, Attempt):
                 owner.cancel()
+            elif isinstance(owner, TlsSocket):
+                owner.abandon()  # closed, with something still to say
         self.pipes.close()
         self.loop.stop()
 

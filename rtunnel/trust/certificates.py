@@ -14,13 +14,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
 from rtunnel.config import MAX_ADDRESSES, canonical_ip, check_word
-from rtunnel.trust.identity import BACKDATE, PrivateKey, PublicKey, agent_uri, read_names
+from rtunnel.trust.identity import BACKDATE, UNREADABLE, PrivateKey, PublicKey, agent_uri, read_names
 from rtunnel.trust.keys import TrustError
 
 #: What TLS looks for in the certificates of brokers and of the authority.
@@ -35,16 +34,6 @@ ENROL_LABEL: Final = b"rtunnel enrol 1"
 RENEW_LABEL: Final = b"rtunnel renew 1\0"
 
 _ECDSA: Final = ec.ECDSA(hashes.SHA256())
-#: What a request from anybody may raise, when it is loaded or as late as when a part of it is looked at.
-_UNREADABLE: Final = (
-    ValueError,
-    TypeError,
-    OverflowError,
-    UnsupportedAlgorithm,
-    x509.InvalidVersion,
-    x509.DuplicateExtension,
-    x509.UnsupportedGeneralNameType,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +216,7 @@ def read_request(request: x509.CertificateSigningRequest) -> Request:
         names = request.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         raise TrustError("the request has no subjectAltName: it names no agent") from None
-    except _UNREADABLE as fault:
+    except UNREADABLE as fault:
         raise TrustError(f"the request can't be read: {fault}") from None
     kind, namespace, agent_id, asked = read_names(names, "")
     if kind != "agent":
@@ -247,7 +236,7 @@ def load_request(der: bytes) -> x509.CertificateSigningRequest:
     """From its DER. Raises TrustError."""
     try:
         return x509.load_der_x509_csr(der)
-    except _UNREADABLE as fault:
+    except UNREADABLE as fault:
         raise TrustError(f"is not a certificate request: {fault}") from None
 
 
@@ -256,7 +245,7 @@ def requested_key(request: x509.CertificateSigningRequest) -> PublicKey:
     try:
         key = request.public_key()
         good = request.is_signature_valid
-    except _UNREADABLE as fault:
+    except UNREADABLE as fault:
         raise TrustError(f"the request's key can't be used: {fault}") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise TrustError("the request's key is not on P-256")

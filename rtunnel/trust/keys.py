@@ -1,11 +1,15 @@
-"""The symmetric secrets: the cluster key, join tokens, the MACs under them, and the memory of used nonces.
+"""The symmetric secrets: cluster and gateway keys, join tokens, the MACs under them, and the memory of used nonces.
 
-Both kinds of file are text with one secret a line; empty lines and lines that begin with `#` are skipped:
+All files are text with one secret a line; empty lines and lines that begin with `#` are skipped:
 
     rtunnel-cluster-key-1 <base64 of 32 bytes>
+    rtunnel-gateway-key-1 <id> <base64 of 32 bytes>
     rtunnel-token-1.<id>.<base64url of 32 bytes, no padding>
 
-No message of this module repeats anything from such a file but the id of a token.
+A gateway's key is derived from the cluster key and the gateway's id, so that brokers know every gateway's key without
+being told, and no gateway knows another's.
+
+No message of this module repeats anything from such a file but the id of a key or token.
 """
 
 from __future__ import annotations
@@ -16,16 +20,26 @@ import hmac
 import re
 import secrets
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 KEY_BYTES = 32
+#: What a gateway's key is derived over, in front of its id.
+GATEWAY_LABEL: Final = b"rtunnel gateway 1\0"
+#: Cluster keys that are good at once: the new one and, until every gateway has a key from it, the old one.
+MAX_CLUSTER_KEYS: Final = 2
 #: A file of 1000 tokens has 80 KB.
 _MAX_FILE = 1 << 20
+#: Derived keys that a broker remembers; the next one makes it begin anew.
+_REMEMBERED: Final = 4096
 
 _CLUSTER = "rtunnel-cluster-key-1"
+_GATEWAY = "rtunnel-gateway-key-1"
 _TOKEN = "rtunnel-token-1"  # noqa: S105 - a format's name
 _TOKEN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_GATEWAY_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _LENGTH = struct.Struct(">I")
 
 
@@ -48,9 +62,41 @@ class Token:
         return f"{_TOKEN}.{self.id}.{base64.urlsafe_b64encode(self.secret).rstrip(b'=').decode()}"
 
 
-def new_cluster_key() -> str:
-    """A line for a cluster key file."""
-    return f"{_CLUSTER} {base64.b64encode(secrets.token_bytes(KEY_BYTES)).decode()}"
+@dataclass(frozen=True, slots=True)
+class GatewayKey:
+    """What one gateway MACs its Dials with: HMAC-SHA256 over the body's exact bytes."""
+
+    id: str  # told in every Dial, and what a revocation names
+    secret: bytes = field(repr=False)
+
+    def sign(self, body: bytes) -> bytes:
+        """The MAC of a Dial body."""
+        return hmac.digest(self.secret, body, "sha256")
+
+    def line(self) -> str:
+        """As it stands in a file."""
+        return f"{_GATEWAY} {self.id} {base64.b64encode(self.secret).decode()}"
+
+
+def gateway_key(cluster_key: bytes, key_id: str) -> GatewayKey:
+    """The key of the gateway of this id. Raises ValueError for an id that can't stand in a file."""
+    if not _GATEWAY_ID.fullmatch(key_id):
+        raise ValueError(f"{key_id!r} is no id of a gateway's key: use 1 to 128 letters, digits, '-', '_', '.'")
+    return GatewayKey(key_id, _derive(cluster_key, key_id))
+
+
+def _derive(cluster_key: bytes, key_id: str) -> bytes:
+    return hmac.digest(cluster_key, GATEWAY_LABEL + key_id.encode(), "sha256")
+
+
+def new_cluster_key() -> bytes:
+    """A fresh cluster key."""
+    return secrets.token_bytes(KEY_BYTES)
+
+
+def cluster_key_line(key: bytes) -> str:
+    """As it stands in a file."""
+    return f"{_CLUSTER} {base64.b64encode(key).decode()}"
 
 
 def new_token(token_id: str = "") -> Token:
@@ -61,16 +107,33 @@ def new_token(token_id: str = "") -> Token:
     return Token(token_id, secrets.token_bytes(KEY_BYTES))
 
 
-def load_cluster_key(path: Path | str) -> bytes:
-    """The 32 bytes of a cluster key file. Raises TrustError."""
+def load_cluster_keys(path: Path | str) -> tuple[bytes, ...]:
+    """The keys of a cluster key file: one, or two while it is rotated, the new one first. Raises TrustError."""
+    lines = _lines(path)
+    if len(lines) > MAX_CLUSTER_KEYS:
+        raise TrustError(f"{path}: has {len(lines)} keys; a cluster has one, or two while it is rotated")
+    found = []
+    for number, line in lines:
+        word, _, encoded = line.partition(" ")
+        if word != _CLUSTER:
+            raise TrustError(f"{path}:{number}: is not a cluster key{_looks_like(line)}")
+        found.append(_decode(encoded.strip(), b"+/", path, number))
+    return tuple(found)
+
+
+def load_gateway_key(path: Path | str) -> GatewayKey:
+    """The key of a gateway's file. Raises TrustError."""
     lines = _lines(path)
     if len(lines) > 1:
-        raise TrustError(f"{path}: has {len(lines)} lines; a cluster has one key")
+        raise TrustError(f"{path}: has {len(lines)} lines; a gateway has one key")
     number, line = lines[0]
-    word, _, encoded = line.partition(" ")
-    if word != _CLUSTER:
-        raise TrustError(f"{path}:{number}: is not a cluster key{_looks_like(line)}")
-    return _decode(encoded.strip(), b"+/", path, number)
+    word, _, rest = line.partition(" ")
+    if word != _GATEWAY:
+        raise TrustError(f"{path}:{number}: is not a gateway's key{_looks_like(line)}")
+    key_id, _, encoded = rest.strip().partition(" ")
+    if not encoded or not _GATEWAY_ID.fullmatch(key_id):
+        raise TrustError(f"{path}:{number}: is not {_GATEWAY} <id> <key>")
+    return GatewayKey(key_id, _decode(encoded.strip(), b"+/", path, number))
 
 
 def load_tokens(path: Path | str) -> dict[str, bytes]:
@@ -122,6 +185,7 @@ def _looks_like(line: str) -> str:
     """What the wrong file seems to be: mostly two paths were mixed up."""
     kinds = {
         _CLUSTER: "a cluster key",
+        _GATEWAY: "a gateway's key",
         _TOKEN: "a join token",
         "-----BEGIN": "a PEM file",
         "rtunnel-": "for another version of rtunnel",
@@ -143,23 +207,33 @@ def _decode(encoded: str, altchars: bytes, path: Path | str, number: int) -> byt
 # --- MACs -------------------------------------------------------------------------------------------------
 
 
-class DialSigner:
-    """MACs of Dials under the cluster key: HMAC-SHA256 over the body's exact bytes."""
+class DialKeys:
+    """The keys of all gateways, as a broker knows them. For one thread."""
 
-    __slots__ = ("_key",)
+    __slots__ = ("_cluster", "_known")
 
-    def __init__(self, key: bytes) -> None:
-        if len(key) != KEY_BYTES:
-            raise ValueError(f"a cluster key has {KEY_BYTES} bytes, not {len(key)}")
-        self._key = key
+    def __init__(self, cluster_keys: Sequence[bytes]) -> None:
+        if not cluster_keys or any(len(key) != KEY_BYTES for key in cluster_keys):
+            raise ValueError(f"a cluster key has {KEY_BYTES} bytes, and there must be one")
+        self._cluster = tuple(cluster_keys)
+        self._known: dict[str, bytes] = {}
 
-    def sign(self, body: bytes) -> bytes:
-        """The MAC of a Dial body."""
-        return hmac.digest(self._key, body, "sha256")
+    def verify(self, key_id: str, body: bytes, mac: bytes) -> bool:
+        """Whether the MAC of this Dial body is by the gateway's key of this id.
 
-    def verify(self, body: bytes, mac: bytes) -> bool:
-        """Whether the MAC is this key's; takes the same time for every wrong one."""
-        return hmac.compare_digest(hmac.digest(self._key, body, "sha256"), mac)
+        Only keys that have fitted are remembered: whoever makes up ids fills nothing.
+        """
+        known = self._known.get(key_id)
+        if known is not None and hmac.compare_digest(hmac.digest(known, body, "sha256"), mac):
+            return True
+        for cluster_key in self._cluster:
+            key = _derive(cluster_key, key_id)
+            if hmac.compare_digest(hmac.digest(key, body, "sha256"), mac):
+                if len(self._known) >= _REMEMBERED:
+                    self._known.clear()
+                self._known[key_id] = key
+                return True
+        return False
 
 
 def token_mac(secret: bytes, label: bytes, *parts: bytes) -> bytes:

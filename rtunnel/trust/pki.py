@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 from typing import Final
 
 from cryptography import x509
@@ -40,6 +41,7 @@ def init(directory: Path, *, names: Sequence[str] = (), ips: Sequence[str] = ())
     ca = new_ca(1, now)
     key = new_key()
     broker = certificates.broker_certificate(ca, key.public_key(), "broker", names, ips, now, BROKER_DAYS * DAY)
+    cluster_key = keys.new_cluster_key()
     return write_new(
         directory,
         [
@@ -48,7 +50,8 @@ def init(directory: Path, *, names: Sequence[str] = (), ips: Sequence[str] = ())
             (FILE, SECRET, _first_store(ca, broker), "tokens, certificates, revocations: for the authority only"),
             ("broker.pem", PUBLIC, pem(broker), f"broker certificate; valid until {_until(broker)}"),
             ("broker.key", SECRET, key_pem(key), "its key, for brokers"),
-            ("cluster.key", SECRET, _text(keys.new_cluster_key()), "for brokers and gateways: signs Dials"),
+            ("cluster.key", SECRET, _text(keys.cluster_key_line(cluster_key)), "for brokers: makes gateways' keys"),
+            _gateway_file("gateway", cluster_key),
             ("join.token", SECRET, _text(keys.new_token().line()), "for brokers and agents: lets agents join"),
         ],
     )  # fmt: skip
@@ -108,6 +111,24 @@ def issue_agent(
             into or directory, name, key, "agent",
             lambda k: opened.issue_agent(agent_id, k, namespace=namespace, addresses=addresses, seconds=days * DAY),
         )  # fmt: skip
+
+
+def issue_gateway(directory: Path, name: str) -> list[Made]:
+    """A gateway's key, `name`.key, derived from the (newest) cluster key in `directory`: also how one is renewed.
+
+    Its id is the name and a random part, so that a key that was revoked never comes back. Raises TrustError; never
+    overwrites.
+    """
+    check_file_name(name)
+    return write_new(directory, [_gateway_file(name, keys.load_cluster_keys(directory / "cluster.key")[0])])
+
+
+def _gateway_file(name: str, cluster_key: bytes) -> tuple[str, int, bytes, str]:
+    try:
+        key = keys.gateway_key(cluster_key, f"{name}-{token_hex(2)}")
+    except ValueError as fault:
+        raise TrustError(str(fault)) from None
+    return f"{name}.key", SECRET, _text(key.line()), f"for one gateway: signs its Dials; its id is {key.id}"
 
 
 def _issue_pair(

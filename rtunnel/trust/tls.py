@@ -13,7 +13,7 @@ from pathlib import Path
 from cryptography import x509
 
 from rtunnel.trust.keys import TrustError
-from rtunnel.wire.messages import ALPN
+from rtunnel.wire.messages import ALPN, DIAL_ALPN
 
 
 def server_context(certificate: Path | str, key: Path | str, *, clients: str = "") -> ssl.SSLContext:
@@ -59,6 +59,20 @@ def link_context(cas: str, certificate: Path | str = "", key: Path | str = "") -
     context = client_context_of(cas)
     if certificate:
         _load_chain(context, certificate, key)
+    return context
+
+
+def dial_server_context(certificate: Path | str, key: Path | str) -> ssl.SSLContext:
+    """Of a broker's guarded ports. Raises TrustError."""
+    context = server_context(certificate, key)
+    context.set_alpn_protocols([DIAL_ALPN])
+    return context
+
+
+def dial_client_context(cas: str) -> ssl.SSLContext:
+    """A gateway's side: the broker's certificate must come from one of these CAs (PEM). Raises TrustError."""
+    context = client_context_of(cas)
+    context.set_alpn_protocols([DIAL_ALPN])
     return context
 
 

@@ -17,8 +17,9 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 VERSION = 1
-#: ALPN of a TLS link.
+#: ALPN of a TLS link, and of TLS to a guarded port.
 ALPN = "rtunnel/1"
+DIAL_ALPN = "rtunnel-dial/1"
 
 #: A message's body before the peer is authenticated: a Hello with 64 addresses fits well.
 MAX_UNAUTHENTICATED = 4 * 1024

@@ -172,7 +172,7 @@ _TELLINGS: dict[Refusal, Telling] = {
     ),
     _R.STALE_EPOCH: Telling(HOST_UNREACHABLE, 503, "destination_unavailable", _FORGET, "the tuple's session is over"),
     _R.BAD_MAC: Telling(
-        GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the Dial's MAC does not fit the cluster key"
+        GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the Dial's MAC is not by the gateway's key"
     ),
     _R.EXPIRED: Telling(
         GENERAL_FAILURE,

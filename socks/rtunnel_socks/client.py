@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from rtunnel.config import format_endpoint
@@ -66,6 +65,7 @@ class Client:
         "_rule",
         "_socks",
         "_started",
+        "_unproven",
         "over",
         "target",
         "user",
@@ -86,6 +86,7 @@ class Client:
         self._is_name = False
         self._judged = -1  # the version of the rules that allowed it
         self._rule = ""  # that rule, or the one that did not
+        self._unproven = ""  # why somebody who answered was not believed
         self._counted = False  # among the streams of its source and user
         self.target: Target | None = None
         self.user: str | None = None
@@ -249,6 +250,8 @@ class Client:
 
     def dialled(self, reached: Reached | None, refused: Refused | None) -> None:
         """The dial's outcome."""
+        if self._dial is not None:
+            self._unproven = self._dial.unproven
         self._dial = None
         if reached is None:
             assert refused is not None
@@ -280,7 +283,7 @@ class Client:
             down=reached.rest,
             idle=self._gateway.idle_timeout,
             gate=gate,
-            on_end=Joined(self, reached.used, reached.attempts, setup),
+            on_end=Joined(self, reached, setup),
         )
 
     def _early(self) -> tuple[bytes, Gate | None]:
@@ -296,23 +299,26 @@ class Client:
 
     # Ends: one line for each stream and each refusal says who, from where, to what, which way, and why it ended.
 
-    def ended(self, account: Account, used: Tuple, attempts: int, setup: float) -> None:
+    def ended(self, account: Account, joined: Joined) -> None:
         """The pair is over."""
-        gateway = self._gateway
+        gateway, used, identity = self._gateway, joined.used, joined.identity
         gateway.paths.closed(used)
         gateway.counts.ended(account)
         gateway.limits.close(self.peer, self.user, gateway.relay.loop.now)
         self._log(
             "stream_ended", reason=account.ending.value, bytes_up=account.up, bytes_down=account.down,
-            seconds=round(account.seconds, 3), setup_ms=round(setup * 1000, 2), attempts=attempts,
+            seconds=round(account.seconds, 3), setup_ms=round(joined.setup * 1000, 2), attempts=joined.attempts,
             node=used.node, epoch=str(used.epoch), ps=format_endpoint(used.ps_ip, used.ps_port), agent=used.agent_id,
+            proof="ok" if identity else "off", certificate=identity.subject if identity else "",
         )  # fmt: skip
 
     def _turn_away(self, refused: Refused, *, told: bool = True) -> None:
         reply = self._answer(refused) if told or self.target is not None else b""
         self._gateway.counts.refuse(refused.code)
-        claims = {"claims": self._claims} if self._claims else {}
-        self._log("refused", code=refused.code.value, reason=refused.text, **claims)
+        more = {"claims": self._claims} if self._claims else {}
+        if self._unproven:
+            more["proof"] = self._unproven
+        self._log("refused", code=refused.code.value, reason=refused.text, **more)
         if reply:
             self._end.say(reply)
         self._end.close()
@@ -346,14 +352,17 @@ class Client:
             self._gateway.client_over(self)
 
 
-@dataclass(slots=True)
 class Joined:
-    """What the pair's end is told with; also the sign by which the gateway knows a client's pair."""
+    """What the pair's end is told to; also the sign by which the gateway knows a client's pair."""
 
-    client: Client
-    used: Tuple
-    attempts: int
-    setup: float
+    __slots__ = ("attempts", "client", "identity", "setup", "used")
+
+    def __init__(self, client: Client, reached: Reached, setup: float) -> None:
+        self.client = client
+        self.used = reached.used
+        self.attempts = reached.attempts
+        self.identity = reached.identity  # whose proof it was
+        self.setup = setup
 
     def __call__(self, account: Account) -> None:
-        self.client.ended(account, self.used, self.attempts, self.setup)
+        self.client.ended(account, self)

@@ -1,14 +1,15 @@
 """Reaching one target: its candidate tuples, one attempt after another or beside it, until one is Accepted.
 
 In the relay's thread, once per client. An attempt that has not answered within the hedge delay is joined by the next
-candidate; the first Accepted wins, the others are reset. An answer about the target itself ends everything at once; a
-stale tuple is forgotten; when nothing works the client is told what was tried.
+candidate; the first Accepted that is proved wins, the others are reset. An answer about the target itself ends
+everything at once; a stale tuple is forgotten; when nothing works the client is told what was tried.
 """
 
 from __future__ import annotations
 
 import random
 import secrets
+import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +21,14 @@ from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.relay import Attempt as Connecting
 from rtunnel.relay.relay import Relay
-from rtunnel.trust.keys import DialSigner
+from rtunnel.relay.tls import TlsEnd
+from rtunnel.trust.certificates import BROKER_NAME
+from rtunnel.trust.identity import Identity, Roots
+from rtunnel.trust.keys import GatewayKey
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Accepted, Decoder, Dial, DialAnswer, DialBody, Dialling, MessageError, Refuse, encode
 from rtunnel.wire.refusal import Next, Refusal, Refused
+from rtunnel_socks.proof import check_proof
 
 #: A node that did not answer goes behind the others for so long (seconds).
 SUSPECT_SECONDS: Final = 10.0
@@ -95,7 +100,9 @@ class DialOwner(Protocol):
     relay: Relay
     paths: Paths
     table: RouteTable
-    signer: DialSigner
+    key: GatewayKey
+    proofs: Roots | None  # None: none are asked for
+    dial_tls: ssl.SSLContext | None  # to guarded ports; None: plain
     name: str
     hedge_delay: float
     dial_timeout: float
@@ -106,6 +113,9 @@ class DialOwner(Protocol):
     def log(self, event: str, **fields: object) -> None:
         """A log line."""
 
+    def report(self, event: str, fields: dict[str, object]) -> None:
+        """One that somebody should read soon."""
+
 
 @dataclass(slots=True)
 class Reached:
@@ -115,6 +125,7 @@ class Reached:
     rest: bytes
     used: Tuple
     attempts: int
+    identity: Identity | None  # who proved it; None when no proofs are asked for
 
 
 Done = Callable[[Reached | None, Refused | None], None]
@@ -133,6 +144,7 @@ class TargetDial:
     _alive: list[Attempt] = field(default_factory=list)
     _failures: list[str] = field(default_factory=list)
     _codes: set[Refusal] = field(default_factory=set)
+    unproven: str = ""  # why a proof was not good, when one was not
     _hedge: Timer | None = None
     _deadline: Timer | None = None
 
@@ -191,7 +203,19 @@ class TargetDial:
             self.owner.paths.suspect(attempt.used.node, self.owner.relay.loop.now)
         self._next()
 
-    def won(self, attempt: Attempt, end: SocketEnd, rest: bytes) -> None:
+    def not_proven(self, attempt: Attempt, refused: Refused) -> None:
+        """Somebody said Accepted who is not, or no longer, the target's agent: that is no accident of the network."""
+        self.unproven = refused.text
+        self.owner.report(
+            "proof_failed",
+            {
+                "code": refused.code.value, "reason": refused.text, "target": str(self.target),
+                "namespace": self.target.namespace, "node": attempt.used.node, "agent": attempt.used.agent_id,
+                "ps": f"{attempt.used.ps_ip}:{attempt.used.ps_port}", "epoch": str(attempt.used.epoch),
+            },
+        )  # fmt: skip
+
+    def won(self, attempt: Attempt, end: SocketEnd, rest: bytes, identity: Identity | None) -> None:
         """The first Accepted."""
         self._alive.remove(attempt)
         done, self.done = self.done, None
@@ -199,7 +223,7 @@ class TargetDial:
         if done is None:
             end.abort()
         else:
-            done(Reached(end, rest, attempt.used, self._tried), None)
+            done(Reached(end, rest, attempt.used, self._tried, identity), None)
 
     def _too_late(self) -> None:
         self._deadline = None
@@ -239,6 +263,7 @@ class Attempt:
     dialling: bool = False  # the agent said that it is connecting the target
     _connecting: Connecting | None = None
     _end: SocketEnd | None = None
+    _body: bytes = b""  # of the Dial as it was sent: what the proof is over
     _decoder: Decoder = field(default_factory=lambda: Decoder(DialAnswer))
 
     def start(self) -> None:
@@ -258,13 +283,16 @@ class Attempt:
         if end is None:
             self.dial.failed(self, Refusal.BROKER_UNREACHABLE, why)
             return
+        owner = self.dial.owner
+        if owner.dial_tls is not None:
+            end = owner.relay.secure(end, owner.dial_tls, server_name=BROKER_NAME)
         self._end = end
         end.talk(self)
         end.say(self._frame())
 
     def _frame(self) -> bytes:
-        target, owner = self.dial.target, self.dial.owner
-        body = messages.encode_body(
+        target, key = self.dial.target, self.dial.owner.key
+        self._body = body = messages.encode_body(
             DialBody(
                 version=messages.VERSION,
                 namespace=target.namespace,
@@ -277,7 +305,7 @@ class Attempt:
                 who=self.dial.who,
             )
         )
-        return encode(Dial(body=body, mac=owner.signer.sign(body)))
+        return encode(Dial(body=body, mac=key.sign(body), key=key.id))
 
     def received(self, data: bytes) -> None:
         """See Talker."""
@@ -297,10 +325,22 @@ class Attempt:
             self._fail(Refusal.parse(answer.code), answer.text or Refusal.parse(answer.code).telling.text)
             return
         assert isinstance(answer, Accepted)
+        self._accepted(answer)
+
+    def _accepted(self, answer: Accepted) -> None:
+        dial, identity = self.dial, None
+        if dial.owner.proofs is not None:
+            try:
+                target = dial.target
+                identity = check_proof(dial.owner.proofs, answer, self._body, target.namespace, target.ip)
+            except Refused as refused:
+                dial.not_proven(self, refused)
+                self._fail(refused.code, refused.text)
+                return
         end, self._end = self._end, None
         assert end is not None
         end.pause()
-        self.dial.won(self, end, self._decoder.rest())
+        dial.won(self, end, self._decoder.rest(), identity)
 
     def finished(self) -> None:
         """See Talker."""
@@ -308,8 +348,12 @@ class Attempt:
 
     def lost(self, why: str) -> None:
         """See Talker."""
-        self._end = None
-        self.dial.failed(self, Refusal.LINK_LOST, f"the connection to the broker ended without an answer: {why}")
+        end, self._end = self._end, None
+        if isinstance(end, TlsEnd) and not end.up:
+            text = f"no TLS with the broker: {why}; see gateway.ca, and broker.dial_security, which must be tls"
+            self.dial.failed(self, Refusal.BROKER_UNREACHABLE, text)
+        else:
+            self.dial.failed(self, Refusal.LINK_LOST, f"the connection to the broker ended without an answer: {why}")
 
     def _fail(self, code: Refusal, text: str) -> None:
         end, self._end = self._end, None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import trio
 
+from rtunnel.anchor import Anchor
 from rtunnel.bridge import Bridge
 from rtunnel.config import Config, GatewayConfig, canonical_ip, format_endpoint, host_name, parse_endpoint
 from rtunnel.counts import StreamCounts
@@ -16,9 +18,11 @@ from rtunnel.logs import get_logger
 from rtunnel.net import listening_socket
 from rtunnel.registry import Registry, RegistryUnavailable, Tuple
 from rtunnel.registry.routes import Mirror, RouteTable
-from rtunnel.relay.join import Ending, Pair
+from rtunnel.relay.join import Pair
 from rtunnel.relay.relay import Listener, Relay
-from rtunnel.trust.keys import DialSigner, load_cluster_key
+from rtunnel.trust.identity import Roots
+from rtunnel.trust.keys import load_gateway_key
+from rtunnel.trust.tls import dial_client_context
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_socks.access import Access
 from rtunnel_socks.client import Client, Joined
@@ -33,8 +37,6 @@ MAX_MISSES: Final = 4096
 FOLLOW_WAIT: Final = 1.0
 #: Between two tries to follow a registry that can't be reached.
 RETRY_SECONDS: Final = 0.5
-#: Streams that are judged anew before others get their turn: a millisecond or two.
-REVIEWS_A_TURN: Final = 100
 #: Who is shut out before a word is told in one line for so long: a flood must not become a flood of lines.
 SHUT_OUT_SECONDS: Final = 10.0
 
@@ -57,7 +59,7 @@ class Gateway:
         self.hedge_delay = gateway.hedge_delay
         self.dial_timeout = gateway.dial_timeout
         self.idle_timeout = gateway.idle_timeout
-        self.signer = DialSigner(load_cluster_key(Path(gateway.cluster_key)))
+        self.key = load_gateway_key(gateway.key)
         self.paths = Paths()
         self.counts = GatewayCounts()
         self.draining = False
@@ -74,6 +76,31 @@ class Gateway:
         self._shut_out: dict[Refusal, tuple[float, int]] = {}  # when it was told, and how many came since
         self.limits = Limits(gateway.limits)
         self.access = Access(gateway, self.relay, self._log, self._review)
+        self.anchor = self._make_anchor() if gateway.ca else None
+        self.roots: Roots | None = self.anchor.roots if self.anchor is not None else None
+        self.proofs = self.roots if gateway.proof == "required" else None
+        self._dial_cas = ""  # the CAs that `dial_tls` knows
+        self.dial_tls = self._make_dial_tls()
+
+    def _make_anchor(self) -> Anchor:
+        config = self.config
+        trust = Path(config.trust) if config.trust else None
+        return Anchor(
+            ca=Path(config.ca), trust=trust, authority=config.authority, log=self._log,
+            apply=lambda call: self.bridge.run(call), changed=self._trust_changed,
+        )  # fmt: skip
+
+    def _make_dial_tls(self) -> ssl.SSLContext | None:
+        if self.config.dial_security == "plain" or self.roots is None:
+            return None
+        self._dial_cas = self.roots.pem
+        return dial_client_context(self._dial_cas)
+
+    def _trust_changed(self) -> None:
+        """Other CAs are in force, or somebody is revoked. In the relay's thread."""
+        if self.roots is not None and self.roots.pem != self._dial_cas:
+            self.dial_tls = self._make_dial_tls()
+        self._review()
 
     # What clients and dials call, in the relay's thread.
 
@@ -152,22 +179,16 @@ class Gateway:
             self._log.warning("shut_out", code=code.value, client=peer, reason=code.telling.text, others_since=count)
 
     def _review(self) -> None:
-        """Rules or users have changed: what is open and no longer allowed ends."""
-        pairs = list(self.relay.pairs)
+        """Rules or users have changed, or an agent is revoked: what is open and no longer allowed ends."""
+        self.relay.review(self._allowed)
 
-        def some() -> None:
-            for pair in pairs[-REVIEWS_A_TURN:]:
-                self._review_one(pair)
-            del pairs[-REVIEWS_A_TURN:]
-            if pairs:
-                self.relay.loop.soon(some)
-
-        some()
-
-    @staticmethod
-    def _review_one(pair: Pair) -> None:
-        if isinstance(pair.on_end, Joined) and not pair.done and not pair.on_end.client.judge():
-            pair.abort(Ending.REVOKED)
+    def _allowed(self, pair: Pair) -> bool:
+        joined = pair.on_end
+        if not isinstance(joined, Joined):
+            return True
+        if self.roots is not None and joined.identity is not None and self.roots.is_revoked(joined.identity):
+            return False
+        return joined.client.judge()
 
     @staticmethod
     def _guarded(tuples: tuple[Tuple, ...]) -> tuple[Tuple, ...]:
@@ -211,6 +232,8 @@ class Gateway:
             async with self.bridge.open_nursery() as nursery:
                 nursery.start_soon(self._follow)
                 nursery.start_soon(self.access.watch)
+                if self.anchor is not None:
+                    nursery.start_soon(self.anchor.run)
                 self._listener = await self.bridge.run(
                     lambda: self.relay.listen(sock, self._accept, client_speaks=True)
                 )
@@ -221,6 +244,8 @@ class Gateway:
                     policy=self.config.policy or "built in: this machine only",
                     rules=len(self.access.policy.rules),
                     users=self.config.users,
+                    proof=self.config.proof,
+                    key=self.key.id,
                 )
                 task_status.started(self)
                 await stop.wait()

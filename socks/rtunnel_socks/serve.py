@@ -45,6 +45,8 @@ def status(gateway: Gateway) -> dict[str, object]:
         **counts.shown(),
         "pairs": len(gateway.relay.pairs),
         "access": gateway.access.shown(),
+        "proof": gateway.config.proof,
+        "trust": gateway.anchor.shown() if gateway.anchor is not None else None,
         "sources_and_users_known": gateway.limits.known,
     }
 

@@ -97,6 +97,13 @@ class Site:
         """Path of a file of `rtunnel pki init`."""
         return str(self.directory / "pki" / name)
 
+    def certify(self, agent: str, address: str) -> dict[str, object]:
+        """What an agent's configuration says of its certificate, which is made when there is none."""
+        made = self.directory / "pki"
+        if not (made / f"{agent}.pem").exists():
+            pki.issue_agent(made, agent, agent_id=agent, namespace="default", addresses=[address])
+        return {"certificate": str(made / f"{agent}.pem"), "key": str(made / f"{agent}.key")}
+
     def write(self, name: str, text: str) -> str:
         """A configuration file; its path."""
         path = self.directory / name
@@ -160,25 +167,35 @@ def none_long(site: Site) -> Iterator[System]:
 
 
 def rtunnel(site: Site, security: str) -> Iterator[System]:
-    """Broker, agent, gateway and a real Redis; the open port leads through the first two only."""
+    """Broker, agent, gateways and a real Redis; the open port leads through the first two only.
+
+    A gateway wants proofs, as it does by default; for TLS there is one more that does not: what a proof costs.
+    """
     broker, links = start_broker(site, f"rtunnel-{security}", security)
     agent, port = _start_agent(site, f"rtunnel-{security}", security, links)
-    socks = free_port()
-    gateway = start_role(
-        site,
-        f"rtunnel-{security}-gateway",
-        "gateway",
-        {
-            "registry": _registry(site, f"rtunnel-{security}"),
-            "gateway": {"listen": f"127.0.0.1:{socks}", "cluster_key": site.secret("cluster.key"), "admin": ""},
-        },
-        socks,
-    )
     two = (broker.pid, agent.pid)
     way = Way(("127.0.0.1", port), site.target)
     yield System(f"rtunnel-{security}", "rtunnel", security, OPEN, way, two, f"frp-{security}")
-    way, three = Way(("127.0.0.1", socks), site.target, socks=True), (gateway.pid, *two)
-    yield System(f"rtunnel-{security}-socks", "rtunnel", security, SOCKS, way, three, f"frp-{security}-socks")
+    for proof, suffix in (("required", ""), ("off", "-noproof")):
+        if security == "tls" or not suffix:
+            gateway, socks = _start_gateway(site, f"rtunnel-{security}", proof)
+            way, three = Way(("127.0.0.1", socks), site.target, socks=True), (gateway.pid, *two)
+            name = f"rtunnel-{security}-socks{suffix}"
+            yield System(name, "rtunnel", security, SOCKS, way, three, f"frp-{security}-socks")
+
+
+def _start_gateway(site: Site, name: str, proof: str) -> tuple[Process, int]:
+    """A gateway of this deployment; the process and its port."""
+    socks = free_port()
+    keys: dict[str, object] = {
+        "listen": f"127.0.0.1:{socks}",
+        "key": site.secret("gateway.key"),
+        "ca": site.secret("ca.pem"),
+        "proof": proof,
+        "admin": "",
+    }
+    sections = {"registry": _registry(site, name), "gateway": keys}
+    return start_role(site, f"{name}-gateway-{proof}", "gateway", sections, socks), socks
 
 
 def rtunnel_long(site: Site) -> Iterator[System]:
@@ -230,6 +247,7 @@ def _start_agent(site: Site, name: str, security: str, links: int) -> tuple[Proc
         "redundancy": 1,
         "security": security,
         "ca": site.secret("ca.pem"),
+        **site.certify(name, host),
         "join_token": site.secret("join.token"),
         "admin": "",
         "publish": [{"target": f"{host}:{port}"}],
@@ -487,7 +505,7 @@ class Deployment:
 
 DEPLOYMENTS: Final = (
     Deployment(("none",), none),
-    Deployment(("rtunnel-tls", "rtunnel-tls-socks"), partial(rtunnel, security="tls")),
+    Deployment(("rtunnel-tls", "rtunnel-tls-socks", "rtunnel-tls-socks-noproof"), partial(rtunnel, security="tls")),
     Deployment(("rtunnel-plain", "rtunnel-plain-socks"), partial(rtunnel, security="plain")),
     Deployment(("frp-tls", "frp-tls-socks"), partial(frp, mode="tls"), ("frps", "frpc")),
     Deployment(("frp-plain", "frp-plain-socks"), partial(frp, mode="plain"), ("frps", "frpc")),

@@ -391,6 +391,8 @@ async def test_the_audit_line_is_whole(tmp_path: Path, logs: Logs) -> None:
             "epoch": str(tuple_.epoch),
             "ps": f"{tuple_.ps_ip}:{tuple_.ps_port}",
             "agent": "a1",
+            "proof": "ok",
+            "certificate": "agent/default/a1",
         }
 
 

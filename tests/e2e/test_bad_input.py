@@ -35,7 +35,7 @@ from rtunnel.config import parse_endpoint
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.registry.redis import RedisRegistry
 from rtunnel.trust import pki
-from rtunnel.trust.keys import DialSigner, load_cluster_key, load_token, new_token, token_mac
+from rtunnel.trust.keys import gateway_key, load_gateway_key, load_token, new_token, token_mac
 from rtunnel.trust.tls import certificate_der, certificate_fingerprint, server_context
 from rtunnel.wire import messages, yamux
 from rtunnel.wire.messages import (
@@ -626,8 +626,9 @@ def dial_body(part: Part, welcome: Welcome, target: tuple[str, int], **changes: 
 
 def signed(secrets: Path, body: bytes, *, key: bytes | None = None) -> bytes:
     """A Dial's frame."""
-    signer = DialSigner(key or load_cluster_key(secrets / "cluster.key"))
-    return encode(Dial(body=body, mac=signer.sign(body)))
+    made = load_gateway_key(secrets / "gateway.key")
+    signer = made if key is None else gateway_key(key, made.id)
+    return encode(Dial(body=body, mac=signer.sign(body), key=signer.id))
 
 
 def session_of(cluster: Cluster, agent: str = "a1", slot: int = 0) -> Welcome:
@@ -1227,13 +1228,17 @@ async def test_every_bad_dial_has_its_own_code(here: Path, secrets: Path) -> Non
 
         honest = body()
         forged = msgspec.msgpack.encode(msgspec.msgpack.decode(honest) | {"port": other.port})
-        signer = DialSigner(load_cluster_key(secrets / "cluster.key"))
+        signer = load_gateway_key(secrets / "gateway.key")
+
+        def dial_frame(content: bytes, mac: bytes) -> bytes:
+            return encode(Dial(body=content, mac=mac, key=signer.id))
+
         twice = dial()
         attacks: dict[str, tuple[bytes, str, str]] = {
-            "another cluster's key": (signed(secrets, body(), key=bytes(32)), "bad_mac", "cluster key"),
-            "no MAC": (encode(Dial(body=honest)), "bad_mac", "cluster key"),
-            "half a MAC": (encode(Dial(body=honest, mac=signer.sign(honest)[:16])), "bad_mac", "cluster key"),
-            "the MAC of another body": (encode(Dial(body=forged, mac=signer.sign(honest))), "bad_mac", "cluster key"),
+            "another cluster's key": (signed(secrets, body(), key=bytes(32)), "bad_mac", "gateway's key"),
+            "no MAC": (encode(Dial(body=honest)), "bad_mac", "gateway's key"),
+            "half a MAC": (dial_frame(honest, signer.sign(honest)[:16]), "bad_mac", "gateway's key"),
+            "the MAC of another body": (dial_frame(forged, signer.sign(honest)), "bad_mac", "gateway's key"),
             "old": (dial(time=now - 60_000), "expired", "s old by this"),
             "of the future": (dial(time=now + 60_000), "expired", "s ahead by this"),
             "of 1970": (dial(time=0), "expired", "clock"),
@@ -1896,7 +1901,7 @@ async def test_an_agent_over_its_window_loses_its_link(here: Path, secrets: Path
         wire.write(encode(Accepted()), stream)
         wire.sock.sendall(yamux.HEADER.pack(0, yamux.DATA, 0, stream.id, 1 << 20) + bytes(1 << 16))
 
-    async with running_cluster(here, **FAST) as cluster:
+    async with running_cluster(here, **FAST, gateway__proof="off") as cluster:
         await cluster.start(brokers=1)
         async with unharmed(cluster, Target("127.1.0.1")) as logs, handmade(cluster, secrets, script):
             sock = await cluster.socks("127.1.7.7", 80)

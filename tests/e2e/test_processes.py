@@ -284,7 +284,8 @@ def test_standalone(tmp_path: Path) -> None:
             admin = "127.0.0.1:0"
             [gateway]
             listen = "127.0.0.1:0"
-            cluster_key = "pki/cluster.key"
+            key = "pki/gateway.key"
+            ca = "pki/ca.pem"
             admin = "127.0.0.1:0"
             """
         process = here.start("gateway", "standalone", text)

@@ -633,7 +633,7 @@ def _key_seeds() -> list[bytes]:
 def key_files(data: bytes) -> None:
     """Secrets: what is refused is not repeated."""
     path = in_file(data)
-    loaders: list[Callable[[Path], Any]] = [keys.load_cluster_key, keys.load_tokens, keys.load_token, load_private_key]
+    loaders: list[Callable[[Path], Any]] = [keys.load_cluster_keys, keys.load_tokens, keys.load_token, load_private_key]
     for load in loaders:
         try:
             load(path)

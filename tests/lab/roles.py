@@ -125,7 +125,10 @@ class Lab:
             {
                 "gateway": {
                     "listen": f"0.0.0.0:{PROXY_PORT}",
-                    "cluster_key": self._secret("cluster.key"),
+                    "key": self._secret("gateway.key"),
+                    "ca": self._secret("ca.pem"),
+                    "trust": str(self.directory / "gateway.trust"),
+                    "authority": self._authority,
                     "policy": str(policy),
                     "admin": f"127.0.0.1:{ADMIN_PORT}",
                 }

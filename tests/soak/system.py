@@ -176,7 +176,8 @@ def _build(site: Site, stack: contextlib.ExitStack, fork: Callable[..., None], f
             "registry": redis,
             "gateway": {
                 "listen": f"127.0.0.1:{socks}",
-                "cluster_key": site.secret("cluster.key"),
+                "key": site.secret("gateway.key"),
+                "ca": site.secret("ca.pem"),
                 "admin": f"127.0.0.1:{admins + 1}",
             },
         },
@@ -191,6 +192,7 @@ def _build(site: Site, stack: contextlib.ExitStack, fork: Callable[..., None], f
     def agent(name: str, address: str, vip: Vip, admin: int, publish: list[dict[str, object]]) -> Process:
         keys = {
             **secrets,
+            **site.certify(name, address),
             "brokers": [f"127.0.0.1:{vip.address[1]}"],
             "agent_id": name,
             "addresses": [address],

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rtunnel.trust import pki
 from support.polling import until
 from support.secrecy import heard
 
@@ -178,13 +179,16 @@ class Site:
         text = f"""
             [gateway]
             listen = "127.0.0.1:0"
-            cluster_key = "pki/cluster.key"
+            key = "pki/gateway.key"
+            ca = "pki/ca.pem"
             drain = {DRAIN}
             admin = "127.0.0.1:0"
             """
         return self.start("gateway", "gateway", text, *flags)
 
     def agent(self, name: str, ip: str, brokers: list[str], *flags: str) -> Process:
+        made = f"agent-{len(self.processes)}"
+        pki.issue_agent(self.directory / "pki", made, agent_id=name, namespace="default", addresses=[ip], days=1)
         text = f"""
             [agent]
             brokers = {json.dumps(brokers)}
@@ -192,6 +196,8 @@ class Site:
             addresses = ["{ip}"]
             exposes = ["1024-65535"]
             ca = "pki/ca.pem"
+            certificate = "pki/{made}.pem"
+            key = "pki/{made}.key"
             join_token = "pki/join.token"
             backoff_cap = 0.5
             drain = {DRAIN}
@@ -220,7 +226,7 @@ class Site:
 def site(directory: Path, registry_url: str) -> Iterator[Site]:
     """Keys by `rtunnel pki init`; at the end every process is killed."""
     made = rtunnel("pki", "init", str(directory / "pki"))
-    assert all(name in made for name in ("ca.pem", "broker.pem", "cluster.key", "join.token"))
+    assert all(name in made for name in ("ca.pem", "broker.pem", "cluster.key", "gateway.key", "join.token"))
     with ExitStack() as stack:
         yield Site(directory, stack, registry_url)
 

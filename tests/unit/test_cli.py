@@ -141,7 +141,7 @@ def test_config_check_reads_rules_and_users(secrets: Path, tmp_path: Path) -> No
     (tmp_path / "users").chmod(0o600)
     file = tmp_path / "rtunnel.toml"
     file.write_text(
-        f'[gateway]\ncluster_key = "{secrets}/cluster.key"\npolicy = "policy.toml"\nusers = "users"\n'
+        f'[gateway]\nkey = "{secrets}/gateway.key"\nca = "{secrets}/ca.pem"\npolicy = "policy.toml"\nusers = "users"\n'
         '[registry]\nurl = "redis://10.0.0.5/0"\n'
     )
     result = rtunnel("config", "check", str(file), "--role", "gateway")

@@ -37,7 +37,7 @@ def fault(path: Path | None = None, environ: Mapping[str, str] | None = None, **
 
 def configured(tmp_path: Path, role: str, **more: object) -> Config:
     """A configuration with which the role could start."""
-    for name in ("cluster.key", "join.token", "broker.pem", "broker.key", "ca.pem"):
+    for name in ("cluster.key", "gateway.key", "join.token", "broker.pem", "broker.key", "ca.pem"):
         file = tmp_path / name
         file.touch(mode=0o600)
     values: dict[str, object] = {}
@@ -46,7 +46,7 @@ def configured(tmp_path: Path, role: str, **more: object) -> Config:
             ("cluster_key", "cluster.key"),
             ("join_token", "join.token"),
             ("certificate", "broker.pem"),
-            ("key", "broker.key"),
+            ("key", "gateway.key" if section == "gateway" else "broker.key"),
             ("ca", "ca.pem"),
         ):
             if f"{section}.{key}" in config.KEYS:
@@ -429,11 +429,18 @@ def test_a_complete_configuration_starts(tmp_path: Path, role: str) -> None:
     [
         ("broker", ["broker.cluster_key", "broker.join_token", "broker.certificate", "broker.key"]),
         ("agent", ["agent.brokers", "agent.join_token", "agent.ca"]),
-        ("gateway", ["gateway.cluster_key", "registry.url"]),
+        ("gateway", ["gateway.key", "gateway.ca", "registry.url"]),
         ("authority", ["authority.directory"]),
         (
             "standalone",
-            ["broker.cluster_key", "broker.join_token", "broker.certificate", "broker.key", "gateway.cluster_key"],
+            [
+                "broker.cluster_key",
+                "broker.join_token",
+                "broker.certificate",
+                "broker.key",
+                "gateway.key",
+                "gateway.ca",
+            ],
         ),
     ],
 )
@@ -497,14 +504,47 @@ def test_a_publish_target_of_the_default_address(tmp_path: Path) -> None:
         config.check_role(configured(tmp_path, "agent", agent__publish="203.0.113.9:80"), "agent")
 
 
-def test_standalone_shares_ports_and_the_cluster_key(tmp_path: Path) -> None:
-    """In one process broker and gateway must not claim the same port, nor have two cluster keys."""
-    other = tmp_path / "other.key"
-    other.touch(mode=0o600)
-    loaded = configured(tmp_path, "standalone", gateway__listen="0.0.0.0:20001", gateway__cluster_key=str(other))
+def test_standalone_shares_ports(tmp_path: Path) -> None:
+    """In one process broker and gateway must not claim the same port, nor disagree on what Dials look like."""
+    loaded = configured(tmp_path, "standalone", gateway__listen="0.0.0.0:20001", gateway__dial_security="tls")
     with pytest.raises(ConfigError) as caught:
         config.check_role(loaded, "standalone")
-    assert [problem.key for problem in caught.value.problems] == ["broker.port_range", "gateway.cluster_key"]
+    assert [problem.key for problem in caught.value.problems] == ["broker.port_range", "gateway.dial_security"]
+
+
+def test_proofs_need_a_ca(tmp_path: Path) -> None:
+    """Proofs are wanted by default; without a CA the way out is told, both ways. Without proofs there is a warning."""
+    with pytest.raises(ConfigError) as caught:
+        config.check_role(configured(tmp_path, "gateway", gateway__ca=""), "gateway")
+    (problem,) = caught.value.problems
+    assert problem.key == "gateway.ca" and "ca.pem" in problem.fix and 'proof = "off"' in problem.fix
+    loaded = configured(tmp_path, "gateway", gateway__ca="", gateway__proof="off")
+    config.check_role(loaded, "gateway")
+    assert [problem.key for problem in config.warnings(loaded, "gateway")] == ["gateway.proof"]
+
+
+def test_dials_over_tls_need_certificates(tmp_path: Path) -> None:
+    """A gateway needs the CA, even without proofs; a broker needs its certificate, even for plain links."""
+    with pytest.raises(ConfigError, match=r"gateway\.ca: is not given: brokers are known by it"):
+        loaded = configured(tmp_path, "gateway", gateway__ca="", gateway__proof="off", gateway__dial_security="tls")
+        config.check_role(loaded, "gateway")
+    loaded = configured(
+        tmp_path,
+        "broker",
+        broker__security="plain",
+        broker__dial_security="tls",
+        broker__certificate="",
+        broker__key="",
+    )
+    with pytest.raises(ConfigError) as caught:
+        config.check_role(loaded, "broker")
+    assert [problem.key for problem in caught.value.problems] == ["broker.certificate", "broker.key"]
+
+
+def test_an_agents_certificate_has_a_key(tmp_path: Path) -> None:
+    """One without the other is told."""
+    with pytest.raises(ConfigError, match=r"agent\.key: is not given: agent\.certificate is"):
+        config.check_role(configured(tmp_path, "agent", agent__key=""), "agent")
 
 
 def test_a_gateway_for_others_needs_rules(tmp_path: Path) -> None:

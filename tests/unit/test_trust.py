@@ -20,9 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtunnel.trust import keys, pki, tls
-from rtunnel.trust.keys import DialSigner, NonceWindow, TrustError, token_mac
+from rtunnel.trust.keys import DialKeys, GatewayKey, NonceWindow, TrustError, gateway_key, token_mac
 
-SECRETS = ("ca.key", "authority.db", "broker.key", "cluster.key", "join.token")
+SECRETS = ("ca.key", "authority.db", "broker.key", "cluster.key", "gateway.key", "join.token")
 PUBLIC = ("ca.pem", "broker.pem")
 
 
@@ -267,8 +267,10 @@ def test_wrong_ca_files_are_named(files: Path, ca: str, reason: str) -> None:
 
 
 def test_made_files_load(made: Path) -> None:
-    """The cluster key and the token that init makes can be read."""
-    assert len(keys.load_cluster_key(made / "cluster.key")) == 32
+    """The keys and the token that init makes can be read, and the gateway's key is of the cluster's."""
+    (cluster,) = keys.load_cluster_keys(made / "cluster.key")
+    key = keys.load_gateway_key(made / "gateway.key")
+    assert len(cluster) == 32 and key == gateway_key(cluster, key.id) and key.id.startswith("gateway-")
     token = keys.load_token(made / "join.token")
     assert len(token.secret) == 32
     assert keys.load_tokens(made / "join.token") == {token.id: token.secret}
@@ -285,9 +287,9 @@ def test_a_brokers_file_has_several_tokens(tmp_path: Path) -> None:
 
 
 def test_secrets_are_not_shown() -> None:
-    """A token's repr has its id only."""
-    token = keys.new_token("web")
-    assert repr(token) == "Token(id='web')"
+    """The repr of a token, or of a gateway's key, has its id only."""
+    assert repr(keys.new_token("web")) == "Token(id='web')"
+    assert repr(gateway_key(bytes(32), "g1")) == "GatewayKey(id='g1')"
 
 
 def test_token_ids_are_checked() -> None:
@@ -297,7 +299,8 @@ def test_token_ids_are_checked() -> None:
             keys.new_token(bad)
 
 
-CLUSTER_LINE = keys.new_cluster_key()
+CLUSTER_LINE = keys.cluster_key_line(keys.new_cluster_key())
+GATEWAY_LINE = gateway_key(keys.new_cluster_key(), "g1-ab12").line()
 TOKEN_LINE = keys.new_token("web").line()
 SHORT = base64.b64encode(b"short").decode()
 
@@ -314,7 +317,8 @@ SHORT = base64.b64encode(b"short").decode()
         ("rtunnel-cluster-key-1", "0 bytes instead of 32"),
         ("rtunnel-cluster-key-1 !!!!", "it is not base64"),
         (f"rtunnel-cluster-key-1 {SHORT}", "5 bytes instead of 32"),
-        (f"{CLUSTER_LINE}\n{CLUSTER_LINE}", "has 2 lines"),
+        (f"{CLUSTER_LINE}\n" * 3, "has 3 keys"),
+        (f"{CLUSTER_LINE}\n{GATEWAY_LINE}", ":2: is not a cluster key (it is a gateway's key)"),
         ("ключ", "is not a key or token file"),
     ],
 )
@@ -323,10 +327,34 @@ def test_wrong_cluster_keys_are_told(tmp_path: Path, text: str, reason: str) -> 
     path = tmp_path / "cluster.key"
     path.write_text(text)
     with pytest.raises(TrustError) as caught:
-        keys.load_cluster_key(path)
+        keys.load_cluster_keys(path)
     told = str(caught.value)
     assert told.startswith(str(path)) and reason in told
     assert "hunter2" not in told and TOKEN_LINE not in told
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "is empty"),
+        (CLUSTER_LINE, ":1: is not a gateway's key (it is a cluster key)"),
+        ("rtunnel-gateway-key-2 g1 AAAA", "for another version of rtunnel"),
+        ("rtunnel-gateway-key-1 g1", "is not rtunnel-gateway-key-1 <id> <key>"),
+        ("rtunnel-gateway-key-1 g/1 AAAA", "is not rtunnel-gateway-key-1 <id> <key>"),
+        (f"rtunnel-gateway-key-1 g1 {SHORT}", "5 bytes instead of 32"),
+        ("rtunnel-gateway-key-1 g1 !!!!", "it is not base64"),
+        (f"{GATEWAY_LINE}\n{GATEWAY_LINE}", "has 2 lines"),
+    ],
+)
+def test_wrong_gateway_keys_are_told(tmp_path: Path, text: str, reason: str) -> None:
+    """What is wrong with a gateway's key file is said, and nothing of its secret."""
+    path = tmp_path / "gateway.key"
+    path.write_text(text)
+    with pytest.raises(TrustError) as caught:
+        keys.load_gateway_key(path)
+    told = str(caught.value)
+    assert told.startswith(str(path)) and reason in told
+    assert GATEWAY_LINE[-20:] not in told and CLUSTER_LINE[-20:] not in told
 
 
 @pytest.mark.parametrize(
@@ -356,7 +384,7 @@ def test_wrong_tokens_are_told(tmp_path: Path, text: str, reason: str) -> None:
 def test_missing_and_odd_files(tmp_path: Path) -> None:
     """A missing file, a folder and binary data are told as such."""
     with pytest.raises(TrustError, match="can't be read: No such file"):
-        keys.load_cluster_key(tmp_path / "none")
+        keys.load_cluster_keys(tmp_path / "none")
     with pytest.raises(TrustError, match="can't be read: Is a directory"):
         keys.load_tokens(tmp_path)
     (tmp_path / "binary").write_bytes(bytes(range(256)))
@@ -368,21 +396,69 @@ def test_missing_and_odd_files(tmp_path: Path) -> None:
 
 
 def test_dials_are_signed() -> None:
-    """A MAC fits its body and key only, in its whole length only."""
-    signer = DialSigner(b"k" * 32)
-    mac = signer.sign(b"body")
+    """A MAC fits its body, its key and that key's id only, in its whole length only."""
+    cluster = b"k" * 32
+    key, keyring = gateway_key(cluster, "g1"), DialKeys([cluster])
+    mac = key.sign(b"body")
     assert len(mac) == 32
-    assert signer.verify(b"body", mac)
-    assert not signer.verify(b"Body", mac)
-    assert not signer.verify(b"body", mac[:-1])
-    assert not signer.verify(b"body", b"")
-    assert not DialSigner(b"K" * 32).verify(b"body", mac)
+    for _ in range(2):  # derived, then remembered
+        assert keyring.verify("g1", b"body", mac)
+        assert not keyring.verify("g1", b"Body", mac)
+        assert not keyring.verify("g1", b"body", mac[:-1])
+        assert not keyring.verify("g1", b"body", b"")
+        assert not keyring.verify("g2", b"body", mac)
+        assert not keyring.verify("", b"body", mac)
+    assert not DialKeys([b"K" * 32]).verify("g1", b"body", mac)
+    assert not keyring.verify("g1", b"body", GatewayKey("g1", cluster).sign(b"body"))
+
+
+def test_the_cluster_key_can_be_rotated(tmp_path: Path) -> None:
+    """With two keys in the file gateways of both are known; new ones are made from the first."""
+    pki.init(tmp_path / "pki")
+    path = tmp_path / "pki" / "cluster.key"
+    before = keys.load_gateway_key(tmp_path / "pki" / "gateway.key")
+    path.write_text(keys.cluster_key_line(keys.new_cluster_key()) + "\n" + path.read_text())
+    pki.issue_gateway(tmp_path / "pki", "gw2")
+    after = keys.load_gateway_key(tmp_path / "pki" / "gw2.key")
+    both = keys.load_cluster_keys(path)
+    for key in (before, after):
+        assert DialKeys(both).verify(key.id, b"body", key.sign(b"body"))
+    assert not DialKeys(both[:1]).verify(before.id, b"body", before.sign(b"body"))
+    assert DialKeys(both[:1]).verify(after.id, b"body", after.sign(b"body"))
+
+
+def test_made_up_ids_fill_nothing() -> None:
+    """Only keys that have fitted are remembered."""
+    cluster = bytes(32)
+    keyring = DialKeys([cluster])
+    for number in range(100):
+        assert not keyring.verify(f"g{number}", b"body", bytes(32))
+    assert not keyring._known
+    key = gateway_key(cluster, "g1")
+    assert keyring.verify("g1", b"body", key.sign(b"body")) and list(keyring._known) == ["g1"]
+
+
+def test_a_gateways_key_has_an_id_of_its_own(made: Path, tmp_path: Path) -> None:
+    """The name and a random part: who renews gets another id, and a file is never overwritten."""
+    pki.issue_gateway(made, "paris")
+    first = keys.load_gateway_key(made / "paris.key")
+    (made / "paris.key").rename(tmp_path / "old.key")
+    pki.issue_gateway(made, "paris")
+    second = keys.load_gateway_key(made / "paris.key")
+    assert first.id != second.id and first.id.startswith("paris-") and second.id.startswith("paris-")
+    assert (made / "paris.key").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(TrustError, match=r"paris\.key: exists"):
+        pki.issue_gateway(made, "paris")
+    with pytest.raises(TrustError, match="not a name for a file"):
+        pki.issue_gateway(made, "../paris")
+    with pytest.raises(TrustError, match="is no id of a gateway's key"):
+        pki.issue_gateway(made, "pâris")
 
 
 def test_a_known_mac() -> None:
     """RFC 4231's case of a short text, under a key of our length: the function is HMAC-SHA256."""
-    signer = DialSigner(b"\x0b" * 20 + b"\x00" * 12)
-    assert signer.sign(b"Hi There").hex() == "b0344c61d8db38535ca8afceaf0bf12b881dc200c9833da726e9376c2e32cff7"
+    key = GatewayKey("g1", b"\x0b" * 20 + b"\x00" * 12)
+    assert key.sign(b"Hi There").hex() == "b0344c61d8db38535ca8afceaf0bf12b881dc200c9833da726e9376c2e32cff7"
 
 
 @given(st.lists(st.binary(max_size=5), max_size=4), st.lists(st.binary(max_size=5), max_size=4))

@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from rtunnel.config import Config
 from rtunnel.trust import certificates, identity
-from rtunnel.trust.keys import DialSigner, token_mac
+from rtunnel.trust.identity import is_proof
+from rtunnel.trust.keys import GATEWAY_LABEL, DialKeys, gateway_key, token_mac
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Decoder, Dial, Hello, Message, Proof, decode_body
 from rtunnel.wire.refusal import Refusal
@@ -124,10 +125,16 @@ def test_the_hello_of_the_example_says_what_the_page_says() -> None:
 
 
 def test_the_example_of_a_dial_is_right() -> None:
-    """MAC over the body's bytes under the cluster key, and what is asked for, as the page says."""
-    key, body, mac = VECTORS["cluster key"], VECTORS["dial body"], VECTORS["dial mac"]
-    assert hmac.new(key, body, hashlib.sha256).digest() == mac == DialSigner(key).sign(body)
-    assert one(VECTORS["dial frame"], Dial) == Dial(body=body, mac=mac)
+    """The gateway's key from the cluster's, the MAC over the body's bytes, and what is asked for, as the page says."""
+    cluster, body, mac = VECTORS["cluster key"], VECTORS["dial body"], VECTORS["dial mac"]
+    dial = one(VECTORS["dial frame"], Dial)
+    assert dial == Dial(body=body, mac=mac, key=dial.key)
+    assert f"`{dial.key}`" in section("dial body") and '"rtunnel gateway 1" 00 <key id>' in section("dial body")
+    derived = hmac.new(cluster, b"rtunnel gateway 1\0" + dial.key.encode(), hashlib.sha256).digest()
+    assert derived == VECTORS["gateway key"] == gateway_key(cluster, dial.key).secret
+    assert GATEWAY_LABEL == b"rtunnel gateway 1\0"
+    assert hmac.new(derived, body, hashlib.sha256).digest() == mac
+    assert DialKeys([cluster]).verify(dial.key, body, mac)
     asked = decode_body(body)
     assert (asked.version, asked.namespace, asked.ip, asked.port) == (1, "default", "10.1.0.7", 9100)
     assert (asked.node, asked.epoch, asked.time) == ("b1", 2**32 + 1, 1_800_000_000_000)
@@ -169,6 +176,16 @@ def test_the_example_of_a_trust_list_is_right() -> None:
     assert names == [list(listed), list(body)]
     for word in (str(roots.number), "1799999990", "`agent/default/host-7`", "`rtunnel trust list 1`"):
         assert word in section("Trust lists")
+
+
+def test_the_example_of_a_proof_is_right() -> None:
+    """The signature is good for the label and the body of the example, with the code and without it."""
+    assert '"rtunnel accepted 1" 00 <body' in section("accepted")
+    body, signature = VECTORS["dial body"], VECTORS["signature"]
+    key = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), VECTORS["agent public key"])
+    key.verify(signature, b"rtunnel accepted 1\0" + body, ec.ECDSA(hashes.SHA256()))
+    assert is_proof(key, body, signature)
+    assert not is_proof(key, body + b"x", signature)
 
 
 # The fields of messages.
@@ -250,7 +267,7 @@ def test_the_refusal_codes_are_those_of_the_enum() -> None:
 def test_every_refusal_word_on_the_page_exists() -> None:
     """The tables of checks name no code that is not there."""
     words = {code.value for code in Refusal}
-    for title in ("dial body", "hello", "publish", "proof", "Enrolment"):
+    for title in ("dial body", "accepted", "hello", "publish", "proof", "Enrolment"):
         for table in tables(section(title)):
             for row in table:
                 if len(row) == 2:

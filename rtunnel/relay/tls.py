@@ -1,0 +1,408 @@
+"""TLS for an end that is a TCP connection: whoever talks or joins sees a socket with the plain text in it.
+
+`TlsSocket` behaves as the joins need it of a non-blocking socket, edge by edge: `recv_into` gives less than was asked
+for only when there is no more, `send` takes all or nothing, FIN and close_notify are one thing (a FIN without it is a
+reset, because anybody on the way can make a FIN), and a reset is a reset. So pairs need not know; only `os.splice`
+is not for these sockets. What is held beside the kernel is a piece of `PIECE` bytes each way.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import ssl
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final
+
+from rtunnel.relay.ends import SocketEnd
+from rtunnel.relay.link import reason_of
+from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
+from rtunnel.relay.transport import RECORD_BYTES, Scratch
+from rtunnel.wire.messages import DIAL_ALPN
+
+#: What goes through OpenSSL's memory at once: its buffers stay as large as the largest piece was.
+PIECE: Final = 64 * 1024
+#: A closed connection may take so long to get its last piece through, as the kernel gives its own last bytes.
+LINGER_SECONDS: Final = 120.0
+#: The first byte of a TLS handshake (RFC 8446 section 5.1).
+_HANDSHAKE: Final = 0x16
+#: Header, tag and content type of a record; and the most that can be left of one.
+_OVERHEAD: Final = 64
+
+
+#: The reason that a talker hears when a client speaks no TLS.
+NOT_TLS: Final = "the peer does not speak TLS"
+
+
+class NotTls(ConnectionError):
+    """The client's first byte is that of something else."""
+
+
+class TlsSocket(socket.socket):
+    """A connected TCP socket under TLS 1.3. `full` is called when the kernel has no room for what is pending."""
+
+    __slots__ = (
+        "_ahead",
+        "_bye",
+        "_fault",
+        "_fin",
+        "_incoming",
+        "_loop",
+        "_outgoing",
+        "_pending",
+        "_reset",
+        "_scratch",
+        "_server",
+        "_timer",
+        "_tls",
+        "eof",
+        "full",
+        "up",
+    )
+
+    def __init__(
+        self, sock: socket.socket, context: ssl.SSLContext, loop: Loop, scratch: Scratch, server_name: str | None
+    ) -> None:
+        """Takes over the descriptor. `server_name` None: the server's side."""
+        super().__init__(sock.family, sock.type, sock.proto, sock.detach())
+        self.setblocking(False)
+        self.full: Callable[[], None]
+        self.up = False  # the handshake is done
+        self.eof = False  # the peer's close_notify
+        self._loop = loop
+        self._scratch = scratch
+        self._server = server_name is None
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._tls = context.wrap_bio(
+            self._incoming, self._outgoing, server_side=self._server, server_hostname=server_name
+        )
+        self._pending: bytes | memoryview = b""  # encrypted, and not in the kernel yet
+        self._ahead = b""  # plain text that had to be read before our close_notify
+        self._bye = False  # that was said
+        self._fin = False  # follows what is pending
+        self._reset = False
+        self._fault: OSError | None = None
+        self._timer: Timer | None = None
+
+    # The handshake.
+
+    def handshake(self) -> bool:
+        """Go on with it; True when it is done, and what it has to say goes out with `send` or `flush`.
+
+        Raises NotTls, or another OSError (ssl.SSLError is one).
+        """
+        while True:
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                self.flush()
+                if not self._pull():
+                    return False
+            except ssl.SSLError:
+                with suppress(OSError):
+                    self.flush()  # the alert tells the peer why
+                raise
+            else:
+                break
+        if self._tls.selected_alpn_protocol() != DIAL_ALPN:
+            raise ConnectionError("the peer speaks TLS, but not for Dials")
+        self.up = True
+        return True
+
+    def _pull(self) -> bool:
+        cipher = self._scratch.cipher[:PIECE]
+        try:
+            size = super().recv_into(cipher)
+        except BlockingIOError:
+            return False
+        if not size:
+            raise ConnectionResetError(errno.ECONNRESET, "the peer closed the connection during the TLS handshake")
+        if self._server:
+            self._server = False
+            if cipher[0] != _HANDSHAKE:
+                raise NotTls(NOT_TLS)
+        self._incoming.write(cipher[:size])
+        return True
+
+    def say_plainly(self, data: bytes) -> None:
+        """For a peer that does not speak TLS: as much as goes out at once."""
+        with suppress(OSError):
+            super().send(data)
+
+    # As the joins use it.
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """See socket.socket."""
+        view = self._scratch.plain[:size]
+        return bytes(view[: self.recv_into(view)])
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        """See socket.socket, and the module."""
+        if self._fault is not None:
+            raise self._fault
+        if not self.up:
+            raise BlockingIOError
+        view, filled, drained = memoryview(buffer), 0, False
+        wanted = len(view)
+        if self._ahead:
+            filled = min(wanted, len(self._ahead))
+            view[:filled] = self._ahead[:filled]
+            self._ahead = self._ahead[filled:]
+        while filled < wanted and not self.eof:
+            filled += self._decrypt(view[filled:])
+            if filled == wanted or self.eof or drained:
+                break
+            cipher = self._scratch.cipher[: min(PIECE, max(wanted - filled, RECORD_BYTES) + _OVERHEAD)]
+            try:
+                size = super().recv_into(cipher)
+            except BlockingIOError:
+                break
+            if not size:
+                if filled:
+                    break  # what there was; the FIN is there for the next call
+                raise ConnectionResetError(errno.ECONNRESET, "the peer ended the connection without close_notify")
+            drained = size < len(cipher)
+            self._incoming.write(cipher[:size])
+        if self.eof and not self._ahead:
+            if filled:
+                self._loop.soon(self._tell_eof)  # a close_notify has no edge of its own
+        elif not filled:
+            raise BlockingIOError
+        return filled
+
+    def _decrypt(self, view: memoryview) -> int:
+        """What there is, as much as fits. Reads stop at an empty BIO: an exception costs as much as a record."""
+        tls, incoming, filled, wanted = self._tls, self._incoming, 0, len(view)
+        try:
+            while filled < wanted and (incoming.pending or tls.pending()):
+                size = int(tls.read(wanted - filled, view[filled:]))
+                if not size:  # close_notify; after our own it is the exception
+                    self.eof = True
+                    break
+                filled += size
+        except ssl.SSLWantReadError:
+            pass  # a part of a record
+        except ssl.SSLZeroReturnError:
+            self.eof = True
+        if self._outgoing.pending:
+            self.flush()  # key updates
+        return filled
+
+    def _tell_eof(self) -> None:
+        handler = self._loop.handlers.get(self.fileno())
+        if handler is not None:
+            handler(IN)
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """See socket.socket, and the module. Nothing is taken while some of the last piece is pending."""
+        if self._fault is not None:
+            raise self._fault
+        if self._pending:
+            self.flush()
+        if self._pending or not self.up:
+            raise BlockingIOError
+        view, sent = memoryview(data), 0
+        while sent < len(view) and not self._pending:
+            sent += self._tls.write(view[sent : sent + PIECE])
+            self.flush()
+        return sent
+
+    def flush(self) -> None:
+        """What is pending, then the FIN if it is due. Raises OSError; `recv_into` and `send` do so from then on."""
+        try:
+            if self._outgoing.pending:
+                more = self._outgoing.read()
+                self._pending = bytes(self._pending) + more if self._pending else more
+            while self._pending:
+                size = super().send(self._pending)
+                if size == len(self._pending):
+                    self._pending = b""
+                else:
+                    self._pending = memoryview(self._pending)[size:]
+            if self._fin:
+                self._fin = False
+                super().shutdown(socket.SHUT_WR)
+        except BlockingIOError:
+            self.full()
+        except OSError as error:
+            self._fault = error
+            self._pending = b""
+            raise
+
+    def shutdown(self, how: int) -> None:
+        """See socket.socket: close_notify, then FIN, behind what is pending. Only for SHUT_WR."""
+        if self.up:
+            self._fin = True
+            self._say_bye()
+        else:
+            super().shutdown(how)
+
+    def _say_bye(self) -> None:
+        # OpenSSL looks for the peer's close_notify at once, and drops data that it finds in its place: so read that
+        # before. There is not more than a piece of it.
+        while self._incoming.pending and not self.eof:
+            room = bytearray(PIECE + RECORD_BYTES)
+            size = self._decrypt(memoryview(room))
+            if not size:
+                break
+            self._ahead += room[:size]
+        self._bye = True
+        try:
+            self._tls.unwrap()
+        except ssl.SSLError:
+            pass  # the peer's close_notify is not there yet
+        self.flush()
+
+    def setsockopt(self, level: int, option: int, *value: Any) -> None:
+        """See socket.socket. `reset_on_close` is heard here: then nothing is said any more."""
+        if level == socket.SOL_SOCKET and option == socket.SO_LINGER:
+            self._reset = True
+        super().setsockopt(level, option, *value)
+
+    def getsockopt(self, level: int, option: int, *size: Any) -> Any:
+        """See socket.socket. An error that a write has met is the socket's still."""
+        if self._fault is not None and (level, option) == (socket.SOL_SOCKET, socket.SO_ERROR):
+            return self._fault.errno or errno.ECONNRESET
+        return super().getsockopt(level, option, *size)
+
+    def close(self) -> None:
+        """See socket.socket. In order, unless it is to be reset: what is pending goes out first."""
+        if self.up and not self._reset and self._fault is None and not self._loop.stopped and self.fileno() >= 0:
+            self.full = self._linger
+            with suppress(OSError):
+                if self._bye:
+                    self.flush()
+                else:
+                    self._say_bye()
+            if self._pending:
+                return
+        self._close()
+
+    def _linger(self) -> None:
+        """The kernel has no room; our owner has forgotten us."""
+        if self._timer is None:
+            self._timer = self._loop.after(LINGER_SECONDS, self.abandon)
+            self._loop.handlers[self.fileno()] = self._go_on
+            self._loop.add_out(self.fileno())
+
+    def _go_on(self, mask: int) -> None:
+        with suppress(OSError):
+            self.flush()
+        if mask & LOST or not self._pending:
+            self._end()
+
+    def abandon(self) -> None:
+        """Give up what is pending: the peer gets a reset."""
+        with suppress(OSError):
+            super().setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        self._end()
+
+    def _end(self) -> None:
+        self._reset = True  # close() does it now
+        self._loop.close(self)
+
+    def _close(self) -> None:
+        if self.fileno() < 0:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        super().close()
+        # We and our owner name each other: OpenSSL's buffers must not wait for a garbage collection.
+        del self._tls, self._incoming, self._outgoing, self.full
+
+
+class TlsEnd(SocketEnd):
+    """A TCP connection under TLS, on which the Dials of `relay/ends.py` can be talked and that can be joined.
+
+    What is said before the handshake is done goes out behind it. When it fails the talker hears `lost` with the reason.
+    """
+
+    __slots__ = ("_otherwise", "tls")
+    can_splice = False
+
+    def __init__(
+        self, end: SocketEnd, context: ssl.SSLContext, scratch: Scratch, server_name: str | None, otherwise: bytes
+    ) -> None:
+        """Takes over an end that nobody talks to. `server_name` None: the server's side; then a client that speaks no
+        TLS is told `otherwise` in plain, and turned away."""
+        self.tls = TlsSocket(end.sock, context, end.loop, scratch, server_name)
+        super().__init__(end.loop, self.tls, end.peer, watched=True)
+        self.tls.full = self.await_room
+        self._awaits_room = end._awaits_room
+        self.readable = end.readable
+        self.hup = end.hup
+        self._otherwise = otherwise
+        self.loop.soon(self._shake)
+
+    @property
+    def up(self) -> bool:
+        """The handshake is done."""
+        return self.tls.up
+
+    def say(self, data: bytes) -> None:
+        """See End."""
+        if self.up:
+            super().say(data)
+        else:
+            self._out += data
+
+    def hand_over(self, handler: Callable[[int], None]) -> bytes:
+        """See SocketEnd."""
+
+        def event(mask: int) -> None:
+            if mask & OUT:
+                mask |= self._make_room()
+            handler(mask)
+
+        return super().hand_over(event)
+
+    def _shake(self) -> None:
+        if self.up or self.closed:
+            return
+        try:
+            if not self.tls.handshake():
+                return
+            if self._out:
+                self._flush()  # the client's first words go with the handshake's last
+            self.tls.flush()
+        except NotTls as error:
+            self.tls.say_plainly(self._otherwise)
+            self._turn_away(str(error))
+        except OSError as error:
+            self._turn_away(reason_of(error))
+        else:
+            self._go_on()
+
+    def _turn_away(self, why: str) -> None:
+        """In order: a reset could overtake the alert."""
+        talker, self._talker = self._talker, None
+        self._bury()
+        if talker is not None:
+            talker.lost(why)
+
+    def _go_on(self) -> None:
+        self.readable = True  # bytes may have come with the handshake's last
+        if self._dying:
+            self._die_later()
+        elif self._reading and not self.closed:
+            self._read()
+
+    def _event(self, mask: int) -> None:
+        if mask & HUP:
+            self.hup = True
+        if not self.up:
+            self._shake()
+            return
+        if mask & OUT:
+            mask |= self._make_room()
+        super()._event(mask)
+
+    def _make_room(self) -> int:
+        """What else the owner is to be told: a failure, which it meets when it reads or asks."""
+        try:
+            self.tls.flush()
+        except OSError:
+            return IN | LOST
+        return 0
