@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +39,7 @@ from rtunnel.registry.redis import RedisRegistry
 from rtunnel.registry.routes import RouteTable
 from rtunnel.relay.transport import Scratch, TlsTransport
 from rtunnel.trust import keys, pki, policy, users
+from rtunnel.trust.certificates import agent_request, broker_request, load_request, read_request
 from rtunnel.trust.identity import (
     LIST_LABEL,
     Roots,
@@ -556,6 +558,41 @@ def certificate(data: bytes) -> None:
         assert who.kind in ("agent", "broker", "authority")
         assert who.subject.startswith(f"{who.kind}/")
         assert not is_proof(who.public_key, b"body", b"signature")
+
+
+def _request_seeds() -> list[bytes]:
+    key, p384 = load_private_key(secrets() / "a1.key"), ec.generate_private_key(ec.SECP384R1())
+    good = agent_request(key, "host-7", "default", ["10.1.0.7", "fd00::7"]).public_bytes(_DER)
+    names = x509.SubjectAlternativeName(
+        [x509.UniformResourceIdentifier("rtunnel:agent/%0A/%E2%80%A8"), x509.DNSName("a")]
+    )
+    builder = x509.CertificateSigningRequestBuilder(x509.Name([])).add_extension(names, critical=False)
+    network = [x509.UniformResourceIdentifier(agent_uri("a", "b")), x509.IPAddress(ip_network("0.0.0.0/0"))]
+    wide = x509.CertificateSigningRequestBuilder(x509.Name([])).add_extension(
+        x509.SubjectAlternativeName(network), False
+    )
+    twice = builder.add_extension(x509.SubjectKeyIdentifier(b"x"), critical=False).sign(key, hashes.SHA256())
+    der = twice.public_bytes(_DER)
+    return [
+        good,
+        *(made.sign(signer, hashes.SHA256()).public_bytes(_DER) for made in (builder, wide) for signer in (key, p384)),
+        der.replace(b"\x06\x03\x55\x1d\x0e", b"\x06\x03\x55\x1d\x11"),  # an extension twice
+        good.replace(b"\x02\x01\x00", b"\x02\x01\x07", 1),  # version 8
+        good.replace(b"\x04\x03\x02", b"\x04\x03\x7f"),  # a signature of an unknown kind
+        broker_request(key, "b1").public_bytes(_DER),
+    ]
+
+
+@target(_request_seeds)
+def certificate_request(data: bytes) -> None:
+    """What an agent asks for; its words go into certificates, logs and keys of the registry."""
+    try:
+        asked = read_request(load_request(data))
+    except TrustError as fault:
+        assert str(fault)
+        return
+    assert asked.agent_id.isprintable() and asked.namespace.isprintable()
+    assert asked.addresses and all(canonical_ip(address) == address for address in asked.addresses)
 
 
 def _proof_seeds() -> list[bytes]:
