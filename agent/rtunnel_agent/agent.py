@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -135,7 +135,10 @@ class Agent:
 
     def session_up(self, session: AgentSession) -> None:
         """See SessionOwner."""
-        self.bridge.post(self._settle, session, Outcome(session=session))
+        if fault := self._broker_fault(session):
+            session.end(fault)
+        else:
+            self.bridge.post(self._settle, session, Outcome(session=session))
 
     def session_down(self, session: AgentSession, code: Refusal | None, why: str) -> None:
         """See SessionOwner."""
@@ -163,7 +166,15 @@ class Agent:
 
     def session_trust(self, session: AgentSession, signed: bytes) -> None:
         """See SessionOwner."""
-        self.bridge.post(self.credentials.take, signed)
+        self.bridge.post(self._take_list, signed)
+
+    def _leave_revoked(self, sessions: Iterable[AgentSession]) -> None:
+        for session in sessions:
+            if fault := self._broker_fault(session):
+                session.end(fault)
+
+    def _broker_fault(self, session: AgentSession) -> str:
+        return self.credentials.broker_fault(session.link.peer_certificate) if session.link is not None else ""
 
     def serve_stream(self, session: AgentSession, stream: StreamEnd) -> Talker:
         """See SessionOwner."""
@@ -174,6 +185,11 @@ class Agent:
         self._log.error(event, agent=self.agent_id, **fields)
 
     # The same, arrived in trio's thread.
+
+    def _take_list(self, signed: bytes) -> None:
+        self.credentials.take(signed)
+        sessions = list(self._watches)
+        self.bridge.relay.call(lambda: self._leave_revoked(sessions))
 
     def _settle(self, session: AgentSession, outcome: Outcome) -> None:
         watch = self._watches[session]

@@ -27,7 +27,15 @@ from structlog.typing import FilteringBoundLogger
 from rtunnel.config import AgentConfig
 from rtunnel.trust.certificates import ENROL_LABEL, agent_request, key_pem, new_key, pem, sign_renewal
 from rtunnel.trust.files import SECRET, replace
-from rtunnel.trust.identity import Identity, PrivateKey, Roots, load_pair, load_private_key, load_roots
+from rtunnel.trust.identity import (
+    Identity,
+    PrivateKey,
+    Roots,
+    load_pair,
+    load_private_key,
+    load_roots,
+    read_certificate,
+)
 from rtunnel.trust.keys import Token, TrustError, load_token, token_mac
 from rtunnel.trust.tls import link_context
 from rtunnel.watch import Watched, watch
@@ -123,6 +131,17 @@ class Credentials:
         """Whether sessions are proved by certificate, and not by the join token."""
         return self._config.security == "tls" and bool(self._config.identity or self._config.certificate)
 
+    def broker_fault(self, certificate: bytes | None) -> str:
+        """Why a broker that shows this (DER) is not believed, although its CA is; empty when it is. For any thread."""
+        revoked = self._roots.revoked if self._roots is not None else {}
+        if certificate is None or not revoked:
+            return ""
+        try:
+            who = read_certificate(certificate)
+        except TrustError:
+            return ""  # by hand, with another name than ours: nobody can revoke it
+        return f"the certificate of {who.subject} is revoked" if who.issued <= revoked.get(who.subject, 0) else ""
+
     @property
     def missing(self) -> str:
         """Why no session can be had at present; empty when one can."""
@@ -138,7 +157,7 @@ class Credentials:
         """A trust list came, from whoever it may be."""
         if self._roots is None:
             return  # nobody is known by certificate here
-        generation = self._roots.generation
+        cas = self._roots.pem
         try:
             if not self._roots.take(signed):
                 return
@@ -148,7 +167,7 @@ class Credentials:
             return
         if self._directory is not None:
             self._keep(self._directory / "trust.list", signed)
-        if self._roots.generation > generation and self.identity is not None:
+        if self._roots.pem != cas and self.identity is not None:
             life = self.identity.who.ends - self.identity.who.issued
             soon = random.uniform(0, min(CA_SPREAD, life / 6))  # noqa: S311
             self._renew_at = min(self._renew_at, time.time() + soon)

@@ -126,7 +126,8 @@ def _identity(certificate: x509.Certificate) -> Identity:
 
 
 class TrustList(msgspec.Struct, frozen=True):
-    """CAs in force and revocations. `generation` grows when the CAs change, `number` with every list."""
+    """CAs in force and revocations. `generation` grows with what agents must know (other CAs, revoked brokers),
+    `number` with every list."""
 
     number: int
     generation: int

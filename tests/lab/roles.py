@@ -127,6 +127,8 @@ class Lab:
                     "listen": f"0.0.0.0:{PROXY_PORT}",
                     "key": self._secret("gateway.key"),
                     "ca": self._secret("ca.pem"),
+                    "trust": str(self.directory / "gateway.trust"),
+                    "authority": self._authority,
                     "policy": str(policy),
                     "admin": f"127.0.0.1:{ADMIN_PORT}",
                 }

@@ -13,6 +13,7 @@ import socket
 import ssl
 import struct
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from lab.topology import BROKERS, HOSTS, LINK_PORT, PROXY_PORT, PYTHON_LAB, VIP,
 from rtunnel.config import BrokerConfig, LimitsConfig
 from rtunnel.trust.keys import load_gateway_key
 from rtunnel.wire import messages
-from rtunnel.wire.messages import Decoder, Dial, DialBody, Hello, Refuse, encode, encode_body
+from rtunnel.wire.messages import Accepted, Decoder, Dial, DialBody, Hello, Refuse, encode, encode_body
 
 pytestmark = pytest.mark.lab
 
@@ -176,6 +177,57 @@ def test_an_overheard_dial_opens_nothing(lab: Lab) -> None:
     other_port = dial.replace(struct.pack(">BH", 0xCD, HTTP_PORT), struct.pack(">BH", 0xCD, UNEXPOSED_PORT))
     assert other_port != dial
     assert ask_port(lab.net["controller"], place_of(entry), other_port) == "bad_mac"
+
+
+# A registry that lies.
+
+
+class Rogue:
+    """A process in the centre that says Accepted to every Dial, and then speaks for the target."""
+
+    ANSWER = b'HTTP/1.1 200 OK\r\nContent-Length: 16\r\nConnection: close\r\n\r\n{"host": "rogue"}'
+
+    def __init__(self, host: Host) -> None:
+        self._sock = host.new_socket()
+        self._sock.bind((host.ip, 0))
+        self._sock.listen()
+        self.place: tuple[str, int] = self._sock.getsockname()
+        self.dials = 0
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                sock, _ = self._sock.accept()
+            except OSError:
+                return
+            with sock:
+                self.dials += bool(sock.recv(4096))
+                sock.sendall(encode(Accepted()) + self.ANSWER)
+                read_all(sock)
+
+    def close(self) -> None:
+        self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+
+def test_a_registry_that_lies_leads_nobody_astray(lab: Lab) -> None:
+    """Who can write to Redis sends a1's clients to a place of his own: they are served by a1 all the same."""
+    true = lab.guarded("a1")[0]
+    rogue = Rogue(lab.net["controller"])
+    since = lab.log_mark("gateway")
+    try:
+
+        def caught() -> bool:
+            lab.forge({**true, "ps_ip": rogue.place[0], "ps_port": rogue.place[1]})
+            got = lab.client("controller", "get", true["agent_ip"], str(HTTP_PORT))
+            assert got["ok"] and json.loads(got["body"])["host"] == "a1", got
+            return rogue.dials > 0 and "not_proven" in since()
+
+        wait_for("the gateway finds the lie", caught, 20)  # it chooses one of two paths
+    finally:
+        lab.forge(true)
+        rogue.close()
 
 
 # Being another host.
