@@ -234,7 +234,11 @@ class Session:
         roots = self.keeper.roots
         der = self.link.peer_certificate if self.link is not None else None
         if roots is None or der is None:
-            missing = "this broker takes no certificates" if roots is None else "the link shows no certificate"
+            missing = (
+                "this broker takes no certificates (it has no broker.ca)"
+                if roots is None
+                else "the link shows no certificate (agent.identity)"
+            )
             raise Refused(Refusal.BAD_CERTIFICATE, f"{missing}, and the Hello names no join token")
         try:
             who = roots.verify(der)
