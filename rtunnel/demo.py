@@ -181,7 +181,7 @@ class Cluster:
         self.gateway = await self._serve("gateway", {"gateway.listen": self._gateway_listen()})
         self.proxy = self.gateway.role.bound
         for number, ip in enumerate(HOSTS, 1):
-            self.agents.append(await self._start_agent(f"host-{number}", ip))
+            self.agents.append(await self._start_agent(f"host-{number}", ip, self.directory / "pki"))
         await self.until("every agent on two nodes", lambda: all(a.role.state == "ready" for a in self.agents))
         wanted = len(HOSTS) * len(NODES)
         await self.until("the gateway knows all", lambda: self.gateway.role.table.counts().tuples == wanted)
@@ -203,8 +203,19 @@ class Cluster:
         self._node_ports[node] = running.role.bound[1]
         self.vip.backends = [("127.0.0.1", port) for port in self._node_ports.values()]
 
-    async def _start_agent(self, agent_id: str, ip: str) -> Running:
-        made = self.directory / "pki"
+    async def impostor(self, ip: str) -> str:
+        """An agent with a certificate for that address, but of a CA of its own; what the brokers tell it."""
+        other = self.directory / "other"
+        pki.init(other)
+        with (other / "ca.pem").open("ab") as ours:  # it trusts itself, and the brokers
+            ours.write((self.directory / "pki" / "ca.pem").read_bytes())
+        running = await self._start_agent("host-1", ip, other)
+        slots = running.role.slots
+        await self.until("the impostor is refused", lambda: all(slot.told for slot in slots))
+        running.stop.set()
+        return str(slots[0].told)
+
+    async def _start_agent(self, agent_id: str, ip: str, made: Path) -> Running:
         pki.issue_agent(made, agent_id, agent_id=agent_id, namespace="default", addresses=[ip], days=1)
         return await self._serve(
             "agent",
@@ -213,6 +224,7 @@ class Cluster:
                 "agent.agent_id": agent_id,
                 "agent.addresses": [ip],
                 "agent.exposes": [str(self.target_port)],
+                "agent.ca": str(made / "ca.pem"),
                 "agent.certificate": str(made / f"{agent_id}.pem"),
                 "agent.key": str(made / f"{agent_id}.key"),
             },
@@ -256,7 +268,6 @@ class Cluster:
             "broker.cluster_key": str(made / "cluster.key"),
             "broker.ca": str(made / "ca.pem"),
             "broker.admin": "",
-            "agent.ca": str(made / "ca.pem"),
             "agent.admin": "",
             "gateway.key": str(made / "gateway.key"),
             "gateway.ca": str(made / "ca.pem"),
@@ -339,8 +350,10 @@ async def tell(story: Story, stay: bool) -> None:
             story.chapter("Two brokers, a VIP in front of them, three agents, a gateway")
             await cluster.start()
             story.who_sits_where(cluster)
-            story.chapter("Every host by its original IP")
+            story.chapter("Every host by its original IP; its agent proves to the gateway that it has it")
             await story.fetch_all(cluster)
+            story.chapter(f"Another agent says that it is {HOSTS[0]}, with a certificate of its own making")
+            story.console.print(f"refused: {await cluster.impostor(HOSTS[0])}", soft_wrap=True)
             victim = NODES[0]
             story.chapter(f"{victim} dies as by kill -9: its tuples are still in the registry, its ports are dead")
             cluster.kill_broker(victim)
@@ -381,7 +394,8 @@ def _scratch() -> Any:
 @click.option("--stay", is_flag=True, help="Leave it running at the end, and print the curl lines to try.")
 @click.option("--log", "level", default="", metavar="LEVEL", help="Show the parts' own log from this level on.")
 def _command(stay: bool, level: str) -> int:
-    """Two brokers, a VIP, agents and a gateway on this machine; fetch by original IP, kill a broker, fetch again.
+    """Two brokers, a VIP, agents and a gateway on this machine; fetch by original IP, turn an impostor away, kill a
+    broker, fetch again.
 
     Needs neither root nor Redis. Exit status 0 only if all of it worked.
     """

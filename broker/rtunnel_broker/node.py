@@ -51,6 +51,8 @@ from rtunnel_broker.admit import Admission
 from rtunnel_broker.ports import DialChecker, Guarded, GuardedPort, Networks, OpenPortServer, PortCounts
 from rtunnel_broker.session import Session
 
+#: With so many handshakes in line the next links wait in the kernel's queue: there they cost no memory yet.
+MAX_IN_LINE: Final = 64
 #: Requests for certificates under way to the authority.
 MAX_ENROLLING: Final = 64
 #: What is turned away or left to wait is told in one line for so long.
@@ -244,6 +246,9 @@ class Node:
         if self.handshakes >= self.config.max_handshakes and self._links is not None:
             self._links.hold()
             self._warn("too_many_handshakes", limit=self.config.max_handshakes, peer=peer)
+        elif self.relay.loop.line >= MAX_IN_LINE and self._links is not None:
+            self._links.hold()
+            self.relay.loop.in_line(self._links.release)
 
     def _warn(self, event: str, **fields: object) -> None:
         """What comes in floods: one line of it in ten seconds."""

@@ -234,10 +234,14 @@ class Session:
         roots = self.keeper.roots
         der = self.link.peer_certificate if self.link is not None else None
         if roots is None or der is None:
-            missing = "this broker takes no certificates" if roots is None else "the link shows no certificate"
+            missing = (
+                "this broker takes no certificates (it has no broker.ca)"
+                if roots is None
+                else "the link shows no certificate (agent.identity)"
+            )
             raise Refused(Refusal.BAD_CERTIFICATE, f"{missing}, and the Hello names no join token")
         try:
-            who = roots.verify(der)
+            who = roots.verify(der, keep=False)
         except TrustError as fault:
             code = Refusal.REVOKED if isinstance(fault, Revoked) else Refusal.BAD_CERTIFICATE
             raise Refused(code, str(fault)) from None

@@ -100,6 +100,11 @@ class Loop:
         """Run when it is its turn: something that takes long, a few of which are done in each turn."""
         self._long.append(call)
 
+    @property
+    def line(self) -> int:
+        """How many stand in line."""
+        return len(self._long)
+
     def after(self, seconds: float, call: Callable[[], None]) -> Timer:
         """Run in about so many seconds."""
         timer = Timer(self, call)

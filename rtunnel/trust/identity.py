@@ -225,17 +225,18 @@ class Roots:
                 return True
         return False
 
-    def verify(self, der: bytes, now: Callable[[], float] = time.time) -> Identity:
+    def verify(self, der: bytes, now: Callable[[], float] = time.time, *, keep: bool = True) -> Identity:
         """Whose certificate this is: of a CA in force, of this time, not revoked. Raises TrustError (also Revoked).
 
-        The signature of one that was seen before is not computed again.
+        The signature of one that was seen before is not computed again. `keep` False: it is not expected again soon.
         """
         identity = self._known.get(der)
         if identity is None:
             identity = self._check(der)
-            if len(self._known) >= _REMEMBERED:
-                self._known.clear()
-            self._known[der] = identity
+            if keep:
+                if len(self._known) >= _REMEMBERED:
+                    self._known.clear()
+                self._known[der] = identity
         moment = now()
         if moment >= identity.ends:
             raise TrustError(f"the certificate of {identity.subject} has expired")

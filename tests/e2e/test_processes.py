@@ -323,5 +323,7 @@ def test_demo_tells_its_story(tmp_path: Path) -> None:
 
 
 def test_demo_ends_with_0() -> None:
-    """`rtunnel demo`: exit status 0, and says so."""
-    assert "all of it worked" in rtunnel("demo")
+    """`rtunnel demo`: exit status 0, and says so; the brokers themselves refused the impostor."""
+    story = rtunnel("demo")
+    assert "all of it worked" in story
+    assert "refused: the broker does not accept this agent's certificate" in story

@@ -32,20 +32,25 @@ from rtunnel import config, roles
 from rtunnel.cli import cli
 from rtunnel.config import KEYS, Config, parse_endpoint, parse_range
 from rtunnel.trust import pki
+from rtunnel_authority.server import MAX_CONNECTIONS
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 FOLDERS = ("centre", "agent", "redis-example")
+#: The authority is the fourth: it has no secrets to be given, and nothing to drain.
 ROLES = ("broker", "agent", "gateway")
+ALL = (*ROLES, "authority")
 #: The oldest that docs/deploy.md names, and the newest that the package knows.
 VERSIONS = ("1.30", kubernetes_validate.latest_version())
-#: Between the end of a drain and the kill: a broker still has its tuples to take back.
 #: What a role writes, by the variables of its unit.
 STATE = {
     "broker": {"RTUNNEL_BROKER_TRUST": "%S/rtunnel-broker/trust.list"},
     "agent": {"RTUNNEL_AGENT_IDENTITY": "%S/rtunnel-agent"},
+    "gateway": {"RTUNNEL_GATEWAY_TRUST": "%S/rtunnel-gateway/trust.list"},
+    "authority": {"RTUNNEL_AUTHORITY_DIRECTORY": "%S/rtunnel-authority/pki"},
 }
+#: Between the end of a drain and the kill: a broker still has its tuples to take back.
 MARGIN = {"broker": 30.0, "agent": 15.0, "gateway": 15.0}
 #: What `kubectl create secret` and the downward API would give.
 SECRETS = {("rtunnel-registry", "url"): "redis://:secret@rtunnel-redis:6379/0"}
@@ -131,7 +136,7 @@ class Workload:
     def environ(self) -> dict[str, str]:
         """The container's variables, with the sample values above."""
         found = {}
-        for entry in self.container["env"]:
+        for entry in self.container.get("env", []):
             source = entry["valueFrom"]
             if field := source.get("fieldRef"):
                 found[entry["name"]] = FIELDS[field["fieldPath"]]
@@ -269,12 +274,14 @@ def test_pods_are_hardened(folder: str) -> None:
         paths = [volume["hostPath"]["path"] for volume in pod["volumes"] if "hostPath" in volume]
         assert paths == (["/var/lib/rtunnel"] if each.name == "rtunnel-agent" else [])
         for made in pod.get("initContainers", []):
-            # Root for as long as it takes to give a folder away.
-            assert made["command"][-1] == "/var/lib/rtunnel/agent" and made["command"][0] == "install"
             assert made["image"] == each.container["image"]
-            assert made["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["CHOWN", "FOWNER"]}
-            assert made["securityContext"]["allowPrivilegeEscalation"] is False
-            assert made["securityContext"]["readOnlyRootFilesystem"] is True
+            if each.name == "rtunnel-agent":  # root for as long as it takes to give a folder away
+                assert made["command"][-1] == "/var/lib/rtunnel/agent" and made["command"][0] == "install"
+                assert made["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["CHOWN", "FOWNER"]}
+                assert made["securityContext"]["allowPrivilegeEscalation"] is False
+                assert made["securityContext"]["readOnlyRootFilesystem"] is True
+            else:
+                assert made["securityContext"] == inside
         for volume in pod["volumes"]:
             assert volume.get("secret", {"defaultMode": 0o440})["defaultMode"] == 0o440
         assert {"requests", "limits"} <= set(each.container["resources"])
@@ -283,7 +290,7 @@ def test_pods_are_hardened(folder: str) -> None:
 # --- Kubernetes: manifests and configuration --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", ALL)
 def test_a_pod_could_start(role: str, tmp_path: Path, secrets: Path) -> None:
     """The ConfigMap's file, the manifest's variables and the Secrets of `pki init` are all that a role needs."""
     pod = workload(role)
@@ -295,7 +302,7 @@ def test_a_pod_could_start(role: str, tmp_path: Path, secrets: Path) -> None:
     assert roles.check(load(text, tmp_path, pod.environ), role) == []
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", ALL)
 def test_secrets_are_mounted_where_the_file_says(role: str, tmp_path: Path) -> None:
     """The files that the configuration names are the Secret's files: no one less, and no one more."""
     pod = workload(role)
@@ -305,7 +312,7 @@ def test_secrets_are_mounted_where_the_file_says(role: str, tmp_path: Path) -> N
         path: volume["secret"]["secretName"] for path, (volume, _) in pod.mounted().items() if "secret" in volume
     }
     assert set(mounted) == named
-    assert set(mounted.values()) == {f"rtunnel-{role}"}
+    assert set(mounted.values()) == ({f"rtunnel-{role}"} if role in ROLES else set())
 
 
 def _files(loaded: Config, role: str) -> Iterator[tuple[str, str]]:
@@ -322,7 +329,7 @@ def _files(loaded: Config, role: str) -> Iterator[tuple[str, str]]:
             yield name, value
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", ALL)
 def test_probes_ask_the_admin_address(role: str, tmp_path: Path) -> None:
     """Every probe asks a path that exists, at the port and on the address where the role listens."""
     pod = workload(role)
@@ -374,9 +381,13 @@ def test_services_lead_to_ports_that_listen(tmp_path: Path) -> None:
             name = service["metadata"]["name"]
             assert pods[name].ports[port["targetPort"]] == port["port"]
             seen[name] = port["port"]
-    for role in ("broker", "gateway"):
+    for role in ("broker", "gateway", "authority"):
         loaded = load(toml_in_pod(role), tmp_path, workload(role).environ)
-        assert parse_endpoint(getattr(loaded, role).listen) == ("0.0.0.0", seen.pop(f"rtunnel-{role}"))
+        assert parse_endpoint(getattr(loaded, role).listen) == ("0.0.0.0", seen[f"rtunnel-{role}"])
+        if role != "authority":
+            host, port = parse_endpoint(getattr(loaded, role).authority)
+            assert (host, port) == ("rtunnel-authority", seen[host])
+    seen = {name: port for name, port in seen.items() if name.removeprefix("rtunnel-") not in ALL}
     redis = next(iter(SECRETS.values())).rpartition("@")[2]
     assert seen == {"rtunnel-redis": int(redis.partition(":")[2].partition("/")[0])}
 
@@ -429,6 +440,34 @@ def test_policies_open_redis_to_brokers_and_gateways() -> None:
     (rule,) = policies()["rtunnel-redis"]["ingress"]
     assert rule["from"] == [{"podSelector": {"matchLabels": workload(role).labels}} for role in ("broker", "gateway")]
     assert [port["port"] for port in rule["ports"]] == list(workload("redis").ports.values())
+
+
+def test_the_authority_is_alone_and_hears_brokers_and_gateways(tmp_path: Path) -> None:
+    """One pod, never two, on a volume that outlives it; its port is open to who asks it, and to nobody else."""
+    pod = workload("authority")
+    assert pod.manifest["spec"]["replicas"] == 1
+    assert pod.manifest["spec"]["strategy"] == {"type": "Recreate"}
+    directory = load(toml_in_pod("authority"), tmp_path, {}).authority.directory
+    (claim,) = [volume for volume in pod.pod["volumes"] if "persistentVolumeClaim" in volume]
+    (mount,) = [mount for mount in pod.container["volumeMounts"] if mount["name"] == claim["name"]]
+    assert Path(directory).parent == Path(mount["mountPath"])
+    (made,) = of_kind("centre", "PersistentVolumeClaim")
+    assert claim["persistentVolumeClaim"]["claimName"] == made["metadata"]["name"]
+    (rule,) = policies()["rtunnel-authority"]["ingress"]
+    assert rule["from"] == [{"podSelector": {"matchLabels": workload(role).labels}} for role in ("broker", "gateway")]
+    assert [port["port"] for port in rule["ports"]] == [pod.ports["ask"]]
+
+
+def test_the_authority_makes_its_directory_once(tmp_path: Path) -> None:
+    """The init container's command, run here: it makes the directory, and the second time nothing."""
+    (init,) = workload("authority").pod["initContainers"]
+    (directory,) = set(re.findall(r"/var/lib/rtunnel/\S+", init["command"][-1]))
+    words = [word.replace(directory, str(tmp_path / "pki")) for word in init["command"]]
+    environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(words, check=True, capture_output=True, env=environ)
+    key = (tmp_path / "pki" / "ca.key").read_bytes()
+    subprocess.run(words, check=True, capture_output=True, env=environ)
+    assert (tmp_path / "pki" / "ca.key").read_bytes() == key
 
 
 def test_agents_run_everywhere() -> None:
@@ -536,7 +575,7 @@ def example(role: str) -> str:
     return (DEPLOY / "config" / f"{role}.toml").read_text()
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", ALL)
 def test_units_run_their_role(role: str) -> None:
     """ExecStart is a command of the CLI with the file that this page installs."""
     program, *words = service(role, "ExecStart").split()
@@ -566,12 +605,13 @@ def test_units_have_descriptors() -> None:
     assert limits["broker"] > 2 * defaults.broker.max_sessions + 2 * defaults.broker.max_handshakes + 500_000
     assert limits["gateway"] > 2 * defaults.gateway.max_clients + 96
     assert limits["agent"] >= 65536
+    assert int(service("authority", "LimitNOFILE")) > 2 * MAX_CONNECTIONS
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", ALL)
 def test_units_hand_over_the_secrets(role: str, tmp_path: Path) -> None:
     """Each file of the configuration is a credential, and the variable of its key points to it."""
-    credentials = dict(value.split(":", 1) for value in unit(role)["Service"]["LoadCredential"])
+    credentials = dict(value.split(":", 1) for value in unit(role)["Service"].get("LoadCredential", []))
     variables = dict(value.split("=", 1) for value in unit(role)["Service"]["Environment"])
     expected = {}
     for key, path in _files(load(example(role), tmp_path, {}), role):
@@ -585,7 +625,7 @@ def test_units_hand_over_the_secrets(role: str, tmp_path: Path) -> None:
     assert unit(role)["Service"].get("StateDirectoryMode", []) == ["0700"] * bool(STATE.get(role))
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", ALL)
 def test_units_are_hardened(role: str) -> None:
     """No user of its own on the machine, no capability, nothing to write but the role's own folder."""
     wanted = {
@@ -608,7 +648,7 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     program = tmp_path / "rtunnel"
     program.touch(mode=0o755)
     copies = []
-    for role in ROLES:
+    for role in ALL:
         source = DEPLOY / "systemd" / f"rtunnel-{role}.service"
         copy = tmp_path / source.name
         copy.write_text(source.read_text().replace("/opt/rtunnel/bin/rtunnel", str(program)))
@@ -618,12 +658,20 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     assert complaints == []
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", ALL)
 def test_examples_could_start(role: str, tmp_path: Path, secrets: Path) -> None:
     """deploy/config/*.toml beside the folder of `pki init` is all that a role needs, with nothing to warn of."""
     assert secrets == tmp_path / "pki"
     shutil.copy(DEPLOY / "config" / "policy.toml", tmp_path)
-    assert roles.check(load(example(role), tmp_path, {}), role) == []
+    text = example(role).replace("/var/lib/rtunnel-authority/pki", str(secrets))
+    assert roles.check(load(text, tmp_path, {}), role) == []
+
+
+def test_examples_name_one_authority(tmp_path: Path) -> None:
+    """Brokers and gateways ask where the authority listens."""
+    listen = load(example("authority"), tmp_path, {}).authority.listen
+    assert load(example("broker"), tmp_path, {}).broker.authority == listen
+    assert load(example("gateway"), tmp_path, {}).gateway.authority == listen
 
 
 # --- the image --------------------------------------------------------------------------------------------
@@ -669,7 +717,7 @@ def test_the_image_runs_rtunnel_without_root() -> None:
 
 def test_manifests_run_this_version() -> None:
     """The image's tag is the version of this source, in manifests and page."""
-    images = {workload(role).container["image"] for role in ROLES}
+    images = {workload(role).container["image"] for role in ALL}
     assert images == {f"registry.example/rtunnel:{rtunnel.__version__}"}
     page = (ROOT / "docs" / "deploy.md").read_text()
     assert set(re.findall(r"registry\.example/rtunnel:[\w.]+", page)) == images
