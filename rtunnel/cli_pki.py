@@ -280,7 +280,7 @@ def request(kind: str, name: str, namespace: str, addresses: tuple[str, ...], in
             if kind == "agent"
             else certificates.broker_request(key, name)
         )
-        what = f"the request: for `rtunnel pki issue {kind} {name}`"
+        what = f"the request: for `rtunnel pki issue {kind} {name} --csr {name}.csr`"
         files = [
             (f"{name}.key", SECRET, certificates.key_pem(key), "the key: it stays here"),
             (f"{name}.csr", PUBLIC, certificates.pem(made), what),
