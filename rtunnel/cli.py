@@ -34,9 +34,10 @@ _EXAMPLES = """
 Examples:
   rtunnel demo                                 all parts on this machine, to look at
   rtunnel pki init ./pki                       keys and certificates of a new cluster
-  rtunnel authority --directory ./pki          gives agents certificates, for tokens of `rtunnel pki token create`
+  rtunnel authority --directory ./pki          gives agents certificates, and says what is revoked
   rtunnel broker --config /etc/rtunnel.toml
-  rtunnel agent --brokers vip.example:7000 --exposes 9100 --ca ca.pem --join-token join.token
+  rtunnel pki token create --dir ./pki --cidr 10.1.0.7/32 > host-7.token
+  rtunnel agent --brokers vip.example:7000 --exposes 9100 --ca ca.pem --identity host-7 --join-token host-7.token
   rtunnel gateway --listen 0.0.0.0:1080 --registry-url redis://10.0.0.5/0 --key gateway.key --ca ca.pem
   rtunnel user add alice --file users
   rtunnel policy test --file policy.toml --user alice --from 10.9.0.4 10.1.0.7:22
@@ -157,7 +158,7 @@ def _role_command(name: str) -> click.Command:
 
 
 def _standalone(config_file: Path | None, **values: Any) -> None:
-    """Broker and gateway in one process, on one registry (in memory unless another is given)."""
+    """Broker and gateway in one process, which needs no Redis."""
     with told():
         parts = [roles.find_role(name) for name in ("broker", "gateway")]
         sys.exit(roles.run(parts, _load(config_file, values, prefixed=True), name="standalone"))
@@ -245,9 +246,9 @@ def policy_test(
     as_json: bool,
     config_file: Path | None,
 ) -> None:
-    """Say whether a client may reach IP:PORT, and the rule that decides it. Exit code 0: yes, 1: no.
+    """Say whether a client may reach IP:PORT, and why.
 
-    Whether an agent exposes that port is another question: `rtunnel resolve`.
+    Exit code 0: yes, 1: no. Whether an agent exposes that port is another question: `rtunnel resolve`.
     """
     with told():
         gateway = config.load(config_file, os.environ, {}).gateway
@@ -311,9 +312,10 @@ def _users_file(file: Path | None, config_file: Path | None) -> Path:
 @click.argument("name")
 @_file_option("gateway.users")
 def user_add(name: str, file: Path | None, config_file: Path | None) -> None:
-    """Add user NAME, or give NAME another password; it is asked for, or the first line of stdin.
+    """Add user NAME, or give NAME another password.
 
-    Gateways see it within seconds. Another password ends the streams that were opened with the old one.
+    The password is asked for, or is the first line of stdin. Gateways see it within seconds. Another password ends the
+    streams that were opened with the old one.
     """
     with told():
         path = _users_file(file, config_file)
@@ -386,7 +388,10 @@ def _open_registry(config_file: Path | None, values: Mapping[str, Any]) -> Itera
 @click.argument("target", metavar="IP[:PORT]")
 @click.option("--namespace", default="default", show_default=True, help="Of the agent.")
 def resolve(target: str, namespace: str, config_file: Path | None, as_json: bool, **values: Any) -> None:
-    """Show the tuples through which IP[:PORT] is reached; exit code 1 when there are none."""
+    """Show the tuples through which IP[:PORT] is reached.
+
+    Exit code 1 when there are none.
+    """
     ip, port = _parse_target(target)
     with _open_registry(config_file, values) as registry:
         states = {node.node: node.state for node in registry.nodes()}
@@ -477,7 +482,10 @@ class _Agent(msgspec.Struct):
 @_registry_options
 @click.option("--all", "everything", is_flag=True, help=f"Show all agents, not only {SHOWN_AGENTS}.")
 def status(everything: bool, config_file: Path | None, as_json: bool, **values: Any) -> None:
-    """Show the nodes, and the agents with their sessions; those with the fewest nodes and hosts first."""
+    """Show the nodes, and the agents with their sessions.
+
+    Agents with the fewest nodes and hosts come first.
+    """
     with _open_registry(config_file, values) as registry:
         snapshot = registry.snapshot()
         url = registry.url

@@ -72,12 +72,11 @@ _csr = click.option(
     "--csr", type=click.Path(path_type=Path, dir_okay=False), help="A request of `pki request`: the key stays there."
 )
 _into = click.option("--into", type=_FOLDER, help="Where the files go; default: the authority's directory.")
-_force = click.option("--force", is_flag=True, help="Also when that looks wrong.")
 
 
 @click.group("pki")
 def pki_group() -> None:
-    """Make keys, certificates and tokens; revoke them; replace the CA."""
+    """Make keys, certificates and tokens, and revoke them."""
 
 
 @pki_group.command("init")
@@ -85,11 +84,10 @@ def pki_group() -> None:
 @_names
 @_ips
 def init(directory: Path, names: tuple[str, ...], ips: tuple[str, ...]) -> None:
-    """Make a CA, a broker certificate, the cluster's and a gateway's key, and a join token in DIRECTORY.
+    """Make what a new cluster needs, in DIRECTORY.
 
-    Nothing is overwritten.
-
-    Names and addresses are needed only where agents are given another `server_name` than broker.rtunnel.
+    That is a CA, a certificate for brokers, the cluster's and a gateway's key, and a shared token. Nothing is
+    overwritten. Names and addresses are needed only where agents are given another `server_name` than broker.rtunnel.
     """
     with told():
         _show_made(pki.init(directory, names=names, ips=ips))
@@ -98,9 +96,10 @@ def init(directory: Path, names: tuple[str, ...], ips: tuple[str, ...]) -> None:
 @pki_group.command("shared-token")
 @click.option("--id", "token_id", default="", help="Its name in files and logs; random by default.")
 def shared_token(token_id: str) -> None:
-    """Print a join token for brokers without an authority (`broker.join_token`).
+    """Print a token for trying out without an authority.
 
-    Add the line to the brokers' file, and give it to agents in a file of its own. Who has it may claim any address.
+    Add the line to the brokers' file (`broker.join_token`), and give it to agents in a file of its own. Who has it may
+    claim any address.
     """
     click.echo(_new_token(token_id).line())
 
@@ -110,7 +109,7 @@ def shared_token(token_id: str) -> None:
 
 @pki_group.group("token")
 def token_group() -> None:
-    """Join tokens: with one an agent gets its first certificate from the authority."""
+    """Tokens, for which agents get their first certificate."""
 
 
 @token_group.command("create")
@@ -132,7 +131,10 @@ def token_create(
     networks: tuple[str, ...],
     cert_lifetime: int,
 ) -> None:
-    """Make a token and print it, once: give the line to the agent in a file."""
+    """Make a token and print it, once.
+
+    Give the agent the line in a file (`agent.join_token`): with it the agent gets its first certificate.
+    """
     token = _new_token(token_id)
     ends = int(time.time()) + lifetime
     record = TokenRecord(token.id, token.secret, namespace, networks, uses, 0, ends, cert_lifetime)
@@ -226,7 +228,8 @@ def issue_agent(
 ) -> None:
     """Make a certificate for agent NAME: NAME.pem and NAME.key.
 
-    Agents with a join token get theirs from the authority. One of this kind renews itself there too, for as long again.
+    Agents with a token get theirs from the authority. This one is for `agent.certificate` and `agent.key`, and nobody
+    renews it; as agent.pem and agent.key in the agent's `identity` folder it is renewed like the others.
     """
     with told():
         key = None
@@ -248,9 +251,10 @@ def issue_agent(
 @_dir
 @click.argument("name")
 def issue_gateway(directory: Path, name: str) -> None:
-    """Make a key for gateway NAME from the cluster key in the directory: NAME.key. Every gateway has its own.
+    """Make a key for gateway NAME: NAME.key.
 
-    Brokers need not be told. `pki revoke gateway/KEY_ID` takes it back.
+    Every gateway has its own, from the cluster key in the directory; brokers need not be told. `pki revoke
+    gateway/KEY_ID` takes it back.
     """
     with told():
         _show_made(pki.issue_gateway(directory, _word(name)))
@@ -263,9 +267,10 @@ def issue_gateway(directory: Path, name: str) -> None:
 @click.option("--address", "addresses", type=_IP, multiple=True, help="That the agent answers for; repeatable.")
 @click.option("--into", type=_FOLDER, default=".", help="The folder; default: this one.")
 def request(kind: str, name: str, namespace: str, addresses: tuple[str, ...], into: Path) -> None:
-    """Make a key and a request for a certificate, NAME.key and NAME.csr, on the host that will use them.
+    """Make a key, and a request for its certificate.
 
-    Take NAME.csr to the authority's directory, and bring back the certificate: `pki issue KIND NAME --csr NAME.csr`.
+    They are NAME.key and NAME.csr. The key stays here, on the host that will use it. Take NAME.csr to the authority's
+    directory, and bring back the certificate: `pki issue KIND NAME --csr NAME.csr`.
     """
     with told():
         pki.check_file_name(_word(name))
@@ -275,7 +280,7 @@ def request(kind: str, name: str, namespace: str, addresses: tuple[str, ...], in
             if kind == "agent"
             else certificates.broker_request(key, name)
         )
-        what = f"the request: for `rtunnel pki issue {kind} {name}`"
+        what = f"the request: for `rtunnel pki issue {kind} {name} --csr {name}.csr`"
         files = [
             (f"{name}.key", SECRET, certificates.key_pem(key), "the key: it stays here"),
             (f"{name}.csr", PUBLIC, certificates.pem(made), what),
@@ -318,11 +323,12 @@ def _word(name: str) -> str:
 @pki_group.command("revoke")
 @_dir
 @click.argument("subject")
-@_force
+@click.option("--force", is_flag=True, help="Also when nothing is known that was issued to it.")
 def revoke(directory: Path, subject: str, force: bool) -> None:
-    """Make void what SUBJECT has: agent/NAMESPACE/ID (or NAMESPACE/ID), broker/NAME, gateway/KEY_ID.
+    """Make void what SUBJECT has.
 
-    Brokers and gateways that follow the authority end its sessions and streams within 5 seconds.
+    SUBJECT is agent/NAMESPACE/ID (or NAMESPACE/ID), broker/NAME or gateway/KEY_ID. Brokers and gateways that follow the
+    authority end its sessions and streams within 5 seconds.
     """
     subject = _subject(subject)
     with _changing(directory) as opened:
@@ -377,7 +383,10 @@ _ROLES = {
 @_dir
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 def export(directory: Path, file: Path) -> None:
-    """Write the signed trust list to FILE: for brokers and gateways that can't reach the authority (key `trust`)."""
+    """Write the signed trust list to FILE.
+
+    It is for brokers and gateways that can't reach the authority (key `trust`).
+    """
     with told(), open_directory(directory) as opened:
         replace(file, PUBLIC, opened.signed)
         click.echo(f"{file}: trust list {opened.number}")
@@ -385,7 +394,7 @@ def export(directory: Path, file: Path) -> None:
 
 @pki_group.group("rotate")
 def rotate_group() -> None:
-    """Replace the CA in three steps, with two CAs side by side meanwhile."""
+    """Replace the CA, in three steps: start, switch, finish."""
 
 
 @rotate_group.command("start")
@@ -419,7 +428,7 @@ def rotate_switch(directory: Path) -> None:
 
 @rotate_group.command("finish")
 @_dir
-@_force
+@click.option("--force", is_flag=True, help="Also while its certificates are in use: those are void then.")
 def rotate_finish(directory: Path, force: bool) -> None:
     """Let nobody trust the old CA. Refused while certificates of the old one are in use, unless --force."""
     with _changing(directory) as opened:

@@ -1125,8 +1125,9 @@ def _broker_needs(config: Config) -> list[Problem]:
     if config.broker.security == "plain":
         problems += _need(config, "broker.join_token", "a plain link carries no certificates", _PKI)
     elif not config.broker.ca:
-        fix = "give ca for certificates, or join_token for shared tokens; " + _PKI
-        problems += _need(config, "broker.join_token", "and no broker.ca: no agent could join", fix)
+        fix = "give ca for agents with certificates, or join_token for shared tokens; " + _PKI
+        if not config.broker.join_token:
+            problems += _need(config, "broker.ca", "and neither is broker.join_token: no agent could join", fix)
     for key, what in (("security", "links use"), ("dial_security", "guarded ports use")):
         if getattr(config.broker, key) == "tls":
             problems += _need(config, "broker.certificate", f"{what} TLS", _PKI)
@@ -1145,7 +1146,7 @@ def _agent_needs(config: Config) -> list[Problem]:
         why = f"there is no certificate in {agent.identity}"
         problems += _need(config, "agent.join_token", why, "`rtunnel pki token create` makes one")
     elif not (agent.certificate or agent.identity):
-        fix = "give identity and a token of `rtunnel pki token create`, or the cluster's join.token file"
+        fix = "give identity and, as join_token, a token of `rtunnel pki token create`"
         problems += _need(config, "agent.join_token", "brokers ask for a certificate or a token", fix)
     if agent.security == "tls" or agent.identity:
         problems += _need(config, "agent.ca", "brokers and certificates are known by it", "the cluster's ca.pem file")

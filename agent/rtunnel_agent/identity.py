@@ -227,9 +227,15 @@ class Credentials:
         wanted = f"agent/{self._config.namespace}/{self._agent_id}"
         missing = [address for address in self._addresses if address not in identity.who.addresses]
         if identity.who.subject != wanted:
-            raise TrustError(f"{self._pair[0]}: is the certificate of {identity.who.subject}, and this is {wanted}")
+            raise TrustError(
+                f"{self._pair[0]}: is the certificate of {identity.who.subject}, and this is {wanted} (agent.agent_id)"
+            )
         if missing:
-            raise TrustError(f"{self._pair[0]}: has not the address {missing[0]} of this agent")
+            has = ", ".join(sorted(identity.who.addresses))
+            raise TrustError(
+                f"{self._pair[0]}: has not the address {missing[0]} of this agent, but {has}: "
+                "change agent.addresses, or have another certificate made"
+            )
 
     def _put(self, identity: AgentIdentity) -> None:
         self._check(identity)

@@ -42,7 +42,9 @@ def write_new(directory: Path, files: Sequence[tuple[str, int, bytes, str]]) -> 
             with suppress(OSError):
                 step()
         if isinstance(fault, FileExistsError):
-            raise TrustError(f"{fault.filename}: exists, and is not overwritten: use another directory") from None
+            raise TrustError(
+                f"{fault.filename}: exists, and is not overwritten: use another directory or name"
+            ) from None
         raise TrustError(f"{fault.filename or directory}: can't be written: {fault.strerror}") from None
     return [Made(directory / name, what) for name, _, _, what in files]
 

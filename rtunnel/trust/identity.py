@@ -167,6 +167,8 @@ class Roots:
         self.revoked: dict[str, int] = {}
         self._cas: list[x509.Certificate] = []
         self._known: dict[bytes, Identity] = {}
+        if b"-----BEGIN CERTIFICATE-----" not in pem:  # the library would say less, in more words
+            raise TrustError(f"{where}: has no PEM certificate: give the cluster's ca.pem")
         try:
             self._put(_usable(x509.load_pem_x509_certificates(pem)))
         except UNREADABLE as fault:

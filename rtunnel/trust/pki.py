@@ -52,7 +52,7 @@ def init(directory: Path, *, names: Sequence[str] = (), ips: Sequence[str] = ())
             ("broker.key", SECRET, key_pem(key), "its key, for brokers"),
             ("cluster.key", SECRET, _text(keys.cluster_key_line(cluster_key)), "for brokers: makes gateways' keys"),
             _gateway_file("gateway", cluster_key),
-            ("join.token", SECRET, _text(keys.new_token().line()), "for brokers and agents: lets agents join"),
+            ("join.token", SECRET, _text(keys.new_token().line()), "shared token, for trying out without an authority"),
         ],
     )  # fmt: skip
 
@@ -304,7 +304,11 @@ class Directory:
         """Certificates come from the new CA; the old one is in force still."""
         coming = self.ca("next")
         if coming is None:
-            reason = "is not over: `rotate finish` comes next" if self.ca("old") else "was not started: `rotate start`"
+            reason = (
+                "is not over: `rotate finish` comes next"
+                if self.ca("old")
+                else "was not started: `rotate start` comes first"
+            )
             raise TrustError(f"the rotation {reason}")
         self._give_role(self._issuing, "old")
         self._give_role(coming, "issuing")

@@ -94,7 +94,8 @@ class Store:
             with path.open("r+b"):
                 pass
         except OSError as fault:
-            raise TrustError(f"{path}: can't be opened: {fault.strerror} (`rtunnel pki init` makes one)") from None
+            fix = "`rtunnel pki init` makes one; name its directory with --dir, or authority.directory"
+            raise TrustError(f"{path}: can't be opened: {fault.strerror} ({fix})") from None
         self._db = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
         try:
             with self._told():

@@ -427,7 +427,7 @@ def test_a_complete_configuration_starts(tmp_path: Path, role: str) -> None:
 @pytest.mark.parametrize(
     ("role", "keys"),
     [
-        ("broker", ["broker.cluster_key", "broker.join_token", "broker.certificate", "broker.key"]),
+        ("broker", ["broker.cluster_key", "broker.ca", "broker.certificate", "broker.key"]),
         ("agent", ["agent.brokers", "agent.join_token", "agent.ca"]),
         ("gateway", ["gateway.key", "gateway.ca", "registry.url"]),
         ("authority", ["authority.directory"]),
@@ -435,7 +435,7 @@ def test_a_complete_configuration_starts(tmp_path: Path, role: str) -> None:
             "standalone",
             [
                 "broker.cluster_key",
-                "broker.join_token",
+                "broker.ca",
                 "broker.certificate",
                 "broker.key",
                 "gateway.key",
@@ -543,7 +543,7 @@ def test_dials_over_tls_need_certificates(tmp_path: Path) -> None:
 
 def test_an_agents_certificate_has_a_key(tmp_path: Path) -> None:
     """One without the other is told."""
-    with pytest.raises(ConfigError, match=r"agent\.key: is not given: agent\.certificate is"):
+    with pytest.raises(ConfigError, match=r"agent\.key: is not given, and agent\.certificate is"):
         config.check_role(configured(tmp_path, "agent", agent__key=""), "agent")
 
 

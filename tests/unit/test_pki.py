@@ -58,6 +58,7 @@ def roots_of(directory: Path) -> Roots:
         ("issue",),
         ("issue", "broker"),
         ("issue", "agent"),
+        ("issue", "gateway"),
         ("request",),
         ("list",),
         ("revoke",),
@@ -77,7 +78,7 @@ def test_every_command_explains_itself(command: tuple[str, ...]) -> None:
     for word in ("pki", *command):
         assert isinstance(here, click.Group)
         here = here.commands[word]
-    assert here.help and here.help.split()[:8] == result.output.split("\n\n")[1].split()[:8]
+    assert here.help and here.help.split("\n\n")[0].split()[:8] == result.output.split("\n\n")[1].split()[:8]
     assert all(option.help for option in here.params if isinstance(option, click.Option))
 
 
