@@ -6,6 +6,7 @@ redials at once from a new source port. One slot dials at a time, so that what t
 
 from __future__ import annotations
 
+import math
 import random
 import ssl
 import time
@@ -176,11 +177,17 @@ class Agent:
     # The same, arrived in trio's thread.
 
     def _settle(self, session: AgentSession, outcome: Outcome) -> None:
+        if self.credentials.is_void(session.certificate):
+            self._leave_revoked_broker(session)
+            return
         watch = self._watches[session]
         if session.hello.exposes != self.targets.exposed.ports:  # they changed meanwhile
             self.bridge.relay.call(lambda: session.expose(self.targets.exposed.ports))
         watch.outcome = outcome
         watch.settled.set()
+
+    def _leave_revoked_broker(self, session: AgentSession) -> None:
+        self.bridge.relay.call(lambda: session.end("the broker's certificate is revoked"))
 
     def _gone(self, session: AgentSession, outcome: Outcome) -> None:
         watch = self._watches.pop(session, None)
@@ -209,6 +216,7 @@ class Agent:
                 for slot in self.slots:
                     nursery.start_soon(self._keep, slot)
                 nursery.start_soon(self._leave_draining_nodes)
+                nursery.start_soon(self._leave_revoked_brokers)
                 nursery.start_soon(self.credentials.run)
                 if self._whole.file:
                     nursery.start_soon(watch, [self._watched_file()], self._log)
@@ -481,6 +489,15 @@ class Agent:
         ended = await self.bridge.run(put)
         said: dict[str, object] = {"exposes": self.config.exposes, "streams_ended": ended}
         return said | {"needs_restart": others} if others else said
+
+    # Revoked brokers.
+
+    async def _leave_revoked_brokers(self) -> None:
+        while True:
+            await self.credentials.changed(math.inf)
+            for session in list(self._watches):
+                if self.credentials.is_void(session.certificate):
+                    self._leave_revoked_broker(session)
 
     # Drain.
 

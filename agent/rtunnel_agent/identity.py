@@ -130,6 +130,10 @@ class Credentials:
             return ""
         return f"{fault}; {self.failure}" if self.failure else fault
 
+    def is_void(self, certificate: bytes | None) -> bool:
+        """Whether a broker's certificate is revoked."""
+        return self._roots is not None and self._roots.is_void(certificate)
+
     def revoked(self) -> None:
         """A broker has said that the certificate is. Whoever means it to come back gives it another token."""
         self._revoked = True
@@ -138,7 +142,7 @@ class Credentials:
         """A trust list came, from whoever it may be."""
         if self._roots is None:
             return  # nobody is known by certificate here
-        generation = self._roots.generation
+        cas = self._roots.pem
         try:
             if not self._roots.take(signed):
                 return
@@ -148,7 +152,7 @@ class Credentials:
             return
         if self._directory is not None:
             self._keep(self._directory / "trust.list", signed)
-        if self._roots.generation > generation and self.identity is not None:
+        if self._roots.pem != cas and self.identity is not None:
             life = self.identity.who.ends - self.identity.who.issued
             soon = random.uniform(0, min(CA_SPREAD, life / 6))  # noqa: S311
             self._renew_at = min(self._renew_at, time.time() + soon)

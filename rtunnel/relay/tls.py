@@ -86,6 +86,11 @@ class TlsSocket(socket.socket):
         self._fault: OSError | None = None
         self._timer: Timer | None = None
 
+    @property
+    def certificate(self) -> bytes | None:
+        """The peer's, DER, when the handshake is done and it showed one."""
+        return self._tls.getpeercert(binary_form=True)
+
     # The handshake.
 
     def handshake(self) -> bool:

@@ -66,7 +66,7 @@ def _first_store(ca: Ca, broker: x509.Certificate) -> bytes:
         with store.change():
             store.put_ca(record)
             _record(store, broker, record.number)
-            _publish(store, [record], [ca], time.time(), other_cas=True)
+            _publish(store, [record], [ca], time.time(), for_agents=True)
         store.close()
         return path.read_bytes()
 
@@ -282,7 +282,7 @@ class Directory:
             raise TrustError(f"nothing that is valid was issued to {subject} (`rtunnel pki list` shows what was)")
         until = max(item.ends for item in void) if void else None
         self.store.revoke(subject, max([now, *(item.issued for item in known)]), until)
-        self.publish()
+        self.publish(for_agents=subject.startswith("broker/"))
         return void
 
     # The way from one CA to the next. Inside of `change`.
@@ -340,12 +340,12 @@ class Directory:
 
     def _handed_over(self) -> None:
         self._load()
-        self.publish(other_cas=True)
+        self.publish(for_agents=True)
         replace(self.path / CA_FILE, PUBLIC, self.pem)
 
-    def publish(self, *, other_cas: bool = False) -> None:
+    def publish(self, *, for_agents: bool = False) -> None:
         """Make a new trust list of what is there. Inside of `change`."""
-        _publish(self.store, self.cas, list(self._signers.values()), self.now(), other_cas=other_cas)
+        _publish(self.store, self.cas, list(self._signers.values()), self.now(), for_agents=for_agents)
         self._load()
 
 
@@ -359,13 +359,13 @@ def open_directory(path: Path) -> Iterator[Directory]:
         directory.close()
 
 
-def _publish(store: Store, cas: Sequence[CaRecord], signers: Sequence[Ca], now: float, *, other_cas: bool) -> None:
+def _publish(store: Store, cas: Sequence[CaRecord], signers: Sequence[Ca], now: float, *, for_agents: bool) -> None:
     number, generation, _ = store.trust_list()
     # Numbers are times: also after the store was restored from a backup the next list is newer than all before it.
     number = max(number + 1, int(now))
     content = TrustList(
         number=number,
-        generation=number if other_cas else generation,
+        generation=number if for_agents else generation,
         cas=[record.certificate for record in _in_force(cas)],
         revoked=store.revocations(now),
     )
