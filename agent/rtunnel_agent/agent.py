@@ -285,6 +285,7 @@ class Agent:
     def _fill(self, slot: Slot, session: AgentSession) -> None:
         welcome = session.welcome
         assert welcome is not None
+        self.credentials.accepted()
         slot.session = session
         slot.reason = slot.told = ""
         slot.since = time.time()
