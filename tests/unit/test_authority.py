@@ -309,6 +309,18 @@ def test_an_expired_agent_needs_a_token(made: Path) -> None:
     assert who(fresh).ends == clock.now + DAY
 
 
+def test_who_proves_nothing_locks_nothing(made: Path) -> None:
+    """A flood of such requests kept `rtunnel pki revoke` waiting for seconds. They need no lock."""
+    by, key = token(made), new_key()
+    decide = at(made)
+    granted = decide.enrol(enrol(by, key))
+    with pki.open_directory(made) as opened, opened.change():
+        unproven = msgspec.structs.replace(enrol(by), mac=bytes(32))
+        assert refusal(decide, unproven)[0] is Refusal.BAD_TOKEN
+        stolen = renewal(granted.answer.certificate, new_key())
+        assert refusal(decide, stolen)[0] is Refusal.BAD_CERTIFICATE
+
+
 def test_uses_are_counted_across_processes(made: Path) -> None:
     """Eight askers at once, in two processes, and a token for three: three get in."""
     by = token(made, uses=3)
