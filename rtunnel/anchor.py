@@ -102,7 +102,7 @@ class Anchor:
             raise Refused(Refusal.AUTHORITY_UNAVAILABLE, "no authority is configured here: certificates come by hand")
         try:
             answer = await self._ask(request, Enrolled | Refuse)
-        except _Silent as fault:
+        except (_Silent, TrustError) as fault:
             raise Refused(Refusal.AUTHORITY_UNAVAILABLE, f"the authority can't be reached: {fault}") from None
         if isinstance(answer, Refuse):
             raise Refused(Refusal.parse(answer.code), answer.text)
@@ -164,6 +164,8 @@ class Anchor:
                 if answer.signed and await self._change(partial(self._take, answer.signed)):
                     self._log.info("trust_list_taken", **self._news())
                     await self._keep(answer.signed)
+                elif self._unkept:
+                    await self._keep(self.roots.signed)
                 self._heard("")
             except (_Silent, TrustError) as fault:
                 self._heard(str(fault))

@@ -6,10 +6,11 @@ redials at once from a new source port. One slot dials at a time, so that what t
 
 from __future__ import annotations
 
+import math
 import random
 import ssl
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -135,10 +136,7 @@ class Agent:
 
     def session_up(self, session: AgentSession) -> None:
         """See SessionOwner."""
-        if fault := self._broker_fault(session):
-            session.end(fault)
-        else:
-            self.bridge.post(self._settle, session, Outcome(session=session))
+        self.bridge.post(self._settle, session, Outcome(session=session))
 
     def session_down(self, session: AgentSession, code: Refusal | None, why: str) -> None:
         """See SessionOwner."""
@@ -166,15 +164,7 @@ class Agent:
 
     def session_trust(self, session: AgentSession, signed: bytes) -> None:
         """See SessionOwner."""
-        self.bridge.post(self._take_list, signed)
-
-    def _leave_revoked(self, sessions: Iterable[AgentSession]) -> None:
-        for session in sessions:
-            if fault := self._broker_fault(session):
-                session.end(fault)
-
-    def _broker_fault(self, session: AgentSession) -> str:
-        return self.credentials.broker_fault(session.link.peer_certificate) if session.link is not None else ""
+        self.bridge.post(self.credentials.take, signed)
 
     def serve_stream(self, session: AgentSession, stream: StreamEnd) -> Talker:
         """See SessionOwner."""
@@ -186,17 +176,18 @@ class Agent:
 
     # The same, arrived in trio's thread.
 
-    def _take_list(self, signed: bytes) -> None:
-        self.credentials.take(signed)
-        sessions = list(self._watches)
-        self.bridge.relay.call(lambda: self._leave_revoked(sessions))
-
     def _settle(self, session: AgentSession, outcome: Outcome) -> None:
+        if self.credentials.is_void(session.certificate):
+            self._leave_revoked_broker(session)
+            return
         watch = self._watches[session]
         if session.hello.exposes != self.targets.exposed.ports:  # they changed meanwhile
             self.bridge.relay.call(lambda: session.expose(self.targets.exposed.ports))
         watch.outcome = outcome
         watch.settled.set()
+
+    def _leave_revoked_broker(self, session: AgentSession) -> None:
+        self.bridge.relay.call(lambda: session.end("the broker's certificate is revoked"))
 
     def _gone(self, session: AgentSession, outcome: Outcome) -> None:
         watch = self._watches.pop(session, None)
@@ -225,6 +216,7 @@ class Agent:
                 for slot in self.slots:
                     nursery.start_soon(self._keep, slot)
                 nursery.start_soon(self._leave_draining_nodes)
+                nursery.start_soon(self._leave_revoked_brokers)
                 nursery.start_soon(self.credentials.run)
                 if self._whole.file:
                     nursery.start_soon(watch, [self._watched_file()], self._log)
@@ -293,6 +285,7 @@ class Agent:
     def _fill(self, slot: Slot, session: AgentSession) -> None:
         welcome = session.welcome
         assert welcome is not None
+        self.credentials.accepted()
         slot.session = session
         slot.reason = slot.told = ""
         slot.since = time.time()
@@ -497,6 +490,15 @@ class Agent:
         ended = await self.bridge.run(put)
         said: dict[str, object] = {"exposes": self.config.exposes, "streams_ended": ended}
         return said | {"needs_restart": others} if others else said
+
+    # Revoked brokers.
+
+    async def _leave_revoked_brokers(self) -> None:
+        while True:
+            await self.credentials.changed(math.inf)
+            for session in list(self._watches):
+                if self.credentials.is_void(session.certificate):
+                    self._leave_revoked_broker(session)
 
     # Drain.
 

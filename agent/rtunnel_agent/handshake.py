@@ -69,6 +69,7 @@ class AgentSession:
     secret: bytes  # of the join token; empty: the link's certificate says who we are
     timeout: float  # from the link's TLS handshake until Welcome
     link: Link | None = None
+    certificate: bytes | None = None  # the broker's
     welcome: Welcome | None = None
     draining: bool = False
     answered: bool = False  # the broker said something that could be understood
@@ -89,6 +90,7 @@ class AgentSession:
     def link_up(self, link: Link) -> None:
         """See LinkOwner."""
         self.link = link
+        self.certificate = link.peer_certificate
         self._frame = encode(self.hello)
         self._deadline = link.loop.after(self.timeout, lambda: self.end("no Welcome within the handshake deadline"))
         if not self.secret:
@@ -150,13 +152,11 @@ class AgentSession:
 
     def _prove(self, challenge: Challenge) -> None:
         """The broker must know the token as well: TLS says who it is, this says that it is of our cluster."""
-        assert self.link is not None
         if challenge.version != messages.VERSION:
             self._code = Refusal.VERSION
             self.end(f"the broker speaks protocol version {challenge.version}, this agent {messages.VERSION}")
             return
-        certificate = self.link.peer_certificate
-        binding = hashlib.sha256(certificate).digest() if certificate else b""
+        binding = hashlib.sha256(self.certificate).digest() if self.certificate else b""
         expected = token_mac(self.secret, BROKER_LABEL, self._frame, challenge.nonce, binding)
         if not hmac.compare_digest(challenge.mac, expected):
             self._code = Refusal.BAD_TOKEN

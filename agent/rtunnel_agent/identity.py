@@ -6,6 +6,7 @@ A certificate that the agent enrols for lives in a directory of its own:
     next.key               the key of a request under way: it stays the same until there is an answer, so that asking
                            again after a lost answer does not use a token up
     trust.list             the newest trust list
+    token.id               which join token it had when it was in good standing: after a revocation it takes another one
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,13 +36,12 @@ from rtunnel.trust.identity import (
     load_pair,
     load_private_key,
     load_roots,
-    read_certificate,
 )
 from rtunnel.trust.keys import Token, TrustError, load_token, token_mac
 from rtunnel.trust.tls import link_context
 from rtunnel.watch import Watched, watch
 from rtunnel.wire.messages import VERSION, Enrol, Enrolled
-from rtunnel.wire.refusal import Refused
+from rtunnel.wire.refusal import Refusal, Refused
 
 #: A certificate is renewed when so much of its life is over, give or take the jitter: a fleet that was started at once
 #: must not come back at once.
@@ -106,6 +107,7 @@ class Credentials:
         self._warned = False
         self._revoked = False  # a broker says so;
         self._void = False  # and there is another token since: then the certificate is worth nothing to us either
+        self._old_token = ""  # the id of the one that does not count as another
         self._changed = trio.Event()
         if self._directory is not None:
             self._open_directory(self._directory)
@@ -131,17 +133,6 @@ class Credentials:
         """Whether sessions are proved by certificate, and not by the join token."""
         return self._config.security == "tls" and bool(self._config.identity or self._config.certificate)
 
-    def broker_fault(self, certificate: bytes | None) -> str:
-        """Why a broker that shows this (DER) is not believed, although its CA is; empty when it is. For any thread."""
-        revoked = self._roots.revoked if self._roots is not None else {}
-        if certificate is None or not revoked:
-            return ""
-        try:
-            who = read_certificate(certificate)
-        except TrustError:
-            return ""  # by hand, with another name than ours: nobody can revoke it
-        return f"the certificate of {who.subject} is revoked" if who.issued <= revoked.get(who.subject, 0) else ""
-
     @property
     def missing(self) -> str:
         """Why no session can be had at present; empty when one can."""
@@ -149,9 +140,26 @@ class Credentials:
             return ""
         return f"{fault}; {self.failure}" if self.failure else fault
 
+    def is_void(self, certificate: bytes | None) -> bool:
+        """Whether a broker's certificate is revoked."""
+        return self._roots is not None and self._roots.is_void(certificate)
+
     def revoked(self) -> None:
         """A broker has said that the certificate is. Whoever means it to come back gives it another token."""
         self._revoked = True
+        if self._token is not None and self._old_token not in ("", self._token.id):  # it came while we were away
+            self._void = True
+            self._tell()
+
+    def accepted(self) -> None:
+        """A broker has said that the certificate is good."""
+        if self._directory is None or self._token is None or self._token.id == self._old_token:
+            return  # there is nothing to remember, or it is known
+        self._old_token = self._token.id
+        try:
+            replace(self._directory / "token.id", SECRET, self._old_token.encode())
+        except TrustError as fault:
+            self._log.warning("token_id_not_kept", reason=str(fault))
 
     def take(self, signed: bytes) -> None:
         """A trust list came, from whoever it may be."""
@@ -271,6 +279,8 @@ class Credentials:
                 self._roots.take(trust.read_bytes())
             except (TrustError, OSError) as fault:
                 self._log.warning("trust_rejected", file=str(trust), reason=str(fault))
+        with suppress(OSError, ValueError):
+            self._old_token = (directory / "token.id").read_text()
         if self._pair[0].exists():
             try:
                 self._finish_exchange(directory)
@@ -308,6 +318,8 @@ class Credentials:
     async def _put_token(self, token: Token) -> dict[str, object]:
         self._token = token
         self._void = self._revoked
+        if not self._revoked:
+            self.accepted()
         self._tell()
         return {"id": token.id}
 
@@ -356,7 +368,13 @@ class Credentials:
         assert self._directory is not None and self._roots is not None
         pending = self._directory / "next.key"
         key = _pending_key(pending)
-        answer = await self._ask(self._request(key, renewing))
+        try:
+            answer = await self._ask(self._request(key, renewing))
+        except Refused as refused:
+            if refused.code is Refusal.REVOKED and not renewing:
+                # The key was certified, the answer was lost, and then it was revoked: no token brings it back.
+                pending.unlink(missing_ok=True)
+            raise
         if answer.trust:
             self.take(answer.trust)
         who = self._roots.verify(answer.certificate)
@@ -382,6 +400,8 @@ class Credentials:
             return Enrol(VERSION, request, certificate=self.identity.certificate, signature=signature)
         if self._token is None:
             raise TrustError(f"agent.join_token is not given: {_FIX}")
+        if self._revoked and not self._void:
+            raise TrustError("the certificate was revoked: agent.join_token needs another token")
         return Enrol(VERSION, request, self._token.id, token_mac(self._token.secret, ENROL_LABEL, request))
 
     async def _warn_in_time(self) -> None:

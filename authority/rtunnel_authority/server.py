@@ -104,8 +104,8 @@ class Server:
             await trio.sleep(LOOK_SECONDS)
             try:
                 await self._there(self._refresh)
-            except TrustError as fault:
-                self._store_is(str(fault))
+            except Exception as fault:  # TrustError says all; but whatever it meets, the process goes on
+                self._store_is(str(fault) if isinstance(fault, TrustError) else f"{type(fault).__name__}: {fault}")
             else:
                 self._store_is("")
 

@@ -86,6 +86,11 @@ class TlsSocket(socket.socket):
         self._fault: OSError | None = None
         self._timer: Timer | None = None
 
+    @property
+    def certificate(self) -> bytes | None:
+        """The peer's, DER, when the handshake is done and it showed one."""
+        return self._tls.getpeercert(binary_form=True)
+
     # The handshake.
 
     def handshake(self) -> bool:
@@ -144,7 +149,7 @@ class TlsSocket(socket.socket):
             raise self._fault
         if not self.up:
             raise BlockingIOError
-        view, filled, drained = memoryview(buffer), 0, False
+        view, filled, spent, drained = memoryview(buffer), 0, 0, False
         wanted = len(view)
         if self._ahead:
             filled = min(wanted, len(self._ahead))
@@ -153,6 +158,9 @@ class TlsSocket(socket.socket):
         while filled < wanted and not self.eof:
             filled += self._decrypt(view[filled:])
             if filled == wanted or self.eof or drained:
+                break
+            if spent > wanted + PIECE:  # nothing but key updates, or tiny records: others want their turn
+                self._loop.soon(self._tell_again)
                 break
             cipher = self._scratch.cipher[: min(PIECE, max(wanted - filled, RECORD_BYTES) + _OVERHEAD)]
             try:
@@ -164,10 +172,11 @@ class TlsSocket(socket.socket):
                     break  # what there was; the FIN is there for the next call
                 raise ConnectionResetError(errno.ECONNRESET, "the peer ended the connection without close_notify")
             drained = size < len(cipher)
+            spent += size
             self._incoming.write(cipher[:size])
         if self.eof and not self._ahead:
             if filled:
-                self._loop.soon(self._tell_eof)  # a close_notify has no edge of its own
+                self._loop.soon(self._tell_again)  # a close_notify has no edge of its own
         elif not filled:
             raise BlockingIOError
         return filled
@@ -190,7 +199,7 @@ class TlsSocket(socket.socket):
             self.flush()  # key updates
         return filled
 
-    def _tell_eof(self) -> None:
+    def _tell_again(self) -> None:
         handler = self._loop.handlers.get(self.fileno())
         if handler is not None:
             handler(IN)
@@ -214,6 +223,8 @@ class TlsSocket(socket.socket):
         try:
             if self._outgoing.pending:
                 more = self._outgoing.read()
+                if len(self._pending) > 2 * PIECE:  # `send` leaves less: these are answers to key updates
+                    raise ConnectionResetError(errno.ECONNRESET, "the peer asks for keys, and takes no answer")
                 self._pending = bytes(self._pending) + more if self._pending else more
             while self._pending:
                 size = super().send(self._pending)

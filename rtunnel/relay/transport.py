@@ -168,6 +168,8 @@ class TlsTransport(Transport):
             self.eof = True
         if self._outgoing.pending and not self.pending:
             self._push()  # key updates
+        elif self._outgoing.pending > READ_BYTES:
+            raise ConnectionResetError("the peer asks for keys, and takes no answer")
         return plain[:filled]
 
     def peer_certificate(self) -> bytes | None:

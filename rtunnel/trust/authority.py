@@ -40,15 +40,23 @@ class Authority:
         """Answer an Enrol. Raises Refused, or StoreFault when nothing can be decided now."""
         if enrol.version != VERSION:
             raise Refused(Refusal.VERSION, f"version {enrol.version} is not spoken here, only {VERSION}")
+        # Before the store is locked: who proves nothing must not keep `rtunnel pki revoke` out.
+        self.directory.refresh()
+        _ = self._present(enrol) if enrol.certificate else self._token(enrol)
         with self.directory.change():
             return self._renew(enrol) if enrol.certificate else self._enrol(enrol)
 
-    def _enrol(self, enrol: Enrol) -> Granted:
+    def _token(self, enrol: Enrol) -> TokenRecord:
+        """The one that it proves."""
         token = self.directory.store.token(enrol.token_id)
         if token is None:
             raise Refused(Refusal.BAD_TOKEN, f"no join token {enrol.token_id!r} is known here")
         if not hmac.compare_digest(token_mac(token.secret, ENROL_LABEL, enrol.request), enrol.mac):
             raise Refused(Refusal.BAD_TOKEN, f"the proof of join token {token.id!r} is wrong")
+        return token
+
+    def _enrol(self, enrol: Enrol) -> Granted:
+        token = self._token(enrol)
         # From here on it is somebody who has the token: what is wrong with it may be told.
         if token.revoked:
             raise Refused(Refusal.BAD_TOKEN, f"join token {token.id!r} is revoked")
@@ -70,13 +78,7 @@ class Authority:
         return any(item.token == token.id and item.subject == asked.subject for item in items)
 
     def _renew(self, enrol: Enrol) -> Granted:
-        present = self._present(enrol.certificate)
-        try:
-            signed = RENEW_LABEL + enrol.request
-            present.public_key.verify(enrol.signature, signed, ec.ECDSA(hashes.SHA256()))
-        except InvalidSignature:
-            reason = f"the request is not signed by the key of {present.subject}'s certificate"
-            raise Refused(Refusal.BAD_CERTIFICATE, reason) from None
+        present = self._present(enrol)
         asked = _asked(enrol)
         if asked.subject != present.subject:
             reason = f"{present.subject} can't renew as {asked.subject}: another identity needs a join token"
@@ -86,8 +88,9 @@ class Authority:
             raise Refused(Refusal.NOT_AUTHORISED, reason)
         return self._issue(asked, asked.addresses, present.ends - present.issued, None)
 
-    def _present(self, der: bytes) -> Identity:
-        roots = self.directory.roots
+    def _present(self, enrol: Enrol) -> Identity:
+        """Whose certificate and key it proves."""
+        roots, der = self.directory.roots, enrol.certificate
         try:
             who = read_certificate(der)
             if roots.is_revoked(who):
@@ -97,6 +100,11 @@ class Authority:
             raise Refused(Refusal.BAD_CERTIFICATE, f"{fault}: enrol with a join token") from None
         if who.kind != "agent":
             raise Refused(Refusal.BAD_CERTIFICATE, f"{who.subject} is no agent, and can't renew here")
+        try:
+            who.public_key.verify(enrol.signature, RENEW_LABEL + enrol.request, ec.ECDSA(hashes.SHA256()))
+        except InvalidSignature:
+            reason = f"the request is not signed by the key of {who.subject}'s certificate"
+            raise Refused(Refusal.BAD_CERTIFICATE, reason) from None
         return who
 
     def _issue(self, asked: Request, addresses: Sequence[str], seconds: float, token: TokenRecord | None) -> Granted:

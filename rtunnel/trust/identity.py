@@ -126,8 +126,9 @@ def _identity(certificate: x509.Certificate) -> Identity:
 
 
 class TrustList(msgspec.Struct, frozen=True):
-    """CAs in force and revocations. `generation` grows with what agents must know (other CAs, revoked brokers),
-    `number` with every list."""
+    """CAs in force and revocations. `number` grows with every list, `generation` when agents must know: the CAs change,
+    or a broker is revoked.
+    """
 
     number: int
     generation: int
@@ -265,12 +266,25 @@ class Roots:
         """Whether it was issued before its subject was revoked."""
         return identity.issued <= self.revoked.get(identity.subject, 0)
 
+    def is_void(self, der: bytes | None) -> bool:
+        """Whether a certificate that TLS has found good is revoked. From any thread."""
+        if der is None:
+            return False
+        try:
+            return self.is_revoked(read_certificate(der))
+        except TrustError:
+            return False  # somebody's own CA gave it out: it has no name of ours, and lists can't name it
+
 
 def _usable(cas: Iterable[x509.Certificate]) -> list[x509.Certificate]:
-    """CAs whose keys are of a known kind; now, and not when a signature of theirs is looked at."""
+    """CAs whose keys are of a known kind; now, and not when a signature of theirs is looked at. Raises `UNREADABLE`."""
     found = list(cas)
     for ca in found:
         ca.public_key()
+        with suppress(x509.ExtensionNotFound):
+            if ca.extensions.get_extension_for_class(x509.BasicConstraints).value.ca:
+                continue
+        raise ValueError(f"the certificate of {ca.subject.rfc4514_string()} is no CA's")
     return found
 
 

@@ -29,7 +29,10 @@ def server_context(certificate: Path | str, key: Path | str, *, clients: str = "
     _load_chain(context, certificate, key)
     if clients:
         context.verify_mode = ssl.CERT_OPTIONAL
-        context.load_verify_locations(cadata=clients)
+        try:
+            context.load_verify_locations(cadata=clients)
+        except (ssl.SSLError, ValueError) as fault:
+            raise TrustError(f"the CAs in force can't be used: {fault}") from None
     return context
 
 

@@ -355,13 +355,14 @@ class Client:
 class Joined:
     """What the pair's end is told to; also the sign by which the gateway knows a client's pair."""
 
-    __slots__ = ("attempts", "client", "identity", "setup", "used")
+    __slots__ = ("attempts", "certificate", "client", "identity", "setup", "used")
 
     def __init__(self, client: Client, reached: Reached, setup: float) -> None:
         self.client = client
         self.used = reached.used
         self.attempts = reached.attempts
         self.identity = reached.identity  # whose proof it was
+        self.certificate = reached.certificate  # of the broker
         self.setup = setup
 
     def __call__(self, account: Account) -> None:

@@ -101,6 +101,7 @@ class DialOwner(Protocol):
     paths: Paths
     table: RouteTable
     key: GatewayKey
+    roots: Roots | None  # whose certificates are good; None: none is looked at
     proofs: Roots | None  # None: none are asked for
     dial_tls: ssl.SSLContext | None  # to guarded ports; None: plain
     name: str
@@ -126,6 +127,7 @@ class Reached:
     used: Tuple
     attempts: int
     identity: Identity | None  # who proved it; None when no proofs are asked for
+    certificate: bytes | None  # the broker's; None without TLS
 
 
 Done = Callable[[Reached | None, Refused | None], None]
@@ -215,7 +217,9 @@ class TargetDial:
             },
         )  # fmt: skip
 
-    def won(self, attempt: Attempt, end: SocketEnd, rest: bytes, identity: Identity | None) -> None:
+    def won(
+        self, attempt: Attempt, end: SocketEnd, rest: bytes, identity: Identity | None, certificate: bytes | None
+    ) -> None:
         """The first Accepted."""
         self._alive.remove(attempt)
         done, self.done = self.done, None
@@ -223,7 +227,7 @@ class TargetDial:
         if done is None:
             end.abort()
         else:
-            done(Reached(end, rest, attempt.used, self._tried, identity), None)
+            done(Reached(end, rest, attempt.used, self._tried, identity, certificate), None)
 
     def _too_late(self) -> None:
         self._deadline = None
@@ -329,6 +333,10 @@ class Attempt:
 
     def _accepted(self, answer: Accepted) -> None:
         dial, identity = self.dial, None
+        roots, certificate = dial.owner.roots, self._end.tls.certificate if isinstance(self._end, TlsEnd) else None
+        if roots is not None and roots.is_void(certificate):
+            self._fail(Refusal.REVOKED, "the broker's certificate is revoked")
+            return
         if dial.owner.proofs is not None:
             try:
                 target = dial.target
@@ -340,7 +348,7 @@ class Attempt:
         end, self._end = self._end, None
         assert end is not None
         end.pause()
-        dial.won(self, end, self._decoder.rest(), identity)
+        dial.won(self, end, self._decoder.rest(), identity, certificate)
 
     def finished(self) -> None:
         """See Talker."""

@@ -179,14 +179,17 @@ class Gateway:
             self._log.warning("shut_out", code=code.value, client=peer, reason=code.telling.text, others_since=count)
 
     def _review(self) -> None:
-        """Rules or users have changed, or an agent is revoked: what is open and no longer allowed ends."""
+        """Rules or users have changed, or an agent or broker is revoked: what is open and no longer allowed ends."""
         self.relay.review(self._allowed)
 
     def _allowed(self, pair: Pair) -> bool:
         joined = pair.on_end
         if not isinstance(joined, Joined):
             return True
-        if self.roots is not None and joined.identity is not None and self.roots.is_revoked(joined.identity):
+        roots = self.roots
+        if roots is not None and joined.identity is not None and roots.is_revoked(joined.identity):
+            return False
+        if roots is not None and roots.is_void(joined.certificate):
             return False
         return joined.client.judge()
 

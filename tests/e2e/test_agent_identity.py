@@ -250,7 +250,7 @@ async def test_an_agent_enrols_once_and_renews_through_any_node(tmp_path: Path, 
             agent.identity.certificate
         )
         modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "identity").iterdir()}
-        assert modes == dict.fromkeys(("agent.key", "agent.pem", "trust.list"), 0o600)
+        assert modes == dict.fromkeys(("agent.key", "agent.pem", "token.id", "trust.list"), 0o600)
         assert (tmp_path / "identity").stat().st_mode & 0o777 == 0o700
 
 

@@ -102,6 +102,25 @@ async def test_it_carries_enrols(made: Path) -> None:
         assert caught.value.code is Refusal.BAD_TOKEN and "used up" in caught.value.text
 
 
+async def test_who_is_no_ca_is_none(made: Path) -> None:
+    """A CA file with somebody's certificate is refused at once, and not met by the first Enrol; from lists as well."""
+    with pytest.raises(TrustError, match=r"broker\.pem: .* is no CA's"):
+        Anchored(made / "broker.pem")
+    with pytest.raises(TrustError, match="CAs in force"):
+        server_context(made / "broker.pem", made / "broker.key", clients="noise")
+
+
+async def test_a_list_is_kept_as_soon_as_it_can_be(made: Path, tmp_path: Path, quick: None) -> None:
+    """The disk was full: the next start must not begin with the list of before."""
+    file = tmp_path / "folder" / "trust"
+    async with authority(made) as server, anchored(made / "ca.pem", file, address(server)) as here:
+        await until(lambda: "can't be written" in str(here.anchor.shown()["kept"]))
+        file.parent.mkdir()
+        await until(file.exists)
+        await until(lambda: here.anchor.shown()["kept"] == "ok")
+        assert file.read_bytes() == here.anchor.roots.signed
+
+
 async def test_a_storm_of_enrols(made: Path) -> None:
     """Many at once are all answered, over a few connections."""
     by = token(made, uses=100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import json
 import os
@@ -22,7 +23,7 @@ import pytest
 import trio
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtensionOID
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -32,7 +33,7 @@ from rtunnel import roles
 from rtunnel.config import ConfigError, load
 from rtunnel.trust import pki
 from rtunnel.trust.authority import Authority, Granted
-from rtunnel.trust.certificates import AUTHORITY_NAME, load_request, new_key, read_request
+from rtunnel.trust.certificates import AUTHORITY_NAME, load_request, new_key, read_request, requested_key
 from rtunnel.trust.identity import Identity, Roots, load_private_key, read_certificate
 from rtunnel.trust.keys import Token, TrustError, token_mac
 from rtunnel.trust.pki import Directory
@@ -196,6 +197,19 @@ def test_requests_with_keys_that_are_not_the_askers(made: Path) -> None:
     assert refusal(at(made), _signed(by, forged))[0] is Refusal.BAD_REQUEST
 
 
+def test_a_signature_of_another_kind_of_key_is_not_checked() -> None:
+    """Whoever makes an RSA key decides what that costs, and anybody may send one."""
+
+    class Costly:
+        is_signature_valid = property(lambda self: pytest.fail("it was checked"))
+
+        def public_key(self) -> object:
+            return rsa.generate_private_key(65537, 2048).public_key()
+
+    with pytest.raises(TrustError, match="P-256"):
+        requested_key(Costly())  # type: ignore[arg-type]
+
+
 SAN = _uri("rtunnel:agent/default/a1", ips=("10.1.0.7", "fd00::7")).public_bytes()
 
 
@@ -293,6 +307,18 @@ def test_an_expired_agent_needs_a_token(made: Path) -> None:
     assert code is Refusal.BAD_CERTIFICATE and "expired" in text and "join token" in text
     fresh = decide.enrol(enrol(token(made, ends=int(clock.now) + 60), key))
     assert who(fresh).ends == clock.now + DAY
+
+
+def test_who_proves_nothing_locks_nothing(made: Path) -> None:
+    """A flood of such requests kept `rtunnel pki revoke` waiting for seconds. They need no lock."""
+    by, key = token(made), new_key()
+    decide = at(made)
+    granted = decide.enrol(enrol(by, key))
+    with pki.open_directory(made) as opened, opened.change():
+        unproven = msgspec.structs.replace(enrol(by), mac=bytes(32))
+        assert refusal(decide, unproven)[0] is Refusal.BAD_TOKEN
+        stolen = renewal(granted.answer.certificate, new_key())
+        assert refusal(decide, stolen)[0] is Refusal.BAD_CERTIFICATE
 
 
 def test_uses_are_counted_across_processes(made: Path) -> None:
@@ -590,6 +616,30 @@ async def test_a_broken_store_is_said(made: Path) -> None:
         assert (await ask(stream, Follow(VERSION))).signed
         (made / "away").rename(made / "ca.key")
         assert isinstance(await ask(stream, enrol(by)), Enrolled)
+
+
+async def test_a_certificate_that_cant_be_made_ends_nothing(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No descriptor is left when its own is due: said, the one before is shown still, and the next try succeeds."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    by = token(made)
+    async with authority(made) as server:
+        before = server._tls
+        monkeypatch.setattr(server_module, "OWN_DAYS", 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "memfd_create", full)
+            with trio.fail_after(15):
+                while not server.reasons():
+                    await trio.sleep(0.01)
+            assert "Too many open files" in server.reasons()[0] and server._tls is before
+        monkeypatch.setattr(server_module, "OWN_DAYS", 7)
+        with trio.fail_after(15):
+            while server.reasons():
+                await trio.sleep(0.01)
+        async with await dialled(server, made) as stream:
+            assert isinstance(await ask(stream, enrol(by)), Enrolled)
 
 
 async def test_its_own_certificate_follows_the_ca(made: Path) -> None:

@@ -5,6 +5,8 @@ A tunnel is two pairs in one relay: plain client - TLS - TLS - plain target, ope
 
 from __future__ import annotations
 
+import _ssl
+import ctypes
 import gc
 import hashlib
 import random
@@ -12,15 +14,18 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account, Ending
 from rtunnel.relay.tls import PIECE, TlsEnd, TlsSocket
+from rtunnel.relay.transport import Scratch, TlsTransport
 from rtunnel.trust import pki
 from rtunnel.trust.tls import client_context, dial_client_context, dial_server_context
 from support.plumbing import (
@@ -403,3 +408,106 @@ def test_memory_does_not_wait_for_the_collector(made: Path) -> None:
 def test_tls_ends_are_not_spliced(made: Path) -> None:
     """Descriptors have only the encrypted bytes."""
     assert SocketEnd.can_splice and not TlsEnd.can_splice
+
+
+# --- key updates: bytes without an end, in which there is nothing -------------------------------------------
+
+
+_OPENSSL = ctypes.CDLL(_ssl.__file__)
+_SSL_AT = 24  # in CPython's PySSLSocket: behind its head, and a reference to the socket
+
+
+@dataclass
+class Updates:
+    """A client whose handshake with `server` is done; what it says comes out of `said`."""
+
+    tls: ssl.SSLObject
+    heard: ssl.MemoryBIO
+    said: ssl.MemoryBIO
+
+    @classmethod
+    def shaken(cls, made: Path, server: Any, sock: socket.socket) -> Updates:
+        context = dial_client_context((made / "ca.pem").read_text())
+        heard, said = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client = cls(context.wrap_bio(heard, said, server_hostname="broker.rtunnel"), heard, said)
+        for _ in range(4):
+            with suppress(ssl.SSLWantReadError):
+                client.tls.do_handshake()
+            if said.pending:
+                sock.sendall(said.read())
+            if server.handshake():
+                server.flush()
+            with suppress(BlockingIOError):
+                heard.write(sock.recv(1 << 16, socket.MSG_DONTWAIT))
+        return client
+
+    def update(self, count: int, *, asked: bool) -> bytes:
+        """So many key updates; Python has no word for them. `asked`: the other side is to update its own, too."""
+        inner = self.tls._sslobj  # type: ignore[attr-defined]
+        session = ctypes.c_void_p(ctypes.c_void_p.from_address(id(inner) + _SSL_AT).value)
+        for _ in range(count):
+            assert _OPENSSL.SSL_key_update(session, int(asked)) == 1
+            self.tls.do_handshake()
+        return self.said.read()
+
+
+def test_key_updates_without_end_take_nobody_elses_turn(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anybody who reaches a guarded port may send them before the Dial: a read ends, and goes on in a later turn."""
+    ours, theirs = map(kept, socket.socketpair())
+    turns: list[Any] = []
+    loop: Any = SimpleNamespace(soon=turns.append, handlers={}, stopped=False)
+    server = TlsSocket(ours, dial_server_context(made / "broker.pem", made / "broker.key"), loop, Scratch(), None)
+    server.full = lambda: None
+    client = Updates.shaken(made, server, theirs)
+    reads = 0
+
+    def flood(self: socket.socket, buffer: memoryview) -> int:
+        nonlocal reads
+        reads += 1
+        assert reads < 50, "it reads for as long as there is something"
+        size = len(buffer)
+        while len(rest) < size:
+            rest.extend(client.update(1000, asked=False))
+        buffer[:] = rest[:size]
+        del rest[:size]
+        return size
+
+    rest = bytearray()
+    with monkeypatch.context() as patch:
+        patch.setattr(socket.socket, "recv_into", flood, raising=False)
+        for turn in (1, 2):
+            with pytest.raises(BlockingIOError):
+                server.recv_into(bytearray(1000))
+            assert len(turns) == turn
+    client.tls.write(b"at last")
+    theirs.sendall(bytes(rest) + client.said.read())
+    assert server.recv(100) == b"at last"
+    server._close()
+
+
+def test_answers_to_key_updates_that_nobody_reads_end_the_connection(made: Path) -> None:
+    """Each costs the peer 27 bytes, and us 27 bytes of memory."""
+    ours, theirs = map(kept, socket.socketpair())
+    loop: Any = SimpleNamespace(soon=lambda call: None, handlers={}, stopped=False)
+    server = TlsSocket(ours, dial_server_context(made / "broker.pem", made / "broker.key"), loop, Scratch(), None)
+    server.full = lambda: None
+    client = Updates.shaken(made, server, theirs)
+    with pytest.raises(ConnectionResetError, match="takes no answer"):
+        for _ in range(60):
+            theirs.sendall(client.update(1000, asked=True))
+            with suppress(BlockingIOError):
+                server.recv_into(bytearray(1000))
+    server._close()
+
+
+def test_links_do_not_hoard_answers_to_key_updates(made: Path) -> None:
+    """The same on an agent's link, before it has said who it is."""
+    ours, theirs = map(kept, socket.socketpair())
+    ours.setblocking(False)
+    context = dial_server_context(made / "broker.pem", made / "broker.key")
+    server, scratch = TlsTransport(ours, context, None), Scratch()
+    client = Updates.shaken(made, SimpleNamespace(handshake=server.handshake, flush=lambda: None), theirs)
+    with pytest.raises(ConnectionResetError, match="takes no answer"):
+        for _ in range(60):
+            theirs.sendall(client.update(1000, asked=True))
+            server.receive(scratch)

@@ -35,7 +35,7 @@ def test_quiet(made, tmp_path):
     token, key = keys.load_token(made / "join.token"), keys.load_cluster_keys(made / "cluster.key")[0]
     users.put_user(tmp_path / "users", "alice", users.new_hash("correct horse"))
     log.info("ready", token=token, certificate=(made / "ca.pem").read_text(), directory=str(made), id=token.id)
-    log.info("key", mac=keys.DialSigner(key).sign(b"x"), user="alice", redis="redis://127.0.0.1:6379/0")
+    log.info("key", mac=keys.gateway_key(key, "g").sign(b"x"), user="alice", redis="redis://127.0.0.1:6379/0")
     (tmp_path / "role.log").write_text("nothing here")
     print((made / "cluster.key").read_text())
 """
