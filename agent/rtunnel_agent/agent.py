@@ -177,8 +177,7 @@ class Agent:
     # The same, arrived in trio's thread.
 
     def _settle(self, session: AgentSession, outcome: Outcome) -> None:
-        if self.credentials.is_void(session.certificate):
-            self._leave_revoked_broker(session)
+        if self._left_revoked_broker(session):
             return
         watch = self._watches[session]
         if session.hello.exposes != self.targets.exposed.ports:  # they changed meanwhile
@@ -186,8 +185,11 @@ class Agent:
         watch.outcome = outcome
         watch.settled.set()
 
-    def _leave_revoked_broker(self, session: AgentSession) -> None:
-        self.bridge.relay.call(lambda: session.end("the broker's certificate is revoked"))
+    def _left_revoked_broker(self, session: AgentSession) -> bool:
+        fault = self.credentials.fault_of(session.certificate)
+        if fault:
+            self.bridge.relay.call(lambda: session.end(fault))
+        return bool(fault)
 
     def _gone(self, session: AgentSession, outcome: Outcome) -> None:
         watch = self._watches.pop(session, None)
@@ -497,8 +499,7 @@ class Agent:
         while True:
             await self.credentials.changed(math.inf)
             for session in list(self._watches):
-                if self.credentials.is_void(session.certificate):
-                    self._leave_revoked_broker(session)
+                self._left_revoked_broker(session)
 
     # Drain.
 

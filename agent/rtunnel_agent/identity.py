@@ -140,9 +140,9 @@ class Credentials:
             return ""
         return f"{fault}; {self.failure}" if self.failure else fault
 
-    def is_void(self, certificate: bytes | None) -> bool:
-        """Whether a broker's certificate is revoked."""
-        return self._roots is not None and self._roots.is_void(certificate)
+    def fault_of(self, certificate: bytes | None) -> str:
+        """Why a broker that shows this (DER) is not believed, although its CA is; empty when it is."""
+        return self._roots.fault_of(certificate) if self._roots is not None else ""
 
     def revoked(self) -> None:
         """A broker has said that the certificate is. Whoever means it to come back gives it another token."""

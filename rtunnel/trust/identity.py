@@ -266,14 +266,15 @@ class Roots:
         """Whether it was issued before its subject was revoked."""
         return identity.issued <= self.revoked.get(identity.subject, 0)
 
-    def is_void(self, der: bytes | None) -> bool:
-        """Whether a certificate that TLS has found good is revoked. From any thread."""
-        if der is None:
-            return False
+    def fault_of(self, der: bytes | None) -> str:
+        """Why a certificate that TLS has found good is not: it is revoked. Empty when it is good. From any thread."""
+        if der is None or not self.revoked:
+            return ""
         try:
-            return self.is_revoked(read_certificate(der))
+            identity = read_certificate(der)
         except TrustError:
-            return False  # somebody's own CA gave it out: it has no name of ours, and lists can't name it
+            return ""  # somebody's own CA gave it out: it has no name of ours, and lists can't name it
+        return f"the certificate of {identity.subject} is revoked" if self.is_revoked(identity) else ""
 
 
 def _usable(cas: Iterable[x509.Certificate]) -> list[x509.Certificate]:

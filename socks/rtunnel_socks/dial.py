@@ -334,8 +334,8 @@ class Attempt:
     def _accepted(self, answer: Accepted) -> None:
         dial, identity = self.dial, None
         roots, certificate = dial.owner.roots, self._end.tls.certificate if isinstance(self._end, TlsEnd) else None
-        if roots is not None and roots.is_void(certificate):
-            self._fail(Refusal.REVOKED, "the broker's certificate is revoked")
+        if roots is not None and (fault := roots.fault_of(certificate)):
+            self._fail(Refusal.REVOKED, fault)
             return
         if dial.owner.proofs is not None:
             try:

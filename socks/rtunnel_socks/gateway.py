@@ -189,7 +189,7 @@ class Gateway:
         roots = self.roots
         if roots is not None and joined.identity is not None and roots.is_revoked(joined.identity):
             return False
-        if roots is not None and roots.is_void(joined.certificate):
+        if roots is not None and roots.fault_of(joined.certificate):
             return False
         return joined.client.judge()
 
