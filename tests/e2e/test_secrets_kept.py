@@ -48,7 +48,7 @@ def test_a_bad_day_is_logged_without_a_secret(tmp_path: Path, make_redis: Callab
             process.wait_for("registry_unavailable")
             _, status = health(process.admin(), "/statusz")
             assert server.password not in json.dumps(status)
-        shutil.copy(tmp_path / "pki" / "join.token", tmp_path / "pki" / "cluster.key")
+        shutil.copy(tmp_path / "pki" / "join.token", tmp_path / "pki" / "gateway.key")
         refused = here.gateway()
         assert refused.process.wait(10) == 2
         assert "it is a join token" in refused.text
