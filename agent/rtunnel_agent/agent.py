@@ -58,6 +58,8 @@ DRAIN_GRACE: Final = 2.0
 BACKOFF_FIRST: Final = 0.25
 #: Without a certificate no slot dials; each looks so often whether there is one by now.
 LOOK_SECONDS: Final = 1.0
+#: Between two trust lists of one broker.
+NEWS_PAUSE: Final = 1.0
 #: A session that lasted so long has proved the path: backoff starts anew.
 STABLE: Final = 60.0
 
@@ -163,8 +165,18 @@ class Agent:
         self.bridge.post(self._retire, session)
 
     def session_trust(self, session: AgentSession, signed: bytes) -> None:
-        """See SessionOwner."""
+        """See SessionOwner. Of many in a short time the last one counts: a broker must not fill our memory and log."""
+        if session.news_pause is not None:
+            session.news = signed
+            return
         self.bridge.post(self.credentials.take, signed)
+        session.news_pause = self.relay.loop.after(NEWS_PAUSE, lambda: self._next_news(session))
+
+    def _next_news(self, session: AgentSession) -> None:
+        session.news_pause = None
+        signed, session.news = session.news, b""
+        if signed:
+            self.session_trust(session, signed)
 
     def serve_stream(self, session: AgentSession, stream: StreamEnd) -> Talker:
         """See SessionOwner."""

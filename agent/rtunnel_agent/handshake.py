@@ -72,6 +72,8 @@ class AgentSession:
     certificate: bytes | None = None  # the broker's
     welcome: Welcome | None = None
     draining: bool = False
+    news: bytes = b""  # a trust list that waits
+    news_pause: Timer | None = None  # the one before is young
     answered: bool = False  # the broker said something that could be understood
     streams: int = 0
 

@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 
 from rtunnel.trust import pki
 from rtunnel.trust.certificates import key_pem, new_key
+from rtunnel.wire.messages import Trust
 from rtunnel_authority.server import Server
 from rtunnel_socks.client import Joined
 from support.authority import address, authority, change, renewal, token
@@ -83,6 +84,27 @@ async def test_gateways_leave_a_revoked_broker(tmp_path: Path, events: Events) -
         with pytest.raises(SocksRefused):
             await cluster.ask(IP, target.port)
         assert "revoked: the certificate of broker/b2 is revoked" in named(events, "refused")[-1]["reason"]
+
+
+async def test_a_flood_of_trust_lists_fills_nothing(tmp_path: Path, events: Events) -> None:
+    """Of a thousand the agent looks at a few, and the last one is among them."""
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.start(brokers=1)
+        credentials = cluster.agents["a1"].agent.credentials
+        await in_thread(lambda: change(cluster.secrets, lambda opened: opened.revoke("broker/none", force=True)))
+        with pki.open_directory(cluster.secrets) as opened:
+            number, signed = opened.number, opened.signed
+        (session,) = cluster.brokers["b1"].node.sessions.values()
+
+        def flood() -> None:
+            for turn in range(1000):
+                session.tell(Trust(signed=b"noise %d" % turn))
+            session.tell(Trust(signed=signed))
+
+        cluster.brokers["b1"].node.relay.call(flood)
+        await cluster.until(lambda: credentials.generation == number)
+        assert 1 <= len(named(events, "trust_rejected")) < 100
+        assert cluster.agents["a1"].agent.state == "ready"
 
 
 # --- an agent that was revoked ------------------------------------------------------------------------------
