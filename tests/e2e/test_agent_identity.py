@@ -436,13 +436,13 @@ async def test_a_rotation_by_files_alone_cuts_no_stream(tmp_path: Path, events: 
         node, target = cluster.brokers["b1"].node, Target(IP)
         with await cluster.socks(IP, target.port) as stream:
             (old / "ca.pem").write_text(first + second)
-            await cluster.until(lambda: len(named(events, "ca_loaded")) == 2)  # broker and agent
+            await cluster.until(lambda: len(named(events, "ca_loaded")) == 3)  # broker, gateway and agent
             for name in ("broker", "mine"):
                 for kind in ("pem", "key"):
                     shutil.copyfile(new / f"{name}.{kind}", old / f"{name}.{kind}")
             await cluster.until(lambda: len(named(events, "certificate_loaded")) == 2)
             (old / "ca.pem").write_text(second)
-            await cluster.until(lambda: len(named(events, "ca_loaded")) == 4)
+            await cluster.until(lambda: len(named(events, "ca_loaded")) == 6)
             assert says(stream) == b"127.1.0.1:still there"
         await other_sessions(cluster)
         assert await cluster.ask(IP, target.port) == b"127.1.0.1:hello"
@@ -521,7 +521,7 @@ async def test_bad_files_change_nothing(tmp_path: Path, events: Events) -> None:
         before = node._shown
         (cluster.secrets / "broker.key").write_bytes((cluster.secrets / "ca.key").read_bytes())
         (cluster.secrets / "ca.pem").write_text("noise")
-        await cluster.until(lambda: len(named(events, "ca_rejected")) == 2)  # broker and agent
+        await cluster.until(lambda: len(named(events, "ca_rejected")) == 3)  # broker, gateway and agent
         await cluster.until(lambda: bool(named(events, "certificate_rejected")))
         assert "is not the key of the certificate" in named(events, "certificate_rejected")[0]["reason"]
         assert node._shown is before
