@@ -68,13 +68,20 @@ async def refused(cluster: Cluster, events: Events) -> str:
     return str(next(line["reason"] for line in events if line["event"] == "refused"))
 
 
+async def the_line(cluster: Cluster, events: Events, event: str) -> Any:
+    """The only one of this event. The other side may say it a moment later than the client hears of it."""
+    await cluster.until(lambda: any(line["event"] == event for line in events))
+    (line,) = [line for line in events if line["event"] == event]
+    return line
+
+
 async def test_a_plain_gateway_is_turned_away(tmp_path: Path, events: Events) -> None:
     """Both sides say what is wrong, and no byte of the Dial is looked at."""
     async with running_cluster(tmp_path, broker__dial_security="tls") as cluster:
         await cluster.start(brokers=1)
         why = await refused(cluster, events)
         assert "protocol_error: this broker takes Dials over TLS only: gateway.dial_security must be tls" in why
-        (line,) = [line for line in events if line["event"] == "dial_lost"]
+        line = await the_line(cluster, events, "dial_lost")
         assert line["reason"] == "the peer does not speak TLS"
         assert line["hint"] == "gateway.dial_security must be tls"
         assert cluster.brokers["b1"].node.counts.waiting == 0
@@ -86,7 +93,7 @@ async def test_a_plain_broker_is_not_believed(tmp_path: Path, events: Events) ->
         await cluster.start(brokers=1)
         why = await refused(cluster, events)
         assert "no TLS with the broker: TLS: wrong version number" in why and "broker.dial_security" in why
-        (line,) = [line for line in events if line["event"] == "dial_refused"]
+        line = await the_line(cluster, events, "dial_refused")
         assert line["reason"] == "a TLS handshake came, and broker.dial_security is plain"
 
 

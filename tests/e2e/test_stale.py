@@ -7,6 +7,7 @@ Dial that a wrong agent takes is then answered by a wrong target, which says its
 
 from __future__ import annotations
 
+import errno
 import random
 import socket
 import time
@@ -210,14 +211,24 @@ async def test_a_stale_tuple_is_refused_forgotten_and_passed_over(
         assert sum(attempts) == len(attempts) + 1
 
 
+def witnesses(ip: str, other: str) -> tuple[Witness, Witness]:
+    """Two on one port, which must be free on both addresses."""
+    while True:
+        first = Witness(ip)
+        try:
+            return first, Witness(other, first.port)
+        except OSError as error:
+            assert error.errno == errno.EADDRINUSE
+
+
 async def test_an_ip_that_moved_is_not_found_at_its_old_agent(tmp_path: Path, events: Events) -> None:
     """(d) The agent restarts with another IP on the same port, and another one takes over the IP."""
     async with running_cluster(tmp_path) as cluster:
         await cluster.start_broker("b1")
         await cluster.start_broker("b2")
         await cluster.start_gateway()
-        here, there = Witness("127.1.0.3"), Witness("127.1.0.4")
-        moved = Witness(ASKED, here.port)
+        there = Witness("127.1.0.4")
+        here, moved = witnesses("127.1.0.3", ASKED)
         cluster.vip.pinned = cluster.vip.backends[0]
         first = await start_agent(cluster, "a1", ASKED, redundancy=1)
         await cluster.whole()

@@ -17,7 +17,7 @@ import pytest
 
 from rtunnel.config import parse_range, slice_of
 from support.cluster import Target, in_thread, read_line, running_cluster
-from support.plumbing import close_kept, kept
+from support.plumbing import FIRST_PORT, close_kept, kept
 from support.polling import until
 from support.redis_server import RedisServer
 from support.site import Process, Site, fetch, free_address, health, ready, site
@@ -106,7 +106,7 @@ def check_one_host(here: Site, agent: Process, status: dict[str, Any]) -> None:
     """Each session is on a port of its worker's part; that both are on one host is told."""
     assert {session["node"] for session in status["sessions"]} == {"b1.1", "b1.2"}
     for session in status["sessions"]:
-        first, last = parse_range(slice_of("22200-22399", int(session["node"][-1]), 2))
+        first, last = parse_range(slice_of(f"{FIRST_PORT + 200}-{FIRST_PORT + 399}", int(session["node"][-1]), 2))
         assert first <= int(session["ps"].rpartition(":")[2]) <= last
     assert (status["redundancy"], status["state"], status["one_host"]) == ("2/2", "ready", "b1")
     assert agent.wait_for("on_one_host")["host"] == "b1"
@@ -237,7 +237,7 @@ async def test_a_fixed_open_port_is_had_on_whichever_node_of_the_host(tmp_path: 
         (first,) = has_it()
         assert agent.one_host == "b"
         cluster.brokers.pop(first).kill()
-        await cluster.start_broker("b.3", host="b", port_range="22800-22899", **open_ports)
+        await cluster.start_broker("b.3", host="b", port_range=f"{FIRST_PORT + 4000}-{FIRST_PORT + 4099}", **open_ports)
         await cluster.until(lambda: agent.state == "ready" and has_it() == ["b.3"])
         sock = await in_thread(lambda: kept(socket.create_connection(("127.0.0.1", fixed), timeout=5)))
         await in_thread(lambda: sock.sendall(b"hello\n"))

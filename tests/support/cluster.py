@@ -26,7 +26,7 @@ from rtunnel.trust import pki
 from rtunnel_agent.agent import Agent
 from rtunnel_broker.node import Node
 from rtunnel_socks.gateway import Gateway
-from support.plumbing import kept
+from support.plumbing import FIRST_PORT, kept
 
 _T = TypeVar("_T")
 PATIENCE = 15.0
@@ -162,7 +162,7 @@ class Cluster:
 
     async def start_broker(self, node: str = "b1", **keys: object) -> Part:
         """A broker, behind the VIP."""
-        first = 21000 + 300 * (len(self.brokers) % 30)
+        first = FIRST_PORT + 300 * (len(self.brokers) % 15)
         part = await self._start(
             "broker",
             {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from rtunnel.relay.ends import SocketEnd, Talker
 from rtunnel.relay.join import Account
@@ -16,6 +17,9 @@ from rtunnel.relay.relay import Relay
 
 _T = TypeVar("_T")
 PATIENCE = 10.0
+
+#: Two test processes beside each other (`pytest -n 2`) have guarded ports of their own.
+FIRST_PORT: Final = 21000 + 4500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 
 
 class TestRelay(Relay):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rtunnel.trust import pki
+from support.plumbing import FIRST_PORT
 from support.polling import until
 from support.secrecy import heard
 
@@ -158,7 +159,7 @@ class Site:
 
     def broker(self, node: str, number: int, *flags: str) -> Process:
         """Each node has an IP of its own, as on machines of their own, and is named like its host."""
-        first = 22000 + 200 * number
+        first = FIRST_PORT + 200 * number
         text = f"""
             [broker]
             listen = "127.0.0.{number}:0"

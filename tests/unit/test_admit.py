@@ -111,13 +111,13 @@ def needs(role: str, **keys: str) -> list[str]:
     given = {key.replace("__", "."): value for key, value in keys.items()}
     with pytest.raises(ConfigError) as caught:
         config.check_role(load(None, {}, given), role)
-    wanted = {"broker.join_token", "agent.join_token", "agent.ca"}
+    wanted = {"broker.ca", "broker.join_token", "agent.join_token", "agent.ca"}
     return sorted({problem.key for problem in caught.value.problems if "is not given" in problem.reason} & wanted)
 
 
 def test_who_may_join_needs_a_certificate_or_a_token(tmp_path: Path) -> None:
     """A token where there are no certificates, and nothing more than what is used."""
-    assert needs("broker") == ["broker.join_token"]
+    assert needs("broker") == ["broker.ca"]
     assert needs("broker", broker__ca="ca.pem") == []
     assert needs("broker", broker__ca="ca.pem", broker__security="plain") == ["broker.join_token"]
     assert needs("agent") == ["agent.ca", "agent.join_token"]

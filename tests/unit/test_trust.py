@@ -299,9 +299,9 @@ def test_token_ids_are_checked() -> None:
             keys.new_token(bad)
 
 
-CLUSTER_LINE = keys.cluster_key_line(keys.new_cluster_key())
-GATEWAY_LINE = gateway_key(keys.new_cluster_key(), "g1-ab12").line()
-TOKEN_LINE = keys.new_token("web").line()
+CLUSTER_LINE = keys.cluster_key_line(bytes(range(32)))
+GATEWAY_LINE = gateway_key(bytes(range(32)), "g1-ab12").line()
+TOKEN_LINE = keys.Token("web", bytes(range(200, 232))).line()
 SHORT = base64.b64encode(b"short").decode()
 
 
