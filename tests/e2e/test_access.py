@@ -528,6 +528,7 @@ async def test_logins_wait_off_the_data_plane(tmp_path: Path, logs: Logs, monkey
         for n in range(5):
             hold(f"other{n}", f"127.66.1.{n + 1}")
         await cluster.until(lambda: gateway.counts.refused.get("overloaded") == 3 and waiting() == 12)
+        await cluster.until(lambda: len(answers) == 3)
         assert answers == [b"\5\2\1\1"] * 3
         assert await talk(runs) == b"127.1.0.1:hello"
         (await socks(cluster, target, login=("alice", PASSWORD))).close()  # remembered: it does not wait
