@@ -222,7 +222,8 @@ def test_status_shows_a_drain(tmp_path: Path, redis_server: RedisServer) -> None
         table = here.ask_registry("status")
         assert re.search(r"^b1 .* draining ", table, re.MULTILINE)
         assert re.search(r"^a1 .* 2 \(1 draining\) +1 node +b1 b2$", table, re.MULTILINE)
-        assert "(1 draining), 2 agents (2 on one node only, 2 on one host only), 4 sessions" in table
+        # 3 when a2, which has no stream there, has left b1 by now.
+        assert re.search(r"\(1 draining\), 2 agents \(2 on one node only, 2 on one host only\), [34] sessions", table)
         table = here.ask_registry("resolve", IP1)
         assert re.search(r" b1 .* draining ", table) and re.search(r" b2 .* live ", table)
         here.broker("b3", 3, "--listen", third)
