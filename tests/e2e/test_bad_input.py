@@ -17,8 +17,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -307,6 +307,12 @@ def told(logs: Logs, attacker: Attacker) -> str:
     return f"{lines[-1]['event']}: {lines[-1].get('code', '')}: {lines[-1].get('reason', '')}" if lines else ""
 
 
+async def all_told(cluster: Cluster, logs: Logs, done: Mapping[str, Attacker]) -> None:
+    """Wait for the lines of all: a link's end is told when its last words are out, which is after the attacker's."""
+    with suppress(trio.TooSlowError):
+        await cluster.until(lambda: all(told(logs, attacker) for attacker in done.values()), 5.0)
+
+
 # Links by hand.
 
 
@@ -536,6 +542,7 @@ async def test_the_link_port_withstands_every_frame(here: Path, secrets: Path, s
         run = {name: wrapped(a, context) if security == "tls" else a for name, (a, _, _) in attacks.items()}
         async with unharmed(cluster, target, slowest=1.0) as logs:
             done = await attack_all(cluster.brokers["b1"].node.bound, run)
+            await all_told(cluster, logs, done)
         wrong = {
             name: (told(logs, done[name]), done[name].answer, done[name].ending)
             for name, (_, reason, answer) in attacks.items()
@@ -597,6 +604,7 @@ async def test_the_link_port_withstands_every_handshake(here: Path, secrets: Pat
         await cluster.start(brokers=1)
         async with unharmed(cluster, Target("127.1.0.1")) as logs:
             done = await attack_all(cluster.brokers["b1"].node.bound, {name: a for name, (a, _) in attacks.items()})
+            await all_told(cluster, logs, done)
         wrong = {
             name: (told(logs, done[name]), done[name].ending, done[name].seconds)
             for name, (_, reason) in attacks.items()
@@ -677,6 +685,7 @@ async def test_the_guarded_port_withstands_every_input(here: Path, secrets: Path
         }
         async with unharmed(cluster, target) as logs:
             done = await attack_all(("127.0.0.1", welcome.port), {name: a for name, (a, _, _) in attacks.items()})
+            await all_told(cluster, logs, done)
         wrong = {
             name: (told(logs, done[name]), first_answer(done[name].answer), done[name].ending)
             for name, (_, code, reason) in attacks.items()
@@ -860,6 +869,7 @@ async def test_the_gateway_withstands_every_socks_client(here: Path) -> None:
         await cluster.start(brokers=1)
         async with unharmed(cluster, Target("127.1.0.1")) as logs:
             done = await attack_all(cluster.gateway.bound, {name: a for name, (a, _, _) in attacks.items()})
+            await all_told(cluster, logs, done)
         wrong = {
             name: (told(logs, done[name]), done[name].answer, done[name].ending)
             for name, (_, answer, reason) in attacks.items()
@@ -907,6 +917,7 @@ async def test_the_gateway_withstands_every_http_client(here: Path) -> None:
         }  # fmt: skip
         async with unharmed(cluster, target) as logs:
             done = await attack_all(cluster.gateway.bound, {name: a for name, (a, _, _) in attacks.items()})
+            await all_told(cluster, logs, done)
         wrong = {
             name: (told(logs, done[name]), done[name].answer, done[name].ending)
             for name, (_, status, reason) in attacks.items()
