@@ -248,9 +248,10 @@ def judge(run: Run) -> Iterator[Verdict]:
         if {ours, theirs} <= names:
             for what, workloads, metric, more, limits in _AGAINST_FRP:
                 # A signature for each connection is something that frp does not have: it has a limit of its own.
-                pair = (f"{ours}-noproof" if "conn64" in workloads and "socks" in ours else ours, theirs)
+                bare = f"{ours}-noproof"
+                pair = (bare if "conn64" in workloads and bare in names else ours, theirs)
                 yield _compare(run, what, workloads, metric, pair, limits[column], more=more)
-    if {"rtunnel-tls-socks", "frp-tls-socks"} <= names:
+    if {"rtunnel-tls-socks-noproof", "frp-tls-socks"} <= names:
         pair = ("rtunnel-tls-socks", "frp-tls-socks")
         yield _compare(run, "CPU/connection, proved", ("conn64",), "cpu_conn", pair, 0.95, more=False)
     if {"rtunnel-plain", "haproxy"} <= names:
