@@ -168,8 +168,8 @@ class Gateway:
 
     def _shut(self, sock: socket.socket, peer: str, code: Refusal) -> None:
         """Close it without an answer: nothing is known of what it speaks."""
-        sock.close()
         self.counts.refuse(code)
+        sock.close()
         now = self.relay.loop.now
         told, count = self._shut_out.get(code, (-SHUT_OUT_SECONDS, 0))
         if now < told + SHUT_OUT_SECONDS:
