@@ -136,7 +136,6 @@ def _build(site: Site, stack: contextlib.ExitStack, fork: Callable[..., None], f
     admins = _ports(4)
     links = admins + 4
     first = _ports(400)
-    secrets: dict[str, object] = {"join_token": site.secret("join.token")}
     broker = start_role(
         site,
         "broker",
@@ -144,7 +143,6 @@ def _build(site: Site, stack: contextlib.ExitStack, fork: Callable[..., None], f
         {
             "registry": redis,
             "broker": {
-                **secrets,
                 "node_id": "soak",
                 "listen": f"127.0.0.1:{links}",
                 "advertise_ip": "127.0.0.1",
@@ -153,6 +151,8 @@ def _build(site: Site, stack: contextlib.ExitStack, fork: Callable[..., None], f
                 "certificate": site.secret("broker.pem"),
                 "key": site.secret("broker.key"),
                 "cluster_key": site.secret("cluster.key"),
+                "ca": site.secret("ca.pem"),
+                "source_handshakes": 0,  # a whole fleet comes from one address
                 "dial_window": DIAL_WINDOW,
                 "admin": f"127.0.0.1:{admins}",
             },
@@ -191,7 +191,6 @@ def _build(site: Site, stack: contextlib.ExitStack, fork: Callable[..., None], f
 
     def agent(name: str, address: str, vip: Vip, admin: int, publish: list[dict[str, object]]) -> Process:
         keys = {
-            **secrets,
             **site.certify(name, address),
             "brokers": [f"127.0.0.1:{vip.address[1]}"],
             "agent_id": name,
