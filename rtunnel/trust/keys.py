@@ -247,7 +247,7 @@ class NonceWindow:
 
     A Dial is good from `window` before its time to `window` after it, so give twice that window here. Two
     generations are kept and the older one is dropped whole, so nothing is ever searched. When a generation is full
-    every nonce is refused until it ends: forgetting would open the door to replays. Only who has the cluster key
+    every nonce is refused until it ends: forgetting would open the door to replays. Only who has a key of a gateway
     gets this far, so only a load far over a node's capacity can fill it.
     """
 
