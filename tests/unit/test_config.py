@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from rtunnel import config
-from rtunnel.config import Config, ConfigError, Flag, load
+from rtunnel.config import Config, ConfigError, Flag, load, loading, needs
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -270,6 +270,16 @@ def test_bad_values_are_refused_with_a_reason(key: str, value: object, reason: s
     assert str(problem).isprintable()
 
 
+@pytest.mark.parametrize("value", ["nan", "-nan", "inf", "-inf"])
+@pytest.mark.parametrize("key", [key for key, leaf in config.KEYS.items() if leaf.type is float])
+def test_numbers_are_finite(tmp_path: Path, key: str, value: str) -> None:
+    section, _, name = key.rpartition(".")
+    refused = fault(write(tmp_path, f"[{section}]\n{name} = {value}"))
+    number = "nan" if "nan" in value else value
+    assert re.search(rf"toml: {re.escape(key)}: {number} is out of bounds \(use \d\S*\.\.\d+\)$", refused)
+    assert f"{key}: {number} is out of bounds" in fault(environ={config.KEYS[key].env: value})
+
+
 def test_passwords_are_not_repeated() -> None:
     """The refusal of a registry URL never shows its password."""
     for url in ("redis://:hunter2@", "http://u:hunter2@h", "redis://:hunter2@h:x/0", "redis+sentinel://:hunter2@h:1"):
@@ -346,7 +356,7 @@ def test_any_value_is_taken_or_refused(key: str, value: Any, from_file: bool) ->
     try:
         if from_file:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(config, "_read_toml", lambda path: table)
+                patch.setattr(loading, "_read_toml", lambda path: table)
                 load(Path("/etc/x.toml"), {}, {})
         else:
             load(None, {}, {key: value})
@@ -490,7 +500,7 @@ def test_ranges_of_the_kernel_are_warned_of(tmp_path: Path, monkeypatch: pytest.
     """A port range inside ip_local_port_range is a warning, one outside is none."""
     ephemeral = tmp_path / "ip_local_port_range"
     ephemeral.write_text("29999\t60999\n")
-    monkeypatch.setattr(config, "_EPHEMERAL", ephemeral)
+    monkeypatch.setattr(needs, "_EPHEMERAL", ephemeral)
     (problem,) = config.warnings(configured(tmp_path, "broker"), "broker")
     assert problem.key == "broker.port_range" and "29999-60999" in problem.reason
     ephemeral.write_text("30000\t60999\n")
@@ -614,5 +624,5 @@ def test_the_pages_examples_load() -> None:
     assert len(blocks) >= 5
     for block in blocks:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(config, "_read_toml", lambda path, block=block: tomllib.loads(block))
+            patch.setattr(loading, "_read_toml", lambda path, block=block: tomllib.loads(block))
             load(Path("/etc/rtunnel.toml"), {}, {})
