@@ -33,8 +33,9 @@ from rtunnel.config import (
 )
 from rtunnel.logs import get_logger
 from rtunnel.relay.ends import SocketEnd, Talker
-from rtunnel.relay.link import Link, LinkOwner, StreamEnd
+from rtunnel.relay.link import Link, LinkOwner
 from rtunnel.relay.relay import Relay
+from rtunnel.relay.stream import StreamEnd
 from rtunnel.trust.keys import Token, TrustError, load_token
 from rtunnel.watch import Watched, watch
 from rtunnel.wire import messages

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rtunnel.relay.ends import Talker
-from rtunnel.relay.link import Link, StreamEnd
+from rtunnel.relay.link import Link
 from rtunnel.relay.loop import Timer
+from rtunnel.relay.stream import StreamEnd
 from rtunnel.trust.keys import token_mac
 from rtunnel.wire import messages
 from rtunnel.wire.messages import (

@@ -20,9 +20,10 @@ from rtunnel.config import canonical_ip, check_word, parse_exposes
 from rtunnel.registry import Registration
 from rtunnel.relay.ends import Talker
 from rtunnel.relay.join import Ending, Pair
-from rtunnel.relay.link import Link, StreamEnd
+from rtunnel.relay.link import Link
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.relay import Listener
+from rtunnel.relay.stream import StreamEnd
 from rtunnel.trust.identity import Identity, Revoked, Roots
 from rtunnel.trust.keys import TrustError, token_mac
 from rtunnel.wire import messages

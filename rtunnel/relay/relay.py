@@ -12,10 +12,12 @@ from typing import Final
 
 from rtunnel.relay.ends import End, SocketEnd
 from rtunnel.relay.join import Account, Ending, Gate, OnEnd, Pair, Pipes, SocketPair, StreamPair
-from rtunnel.relay.link import Link, LinkOwner, StreamEnd, Windows
+from rtunnel.relay.link import Link, LinkOwner
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
+from rtunnel.relay.stream import StreamEnd
 from rtunnel.relay.tls import TlsEnd, TlsSocket
 from rtunnel.relay.transport import Scratch
+from rtunnel.relay.windows import Windows
 from rtunnel.wire.refusal import Refusal
 
 #: Connections accepted from one listener before others get their turn.

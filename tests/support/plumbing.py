@@ -12,8 +12,9 @@ from typing import Final, TypeVar
 
 from rtunnel.relay.ends import SocketEnd, Talker
 from rtunnel.relay.join import Account
-from rtunnel.relay.link import Link, StreamEnd
+from rtunnel.relay.link import Link
 from rtunnel.relay.relay import Relay
+from rtunnel.relay.stream import StreamEnd
 
 _T = TypeVar("_T")
 PATIENCE = 10.0
