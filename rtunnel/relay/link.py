@@ -66,6 +66,12 @@ class BytesSender(Protocol):
 class Link(WindowedSession):
     """See the module. Made by `Relay`; `peer` is the other end's IP, `rtt` the last ping's seconds (0: none yet)."""
 
+    __slots__ = (
+        "_flushing", "_heard", "_live", "_out", "_owner", "_ping_sent", "_pings", "_queued", "_shaking",
+        "_timer", "_transport", "_unread", "allowance", "blocked", "is_client", "peer", "rtt", "scratch",
+        "sock", "up", "waiting",
+    )  # fmt: skip
+
     def __init__(
         self,
         loop: Loop,

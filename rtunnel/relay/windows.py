@@ -38,6 +38,8 @@ class Windows:
 class WindowedSession(yamux.Session):
     """A yamux session of `StreamEnd`s whose windows follow what they move."""
 
+    __slots__ = ("_least_rtt", "_windows", "loop", "speaker", "spoke_another")
+
     def __init__(self, loop: Loop, windows: Windows, *, client: bool) -> None:
         super().__init__(client=client)
         self.loop = loop
