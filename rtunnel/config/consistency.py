@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rtunnel.config.sections import MAX_WORKERS, Config
-from rtunnel.config.values import MAX_WORD, Problem, parse_endpoint, parse_range, span
+from rtunnel.config.sections import MAX_WORKERS, AgentConfig, Config
+from rtunnel.config.values import MAX_WORD, Problem, parse_endpoint, parse_range, span, split_exposes
+from rtunnel.wire.messages import MAX_HELLO, MAX_HOLDS, VERSION, Hello, Publish, encode
 
 #: Ranges of ports that a broker gives out; "" for none.
 BROKER_RANGES = ("broker.port_range", "broker.open_ports.range")
@@ -24,6 +25,7 @@ def contradictions(config: Config) -> Iterator[Problem]:
     yield from _check_identity(config)
     if config.agent.addresses:
         yield from check_publish(config, config.agent.addresses)
+    yield from _check_hello(config)
 
 
 def _check_registry(config: Config) -> Iterator[Problem]:
@@ -114,3 +116,35 @@ def check_publish(config: Config, addresses: Sequence[str]) -> Iterator[Problem]
             reason = f"{host} is none of the agent's addresses ({', '.join(addresses)})"
             key = f"agent.publish[{index}].target"
             yield Problem(config.source("agent.publish"), key, reason, "add it to agent.addresses")
+
+
+def longest_hello(agent: AgentConfig) -> Hello:
+    """The longest that this agent could send, whatever nodes it has sessions on."""
+    direct, loopback = split_exposes(agent.exposes)
+    longest = "\U00010000" * MAX_WORD
+    return Hello(
+        version=VERSION,
+        agent_id=agent.agent_id or "x" * 64,  # a host's name is no longer
+        instance=bytes(16),
+        namespace=agent.namespace,
+        addresses=agent.addresses or ["x" * 39],
+        nonce=bytes(16),
+        token_id="x" * 64,
+        exposes=[*direct, *loopback],
+        publish=[
+            Publish(ip=ip, target_port=target_port, port=entry.port, allow=entry.allow)
+            for entry in agent.publish
+            for ip, target_port in [parse_endpoint(entry.target)]
+        ],
+        holds=[longest] * MAX_HOLDS,
+        holds_hosts=[longest] * MAX_HOLDS,
+        software="x" * 64,
+        trust=2**63,
+    )
+
+
+def _check_hello(config: Config) -> Iterator[Problem]:
+    """All but networks fits, as many and as long as it can be."""
+    if (size := len(encode(longest_hello(config.agent))) - 4) > MAX_HELLO:
+        reason = f"with its networks (allow) the agent's Hello can take {size} bytes, and brokers read {MAX_HELLO}"
+        yield config.problem("agent.publish", reason, "allow fewer, or none: those that the broker allows")

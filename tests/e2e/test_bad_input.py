@@ -473,6 +473,7 @@ def link_attacks(secrets: Path) -> dict[str, tuple[Attack, str, bytes]]:
     """What is sent on a link that is up, what the log must say of it, and the answer."""
     deep = b"\x82\xa1t\xa5hello\xa3foo" + b"\x91" * 4000
     good = encode(hello(secrets))
+    request = messages.Enrol(version=1, request=bytes(3072), certificate=bytes(3072))
     header = yamux.HEADER.pack
     broken = header(0, yamux.GO_AWAY, 0, 0, yamux.GoAwayCode.PROTOCOL_ERROR)
     late = header(0, yamux.GO_AWAY, 0, 0, yamux.GoAwayCode.NORMAL)
@@ -485,7 +486,12 @@ def link_attacks(secrets: Path) -> dict[str, tuple[Attack, str, bytes]]:
         "a stream that never was": (says(header(0, 0, 0, 7, 4) + b"abcd"), "unknown_stream", broken),
         "a stream of ours": (says(header(0, 0, 1, 2, 0)), "wrong_parity", broken),
         "more than the window": (says(header(0, 0, 1, 1, 1 << 30) + bytes(1 << 16)), "window_exceeded", broken),
-        "an oversized message": (says(yamux_says(frame_of(b"", 1 << 31))), "over the limit of 4096", refused),
+        "an oversized message": (says(yamux_says(frame_of(b"", 1 << 31))), "over the limit of 32768", refused),
+        "an oversized request": (
+            says(yamux_says(encode(request))),
+            "enrol of 6216 bytes is over the limit of 4096",
+            refused,
+        ),
         "a flood behind a bad message": (
             says(yamux_says(frame_of(b"\xc0")) + header(0, 0, 0, 1, 200_000) + bytes(200_000)),
             "Expected `object`",

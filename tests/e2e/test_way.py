@@ -10,9 +10,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rtunnel.wire.messages import MAX_UNAUTHENTICATED, encode
 from support.cluster import Cluster, SocksRefused, Target, in_thread, read_line, running_cluster
 from support.plumbing import close_kept, dial, kept, read_all, reset
 
@@ -174,6 +176,43 @@ async def test_a_client_that_leaves_an_open_port_takes_its_dial_along(tmp_path: 
         await cluster.until(lambda: part.node.counts.waiting == 1 and len(link.streams) == 2)
         reset(client)
         await cluster.until(lambda: part.node.counts.waiting == 0 and len(link.streams) == 1)
+
+
+@pytest.mark.parametrize("by", ["certificate", "token"])
+async def test_an_agent_may_have_as_much_as_the_configuration_takes(tmp_path: Path, by: str) -> None:
+    """64 addresses, 256 exposed ports, 64 open ports with networks of their own: all of it is there."""
+    addresses = [f"127.2.100.{number}" for number in range(101, 165)]
+    network = "1111:2222:3333:4444:5555:6666:7777:8888/128"
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.start_broker(
+            "b" * 128, open_ports__range="29200-29299", open_ports__allow=["127.0.0.0/8", "::/0"]
+        )
+        await cluster.start_gateway(proof="required" if by == "certificate" else "off")
+        target = Target(addresses[63])
+        publish = [{"target": f"{address}:{target.port}", "allow": [network, "127.0.0.1/32"]} for address in addresses]
+        keys: dict[str, Any] = {} if by == "certificate" else {"certificate": "", "key": ""}
+        part = await cluster.start_agent(
+            "a" * 128,
+            *addresses,
+            redundancy=1,
+            publish=publish,
+            exposes=[*map(str, range(50001, 50511, 2)), "1-50000"],
+            **keys,
+        )
+        await cluster.whole()
+        session = part.agent.slots[0].session
+        assert session is not None and session.welcome is not None
+        assert len(encode(session.hello)) > 3 * MAX_UNAUTHENTICATED / 2
+        assert {port.ip for port in session.welcome.open_ports} == set(addresses)
+        last = next(port.port for port in session.welcome.open_ports if port.ip == target.ip)
+
+        def ask() -> bytes:
+            with dial(("127.0.0.1", last)) as sock:
+                sock.sendall(b"direct\n")
+                return read_line(sock)
+
+        assert await in_thread(ask) == f"{target.ip}:direct".encode()
+        assert await cluster.ask(target.ip, target.port) == f"{target.ip}:hello".encode()
 
 
 async def test_an_open_port_relays_at_once_and_only_for_its_sources(tmp_path: Path) -> None:

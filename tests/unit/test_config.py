@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from rtunnel import config
-from rtunnel.config import Config, ConfigError, Flag, load, loading, needs
+from rtunnel.config import Config, ConfigError, Flag, consistency, load, loading, needs
+from rtunnel.wire.messages import MAX_HELLO, Decoder, Enrol, Hello, encode
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -318,6 +319,45 @@ def test_types_in_a_file_are_strict(tmp_path: Path) -> None:
 def test_keys_that_contradict_each_other(overrides: dict[str, object], reason: str) -> None:
     """Checks over several keys name the key at fault, the other one and both values."""
     assert reason in fault(None, None, **overrides)
+
+
+def much(networks: int) -> dict[str, object]:
+    """An agent with as much of everything as there may be, each as long as it can be, and with so many networks."""
+    addresses = [f"1111:2222:3333:4444:5555:6666:7777:{8000 + number}" for number in range(64)]
+    publish = [
+        {
+            "target": f"[{address}]:{60000 + number}",
+            "port": 50000,
+            "allow": [f"{address}/128"] * max(0, min(64, networks - 64 * number)),
+        }
+        for number, address in enumerate(addresses)
+    ]
+    return {
+        "agent.agent_id": "\U00010000" * 128,
+        "agent.namespace": "\U00010000" * 128,
+        "agent.addresses": addresses,
+        "agent.exposes": [f"{10000 + 3 * number}-{10001 + 3 * number}" for number in range(256)],
+        "agent.publish": publish,
+    }
+
+
+def test_what_an_agent_tells_brokers_fits() -> None:
+    """64 addresses, 256 ports and 64 open ports fit into a Hello with the longest names. Networks that do not are
+    refused here, and not by every broker."""
+    agent, networks = load(None, {}, much(0)).agent, 0
+    assert (len(agent.addresses), len(agent.exposes), len(agent.publish)) == (64, 256, 64)
+    with pytest.raises(ConfigError) as caught:
+        for networks in range(64 * 64):
+            agent = load(None, {}, much(networks)).agent
+    (problem,) = caught.value.problems
+    assert problem.key == "agent.publish"
+    assert re.search(r"Hello can take 32\d{3} bytes, and brokers read 32768 \(allow fewer", str(problem))
+    hello = consistency.longest_hello(agent)
+    frame = encode(hello)
+    assert networks > 64 and MAX_HELLO - 64 < len(frame) - 4 <= MAX_HELLO
+    decoder = Decoder(Hello | Enrol, MAX_HELLO)
+    decoder.feed(frame)
+    assert decoder.next() == hello
 
 
 def test_what_does_not_contradict() -> None:
