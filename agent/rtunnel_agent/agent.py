@@ -18,7 +18,7 @@ from typing import Final
 import trio
 
 import rtunnel
-from rtunnel.bridge import Bridge
+from rtunnel.bridge import Bridge, running
 from rtunnel.config import (
     AgentConfig,
     Config,
@@ -226,24 +226,18 @@ class Agent:
 
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Agent] = trio.TASK_STATUS_IGNORED) -> None:
         """Until `stop`; started when it begins to dial."""
-        self.bridge = Bridge(self.relay)
-        self.relay.start()
-        try:
-            async with trio.open_nursery() as nursery:
-                for slot in self.slots:
-                    nursery.start_soon(self._keep, slot)
-                nursery.start_soon(self._leave_draining_nodes)
-                nursery.start_soon(self._leave_revoked_brokers)
-                nursery.start_soon(self.credentials.run)
-                if self._whole.file:
-                    nursery.start_soon(watch, [self._watched_file()], self._log)
-                task_status.started(self)
-                await stop.wait()
-                await self._drain()
-                nursery.cancel_scope.cancel()
-        finally:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self.relay.stop)
+        async with running(self.relay) as self.bridge, trio.open_nursery() as nursery:
+            for slot in self.slots:
+                nursery.start_soon(self._keep, slot)
+            nursery.start_soon(self._leave_draining_nodes)
+            nursery.start_soon(self._leave_revoked_brokers)
+            nursery.start_soon(self.credentials.run)
+            if self._whole.file:
+                nursery.start_soon(watch, [self._watched_file()], self._log)
+            task_status.started(self)
+            await stop.wait()
+            await self._drain()
+            nursery.cancel_scope.cancel()
 
     @property
     def redundancy(self) -> str:

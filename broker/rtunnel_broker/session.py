@@ -27,7 +27,7 @@ from rtunnel.relay.loop import Timer
 from rtunnel.relay.relay import Listener
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.trust.identity import Identity, Revoked, Roots
-from rtunnel.trust.keys import TrustError, token_mac
+from rtunnel.trust.keys import AGENT_LABEL, BROKER_LABEL, TrustError, token_mac
 from rtunnel.wire import messages
 from rtunnel.wire.messages import (
     Bye,
@@ -46,10 +46,6 @@ from rtunnel.wire.messages import (
 )
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_broker.admit import EVERYTHING, Rule
-
-#: What the two MACs of the handshake are over, beside the Hello, the nonce and the broker's certificate.
-BROKER_LABEL = b"rtunnel broker 1"
-AGENT_LABEL = b"rtunnel agent 1"
 
 #: What a link may send before its Proof has come: the longest Hello, the Proof, and room for frames' headers and pings.
 UNPROVEN_BYTES: Final = messages.MAX_HELLO + messages.MAX_UNAUTHENTICATED

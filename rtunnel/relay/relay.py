@@ -82,6 +82,12 @@ class Listener:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_SECONDS)
         loop.add(sock.fileno(), self._event, out=False)
 
+    @property
+    def bound(self) -> tuple[str, int]:
+        """Where it listens."""
+        host, port = self.sock.getsockname()[:2]
+        return host, port
+
     def close(self) -> None:
         """Accept no more; the port is free for others when this returns. What was accepted lives on."""
         if not self.closed:
