@@ -147,9 +147,12 @@ async def test_a_pinned_vip_degrades_and_says_why(tmp_path: Path) -> None:
     async with running_cluster(tmp_path) as cluster:
         await cluster.start(brokers=2, agents=0)
         cluster.vip.pinned = cluster.vip.backends[0]
-        part = await cluster.start_agent("a1")
+        part = await cluster.start_agent("a1", backoff_cap=0.1)
         await cluster.until(lambda: any("same node" in reason for reason in part.agent.reasons()))
         assert (part.agent.redundancy, part.agent.state) == ("1/2", "degraded")
+        # It goes on looking, with pauses no longer than it may: without the cap these would take a minute.
+        begun = max(slot.searches for slot in part.agent.slots)
+        await cluster.until(lambda: max(slot.searches for slot in part.agent.slots) >= begun + 12)
         target = Target("127.1.0.1")
         assert await cluster.ask(target.ip, target.port) == b"127.1.0.1:hello"
 
