@@ -77,16 +77,16 @@ LEAKS = {
 }
 
 
-def session(test: str) -> subprocess.CompletedProcess[str]:
+def session(test: str, *options: str) -> subprocess.CompletedProcess[str]:
     """A session of its own with the plugin, where the ears of this one do not look."""
     with tempfile.TemporaryDirectory() as directory:
-        return _session(Path(directory), test)
+        return _session(Path(directory), test, options)
 
 
-def _session(directory: Path, test: str) -> subprocess.CompletedProcess[str]:
+def _session(directory: Path, test: str, more: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     (directory / "conftest.py").write_text(CONFTEST)
     (directory / "test_inner.py").write_text(COMMON + test)
-    options = ["-p", "no:cacheprovider", "-W", "ignore", "--rootdir", str(directory)]
+    options = ["-p", "no:cacheprovider", "-W", "ignore", "--rootdir", str(directory), *more]
     base = ["--basetemp", str(directory / "base")]
     command = [sys.executable, "-m", "pytest", *options, *base, "-o", f"pythonpath={TESTS}", str(directory)]
     return subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
@@ -98,14 +98,14 @@ def test_a_session_without_a_leak_passes() -> None:
     assert (done.returncode, "1 passed" in done.stdout) == (0, True), done.stdout
 
 
-@pytest.fixture(scope="module")
-def leaking() -> str:
+@pytest.fixture(scope="module", params=[(), ("-n", "2")], ids=["one process", "two processes"])
+def leaking(request: pytest.FixtureRequest) -> str:
     """What a session says in which each test leaks in its own way."""
     tests = [
         f"def test_{name}(made, tmp_path):\n    key = keys.load_cluster_keys(made / 'cluster.key')[0]; {code}\n"
         for name, code in LEAKS.items()
     ]
-    done = session("\n".join(tests))
+    done = session("\n".join(tests), *request.param)
     assert f"{len(LEAKS)} passed" in done.stdout, done.stdout
     assert done.returncode == 1
     return done.stdout.partition("secrets in logs")[2]
