@@ -53,7 +53,8 @@ QUICK_REDIALS: Final = 12
 #: So long it insists on another *host*. Then there may be only one: so many more, as closely, to any other node.
 ANY_HOST_REDIALS: Final = 6
 QUICK_JITTER: Final = 0.05
-#: Then the pauses double, up to this (seconds, with jitter): what an agent that the VIP pins to one node goes on with.
+#: Then the pauses double, up to this or `backoff_cap` (seconds, with jitter): what an agent that the VIP pins to one
+#: node goes on with.
 SLOW_REDIAL: Final = 10.0
 #: With one session left and no other node to be had, an agent leaves a draining node after so many seconds.
 DRAIN_GRACE: Final = 2.0
@@ -341,7 +342,8 @@ class Agent:
                 return
             if duplicate:
                 reason = f"the VIP leads to the same node again and again ({reason})"
-            pause = min(SLOW_REDIAL, QUICK_JITTER * 2.0 ** min(late, 16)) * random.uniform(0.5, 1.0)  # noqa: S311
+            cap = min(SLOW_REDIAL, self.config.backoff_cap)
+            pause = min(cap, QUICK_JITTER * 2.0 ** min(late, 16)) * random.uniform(0.5, 1.0)  # noqa: S311
         else:
             pause = random.uniform(0, slot.backoff)  # noqa: S311 - full jitter
             slot.backoff = min(self.config.backoff_cap, slot.backoff * 2)

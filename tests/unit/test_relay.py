@@ -26,7 +26,6 @@ from support.plumbing import (
     Quiet,
     TestRelay,
     Tunnel,
-    close_kept,
     dial,
     kept,
     listener,
@@ -74,12 +73,6 @@ class SocketHop:
 
 
 Hop = SocketHop | Tunnel
-
-
-@pytest.fixture(autouse=True)
-def _no_socket_left() -> Iterator[None]:
-    yield
-    close_kept()
 
 
 @pytest.fixture(scope="module")
