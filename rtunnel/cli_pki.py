@@ -293,7 +293,7 @@ def request(kind: str, name: str, namespace: str, addresses: tuple[str, ...], in
 def list_issued(directory: Path) -> None:
     """Show the certificates that are good."""
     with told(), open_directory(directory) as opened:
-        in_force = {ca.number for ca in opened.cas if ca.role != "retired"}
+        in_force = {ca.number for ca in opened.cas if ca.role not in ("retired", "void")}
         revoked = opened.store.revoked_at
         items = [i for i in opened.store.issued(time.time()) if i.ca in in_force and i.issued > revoked(i.subject)]
     columns = ("subject", "addresses", "issued", "until", "ca", "token")
@@ -376,6 +376,7 @@ _ROLES = {
     "next": "in force, certificates come from it after `rotate switch`",
     "old": "in force until `rotate finish`",
     "retired": "not in force",
+    "void": "not in force; it was stolen",
 }
 
 
@@ -429,16 +430,23 @@ def rotate_switch(directory: Path) -> None:
 @rotate_group.command("finish")
 @_dir
 @click.option("--force", is_flag=True, help="Also while its certificates are in use: those are void then.")
-def rotate_finish(directory: Path, force: bool) -> None:
-    """Let nobody trust the old CA. Refused while certificates of the old one are in use, unless --force."""
+@click.option("--stolen", is_flag=True, help="Also, and everything that its certificates have opened ends.")
+def rotate_finish(directory: Path, force: bool, stolen: bool) -> None:
+    """Let nobody trust the old CA. Refused while certificates of the old one are in use, unless --force.
+
+    Sessions of agents that have no certificate of the new CA end within 5 seconds, and their streams. With --stolen,
+    for a CA whose key somebody else has, so does every stream that began with a proof by the old CA, and every link to
+    a broker that has shown its certificate. It may come later, too, when the rotation was finished before.
+    """
     with _changing(directory) as opened:
         left = opened.waiting()
-        opened.finish_rotation(force=force)
+        opened.finish_rotation(force=force, stolen=stolen)
     _say(
         "The old CA is not in force any more.",
         *([f"Void now: {_certificates(len(left))}, whose holders need new ones."] if left else []),
         f"Give {directory / pki.CA_FILE} to whatever starts with a copy of it.",
-        "The old key only signs trust lists now, for those who were away. Delete its file when nobody is.",
+        "The old key only signs trust lists now, for those who were away. "
+        + ("Delete its file." if stolen else "Delete its file when nobody is."),
     )
 
 

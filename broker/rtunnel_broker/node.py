@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import trio
 
@@ -51,6 +51,8 @@ from rtunnel_broker.admit import Admission
 from rtunnel_broker.ports import DialChecker, Guarded, GuardedPort, Networks, OpenPortServer, PortCounts
 from rtunnel_broker.session import Session
 
+_T = TypeVar("_T")
+
 #: With so many handshakes in line the next links wait in the kernel's queue: there they cost no memory yet.
 MAX_IN_LINE: Final = 64
 #: Requests for certificates under way to the authority.
@@ -60,6 +62,8 @@ TELL_AGAIN: Final = 10.0
 #: Agents that are told of new CAs before others get their turn, and the seconds between two turns.
 TELLS_A_TURN: Final = 100
 TELL_PAUSE: Final = 0.02
+#: Of a turn, for sessions that are judged anew.
+JUDGE_SECONDS: Final = 0.001
 
 
 @dataclass(frozen=True)
@@ -263,14 +267,36 @@ class Node:
         """In the relay's thread: there are other CAs, or revocations."""
         roots = self.roots
         assert roots is not None
-        for session in list(self._certified):
-            if session.identity is not None and roots.is_revoked(session.identity):
-                session.revoke()
+        self._judge(list(self._certified), roots)
         self._review()
         self.bridge.spawn(self._show_other_cas)
         if roots.generation > self._generation:
             self._generation = roots.generation
             self._tell(list(self.sessions.values()), Trust(signed=roots.signed))
+
+    def _judge(self, sessions: list[Session], roots: Roots) -> None:
+        """First all of them lose what they have no right to; then they are told, and their links end."""
+        void: list[tuple[Session, Refused]] = []
+
+        def judge(session: Session) -> None:
+            if fault := session.judge(roots):
+                void.append((session, fault))
+
+        def expel(entry: tuple[Session, Refused]) -> None:
+            entry[0].expel(entry[1], roots.signed)
+
+        self._by_and_by(sessions, judge, lambda: self._by_and_by(void, expel))
+
+    def _by_and_by(self, things: list[_T], call: Callable[[_T], None], then: Callable[[], None] | None = None) -> None:
+        """A part of a turn for some of them, and the others in the next turns: there may be 50,000."""
+        until = time.monotonic() + JUDGE_SECONDS
+        while things:
+            call(things.pop())
+            if time.monotonic() >= until:
+                self.relay.loop.soon(lambda: self._by_and_by(things, call, then))
+                return
+        if then is not None:
+            then()
 
     def _tell(self, sessions: list[Session], trust: Trust) -> None:
         for session in sessions[-TELLS_A_TURN:]:

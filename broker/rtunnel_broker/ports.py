@@ -326,7 +326,7 @@ class OpenPortServer:
         session = self.session
         if not all(any(source in network for network in networks) for networks in self.allow):
             self.refuse(end, Refusal.NOT_AUTHORISED, "the source is not on the allow-list")
-        elif session.link is None or session.hello is None or not _takes_streams(session.link):
+        elif session.link is None or session.state != "live" or not _takes_streams(session.link):
             self.refuse(end, Refusal.LINK_LOST, "")
         elif full := session.full:
             self.refuse(end, full.code, full.text)

@@ -19,7 +19,7 @@ from rtunnel.config import RegistryConfig
 from rtunnel.registry import connect
 from rtunnel.relay.relay import Relay
 from rtunnel.trust import pki
-from rtunnel.trust.identity import load_pair
+from rtunnel.trust.identity import load_pair, load_private_key
 from rtunnel.trust.keys import Token, TrustError, load_token
 from rtunnel.trust.tls import certificate_der, certificate_fingerprint, link_context
 from rtunnel.wire import messages
@@ -35,6 +35,7 @@ from support.redis_server import RedisServer
 
 Events = list[Any]  # captured log lines
 IP = "127.1.0.1"
+KEYS = {"pem": "certificate", "key": "key"}
 #: A promise: what is revoked ends so soon.
 REVOKED_WITHIN = 5.0
 
@@ -449,6 +450,86 @@ async def test_a_rotation_by_files_alone_cuts_no_stream(tmp_path: Path, events: 
         (session,) = node.sessions.values()
         assert agent.identity is not None and session.link is not None
         assert session.link.peer_certificate == agent.identity.certificate == certificate_der(new / "mine.pem")
+
+
+async def test_who_has_only_the_old_ca_is_out_when_it_leaves(tmp_path: Path, events: Events) -> None:
+    """`rotate finish --force`: who did not renew loses session and streams, and is told why; others lose none."""
+    async with running_cluster(tmp_path, broker__join_token="") as cluster, authority(cluster.secrets) as server:
+        node = (await cluster.start_broker(authority=address(server))).node
+        await cluster.start_gateway(authority=address(server))
+        late = (await cluster.start_agent("a2", "127.1.0.2", redundancy=1)).agent
+        renews = (await cluster.start_agent(redundancy=1)).agent
+        await cluster.whole()
+        target, other = Target(IP), Target("127.1.0.2")
+        with await cluster.socks(IP, target.port) as stays, await cluster.socks("127.1.0.2", other.port) as ends:
+            assert says(stays) and says(ends)
+            for step in ("start_rotation", "switch_rotation"):
+                await in_thread(partial(rotate, cluster.secrets, step))
+            name = cluster.certify("a1", IP)  # from the new CA
+            for kind in ("pem", "key"):
+                (cluster.secrets / f"{name}.{kind}").replace(Path(getattr(renews.config, KEYS[kind])))
+            await cluster.until(lambda: from_new_ca(cluster.secrets, renews.identity))
+            await in_thread(lambda: replace_broker_certificate(cluster.secrets))
+            assert says(ends) == b"127.1.0.2:still there", "it ends when the CA leaves, and not before"
+            await in_thread(lambda: rotate(cluster.secrets, "finish_rotation", force=True))
+            with trio.fail_after(REVOKED_WITHIN):
+                assert await in_thread(lambda: ended(ends))
+                await cluster.until(lambda: late.state == "down")
+            assert says(stays) == b"127.1.0.1:still there"
+        (line,) = named(events, "session_revoked")
+        assert (line["agent"], line["code"], line["streams"]) == ("a2", "bad_certificate", 1)
+        assert "agent/default/a2 is not from a CA in force any more" in line["reason"]
+        await cluster.until(lambda: "not from a CA in force" in late.reasons()[0])
+        assert [session.owner for session in node.sessions.values()] == ["default/a1"]
+        assert await cluster.ask(IP, target.port) == b"127.1.0.1:hello"
+
+
+@pytest.mark.parametrize("stolen", [True, False])
+async def test_a_gateway_ends_what_a_stolen_ca_has_proved(tmp_path: Path, events: Events, stolen: bool) -> None:
+    """Also where the broker has not heard of it. A CA that left without `--stolen` may have proved a stream rightly."""
+    async with running_cluster(tmp_path) as cluster, authority(cluster.secrets) as server:
+        before = str(shutil.copy(cluster.secrets / "ca.pem", tmp_path))
+        await cluster.start_broker(ca=before)
+        gateway = (await cluster.start_gateway(ca=before, authority=address(server))).gateway
+        await cluster.start_agent(redundancy=1, ca=before)
+        await cluster.whole()
+        target = Target(IP)
+        with await cluster.socks(IP, target.port) as stream:
+            assert says(stream)
+            for step in ("start_rotation", "switch_rotation"):
+                await in_thread(partial(rotate, cluster.secrets, step))
+            await in_thread(lambda: rotate(cluster.secrets, "finish_rotation", force=True))
+            in_force = (cluster.secrets / "ca.pem").read_text()
+            await cluster.until(lambda: gateway.roots is not None and gateway.roots.pem == in_force)
+            assert says(stream) == b"127.1.0.1:still there"
+            if stolen:  # somebody finds out later
+                await in_thread(lambda: rotate(cluster.secrets, "finish_rotation", stolen=True))
+                with trio.fail_after(REVOKED_WITHIN):
+                    assert await in_thread(lambda: ended(stream))
+                assert [line["reason"] for line in named(events, "stream_ended")] == ["revoked"]
+        with pytest.raises(SocksRefused):
+            await cluster.ask(IP, target.port)
+
+
+@pytest.mark.parametrize("whose", ["another agent's", "a key that it is not for", "fewer addresses"])
+async def test_a_session_goes_over_to_its_agents_certificate_only(tmp_path: Path, whose: str) -> None:
+    """An Update with a certificate of somebody else, without its key, or for less than the session has."""
+    async with running_cluster(tmp_path) as cluster:
+        node = (await cluster.start_broker()).node
+        agent = (await cluster.start_agent("a1", IP, "127.1.0.5", redundancy=1)).agent
+        await cluster.until(lambda: agent.state == "ready")
+        (before,) = node.sessions.values()
+        session = agent.slots[0].session
+        assert session is not None
+        id_ = "a2" if whose == "another agent's" else "a1"
+        both = () if whose == "fewer addresses" else ("127.1.0.5",)
+        name, spare = cluster.certify(id_, IP, *both), cluster.certify(id_, IP, *both)
+        der, key, _ = load_pair(cluster.secrets / f"{name}.pem", cluster.secrets / f"{name}.key")
+        if whose == "a key that it is not for":
+            key = load_private_key(cluster.secrets / f"{spare}.key")
+        agent.relay.call(lambda: session.go_over(["1-65535"], der, key))
+        await cluster.until(lambda: before.state == "over")
+        assert "bad_certificate" in before.why
 
 
 async def other_sessions(cluster: Cluster) -> None:

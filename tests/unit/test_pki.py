@@ -364,6 +364,38 @@ def test_finishing_by_force(made: Path) -> None:
     assert "Void now: 1 certificate," in run(made, "rotate", "finish", "--force").output
 
 
+def test_a_ca_whose_key_was_stolen(made: Path) -> None:
+    """The list says so, also when that is found out after the rotation; who has verified by it sees it."""
+    follower = roots_of(made)
+    who = follower.verify(certificate_der(made / "broker.pem"))
+    assert "no rotation to finish" in run(made, "rotate", "finish", "--stolen", code=2).stderr
+    for step in ("start", "switch"):
+        run(made, "rotate", step)
+        assert take(follower, made)
+    run(made, "rotate", "finish", "--force")
+    assert take(follower, made) and not follower.is_void(who)
+    run(made, "rotate", "finish", "--stolen")
+    assert take(follower, made) and follower.is_void(who)
+    assert "CA 1: not in force; it was stolen" in run(made, "show").output
+    assert "broker/broker" not in run(made, "list").output
+
+
+def test_no_list_has_more_signatures_than_anybody_takes(made: Path) -> None:
+    """The CA that would be one too many is not made, and the error says which files to delete."""
+    follower = roots_of(made)
+    for _ in range(15):
+        for step in ("start_rotation", "switch_rotation"):
+            change(made, lambda opened, step=step: getattr(opened, step)())
+        change(made, lambda opened: opened.finish_rotation(force=True))
+    assert take(follower, made)
+    refused = run(made, "rotate", "start", code=2).stderr
+    assert "there would be 17 CAs with a key" in refused and "(ca.key, ca-2.key, " in refused
+    assert not (made / "ca-17.key").exists()
+    (made / "ca.key").unlink()
+    run(made, "rotate", "start")
+    assert take(follower, made)
+
+
 def test_a_rotation_that_fails_is_not_begun(made: Path) -> None:
     """The key of the present CA is not there: nothing changes."""
     (made / "ca.key").rename(made / "away")
