@@ -206,7 +206,7 @@ class Roots:
 
     def begin_again(self, pem: bytes, where: str = "the CA file") -> None:
         """Other CAs are in force, by hand. The list in force stays so when one of them has signed it; else it is gone
-        but for its revocations, and any list of theirs counts. None of the CAs of before among them is no rotation: those
+        but for its revocations, and any list of theirs counts. Without any CA of before it is no rotation: those
         are void. Raises TrustError, and nothing has changed then.
         """
         fresh = Roots(pem, where)

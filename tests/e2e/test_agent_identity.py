@@ -480,7 +480,7 @@ async def test_who_has_only_the_old_ca_is_out_when_it_leaves(tmp_path: Path, eve
         assert (line["agent"], line["code"], line["streams"]) == ("a2", "bad_certificate", 1)
         assert "agent/default/a2 is not from a CA in force any more" in line["reason"]
         await cluster.until(lambda: "not from a CA in force" in late.reasons()[0])
-        assert [session.owner for session in node.sessions.values()] == ["default/a1"]
+        await cluster.until(lambda: list(node.sessions) == ["default/a1"])
         assert await cluster.ask(IP, target.port) == b"127.1.0.1:hello"
 
 

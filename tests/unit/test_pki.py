@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from operator import methodcaller
 from pathlib import Path
 
 import click
@@ -385,7 +386,7 @@ def test_no_list_has_more_signatures_than_anybody_takes(made: Path) -> None:
     follower = roots_of(made)
     for _ in range(15):
         for step in ("start_rotation", "switch_rotation"):
-            change(made, lambda opened, step=step: getattr(opened, step)())
+            change(made, methodcaller(step))
         change(made, lambda opened: opened.finish_rotation(force=True))
     assert take(follower, made)
     refused = run(made, "rotate", "start", code=2).stderr
