@@ -42,6 +42,7 @@ from rtunnel.wire.messages import Bye, Enrol, Enrolled, Hello, Publish, Refuse
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_agent.handshake import AgentSession, Enrolment, new_nonce
 from rtunnel_agent.identity import AgentIdentity, Credentials
+from rtunnel_agent.proof import Prover
 from rtunnel_agent.targets import Exposed, IncomingStream, Targets
 
 #: A VIP picks the node, so finding another one takes some dials: each may lead to a node that is held
@@ -130,10 +131,11 @@ class Agent:
     @property
     def identity(self) -> AgentIdentity | None:
         """The newest certificate and its key; None: the agent has none."""
-        return self.targets.identity
+        prover = self.targets.prover
+        return None if prover is None else prover.identity
 
     def _put_identity(self, identity: AgentIdentity) -> None:
-        self.targets.identity = identity
+        self.targets.prover = Prover(identity)
         for session in list(self._watches):
             self._go_over(session, identity)
 

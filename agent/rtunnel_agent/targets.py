@@ -11,12 +11,11 @@ from rtunnel.relay.join import Account, Ending
 from rtunnel.relay.link import StreamEnd
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.relay import Attempt, Relay
-from rtunnel.trust.identity import prove
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Accepted, Decoder, Dial, DialBody, Dialling, MessageError, Refuse, decode_body, encode
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_agent.handshake import AgentSession
-from rtunnel_agent.identity import AgentIdentity
+from rtunnel_agent.proof import Prover
 
 #: A target that takes longer is announced with Dialling, so that no gateway takes a slow target for a dead path.
 DIALLING_AFTER: Final = 0.1
@@ -66,7 +65,7 @@ class Targets:
         self.addresses = addresses
         self.exposed = exposed
         self.timeout = timeout
-        self.identity: AgentIdentity | None = None  # the one in force; replaced when it is renewed
+        self.prover: Prover | None = None  # by the identity in force
         self.counts = StreamCounts()
 
     def expose(self, exposed: Exposed) -> int:
@@ -98,17 +97,6 @@ class Targets:
             raise Refused(Refusal.NOT_EXPOSED, f"the agent does not expose port {body.port}")
         return way
 
-    def accepted(self, dialled: bytes) -> bytes:
-        """The answer yes to a gateway's Dial of this body, with the proof that it is ours to give; b"": to a broker's.
-
-        25 us go into the signature, so it is made when the target is there: refusals need none, and a target on this
-        host is connected before there is time to sign.
-        """
-        identity = self.identity
-        if identity is None or not dialled:
-            return _ACCEPTED
-        return encode(Accepted(certificate=identity.certificate, signature=prove(identity.key, dialled)))
-
 
 @dataclass(slots=True)
 class Served:
@@ -135,7 +123,7 @@ class IncomingStream:
         self._session = session
         self._stream = stream
         self._decoder = Decoder(Dial)
-        self._dialled = b""  # the body of a gateway's Dial, exactly as it came
+        self._dialled: tuple[DialBody, bytes] | None = None  # the Dial of a gateway that wants a proof, as it came
         self._served: Served | None = None
         self._attempt: Attempt | None = None
         self._late: Timer | None = None
@@ -155,8 +143,8 @@ class IncomingStream:
         except Refused as refused:
             self._refuse(refused.code, refused.text)
         else:
-            if dial.mac:  # a broker's own has none, and nobody who would look at a proof
-                self._dialled = dial.body
+            if body.exchange:
+                self._dialled = body, dial.body
             self._connect(body, way)
 
     def _connect(self, body: DialBody, way: str) -> None:
@@ -182,7 +170,10 @@ class IncomingStream:
             return
         self._targets.counts.began()
         self._session.streams += 1
-        self._stream.say(self._targets.accepted(self._dialled))
+        # A proof is made now and not while the target is connected: refusals need none, and a target on this host is
+        # connected before there is time for one.
+        prover, dialled = self._targets.prover, self._dialled
+        self._stream.say(_ACCEPTED if prover is None or dialled is None else encode(prover.accepted(*dialled)))
         self._targets.relay.join(self._stream, target, up=self._decoder.rest(), on_end=served)
 
     def finished(self) -> None:

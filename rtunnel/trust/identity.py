@@ -1,4 +1,4 @@
-"""Who somebody is, by certificate: names and addresses in it, the CAs in force, what is revoked, and proofs.
+"""Who somebody is, by certificate: names and addresses in it, the CAs in force, and what is revoked.
 
 Certificates are X.509 (RFC 5280) on P-256, straight from a CA of the cluster. An identity stands in the subjectAltName:
 `rtunnel:agent/<namespace>/<agent_id>` as a URI, each word percent-encoded, and an agent's addresses as iPAddress. A
@@ -34,14 +34,12 @@ from rtunnel.wire.messages import MAX_LIST
 
 #: Hosts whose clocks are behind accept a fresh certificate too: it begins so long before it is issued.
 BACKDATE: Final = timedelta(hours=1)
-#: What the signature of an Accepted is over, in front of the Dial's body.
-PROOF_LABEL: Final = b"rtunnel accepted 1\0"
 #: What the signatures of a trust list are over, in front of its body.
 LIST_LABEL: Final = b"rtunnel trust list 1\0"
 #: What the signature of an Update with a certificate is over, before the session's binding, epoch and node.
 SESSION_LABEL: Final = b"rtunnel session 1\0"
 _SCHEME: Final = "rtunnel:"
-_ECDSA: Final = ec.ECDSA(hashes.SHA256())
+ECDSA_SHA256: Final = ec.ECDSA(hashes.SHA256())
 #: Of a trust list: one by each CA that is or was in force, and whose key is there.
 MAX_SIGNATURES: Final = 16
 #: Certificates that were checked; one is checked again when it has been forgotten.
@@ -164,7 +162,9 @@ def ca_id(ca: x509.Certificate) -> bytes:
 def sign_list(content: TrustList, cas: Sequence[tuple[x509.Certificate, PrivateKey]]) -> bytes:
     """The list as it travels. Raises TrustError when it is too long for a message."""
     body = msgspec.msgpack.encode(content)
-    signatures = [_Signature(ca.fingerprint(hashes.SHA256()), key.sign(LIST_LABEL + body, _ECDSA)) for ca, key in cas]
+    signatures = [
+        _Signature(ca.fingerprint(hashes.SHA256()), key.sign(LIST_LABEL + body, ECDSA_SHA256)) for ca, key in cas
+    ]
     data = msgspec.msgpack.encode(_SignedList(body, signatures))
     if len(data) > MAX_LIST:
         raise TrustError(f"the trust list has {len(data)} bytes, over {MAX_LIST}: too many revocations")
@@ -244,7 +244,7 @@ class Roots:
         for signature in signed.signatures:
             if signature.signer == fingerprint:
                 try:
-                    key.verify(signature.value, LIST_LABEL + signed.body, _ECDSA)
+                    key.verify(signature.value, LIST_LABEL + signed.body, ECDSA_SHA256)
                 except InvalidSignature:
                     continue
                 return True
@@ -354,13 +354,13 @@ def prove_session(key: PrivateKey, node: str, epoch: int, binding: bytes) -> byt
     `binding` is SHA-256 of the certificate that the broker has shown on the link: another broker that calls itself
     `node` gets a signature of no use.
     """
-    return key.sign(_session(node, epoch, binding), _ECDSA)
+    return key.sign(_session(node, epoch, binding), ECDSA_SHA256)
 
 
 def is_session_proof(public_key: PublicKey, node: str, epoch: int, binding: bytes, signature: bytes) -> bool:
     """Whether the holder of this key says that this session is its own."""
     try:
-        public_key.verify(signature, _session(node, epoch, binding), _ECDSA)
+        public_key.verify(signature, _session(node, epoch, binding), ECDSA_SHA256)
     except InvalidSignature:
         return False
     return True
@@ -370,7 +370,7 @@ def _session(node: str, epoch: int, binding: bytes) -> bytes:
     return SESSION_LABEL + binding + epoch.to_bytes(8, "big") + node.encode()
 
 
-# --- proofs -------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 
 def load_private_key(path: Path | str) -> PrivateKey:
@@ -413,17 +413,3 @@ def check_directory(path: Path | str) -> None:
         raise TrustError(f"{path}: can't be used: {fault.strerror}") from None
     if not os.access(directory, os.W_OK | os.X_OK):
         raise TrustError(f"{directory}: this user can't write there")
-
-
-def prove(key: PrivateKey, body: bytes) -> bytes:
-    """An agent's signature over a Dial's body: the target, the epoch and the gateway's nonce are in it."""
-    return key.sign(PROOF_LABEL + body, _ECDSA)
-
-
-def is_proof(public_key: PublicKey, body: bytes, signature: bytes) -> bool:
-    """Whether the holder of this key has signed this Dial's body."""
-    try:
-        public_key.verify(signature, PROOF_LABEL + body, _ECDSA)
-    except InvalidSignature:
-        return False
-    return True

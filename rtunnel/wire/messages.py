@@ -32,6 +32,9 @@ MAX_CERTIFICATE = 3072
 
 NONCE_BYTES = 16
 MAC_BYTES = 32
+#: An X25519 public key (RFC 7748), and the id of a pair's key.
+EXCHANGE_BYTES = 32
+PAIR_ID_BYTES = 8
 
 _LENGTH = struct.Struct(">I")
 
@@ -41,6 +44,8 @@ Text = Annotated[str, msgspec.Meta(max_length=512)]
 Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 Mac = Annotated[bytes, msgspec.Meta(min_length=MAC_BYTES, max_length=MAC_BYTES)]
 MacOrNone = Annotated[bytes, msgspec.Meta(max_length=MAC_BYTES)]
+Exchange = Annotated[bytes, msgspec.Meta(max_length=EXCHANGE_BYTES)]
+PairId = Annotated[bytes, msgspec.Meta(max_length=PAIR_ID_BYTES)]
 Id = Annotated[str, msgspec.Meta(max_length=128)]
 Certificate = Annotated[bytes, msgspec.Meta(max_length=MAX_CERTIFICATE)]
 Signature = Annotated[bytes, msgspec.Meta(max_length=128)]
@@ -208,6 +213,8 @@ class DialBody(msgspec.Struct, frozen=True):
     nonce: Nonce
     time: int  # milliseconds since 1970, UTC
     who: Text = ""
+    exchange: Exchange = b""  # the gateway's part of keys of pairs; empty: it asks for no proof
+    pair: PairId = b""  # the id of the key that it has with this target's agent
 
 
 class Dialling(Message, tag="dialling", frozen=True):
@@ -215,9 +222,15 @@ class Dialling(Message, tag="dialling", frozen=True):
 
 
 class Accepted(Message, tag="accepted", frozen=True):
-    """Agent -> gateway: the target is connected; raw bytes follow. `signature` is over the Dial's body."""
+    """Agent -> gateway: the target is connected; raw bytes follow.
 
+    Proved by MAC under the key of the pair, or for the first time by a signature with the key of `certificate`, over
+    the agent's part of the key of the pair (`exchange`) and the Dial's body.
+    """
+
+    mac: MacOrNone = b""
     certificate: Certificate = b""
+    exchange: Exchange = b""
     signature: Signature = b""
 
 

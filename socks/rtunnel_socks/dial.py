@@ -28,7 +28,7 @@ from rtunnel.trust.keys import GatewayKey
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Accepted, Decoder, Dial, DialAnswer, DialBody, Dialling, MessageError, Refuse, encode
 from rtunnel.wire.refusal import Next, Refusal, Refused
-from rtunnel_socks.proof import check_proof
+from rtunnel_socks.proof import Known, Proofs
 
 #: A node that did not answer goes behind the others for so long (seconds).
 SUSPECT_SECONDS: Final = 10.0
@@ -102,7 +102,7 @@ class DialOwner(Protocol):
     table: RouteTable
     key: GatewayKey
     roots: Roots | None  # whose certificates are good; None: none is looked at
-    proofs: Roots | None  # None: none are asked for
+    proofs: Proofs | None  # None: none are asked for
     dial_tls: ssl.SSLContext | None  # to guarded ports; None: plain
     name: str
     hedge_delay: float
@@ -268,6 +268,7 @@ class Attempt:
     _connecting: Connecting | None = None
     _end: SocketEnd | None = None
     _body: bytes = b""  # of the Dial as it was sent: what the proof is over
+    _known: Known | None = None  # who may prove it by MAC
     _decoder: Decoder = field(default_factory=lambda: Decoder(DialAnswer))
 
     def start(self) -> None:
@@ -295,7 +296,8 @@ class Attempt:
         end.say(self._frame())
 
     def _frame(self) -> bytes:
-        target, key = self.dial.target, self.dial.owner.key
+        target, key, proofs = self.dial.target, self.dial.owner.key, self.dial.owner.proofs
+        known = self._known = None if proofs is None else proofs.known(target.namespace, target.ip)
         self._body = body = messages.encode_body(
             DialBody(
                 version=messages.VERSION,
@@ -307,6 +309,8 @@ class Attempt:
                 nonce=secrets.token_bytes(messages.NONCE_BYTES),
                 time=int(time.time() * 1000),
                 who=self.dial.who,
+                exchange=b"" if proofs is None else proofs.exchange,
+                pair=b"" if known is None else known.pair.id,
             )
         )
         return encode(Dial(body=body, mac=key.sign(body), key=key.id))
@@ -337,10 +341,10 @@ class Attempt:
         if roots is not None and (fault := roots.fault_of(certificate)):
             self._fail(Refusal.REVOKED, fault)
             return
-        if dial.owner.proofs is not None:
+        proofs, target = dial.owner.proofs, dial.target
+        if proofs is not None:
             try:
-                target = dial.target
-                identity = check_proof(dial.owner.proofs, answer, self._body, target.namespace, target.ip)
+                identity = proofs.check(answer, self._body, target.namespace, target.ip, self._known)
             except Refused as refused:
                 dial.not_proven(self, refused)
                 self._fail(refused.code, refused.text)

@@ -28,6 +28,7 @@ from rtunnel_socks.access import Access
 from rtunnel_socks.client import Client, Joined
 from rtunnel_socks.dial import Paths, Target, TargetDial
 from rtunnel_socks.limits import Limits
+from rtunnel_socks.proof import Proofs
 
 #: A target that the registry does not know is not asked for again so soon.
 MISS_SECONDS: Final = 1.0
@@ -78,7 +79,7 @@ class Gateway:
         self.access = Access(gateway, self.relay, self._log, self._review)
         self.anchor = self._make_anchor() if gateway.ca else None
         self.roots: Roots | None = self.anchor.roots if self.anchor is not None else None
-        self.proofs = self.roots if gateway.proof == "required" else None
+        self.proofs = Proofs(self.roots) if self.roots is not None and gateway.proof == "required" else None
         self._dial_cas = ""  # the CAs that `dial_tls` knows
         self.dial_tls = self._make_dial_tls()
 

@@ -1,41 +1,94 @@
 """Whether whoever said Accepted is the agent that has the target's address. In the relay's thread.
 
-Registry and brokers only say where an agent may be found. That it was found is proved by the agent itself: its
-certificate, from a CA of the cluster, names the address, and its key has signed the very Dial that was sent.
+Registry and brokers only say where an agent may be found. That it was found is proved by the agent itself, over the
+very Dial that was sent: by the key of a certificate that is from a CA of the cluster and names the address, or by the
+key of the pair, on which such a signature has agreed before (docs/wire.md, "accepted").
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
-from rtunnel.trust.identity import Identity, Revoked, Roots, is_proof
+from rtunnel.trust.identity import Identity, Revoked, Roots
 from rtunnel.trust.keys import TrustError
-from rtunnel.wire.messages import Accepted
+from rtunnel.trust.proof import Exchange, Pair, is_signed
+from rtunnel.wire.messages import EXCHANGE_BYTES, Accepted
 from rtunnel.wire.refusal import Refusal, Refused
 
 #: The reason when there is nothing to check: an older agent, one with a join token only, or none at all.
 NO_CERTIFICATE: Final = 'the agent showed no certificate: give it one, or write gateway.proof = "off"'
+#: Addresses whose agents have proved themselves; one that was forgotten gives another signature.
+MAX_KNOWN: Final = 65536
 
 
-def check_proof(roots: Roots, accepted: Accepted, body: bytes, namespace: str, ip: str) -> Identity:
-    """Who accepted the Dial of this body, for this target. Raises Refused: `not_proven`, or `revoked`.
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The agent of one address has proved itself by this certificate, and has this pair's key."""
 
-    65 us for the signature; the certificate costs as much once, then it is remembered.
-    """
-    if not accepted.certificate:
-        raise Refused(Refusal.NOT_PROVEN, NO_CERTIFICATE)
-    try:
-        identity = roots.verify(accepted.certificate)
-    except Revoked as fault:
-        raise Refused(Refusal.REVOKED, str(fault)) from None
-    except TrustError as fault:
-        raise Refused(Refusal.NOT_PROVEN, str(fault)) from None
-    if identity.kind != "agent":
-        raise Refused(Refusal.NOT_PROVEN, f"the certificate is {identity.subject}'s, and no agent's")
-    if identity.namespace != namespace:
-        raise Refused(Refusal.NOT_PROVEN, f"{identity.subject} is of another namespace than {namespace}")
-    if ip not in identity.addresses:
-        raise Refused(Refusal.NOT_PROVEN, f"the certificate of {identity.subject} does not have the address {ip}")
-    if not is_proof(identity.public_key, body, accepted.signature):
-        raise Refused(Refusal.NOT_PROVEN, f"the signature is not {identity.subject}'s over this Dial")
-    return identity
+    pair: Pair
+    exchange: bytes  # the agent's part of it
+    certificate: bytes
+
+
+class Proofs:
+    """What one gateway process asks of agents, and whom it knows by now."""
+
+    def __init__(self, roots: Roots) -> None:
+        self._roots = roots
+        self._exchange = Exchange()
+        self.exchange = self._exchange.public  # for each Dial
+        self._known: dict[tuple[str, str], Known] = {}  # by namespace and address
+
+    def known(self, namespace: str, ip: str) -> Known | None:
+        """Whom a Dial to this address is to name, and who may answer it by MAC."""
+        return self._known.get((namespace, ip))
+
+    def check(self, accepted: Accepted, body: bytes, namespace: str, ip: str, known: Known | None) -> Identity:
+        """Who accepted the Dial of this body, for this target, that named `known`.
+
+        3 us by MAC. A signature takes 65 us, and another 50 for the pair's key; a certificate that was not seen before
+        as much again. Raises Refused: `not_proven`, or `revoked`.
+        """
+        if accepted.mac:
+            if known is None or not known.pair.is_proof(body, accepted.mac):
+                raise Refused(Refusal.NOT_PROVEN, "the MAC is not by the key of a pair with this target's agent")
+            return self._holder(known.certificate)  # its CA, its time, and revocations are of now
+        return self._first(accepted, body, namespace, ip)
+
+    def _first(self, accepted: Accepted, body: bytes, namespace: str, ip: str) -> Identity:
+        if not accepted.certificate:
+            raise Refused(Refusal.NOT_PROVEN, NO_CERTIFICATE)
+        identity = self._holder(accepted.certificate)
+        if identity.kind != "agent":
+            raise Refused(Refusal.NOT_PROVEN, f"the certificate is {identity.subject}'s, and no agent's")
+        if identity.namespace != namespace:
+            raise Refused(Refusal.NOT_PROVEN, f"{identity.subject} is of another namespace than {namespace}")
+        if ip not in identity.addresses:
+            raise Refused(Refusal.NOT_PROVEN, f"the certificate of {identity.subject} does not have the address {ip}")
+        exchange = accepted.exchange
+        if len(exchange) != EXCHANGE_BYTES or not is_signed(identity.public_key, exchange, body, accepted.signature):
+            raise Refused(Refusal.NOT_PROVEN, f"the signature is not {identity.subject}'s over this Dial")
+        self._remember(namespace, ip, accepted)
+        return identity
+
+    def _holder(self, certificate: bytes) -> Identity:
+        try:
+            return self._roots.verify(certificate)
+        except Revoked as fault:
+            raise Refused(Refusal.REVOKED, str(fault)) from None
+        except TrustError as fault:
+            raise Refused(Refusal.NOT_PROVEN, str(fault)) from None
+
+    def _remember(self, namespace: str, ip: str, accepted: Accepted) -> None:
+        known, key = self._known, (namespace, ip)
+        before = known.pop(key, None)
+        if before is None or (before.exchange, before.certificate) != (accepted.exchange, accepted.certificate):
+            try:
+                pair = self._exchange.with_agent(accepted.exchange, accepted.certificate)
+            except TrustError:
+                return  # its signature is good all the same
+            if len(known) >= MAX_KNOWN:
+                del known[next(iter(known))]  # the oldest
+            before = Known(pair, accepted.exchange, accepted.certificate)
+        known[key] = before  # as the youngest

@@ -7,6 +7,7 @@ The tuple of the attacker comes first, always. What it leads to is either a real
 from __future__ import annotations
 
 import random
+import secrets
 import socket
 import threading
 import time
@@ -30,9 +31,10 @@ from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.trust import pki
 from rtunnel.trust.certificates import new_key
 from rtunnel.trust.files import PUBLIC, replace
-from rtunnel.trust.identity import load_pair, load_private_key, load_roots, prove, read_certificate
+from rtunnel.trust.identity import load_pair, load_private_key, load_roots, read_certificate
 from rtunnel.trust.keys import GatewayKey, gateway_key, load_cluster_keys, load_gateway_key
 from rtunnel.trust.pki import Directory, open_directory
+from rtunnel.trust.proof import Exchange, sign
 from rtunnel.trust.tls import certificate_der
 from rtunnel.wire.messages import (
     Accepted,
@@ -47,7 +49,8 @@ from rtunnel.wire.messages import (
 )
 from rtunnel.wire.refusal import Refused
 from rtunnel_agent.identity import AgentIdentity
-from rtunnel_socks.proof import check_proof
+from rtunnel_agent.proof import Prover
+from rtunnel_socks.proof import Proofs
 from support.cluster import Cluster, SocksRefused, Target, in_thread, read_line, running_cluster
 from support.plumbing import close_kept, kept, read_exactly
 from support.polling import until
@@ -201,9 +204,9 @@ async def scene(directory: Path, events: Events, **keys: object) -> AsyncIterato
 Attack = Callable[[Scene, Rogue, Dial], bytes]
 
 
-def accepted(identity: AgentIdentity, body: bytes) -> bytes:
-    """As a real agent answers."""
-    return encode(Accepted(certificate=identity.certificate, signature=prove(identity.key, body)))
+def accepted(identity: AgentIdentity, dial: Dial) -> bytes:
+    """As a real agent answers a Dial that names no pair."""
+    return encode(Prover(identity).accepted(decode_body(dial.body), dial.body))
 
 
 def held(scene: Scene, name: str) -> AgentIdentity:
@@ -234,7 +237,7 @@ def rewritten(scene: Scene, rogue: Rogue, dial: Dial, to: str, **changes: Any) -
     true = scene.true(to)
     asked = msgspec.structs.replace(decode_body(dial.body), node=true.node, epoch=true.epoch, **changes)
     answer = answer_to((true.ps_ip, true.ps_port), rogue.signs(encode_body(asked), scene.key))
-    assert isinstance(answer, Accepted) and answer.signature, answer
+    assert isinstance(answer, Accepted) and (answer.signature or answer.mac), answer
     return answer
 
 
@@ -245,17 +248,80 @@ def says_so(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
 
 def unsigned(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
     """The right certificate, which is no secret, and no signature."""
-    return encode(Accepted(certificate=rewritten(scene, rogue, dial, ASKED).certificate))
+    return encode(msgspec.structs.replace(signed(scene, rogue, dial), signature=b""))
 
 
 def garbled(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
     """The right certificate and noise for a signature."""
-    return encode(Accepted(certificate=rewritten(scene, rogue, dial, ASKED).certificate, signature=bytes(range(71))))
+    return encode(msgspec.structs.replace(signed(scene, rogue, dial), signature=bytes(range(71))))
 
 
 def replayed(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
     """What the right agent has answered to another Dial for the same target."""
+    return encode(signed(scene, rogue, dial))
+
+
+def own_exchange(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
+    """The right agent has signed this very Dial; the key of the pair is to be the broker's."""
+    true = scene.true(ASKED)
+    answer = honest(scene, dial)
+    assert true.agent_id == "a1" and answer.signature
+    return encode(msgspec.structs.replace(answer, exchange=Exchange().public))
+
+
+def no_exchange(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
+    """Nor is there to be none."""
+    return encode(msgspec.structs.replace(honest(scene, dial), exchange=b""))
+
+
+def short_exchange(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
+    """A part of an exchange that is no whole one."""
+    genuine, exchange = issued(scene), Exchange().public
+    signature = sign(genuine.key, exchange, dial.body)
+    return encode(Accepted(certificate=genuine.certificate, exchange=exchange[:-1], signature=signature))
+
+
+def garbled_mac(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
+    """Noise for a MAC."""
+    return encode(Accepted(mac=bytes(range(32))))
+
+
+def short_mac(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
+    """A byte of one: guessed soon, if it were enough."""
+    return encode(Accepted(mac=b"m"))
+
+
+def replayed_mac(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
+    """What the right agent has answered to another Dial of the same gateway, by MAC where they know each other."""
     return encode(rewritten(scene, rogue, dial, ASKED, nonce=bytes(16)))
+
+
+def own_pair(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
+    """A MAC by the key of a pair of the broker and the gateway, with the agent's certificate, which is no secret."""
+    genuine = scene.cluster.agents["a1"].agent.identity
+    assert genuine is not None
+    pair = Exchange().with_gateway(decode_body(dial.body).exchange, genuine.certificate)
+    return encode(Accepted(mac=pair.mac(dial.body), certificate=genuine.certificate))
+
+
+def others_mac(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
+    """Another agent, which the gateway knows well, is made to answer for an address of its own."""
+    proofs = scene.cluster.gateway.proofs
+    assert proofs is not None
+    known = proofs.known("default", OTHER)
+    return encode(rewritten(scene, rogue, dial, OTHER, ip=OTHER, pair=known.pair.id if known else b""))
+
+
+def signed(scene: Scene, rogue: Rogue, dial: Dial) -> Accepted:
+    """The right agent's answer to another Dial, by signature."""
+    answer = rewritten(scene, rogue, dial, ASKED, nonce=secrets.token_bytes(16), pair=b"")
+    assert answer.signature
+    return answer
+
+
+def honest(scene: Scene, dial: Dial) -> Accepted:
+    """The right agent's signature over this very Dial."""
+    return Prover(issued(scene)).accepted(decode_body(dial.body), dial.body)
 
 
 def sent_on(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
@@ -265,34 +331,34 @@ def sent_on(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
 
 def others_answer(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
     """Another agent, whose key was stolen, signs the very Dial."""
-    return accepted(issued(scene, agent_id="a2", address=OTHER), dial.body)
+    return accepted(issued(scene, agent_id="a2", address=OTHER), dial)
 
 
 def others_key(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
     """The right certificate, and the signature of another agent."""
-    genuine = rewritten(scene, rogue, dial, ASKED).certificate
     thief = issued(scene, agent_id="a2", address=OTHER)
-    return encode(Accepted(certificate=genuine, signature=prove(thief.key, dial.body)))
+    answer = Prover(thief).accepted(decode_body(dial.body), dial.body)
+    return encode(msgspec.structs.replace(answer, certificate=signed(scene, rogue, dial).certificate))
 
 
 def other_namespace(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
     """The same address in another VPC."""
-    return accepted(issued(scene, namespace="other"), dial.body)
+    return accepted(issued(scene, namespace="other"), dial)
 
 
 def expired(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
     """A certificate of the right agent, two days old, good for one."""
-    return accepted(issued(scene, ago=2 * DAY), dial.body)
+    return accepted(issued(scene, ago=2 * DAY), dial)
 
 
 def of_the_future(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
     """One that is not valid yet."""
-    return accepted(issued(scene, ago=-2 * DAY), dial.body)
+    return accepted(issued(scene, ago=-2 * DAY), dial)
 
 
 def brokers_own(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
     """The broker's own certificate and key."""
-    return accepted(held(scene, "broker"), dial.body)
+    return accepted(held(scene, "broker"), dial)
 
 
 def another_ca(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
@@ -301,7 +367,7 @@ def another_ca(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
     if not elsewhere.exists():
         pki.init(elsewhere)
         pki.issue_agent(elsewhere, "a1", agent_id="a1", namespace="default", addresses=[ASKED])
-    return accepted(AgentIdentity(*load_pair(elsewhere / "a1.pem", elsewhere / "a1.key")), dial.body)
+    return accepted(AgentIdentity(*load_pair(elsewhere / "a1.pem", elsewhere / "a1.key")), dial)
 
 
 def no_certificate(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
@@ -309,11 +375,21 @@ def no_certificate(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
     return encode(Accepted(certificate=bytes(range(256)), signature=bytes(71)))
 
 
+NOT_THE_PAIRS = "not_proven: the MAC is not by the key of a pair with this target's agent"
+
 ATTACKS: dict[Attack, str] = {
     says_so: "not_proven: the agent showed no certificate",
     unsigned: "not_proven: the signature is not agent/default/a1's over this Dial",
     garbled: "not_proven: the signature is not agent/default/a1's over this Dial",
     replayed: "not_proven: the signature is not agent/default/a1's over this Dial",
+    own_exchange: "not_proven: the signature is not agent/default/a1's over this Dial",
+    no_exchange: "not_proven: the signature is not agent/default/a1's over this Dial",
+    short_exchange: "not_proven: the signature is not agent/default/a1's over this Dial",
+    garbled_mac: NOT_THE_PAIRS,
+    short_mac: NOT_THE_PAIRS,
+    replayed_mac: "not_proven: the ",  # by signature where the two have no pair yet
+    own_pair: NOT_THE_PAIRS,
+    others_mac: "not_proven: the ",  # likewise
     sent_on: "not_proven: the certificate of agent/default/a2 does not have the address 127.1.0.1",
     others_answer: "not_proven: the certificate of agent/default/a2 does not have the address 127.1.0.1",
     others_key: "not_proven: the signature is not agent/default/a1's over this Dial",
@@ -372,15 +448,43 @@ async def test_without_a_good_tuple_the_client_is_refused(tmp_path: Path, events
 async def test_an_honest_answer_passes_any_way(tmp_path: Path, events: Events) -> None:
     """The test above could fail: what has the right key and signs this very Dial is believed, whoever hands it on."""
 
-    def honest(rogue: Rogue, dial: Dial) -> bytes:
-        return accepted(genuine, dial.body)
+    def says(rogue: Rogue, dial: Dial) -> bytes:
+        return accepted(genuine, dial)
 
     async with scene(tmp_path, events) as here:
         genuine = issued(here)
-        rogue = Rogue(here.secrets, honest)
+        rogue = Rogue(here.secrets, says)
         await here.lie(rogue.port)
         assert await here.cluster.ask(ASKED, here.target.port) == b"evil"
         assert not here.reasons()
+
+
+async def test_the_first_answer_is_signed_and_those_that_follow_have_a_mac(tmp_path: Path, events: Events) -> None:
+    """One signature for a gateway and an agent's certificate; another one signs again, as one that forgot."""
+    proved: list[str] = []
+
+    def watched(prover: Prover) -> Prover:
+        answer = prover.accepted
+
+        def accepted(dial: DialBody, body: bytes) -> Accepted:
+            made = answer(dial, body)
+            proved.append("mac" if made.mac and not (made.signature or made.certificate) else "signature")
+            return made
+
+        prover.accepted = accepted  # type: ignore[method-assign]
+        return prover
+
+    async with scene(tmp_path, events) as here:
+        targets = here.cluster.agents["a1"].agent.targets
+        assert targets.prover is not None
+        genuine = targets.prover.identity
+        for identity in (genuine, genuine, issued(here)):
+            targets.prover = watched(Prover(identity))
+            for _ in range(3):
+                assert await here.cluster.ask(ASKED, here.target.port) == f"{ASKED}:hello".encode()
+        assert proved == ["signature", "mac", "mac"] * 3
+        ended = await in_thread(lambda: await_lines(events, "stream_ended", 9))
+        assert {(line["proof"], line["certificate"]) for line in ended} == {("ok", "agent/default/a1")}
 
 
 def test_damaged_answers_are_refused(tmp_path: Path) -> None:
@@ -389,18 +493,29 @@ def test_damaged_answers_are_refused(tmp_path: Path) -> None:
     pki.issue_agent(tmp_path / "pki", "a1", agent_id="a1", namespace="default", addresses=[ASKED])
     roots = load_roots(tmp_path / "pki" / "ca.pem")
     certificate, key = certificate_der(tmp_path / "pki" / "a1.pem"), load_private_key(tmp_path / "pki" / "a1.key")
-    body = bytes(137)
-    signature = prove(key, body)
-    assert check_proof(roots, Accepted(certificate, signature), body, "default", ASKED).name == "a1"
+    body, exchange, proofs = bytes(137), Exchange(), Proofs(roots)
+    signature = sign(key, exchange.public, body)
+    good = Accepted(certificate=certificate, exchange=exchange.public, signature=signature)
+    with pytest.raises(Refused):
+        proofs.check(good, body, "default", OTHER, None)
+    assert proofs.known("default", ASKED) is None
+    assert proofs.check(good, body, "default", ASKED, None).name == "a1"
     noise = random.Random(1)
-    for damaged in (*damages(signature), *(noise.randbytes(size) for size in range(128))):
-        with pytest.raises(Refused):
-            check_proof(roots, Accepted(certificate, damaged), body, "default", ASKED)
-    signed = x509.load_der_x509_certificate(certificate).tbs_certificate_bytes
-    for damaged in damages(certificate):
-        if signed not in damaged:
-            with pytest.raises(Refused), warnings.catch_warnings(action="ignore"):
-                check_proof(roots, Accepted(damaged, signature), body, "default", ASKED)
+    bad = [{"signature": data} for data in (*damages(signature), *(noise.randbytes(size) for size in range(128)))]
+    bad += [{"exchange": data} for data in damages(exchange.public)]
+    inner = x509.load_der_x509_certificate(certificate).tbs_certificate_bytes
+    bad += [{"certificate": data} for data in damages(certificate) if inner not in data]
+    known = proofs.known("default", ASKED)
+    assert known is not None
+    mac = exchange.with_gateway(proofs.exchange, certificate).mac(body)
+    assert proofs.check(Accepted(mac=mac), body, "default", ASKED, known).name == "a1"
+    bad += [{"mac": data} for data in damages(mac) if data]
+    for changes in bad:
+        with pytest.raises(Refused), warnings.catch_warnings(action="ignore"):
+            proofs.check(msgspec.structs.replace(good, **changes), body, "default", ASKED, known)
+    with pytest.raises(Refused):
+        proofs.check(Accepted(mac=mac), body, "default", OTHER, proofs.known("default", OTHER))
+    assert proofs.known("default", ASKED) is known
 
 
 def damages(data: bytes) -> Iterator[bytes]:
@@ -428,12 +543,12 @@ async def test_a_tuple_that_leads_to_another_agent(tmp_path: Path, events: Event
         )
         assert await cluster.ask(ASKED, here.target.port) == f"{ASKED}:hello".encode()
         assert here.reasons() == [f"not_proven: {NO_CERTIFICATE}"]
-        thief.agent.targets.identity = issued(here, agent_id="thief", address="127.1.0.9")
+        thief.agent.targets.prover = Prover(issued(here, agent_id="thief", address="127.1.0.9"))
         assert await cluster.ask(ASKED, here.target.port) == f"{ASKED}:hello".encode()
         text = "not_proven: the certificate of agent/default/thief does not have the address 127.1.0.1"
         assert here.reasons()[1:] == [text]
         assert thief.agent.targets.counts.accepted == 2  # it did its best
-        thief.agent.targets.identity = issued(here, agent_id="thief", address=ASKED)
+        thief.agent.targets.prover = Prover(issued(here, agent_id="thief", address=ASKED))
         assert await cluster.ask(ASKED, here.target.port) == f"{ASKED}:hello".encode()
         assert len(here.reasons()) == 2
         ended = await in_thread(lambda: await_lines(events, "stream_ended", 3))
@@ -483,7 +598,7 @@ async def test_a_revoked_agent_loses_its_streams_and_gets_no_others(tmp_path: Pa
         other.sendall(b"still here\n")
         assert await in_thread(lambda: read_line(other)) == f"{OTHER}:still here".encode()
         # A certificate that is issued later is good again.
-        cluster.agents["a1"].agent.targets.identity = issued(here)
+        cluster.agents["a1"].agent.targets.prover = Prover(issued(here))
         assert await cluster.ask(ASKED, here.target.port) == f"{ASKED}:hello".encode()
 
 

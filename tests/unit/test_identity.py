@@ -14,15 +14,15 @@ from rtunnel.trust.identity import (
     Roots,
     TrustList,
     ca_id,
-    is_proof,
     is_session_proof,
     load_private_key,
-    prove,
     prove_session,
     sign_list,
 )
 from rtunnel.trust.keys import TrustError
+from rtunnel.trust.proof import Exchange, is_signed, sign
 from rtunnel.trust.tls import certificate_der
+from rtunnel.wire.messages import PAIR_ID_BYTES
 
 
 def made(directory: Path, name: str = "a1", **changes: Any) -> Path:
@@ -163,8 +163,38 @@ def test_a_changed_list_is_not_signed(tmp_path: Path) -> None:
 def test_a_proof_is_of_one_key_and_one_body(tmp_path: Path) -> None:
     key = load_private_key(made(tmp_path).with_suffix(".key"))
     other = load_private_key(made(tmp_path, "a2").with_suffix(".key"))
-    proof = prove(key, b"body")
-    assert is_proof(key.public_key(), b"body", proof)
-    assert not is_proof(key.public_key(), b"bodx", proof)
-    assert not is_proof(other.public_key(), b"body", proof)
-    assert not is_proof(key.public_key(), b"body", b"")
+    own, foreign = bytes(32), bytes(31) + b"x"
+    proof = sign(key, own, b"body")
+    assert is_signed(key.public_key(), own, b"body", proof)
+    assert not is_signed(key.public_key(), own, b"bodx", proof)
+    assert not is_signed(key.public_key(), foreign, b"body", proof)
+    assert not is_signed(other.public_key(), own, b"body", proof)
+    assert not is_signed(key.public_key(), own, b"body", b"")
+
+
+def test_the_key_of_a_pair_is_of_two_ends_and_one_certificate() -> None:
+    """Both ends make the same of it; another gateway, agent or certificate gives another key, and another id."""
+    gateway, agent, third = Exchange(), Exchange(), Exchange()
+    pair, same = gateway.with_agent(agent.public, b"c"), agent.with_gateway(gateway.public, b"c")
+    others = [
+        gateway.with_agent(third.public, b"c"),
+        third.with_agent(agent.public, b"c"),
+        gateway.with_agent(agent.public, b"d"),
+        agent.with_agent(gateway.public, b"c"),
+    ]
+    assert pair.id == same.id and len(pair.id) == PAIR_ID_BYTES
+    assert len({pair.id, *(other.id for other in others)}) == 5
+    mac = same.mac(b"body")
+    assert pair.is_proof(b"body", mac)
+    assert not any(other.is_proof(b"body", mac) for other in others)
+    assert not pair.is_proof(b"bodx", mac) and not pair.is_proof(b"body", mac[:-1]) and not pair.is_proof(b"body", b"")
+
+
+@pytest.mark.parametrize(
+    "part", [b"", bytes(31), bytes(33), bytes(32), b"\x01" + bytes(31), bytes.fromhex("ec" + "ff" * 30 + "7f")]
+)
+def test_a_part_that_makes_no_key_is_refused(part: bytes) -> None:
+    """Of another length, and points of low order, with which everybody would get the same key."""
+    for make in (Exchange().with_agent, Exchange().with_gateway):
+        with pytest.raises(TrustError, match="not a usable"):
+            make(part, b"c")

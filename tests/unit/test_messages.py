@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtunnel.trust import pki
-from rtunnel.trust.identity import agent_uri, load_private_key, prove
+from rtunnel.trust.identity import agent_uri, load_private_key
+from rtunnel.trust.proof import sign
 from rtunnel.trust.tls import certificate_der
 from rtunnel.wire import messages
 from rtunnel.wire.messages import (
@@ -108,8 +109,8 @@ EXAMPLES: list[tuple[dict[str, Any], Message]] = [
     ({"t": "dial", "body": b"\x80", "mac": MAC, "key": "g1"}, Dial(body=b"\x80", mac=MAC, key="g1")),
     ({"t": "dialling"}, Dialling()),
     (
-        {"t": "accepted", "certificate": b"\x30\x03", "signature": b"p"},
-        Accepted(certificate=b"\x30\x03", signature=b"p"),
+        {"t": "accepted", "mac": b"", "certificate": b"\x30\x03", "exchange": b"x" * 32, "signature": b"p"},
+        Accepted(certificate=b"\x30\x03", exchange=b"x" * 32, signature=b"p"),
     ),
 ]  # fmt: skip
 IDS = [str(example["t"]) for example, _ in EXAMPLES]
@@ -128,11 +129,12 @@ OPTIONAL: dict[str, dict[str, Any]] = {
     "update": {"certificate": b"", "signature": b""},
     "bye": {"reason": ""},
     "dial": {"mac": b"", "key": ""},
-    "accepted": {"certificate": b"", "signature": b""},
+    "accepted": {"mac": b"", "certificate": b"", "exchange": b"", "signature": b""},
 }  # fmt: skip
 BODY: dict[str, Any] = {
     "version": 1, "namespace": "default", "ip": "10.1.0.7", "port": 9100, "node": "b1", "epoch": 4294967297,
     "nonce": NONCE, "time": 1_800_000_000_000, "who": "alice@10.2.0.3",
+    "exchange": b"x" * 32, "pair": b"p" * 8,
 }  # fmt: skip
 
 
@@ -203,7 +205,9 @@ def test_a_dial_body_goes_round() -> None:
     body = DialBody(**BODY)
     assert msgpack.unpackb(encode_body(body)) == BODY
     assert decode_body(msgpack.packb(BODY)) == body
-    assert decode_body(msgpack.packb({key: BODY[key] for key in BODY if key != "who"})).who == ""
+    optional = ("who", "exchange", "pair")
+    least = decode_body(msgpack.packb({key: BODY[key] for key in BODY if key not in optional}))
+    assert (least.who, least.exchange, least.pair) == ("", b"", b"")
 
 
 def test_unknown_keys_are_ignored() -> None:
@@ -263,7 +267,7 @@ def test_a_missing_key_is_named(kind: str, key: str) -> None:
     assert f"missing required field `{key}`" in refused(packed(example))
 
 
-@pytest.mark.parametrize("key", [key for key in BODY if key != "who"])
+@pytest.mark.parametrize("key", [key for key in BODY if key not in ("who", "exchange", "pair")])
 def test_a_missing_key_of_a_dial_body_is_named(key: str) -> None:
     """Each required key of what a Dial asks for."""
     with pytest.raises(MessageError, match=f"missing required field `{key}`"):
@@ -304,6 +308,7 @@ IDENTIFIERS = ("x" * 129,), ("", "x" * 128, "ü" * 128)
 UNSIGNED = (-1,), (0, 2**64 - 1)
 MACS_OR_NONE = (MAC + b"x",), (b"", MAC)
 CERTIFICATES = (b"x" * (MAX_CERTIFICATE + 1),), (b"", b"x" * MAX_CERTIFICATE)
+EXCHANGES = (b"x" * 33,), (b"", b"x" * 32)
 SIGNATURES = (b"x" * 129,), (b"", b"x" * 128)
 LISTS = (b"x" * (MAX_LIST + 1),), (b"", b"x" * MAX_LIST)
 TEXTS = ("x" * 513,), ("", "x" * 512, "ü" * 512)
@@ -356,7 +361,9 @@ CAPS: list[tuple[str, str, tuple[Any, ...], tuple[Any, ...]]] = [
     ("dial", "body", (b"x" * 1025,), (b"", b"x" * 1024)),
     ("dial", "mac", *MACS_OR_NONE),
     ("dial", "key", *IDENTIFIERS),
+    ("accepted", "mac", *MACS_OR_NONE),
     ("accepted", "certificate", *CERTIFICATES),
+    ("accepted", "exchange", *EXCHANGES),
     ("accepted", "signature", *SIGNATURES),
 ]  # fmt: skip
 
@@ -429,7 +436,7 @@ def test_the_longest_lists_and_certificates_fit() -> None:
     """What each field may hold fits into a message together: with a certificate, a trust list too."""
     certificate, signature = b"c" * MAX_CERTIFICATE, b"s" * 128
     for message, limit in (
-        (Accepted(certificate=certificate, signature=signature), MAX_UNAUTHENTICATED),
+        (Accepted(mac=MAC, certificate=certificate, exchange=b"x" * 32, signature=signature), MAX_UNAUTHENTICATED),
         (Dial(body=b"b" * 1024, mac=MAC, key="k" * 128), MAX_UNAUTHENTICATED),
         (Enrolled(certificate=certificate, trust=b"t" * MAX_LIST), MAX_MESSAGE),
         (Trust(signed=b"t" * MAX_LIST), MAX_MESSAGE),
@@ -451,7 +458,7 @@ def test_a_renewal_of_64_addresses_fits_before_authentication(tmp_path: Path) ->
         version=1,
         request=request.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER),
         certificate=certificate_der(tmp_path / "ca" / "a1.pem"),
-        signature=prove(key, b"any"),
+        signature=sign(key, b"", b"any"),
     )
     assert decode(encode(message), Enrol, MAX_UNAUTHENTICATED) == message
 

@@ -16,10 +16,11 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from rtunnel.config import Config
 from rtunnel.trust import certificates, identity
-from rtunnel.trust.identity import is_proof
+from rtunnel.trust import proof as proofs
 from rtunnel.trust.keys import GATEWAY_LABEL, DialKeys, gateway_key, token_mac
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Decoder, Dial, Hello, Message, Proof, decode_body
@@ -180,12 +181,34 @@ def test_the_example_of_a_trust_list_is_right() -> None:
 
 def test_the_example_of_a_proof_is_right() -> None:
     """The signature is good for the label and the body of the example, with the code and without it."""
-    assert '"rtunnel accepted 1" 00 <body' in section("accepted")
-    body, signature = VECTORS["dial body"], VECTORS["signature"]
+    assert '"rtunnel accepted 1" 00 <exchange> <body>' in section("accepted")
+    body, signature, exchange = VECTORS["dial body"], VECTORS["signature"], VECTORS["agent exchange"]
     key = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), VECTORS["agent public key"])
-    key.verify(signature, b"rtunnel accepted 1\0" + body, ec.ECDSA(hashes.SHA256()))
-    assert is_proof(key, body, signature)
-    assert not is_proof(key, body + b"x", signature)
+    key.verify(signature, b"rtunnel accepted 1\0" + exchange + body, ec.ECDSA(hashes.SHA256()))
+    assert proofs.is_signed(key, exchange, body, signature)
+    assert not proofs.is_signed(key, exchange, body + b"x", signature)
+
+
+def test_the_example_of_a_pair_is_right() -> None:
+    """From the two secrets to the MAC, step by step as the page has it, and with the code."""
+    gateway, agent = (
+        X25519PrivateKey.from_private_bytes(VECTORS[f"{end} exchange secret"]) for end in ("gateway", "agent")
+    )
+    gateways, agents = gateway.public_key().public_bytes_raw(), agent.public_key().public_bytes_raw()
+    body, certificate = VECTORS["dial body"], VECTORS["certificate"]
+    assert agents == VECTORS["agent exchange"] and gateways == decode_body(body).exchange
+    shared = gateway.exchange(agent.public_key())
+    assert shared == VECTORS["shared secret"]
+    text = b"rtunnel pair 1\0" + gateways + agents + hashlib.sha256(certificate).digest()
+    key = hmac.new(shared, text, hashlib.sha256).digest()
+    assert key == VECTORS["pair key"]
+    assert hashlib.sha256(b"rtunnel pair 1\0" + key).digest()[:8] == VECTORS["pair id"] == decode_body(body).pair
+    mac = hmac.new(key, b"rtunnel accepted by pair 1\0" + body, hashlib.sha256).digest()
+    assert mac == VECTORS["accepted mac"]
+    pair = proofs.Pair(shared, gateways, agents, certificate)
+    assert pair.id == VECTORS["pair id"] and pair.is_proof(body, mac)
+    for label in (proofs.SIGNED_LABEL, proofs.PAIR_LABEL, proofs.MAC_LABEL):
+        assert f'"{label.rstrip(bytes(1)).decode()}" 00' in section("accepted")
 
 
 # The fields of messages.
