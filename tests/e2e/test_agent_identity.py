@@ -18,6 +18,7 @@ from structlog.testing import capture_logs
 from rtunnel.config import RegistryConfig
 from rtunnel.registry import connect
 from rtunnel.relay.relay import Relay
+from rtunnel.roles import check
 from rtunnel.trust import pki
 from rtunnel.trust.identity import load_pair, load_private_key
 from rtunnel.trust.keys import Token, TrustError, load_token
@@ -251,7 +252,7 @@ async def test_an_agent_enrols_once_and_renews_through_any_node(tmp_path: Path, 
             agent.identity.certificate
         )
         modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "identity").iterdir()}
-        assert modes == dict.fromkeys(("agent.key", "agent.pem", "token.id", "trust.list"), 0o600)
+        assert modes == dict.fromkeys(("agent.key", "agent.pem", "lock", "token.id", "trust.list"), 0o600)
         assert (tmp_path / "identity").stat().st_mode & 0o777 == 0o700
 
 
@@ -292,6 +293,25 @@ async def test_an_agent_without_token_and_certificate_does_not_start(tmp_path: P
             TrustError, match=r"no certificate yet, and agent.join_token is not given.*pki token create"
         ):
             await cluster.start_agent(**keys)
+
+
+async def test_one_agent_has_an_identity(tmp_path: Path) -> None:
+    """A second process on the directory would overwrite its keys: it ends. A look at the configuration is no agent."""
+    async with running_cluster(tmp_path) as cluster, authority(cluster.secrets) as server:
+        await cluster.start_broker(authority=address(server))
+        many = token(cluster.secrets, networks=("127.1.0.0/24",), uses=2)
+        keys = without_certificate(tmp_path, many) | {"redundancy": 1}
+        first = await cluster.start_agent(**keys)
+        await cluster.until(lambda: first.agent.state == "ready")
+        mine = [path.read_bytes() for path in sorted((tmp_path / "identity").iterdir())]
+        check(first.agent._whole, "agent")
+        with pytest.raises(TrustError, match=r"/identity: another agent that runs.* directory of its own"):
+            await cluster.start_agent("a2", "127.1.0.2", **keys)
+        assert [path.read_bytes() for path in sorted((tmp_path / "identity").iterdir())] == mine
+        first.kill()
+        await first.ended.wait()
+        again = await cluster.start_agent(**keys)
+        await cluster.until(lambda: again.agent.state == "ready")
 
 
 async def test_a_token_that_is_used_up_is_told(tmp_path: Path, events: Events) -> None:
