@@ -523,6 +523,11 @@ class Node:
         assert hello is not None
         async with self._owner_lock(session.owner):
             older = self.sessions.get(session.owner)
+            if older is not None and older.identity is not None and session.identity is None:
+                # Were it the agent itself, and its older link dead, then that would be over soon.
+                text = f"{session.owner} has a session here by certificate, which no join token replaces"
+                await self.bridge.run(lambda: session.refuse(Refusal.ADDRESS_TAKEN, text))
+                return
             if older is not None:
                 # The agent says that it has no session here: its old link is one that only we believe in.
                 await self._replace(older, session)

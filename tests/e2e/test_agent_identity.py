@@ -224,6 +224,22 @@ async def test_neither_end_goes_down_to_less(tmp_path: Path) -> None:
         assert not strict.sessions and not simple.sessions
 
 
+async def test_a_shared_token_displaces_no_certificate(tmp_path: Path) -> None:
+    """Where a broker takes both the certified session stays, and the claim is refused; the reverse is a replacement."""
+    async with running_cluster(tmp_path) as cluster:
+        node = (await cluster.start_broker()).node
+        known = load_token(cluster.secrets / "join.token")
+        context = showing(cluster.secrets, "")
+        assert (await Knock(hello(known.id), context, known.secret).at(node)).session.welcome is not None
+        agent = (await cluster.start_agent(redundancy=1)).agent
+        await cluster.until(lambda: agent.state == "ready")
+        (session,) = node.sessions.values()
+        told = await Knock(hello(known.id), context, known.secret).at(node)
+        assert told.code is Refusal.ADDRESS_TAKEN
+        assert "default/a1 has a session here by certificate" in told.why
+        assert list(node.sessions.values()) == [session] and session.state == "live"
+
+
 # --- enrolment ----------------------------------------------------------------------------------------------
 
 
