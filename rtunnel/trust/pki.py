@@ -271,10 +271,14 @@ class Directory:
         _record(self.store, made, self._issuing.number)
         return made
 
-    def _issue_time(self, subject: str, key: PublicKey) -> int:
+    def check_key(self, key: PublicKey) -> None:
+        """Raises KeyRevoked. Needs no `change`."""
         for item in self.store.issued_for(key_hash(key)):
             if item.issued <= self.store.revoked_at(item.subject):
                 raise KeyRevoked(f"this key's certificate for {item.subject} is revoked: make another key")
+
+    def _issue_time(self, subject: str, key: PublicKey) -> int:
+        self.check_key(key)
         # What is issued in the second of the revocation counts as issued before it.
         return max(int(self.now()), self.store.revoked_at(subject) + 1)
 
