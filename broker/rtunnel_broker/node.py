@@ -57,6 +57,12 @@ _T = TypeVar("_T")
 MAX_IN_LINE: Final = 64
 #: Requests for certificates under way to the authority.
 MAX_ENROLLING: Final = 64
+#: So many requests for certificates of one source may be refused close together, then one in so many seconds: each is a
+#: line in the authority's log.
+REFUSED_AT_ONCE: Final = 20
+REFUSED_SECONDS: Final = 0.5
+#: Sources for which that is remembered.
+MAX_REFUSED: Final = 4096
 #: What is turned away or left to wait is told in one line for so long.
 TELL_AGAIN: Final = 10.0
 #: Agents that are told of new CAs before others get their turn, and the seconds between two turns.
@@ -117,6 +123,7 @@ class Node:
         self._admission = Admission(broker.admit)
         self._certified: set[Session] = set()  # by certificate, from a good Hello on; the relay's thread has it
         self._enrolling = 0
+        self._refused: dict[str, float] = {}  # sources; when nothing will be held against them any more
         self.anchor = self._anchor() if broker.ca else None
         self._generation = self.roots.generation if self.roots is not None else 0
         self._shown = self._load_shown()
@@ -176,9 +183,23 @@ class Node:
             session.refuse(Refusal.AUTHORITY_UNAVAILABLE, text)
         elif self._enrolling >= MAX_ENROLLING:
             session.refuse(Refusal.OVERLOADED, "too many requests for certificates are under way")
+        elif self._refused_too_often(session.source):
+            text = "requests for certificates from this address were refused too often: see the agents there"
+            session.refuse(Refusal.RATE_LIMITED, text)
         else:
             self._enrolling += 1
             self.bridge.spawn(self._enrol, self.anchor, session, request)
+
+    def _refused_too_often(self, source: str) -> bool:
+        waits = self._refused.get(source, 0.0) - self.relay.loop.now
+        return bool(self.config.source_handshakes) and waits > REFUSED_SECONDS * (REFUSED_AT_ONCE - 1)
+
+    def _count_refused(self, source: str) -> None:
+        now = self.relay.loop.now
+        if len(self._refused) >= MAX_REFUSED:
+            self._refused = {other: until for other, until in self._refused.items() if until > now}
+        if len(self._refused) < MAX_REFUSED or source in self._refused:
+            self._refused[source] = max(now, self._refused.get(source, 0.0)) + REFUSED_SECONDS
 
     def lost(self, session: Session, why: str) -> None:
         """See SessionKeeper."""
@@ -351,7 +372,13 @@ class Node:
             answer = await anchor.enrol(request)
         except Refused as refused:
             code, text = refused.code, refused.text
-            await self.bridge.run(lambda: self._enrolled(lambda: session.refuse(code, text)))
+
+            def refuse() -> None:
+                if code is not Refusal.AUTHORITY_UNAVAILABLE:
+                    self._count_refused(session.source)
+                session.refuse(code, text)
+
+            await self.bridge.run(lambda: self._enrolled(refuse))
         else:
             await self.bridge.run(lambda: self._enrolled(lambda: session.enrolled(answer)))
 

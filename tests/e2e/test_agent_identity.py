@@ -28,8 +28,9 @@ from rtunnel.wire.messages import Hello, Trust
 from rtunnel.wire.refusal import Refusal
 from rtunnel_agent.handshake import AgentSession, new_nonce
 from rtunnel_agent.serve import status
+from rtunnel_broker import node as node_module
 from rtunnel_broker.node import Node
-from support.authority import address, authority, token
+from support.authority import address, authority, change, token
 from support.cluster import Cluster, SocksRefused, Target, in_thread, read_line, running_cluster
 from support.plumbing import close_kept, kept
 from support.redis_server import RedisServer
@@ -343,6 +344,24 @@ async def test_a_token_that_is_used_up_is_told(tmp_path: Path, events: Events) -
         await cluster.until(lambda: "used up" in second.reasons()[0])
         assert "bad_token" in named(events, "enrolment_failed")[0]["reason"]
         assert list(cluster.brokers["b1"].node.sessions) == ["default/a1"]
+
+
+async def test_a_source_that_is_refused_again_and_again_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: Events
+) -> None:
+    """So the authority hears of a used-up token twice; elsewhere, where all agents are one source, each time."""
+    monkeypatch.setattr(node_module, "REFUSED_AT_ONCE", 2)
+    monkeypatch.setattr(node_module, "REFUSED_SECONDS", 60.0)
+    async with running_cluster(tmp_path, broker__join_token="") as cluster, authority(cluster.secrets) as server:
+        await cluster.start_broker("b1", authority=address(server))
+        used = token(cluster.secrets, networks=("127.1.0.0/24",), uses=1)
+        change(cluster.secrets, lambda opened: opened.store.use_token(used.id))
+        agent = (await cluster.start_agent(**without_certificate(tmp_path, used), redundancy=1)).agent
+        await cluster.until(lambda: "rate_limited: requests for certificates" in agent.credentials.failure)
+        assert len(named(events, "enrol_refused")) == 2
+        await cluster.start_broker("b2", authority=address(server), source_handshakes=0)
+        cluster.vip.pinned = cluster.brokers["b2"].node.bound
+        await cluster.until(lambda: len(named(events, "enrol_refused")) > 4)
 
 
 async def test_an_exchange_that_ended_between_its_files_is_finished(tmp_path: Path) -> None:
