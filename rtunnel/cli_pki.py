@@ -122,6 +122,7 @@ def token_group() -> None:
     "--cidr", "networks", type=_CIDR, multiple=True, required=True, help="Addresses they may have; repeatable."
 )
 @click.option("--cert-lifetime", type=_DURATION, default="24h", show_default=True, help="Of their certificates.")
+@click.option("--file", type=click.Path(path_type=Path), help="Written for its owner only, if it is not there yet.")
 def token_create(
     directory: Path,
     token_id: str,
@@ -130,8 +131,9 @@ def token_create(
     namespace: str,
     networks: tuple[str, ...],
     cert_lifetime: int,
+    file: Path | None,
 ) -> None:
-    """Make a token and print it, once.
+    """Make a token, and print it once or write it to --file.
 
     Give the agent the line in a file (`agent.join_token`): with it the agent gets its first certificate.
     """
@@ -140,7 +142,9 @@ def token_create(
     record = TokenRecord(token.id, token.secret, namespace, networks, uses, 0, ends, cert_lifetime)
     with _changing(directory) as opened:
         opened.store.add_token(record)
-    click.echo(token.line())
+        if file is not None:
+            write_new(file.parent, [(file.name, SECRET, f"{token.line()}\n".encode(), "")])
+    click.echo(f"{file}: token {token.id}" if file is not None else token.line())
     whom = "one agent" if uses == 1 else f"{uses} agents"
     click.echo(f"lets {whom} of {namespace} in {', '.join(networks)} enrol until {_time(ends)}", err=True)
 

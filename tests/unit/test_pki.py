@@ -148,6 +148,20 @@ def test_tokens(made: Path) -> None:
     assert "there is a token web already" in again.stderr and not again.stdout
 
 
+def test_a_token_in_a_file(made: Path, tmp_path: Path) -> None:
+    """For its owner only, and not on the screen. A file that is there stays, and then there is no token."""
+    file = tmp_path / "host-7.token"
+    create = ("token", "create", "--cidr", "10.1.0.7/32", "--file", str(file), "--id")
+    result = run(made, *create, "a")
+    token = keys.load_token(file)
+    assert token.id == "a" and stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert token.line() not in result.output
+    assert "exists, and is not overwritten" in run(made, *create, "b", code=2).stderr
+    assert keys.load_token(file) == token
+    listed = run(made, "token", "list").output
+    assert re.search(r"^a +good", listed, re.M) and not re.search(r"^b ", listed, re.M)
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
