@@ -337,7 +337,8 @@ def revoke(directory: Path, subject: str, force: bool) -> None:
     subject = _subject(subject)
     with _changing(directory) as opened:
         void = opened.revoke(subject, force=force)
-        tokens = [opened.store.token(item.token) for item in void if item.token]
+        # Also of certificates that are over: who has renewed has its present one by no token.
+        tokens = [opened.store.token(item.token) for item in opened.store.issued_to(subject) if item.token]
         number = opened.number
     what = "the key" if subject.startswith("gateway/") else _certificates(len(void))
     click.echo(f"{printable(subject)} is revoked: {what} (trust list {number})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import time
 from operator import methodcaller
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from rtunnel.trust.identity import Roots, load_private_key
 from rtunnel.trust.keys import TrustError
 from rtunnel.trust.pki import Directory, open_directory
 from rtunnel.trust.tls import certificate_der
-from support.authority import change, enrol, token
+from support.authority import change, enrol, renewal, token
 
 
 @pytest.fixture
@@ -280,6 +281,18 @@ def test_an_open_token_is_named_when_its_agent_is_revoked(made: Path) -> None:
     by = token(made, id="web", uses=3)
     directory = Directory(made)
     Authority(directory).enrol(enrol(by))
+    directory.close()
+    assert "`rtunnel pki token revoke web`" in run(made, "revoke", "default/a1").output
+
+
+def test_an_open_token_is_named_when_its_agent_has_renewed_since(made: Path) -> None:
+    """Its certificate is by no token then, and the one that was by a token is over."""
+    by, key = token(made, id="web", uses=3, lifetime=90), new_key()
+    start = time.time()
+    directory = Directory(made, lambda: start - 100)
+    first = Authority(directory).enrol(enrol(by, key)).answer.certificate
+    directory.now = lambda: start - 30
+    Authority(directory).enrol(renewal(first, key))
     directory.close()
     assert "`rtunnel pki token revoke web`" in run(made, "revoke", "default/a1").output
 
