@@ -181,8 +181,10 @@ class Roots:
         self.signed = b""  # the list in force
         self.revoked: dict[str, int] = {}
         self.void: frozenset[bytes] = frozenset()
-        self._cas: dict[bytes, x509.Certificate] = {}  # in force, by `ca_id`
-        self._past: dict[bytes, x509.Certificate] = {}  # that were in force before
+        # Each with its `ca_id`, which two certificates may share: a CA's own is renewed, too.
+        self._cas: list[tuple[bytes, x509.Certificate]] = []  # in force
+        self._past: list[tuple[bytes, x509.Certificate]] = []  # that are or were in force
+        self._ids: frozenset[bytes] = frozenset()  # of those in force
         self._known: dict[bytes, Identity] = {}
         self._void_known: dict[bytes, bool] = {}
         if b"-----BEGIN CERTIFICATE-----" not in pem:  # the library would say less, in more words
@@ -193,8 +195,9 @@ class Roots:
             raise TrustError(f"{where}: has no PEM certificate that can be used: {fault}") from None
 
     def _put(self, cas: Iterable[x509.Certificate], void: Iterable[bytes] = ()) -> None:
-        self._past |= self._cas
-        self._cas = {ca_id(ca): ca for ca in cas}
+        self._cas = [(ca_id(ca), ca) for ca in cas]
+        self._ids = frozenset(known for known, _ in self._cas)
+        self._past += [each for each in self._cas if each not in self._past]
         self.void = frozenset(void)
         self._known.clear()
         self._void_known.clear()
@@ -202,7 +205,7 @@ class Roots:
     @property
     def pem(self) -> str:
         """The CAs in force."""
-        return b"".join(ca.public_bytes(serialization.Encoding.PEM) for ca in self._cas.values()).decode()
+        return b"".join(ca.public_bytes(serialization.Encoding.PEM) for _, ca in self._cas).decode()
 
     def begin_again(self, pem: bytes, where: str = "the CA file") -> None:
         """Other CAs are in force, by hand. The list in force stays so when one of them has signed it; else it is gone
@@ -214,8 +217,8 @@ class Roots:
             with suppress(TrustError):
                 fresh.take(self.signed)
         self.number, self.generation, self.signed = fresh.number, fresh.generation, fresh.signed
-        handed_over = not fresh._cas.keys().isdisjoint(self._cas)
-        self._put(fresh._cas.values(), fresh.void if handed_over else fresh.void | self._cas.keys())
+        handed_over = self._ids & fresh._ids
+        self._put((ca for _, ca in fresh._cas), fresh.void if handed_over else fresh.void | self._ids)
 
     def take(self, data: bytes) -> bool:
         """Put a list in force; False when it is not newer. Raises TrustError when no CA in force has signed it."""
@@ -227,7 +230,7 @@ class Roots:
             raise TrustError(f"is not a trust list: {fault}") from None
         if content.number <= self.number:
             return False
-        if not any(self._has_signed(ca, signed) for ca in self._cas.values()):
+        if not any(self._has_signed(ca, signed) for _, ca in self._cas):
             raise TrustError(f"trust list {content.number} is not signed by a CA in force")
         if not cas:
             raise TrustError(f"trust list {content.number} has no CA")
@@ -274,7 +277,7 @@ class Roots:
     def _check(self, der: bytes) -> Identity:
         try:
             certificate = x509.load_der_x509_certificate(der)
-            for known, ca in self._cas.items():
+            for known, ca in self._cas:
                 if _has_issued(ca, certificate):
                     return replace(_identity(certificate), issuer=known)
         except UNREADABLE as fault:
@@ -287,7 +290,7 @@ class Roots:
 
     def in_force(self, identity: Identity) -> bool:
         """Whether the CA that has signed a certificate, when that was verified, is in force still."""
-        return identity.issuer in self._cas
+        return identity.issuer in self._ids
 
     def is_void(self, identity: Identity) -> bool:
         """Whether the CA that has signed it is void: then what was accepted by it ends."""
@@ -312,7 +315,7 @@ class Roots:
         found = self._void_known.get(der)
         if found is None:
             certificate = x509.load_der_x509_certificate(der)
-            void = [ca for known, ca in self._past.items() if known in self.void]
+            void = [ca for known, ca in self._past if known in self.void]
             found = self._void_known[der] = any(_has_issued(ca, certificate) for ca in void)
         return found
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 
 from rtunnel.trust import identity, pki
+from rtunnel.trust.certificates import pem
 from rtunnel.trust.identity import (
     Roots,
     TrustList,
@@ -120,6 +122,21 @@ def test_a_ca_that_left_is_void_only_where_that_is_said(tmp_path: Path) -> None:
     assert roots.is_void(who)
     assert roots.fault_of(broker) == "the certificate of broker/broker is from a CA that is void"
     assert not roots.fault_of(certificate_der(tmp_path / "new" / "broker.pem"))
+
+
+def test_a_ca_whose_own_certificate_is_renewed(tmp_path: Path) -> None:
+    """Another certificate for the same key: whoever has the one or the other is from a CA in force."""
+    der = certificate_der(made(tmp_path))
+    old, key = ca_of(tmp_path)
+    builder = x509.CertificateBuilder(old.issuer, old.subject, old.public_key(), 7, extensions=list(old.extensions))
+    begin, end = old.not_valid_before_utc, old.not_valid_after_utc + timedelta(days=1)
+    new = builder.not_valid_before(begin).not_valid_after(end).sign(key, hashes.SHA256())
+    first, second = pem(old), pem(new)
+    roots = Roots(first + second)
+    assert roots.pem.encode() == first + second
+    who = roots.verify(der)
+    roots.begin_again(second)
+    assert roots.in_force(who) and not roots.is_void(who) and roots.verify(der) == who
 
 
 def test_cas_that_are_replaced_by_hand_without_handing_over_are_void(tmp_path: Path) -> None:
