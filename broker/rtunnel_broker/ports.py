@@ -77,7 +77,7 @@ class DialChecker:
     def check(self, dial: Dial, session: Session) -> None:
         """Raises Refused or MessageError unless the Dial is authentic, fresh, and for exactly this session."""
         if not self._keys.verify(dial.key, dial.body, dial.mac):
-            text = f"the Dial's MAC is not by the key {dial.key!r}: is gateway.key from this broker's cluster key?"
+            text = f"the Dial's MAC is not by the gateway's key {dial.key!r}: is that from this cluster's key?"
             raise Refused(Refusal.BAD_MAC, text)
         if self.is_revoked(dial.key):
             raise Refused(Refusal.REVOKED, f"the gateway's key {dial.key} is revoked")

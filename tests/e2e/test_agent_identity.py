@@ -376,7 +376,7 @@ async def test_an_exchange_that_ended_between_its_files_is_finished(tmp_path: Pa
             (home / name).write_bytes((cluster.secrets / source).read_bytes())
         await cluster.start_agent(certificate="", key="", identity=str(home), redundancy=1)
         await cluster.whole()
-        assert sorted(path.name for path in home.iterdir()) == ["agent.key", "agent.pem"]
+        assert sorted(path.name for path in home.iterdir()) == ["agent.key", "agent.pem", "lock"]
         assert (home / "agent.key").read_bytes() == (cluster.secrets / f"{new}.key").read_bytes()
 
 
