@@ -9,6 +9,7 @@ from rtunnel.config import Config
 from rtunnel.registry import Registry
 from rtunnel.roles import Role
 from rtunnel_agent.agent import Agent
+from rtunnel_agent.identity import locked
 
 
 async def serve(
@@ -19,15 +20,16 @@ async def serve(
     task_status: trio.TaskStatus[Agent] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Run one agent until `stop`; started when it begins to dial."""
-    agent = Agent(config)
-    await admin.run_beside(
-        agent,
-        config.agent.admin,
-        key="agent.admin",
-        status=lambda: status(agent),
-        stop=stop,
-        task_status=task_status,
-    )
+    with locked(config.agent.identity):
+        agent = Agent(config)
+        await admin.run_beside(
+            agent,
+            config.agent.admin,
+            key="agent.admin",
+            status=lambda: status(agent),
+            stop=stop,
+            task_status=task_status,
+        )
 
 
 def status(agent: Agent) -> dict[str, object]:

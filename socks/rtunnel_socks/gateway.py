@@ -188,10 +188,14 @@ class Gateway:
         if not isinstance(joined, Joined):
             return True
         roots = self.roots
-        if roots is not None and joined.identity is not None and roots.is_revoked(joined.identity):
-            return False
-        if roots is not None and roots.fault_of(joined.certificate):
-            return False
+        if roots is not None:
+            # An agent goes over to another certificate with its sessions, and can't within a stream. So a CA that left
+            # in order does not end what was proved by it before; brokers end that of agents who have no other one.
+            who = joined.identity
+            if who is not None and (roots.is_revoked(who) or roots.is_void(who)):
+                return False
+            if roots.fault_of(joined.certificate):
+                return False
         return joined.client.judge()
 
     @staticmethod
