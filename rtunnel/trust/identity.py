@@ -185,6 +185,7 @@ class Roots:
         self._cas: list[tuple[bytes, x509.Certificate]] = []  # in force
         self._past: list[tuple[bytes, x509.Certificate]] = []  # that are or were in force
         self._ids: frozenset[bytes] = frozenset()  # of those in force
+        self._given: frozenset[bytes] = frozenset()  # of those that were given by hand last
         self._known: dict[bytes, Identity] = {}
         self._void_known: dict[bytes, bool] = {}
         if b"-----BEGIN CERTIFICATE-----" not in pem:  # the library would say less, in more words
@@ -193,6 +194,7 @@ class Roots:
             self._put(_usable(x509.load_pem_x509_certificates(pem)))
         except UNREADABLE as fault:
             raise TrustError(f"{where}: has no PEM certificate that can be used: {fault}") from None
+        self._given = self._ids
 
     def _put(self, cas: Iterable[x509.Certificate], void: Iterable[bytes] = ()) -> None:
         self._cas = [(ca_id(ca), ca) for ca in cas]
@@ -209,15 +211,16 @@ class Roots:
 
     def begin_again(self, pem: bytes, where: str = "the CA file") -> None:
         """Other CAs are in force, by hand. The list in force stays so when one of them has signed it; else it is gone
-        but for its revocations, and any list of theirs counts. Without any CA of before it is no rotation: those
-        are void. Raises TrustError, and nothing has changed then.
+        but for its revocations, and any list of theirs counts. Without any CA of before, in force or by hand, it is no
+        rotation: those are void. Raises TrustError, and nothing has changed then.
         """
         fresh = Roots(pem, where)
         if self.signed:
             with suppress(TrustError):
                 fresh.take(self.signed)
         self.number, self.generation, self.signed = fresh.number, fresh.generation, fresh.signed
-        handed_over = self._ids & fresh._ids
+        handed_over = (self._ids | self._given) & (fresh._ids | fresh._given)
+        self._given = fresh._given
         self._put((ca for _, ca in fresh._cas), fresh.void if handed_over else fresh.void | self._ids)
 
     def take(self, data: bytes) -> bool:

@@ -178,14 +178,14 @@ async def test_an_agent_may_have_as_much_as_the_configuration_takes(tmp_path: Pa
     network = "1111:2222:3333:4444:5555:6666:7777:8888/128"
     async with running_cluster(tmp_path) as cluster:
         await cluster.start_broker(
-            "b" * 128, open_ports__range="29200-29299", open_ports__allow=["127.0.0.0/8", "::/0"]
+            ("broker-" * 19)[:128], open_ports__range="29200-29299", open_ports__allow=["127.0.0.0/8", "::/0"]
         )
         await cluster.start_gateway(proof="required" if by == "certificate" else "off")
         target = Target(addresses[63])
         publish = [{"target": f"{address}:{target.port}", "allow": [network, "127.0.0.1/32"]} for address in addresses]
         keys: dict[str, Any] = {} if by == "certificate" else {"certificate": "", "key": ""}
         part = await cluster.start_agent(
-            "a" * 128,
+            ("agent-" * 22)[:128],
             *addresses,
             redundancy=1,
             publish=publish,

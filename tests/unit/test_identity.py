@@ -151,6 +151,12 @@ def test_cas_that_are_replaced_by_hand_without_handing_over_are_void(tmp_path: P
     in_order.begin_again(old + new)
     in_order.begin_again(new)
     assert not in_order.is_void(who) and not in_order.in_force(who)
+    behind = Roots(old)  # the list that it has says nothing of the new CA yet, the file does
+    behind.take(sign_list(a_list(ca_of(tmp_path / "old")), [ca_of(tmp_path / "old")]))
+    behind.begin_again(old + new)
+    assert behind.pem.encode() == old
+    behind.begin_again(new)
+    assert not behind.is_void(who) and not behind.in_force(who)
 
 
 def test_a_session_is_proved_for_one_link_only(tmp_path: Path) -> None:
