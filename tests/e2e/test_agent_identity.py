@@ -495,7 +495,7 @@ async def test_who_has_only_the_old_ca_is_out_when_it_leaves(tmp_path: Path, eve
     """`rotate finish --force`: who did not renew loses session and streams, and is told why; others lose none."""
     async with running_cluster(tmp_path, broker__join_token="") as cluster, authority(cluster.secrets) as server:
         node = (await cluster.start_broker(authority=address(server))).node
-        await cluster.start_gateway(authority=address(server))
+        gateway = (await cluster.start_gateway(authority=address(server))).gateway
         late = (await cluster.start_agent("a2", "127.1.0.2", redundancy=1)).agent
         renews = (await cluster.start_agent(redundancy=1)).agent
         await cluster.whole()
@@ -504,6 +504,10 @@ async def test_who_has_only_the_old_ca_is_out_when_it_leaves(tmp_path: Path, eve
             assert says(stays) and says(ends)
             for step in ("start_rotation", "switch_rotation"):
                 await in_thread(partial(rotate, cluster.secrets, step))
+            # Who saw the file only before and after would take it for a replacement by hand.
+            both = (node.roots, gateway.roots)
+            await cluster.until(lambda: all(roots.pem.count("BEGIN CERT") == 2 for roots in both if roots is not None))
+            await cluster.until(lambda: "a1" in [line.get("agent") for line in named(events, "ca_loaded")])
             name = cluster.certify("a1", IP)  # from the new CA
             for kind in ("pem", "key"):
                 (cluster.secrets / f"{name}.{kind}").replace(Path(getattr(renews.config, KEYS[kind])))
