@@ -13,7 +13,7 @@ from rtunnel.relay.loop import Timer
 from rtunnel.relay.relay import Attempt, Relay
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Accepted, Decoder, Dial, DialBody, Dialling, MessageError, Refuse, decode_body, encode
-from rtunnel.wire.refusal import Refusal, Refused
+from rtunnel.wire.refusal import Next, Refusal, Refused
 from rtunnel_agent.handshake import AgentSession
 from rtunnel_agent.proof import Prover
 
@@ -22,7 +22,7 @@ DIALLING_AFTER: Final = 0.1
 #: A broker sends the Dial with the stream's first frame.
 DIAL_DEADLINE: Final = 10.0
 
-_ACCEPTED: Final = encode(Accepted())
+_ACCEPTED: Final = Accepted()
 _DIALLING: Final = encode(Dialling())
 
 
@@ -137,14 +137,14 @@ class IncomingStream:
             if dial is None:
                 return
             body = decode_body(dial.body)
+            if body.exchange:
+                self._dialled = body, dial.body
             way = self._targets.check(body, self._session)
         except MessageError as error:
             self._refuse(Refusal.PROTOCOL_ERROR, str(error))
         except Refused as refused:
             self._refuse(refused.code, refused.text)
         else:
-            if body.exchange:
-                self._dialled = body, dial.body
             self._connect(body, way)
 
     def _connect(self, body: DialBody, way: str) -> None:
@@ -170,10 +170,7 @@ class IncomingStream:
             return
         self._targets.counts.began()
         self._session.streams += 1
-        # A proof is made now and not while the target is connected: refusals need none, and a target on this host is
-        # connected before there is time for one.
-        prover, dialled = self._targets.prover, self._dialled
-        self._stream.say(_ACCEPTED if prover is None or dialled is None else encode(prover.accepted(*dialled)))
+        self._stream.say(self._proven(_ACCEPTED))
         self._targets.relay.join(self._stream, target, up=self._decoder.rest(), on_end=served)
 
     def finished(self) -> None:
@@ -187,8 +184,14 @@ class IncomingStream:
     def _refuse(self, code: Refusal, why: str) -> None:
         self._stop()
         self._targets.counts.refuse(code)
-        self._stream.say(encode(Refuse(code=code.value, text=why[:512])))
+        refuse = Refuse(code=code.value, text=why[:512])
+        # What another path could change needs no proof: it will be tried anyway.
+        self._stream.say(self._proven(refuse) if code.telling.next is Next.STOP else encode(refuse))
         self._stream.close()
+
+    def _proven(self, answer: Accepted | Refuse) -> bytes:
+        prover, dialled = self._targets.prover, self._dialled
+        return encode(answer if prover is None or dialled is None else prover.prove(answer, *dialled))
 
     def _stop(self) -> None:
         if self._late is not None:

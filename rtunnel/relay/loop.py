@@ -167,9 +167,9 @@ class Loop:
         return max(0.0, self._timers[0][0] - time.monotonic())
 
     def _run_timers(self) -> None:
-        timers, now = self._timers, self.now
-        while timers and timers[0][0] <= now:
-            timer = heapq.heappop(timers)[2]
+        now = self.now
+        while self._timers and self._timers[0][0] <= now:
+            timer = heapq.heappop(self._timers)[2]  # which a call may have replaced, see below
             call, timer.call = timer.call, None
             if call is None:
                 self._cancelled -= 1

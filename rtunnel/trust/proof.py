@@ -1,10 +1,10 @@
-"""Proofs that the target's own agent has accepted a Dial: the first by signature, those that follow by MAC.
+"""Proofs that the target's own agent has answered a Dial: the first by signature, those that follow by MAC.
 
 A signature for each connection would cost 90 us of CPU, made and checked. So the Dial carries an X25519 key of the
 gateway (RFC 7748), and the signature covers one of the agent's beside the Dial's body. What the two make is the **key
 of the pair**: whoever has it is this gateway, or had the key of the agent's certificate. HMAC-SHA256 (RFC 2104) under
 it, over the Dial's body, proves later Dials between the two for 3 us. It is the signed key exchange of TLS 1.3 (RFC
-8446, 4.4.3) with a connection in the place of a record. Normative: docs/wire.md, "accepted".
+8446, 4.4.3) with a connection in the place of a record. Normative: docs/wire.md, "Proofs".
 """
 
 from __future__ import annotations
@@ -18,12 +18,18 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 
 from rtunnel.trust.identity import ECDSA_SHA256, PrivateKey, PublicKey
 from rtunnel.trust.keys import TrustError
-from rtunnel.wire.messages import PAIR_ID_BYTES
+from rtunnel.wire.messages import PAIR_ID_BYTES, Accepted, Refuse
 
-#: In front of what is signed, what a pair's key is made of, and what is under its MAC.
-SIGNED_LABEL: Final = b"rtunnel accepted 1\0"
+#: In front of what a pair's key is made of.
 PAIR_LABEL: Final = b"rtunnel pair 1\0"
-MAC_LABEL: Final = b"rtunnel accepted by pair 1\0"
+#: In front of what is signed, or under a MAC: what is said to the Dial.
+ACCEPTED: Final = b"rtunnel accepted 1\0"
+REFUSED: Final = b"rtunnel refused 1\0"
+
+
+def said_by(answer: Accepted | Refuse) -> bytes:
+    """What an answer says, as the proof covers it: yes, or no and why."""
+    return ACCEPTED if isinstance(answer, Accepted) else REFUSED + f"{answer.code}\0{answer.text}\0".encode()
 
 
 class Pair:
@@ -37,13 +43,13 @@ class Pair:
         self._key = hmac.digest(shared, PAIR_LABEL + said, "sha256")
         self.id = hashlib.sha256(PAIR_LABEL + self._key).digest()[:PAIR_ID_BYTES]
 
-    def mac(self, body: bytes) -> bytes:
-        """The proof of the Dial with this body."""
-        return hmac.digest(self._key, MAC_LABEL + body, "sha256")
+    def mac(self, said: bytes, body: bytes) -> bytes:
+        """The proof that this is said to the Dial with this body."""
+        return hmac.digest(self._key, said + body, "sha256")
 
-    def is_proof(self, body: bytes, mac: bytes) -> bool:
-        """Whether who has this key accepted the Dial with this body. In constant time."""
-        return hmac.compare_digest(self.mac(body), mac)
+    def is_proof(self, said: bytes, body: bytes, mac: bytes) -> bool:
+        """Whether who has this key says this to the Dial with this body. In constant time."""
+        return hmac.compare_digest(self.mac(said, body), mac)
 
 
 class Exchange:
@@ -70,15 +76,15 @@ class Exchange:
             raise TrustError("is not a usable X25519 key") from None
 
 
-def sign(key: PrivateKey, exchange: bytes, body: bytes) -> bytes:
-    """The signature over the Dial with this body, and with it over the agent's own `exchange` key."""
-    return key.sign(SIGNED_LABEL + exchange + body, ECDSA_SHA256)
+def sign(key: PrivateKey, said: bytes, exchange: bytes, body: bytes) -> bytes:
+    """The signature that this is said to the Dial with this body, and that the `exchange` key is the agent's own."""
+    return key.sign(said + exchange + body, ECDSA_SHA256)
 
 
-def is_signed(public_key: PublicKey, exchange: bytes, body: bytes, signature: bytes) -> bool:
-    """Whether the holder of this key has signed both. `exchange` has its full length."""
+def is_signed(public_key: PublicKey, said: bytes, exchange: bytes, body: bytes, signature: bytes) -> bool:
+    """Whether the holder of this key has signed all that. `exchange` has its full length."""
     try:
-        public_key.verify(signature, SIGNED_LABEL + exchange + body, ECDSA_SHA256)
+        public_key.verify(signature, said + exchange + body, ECDSA_SHA256)
     except InvalidSignature:
         return False
     return True

@@ -167,10 +167,17 @@ class Welcome(Message, tag="welcome", frozen=True):
 
 
 class Refuse(Message, tag="refused", frozen=True):
-    """The answer no, to a Hello or a Dial; `code` is a word of `refusal.Refusal`."""
+    """The answer no, to a Hello or a Dial; `code` is a word of `refusal.Refusal`.
+
+    An agent proves its no to a Dial as it proves a yes (see Accepted), when that says something of the target.
+    """
 
     code: Word
     text: Text = ""
+    mac: MacOrNone = b""
+    certificate: Certificate = b""
+    exchange: Exchange = b""
+    signature: Signature = b""
 
 
 class Update(Message, tag="update", frozen=True):

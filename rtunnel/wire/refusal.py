@@ -188,7 +188,7 @@ _TELLINGS: dict[Refusal, Telling] = {
     _R.DUPLICATE_NODE: Telling(
         GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the agent already has a session on this node"
     ),
-    _R.VERSION: Telling(GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the two ends speak different versions"),
+    _R.VERSION: Telling(GENERAL_FAILURE, 500, "proxy_internal_error", _TRY, "the two ends speak different versions"),
     _R.BAD_TOKEN: Telling(
         GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the join token is not known or not right"
     ),

@@ -181,7 +181,10 @@ class TargetDial:
     def _hedged(self) -> None:
         self._hedge = None
         if any(attempt.dialling for attempt in self._alive):
-            return  # the path works, the target is slow: dialling it twice would not help
+            # The path works and the target is slow: dialling it twice would not help, so that is tried late. A broken
+            # broker could say so, too.
+            self._hedge = self.owner.relay.loop.after(self.owner.dial_timeout / 2, self._next)
+            return
         for attempt in self._alive:
             self.owner.paths.suspect(attempt.used.node, self.owner.relay.loop.now)
         self._next()
@@ -206,7 +209,7 @@ class TargetDial:
         self._next()
 
     def not_proven(self, attempt: Attempt, refused: Refused) -> None:
-        """Somebody said Accepted who is not, or no longer, the target's agent: that is no accident of the network."""
+        """Somebody answered who is not, or no longer, the target's agent: that is no accident of the network."""
         self.unproven = refused.text
         self.owner.not_proven(
             refused.code,
@@ -329,30 +332,37 @@ class Attempt:
         if answer is None:
             return
         self.dial.owner.paths.answered(self.used.node)
-        if isinstance(answer, Refuse):
-            self._fail(Refusal.parse(answer.code), answer.text or Refusal.parse(answer.code).telling.text)
-            return
-        assert isinstance(answer, Accepted)
-        self._accepted(answer)
+        try:
+            if isinstance(answer, Refuse):
+                self._refused(answer)
+            else:
+                self._accepted(answer)
+        except Refused as refused:
+            self.dial.not_proven(self, refused)
+            self._fail(refused.code, refused.text)
+
+    def _refused(self, answer: Refuse) -> None:
+        code = Refusal.parse(answer.code)
+        if code.telling.next is Next.STOP:
+            self._proof(answer)  # or a broken broker could keep clients from all agents that have a session there
+        self._fail(code, answer.text or code.telling.text)
 
     def _accepted(self, answer: Accepted) -> None:
-        dial, identity = self.dial, None
+        dial = self.dial
         roots, certificate = dial.owner.roots, self._end.tls.certificate if isinstance(self._end, TlsEnd) else None
         if roots is not None and (fault := roots.fault_of(certificate)):
             self._fail(Refusal.REVOKED, fault)
             return
-        proofs, target = dial.owner.proofs, dial.target
-        if proofs is not None:
-            try:
-                identity = proofs.check(answer, self._body, target.namespace, target.ip, self._known)
-            except Refused as refused:
-                dial.not_proven(self, refused)
-                self._fail(refused.code, refused.text)
-                return
+        identity = self._proof(answer)
         end, self._end = self._end, None
         assert end is not None
         end.pause()
         dial.won(self, end, self._decoder.rest(), identity, certificate)
+
+    def _proof(self, answer: Accepted | Refuse) -> Identity | None:
+        """Whose answer it is; None when no proofs are asked for. Raises Refused."""
+        proofs, target = self.dial.owner.proofs, self.dial.target
+        return None if proofs is None else proofs.check(answer, self._body, target.namespace, target.ip, self._known)
 
     def finished(self) -> None:
         """See Talker."""

@@ -1873,7 +1873,7 @@ MISBEHAVIOUR: dict[str, tuple[Callable[[Wire], None], int, int, str]] = {
 async def test_an_agent_that_answers_badly_is_told_truly(here: Path, secrets: Path, name: str) -> None:
     """Whatever an agent answers to a Dial, or doesn't: each client hears the reason, in its own protocol's words."""
     script, code, status, text = MISBEHAVIOUR[name]
-    async with running_cluster(here, gateway__dial_timeout=DEADLINE, **FAST) as cluster:
+    async with running_cluster(here, gateway__dial_timeout=DEADLINE, gateway__proof="off", **FAST) as cluster:
         await cluster.start(brokers=1)
         async with unharmed(cluster, Target("127.1.0.1")):
             async with handmade(cluster, secrets, script):
@@ -1936,7 +1936,7 @@ async def test_an_agent_s_other_streams_are_reset_and_its_session_lives(here: Pa
             opened.append(True)
         answers(encode(Refuse(code="target_refused")))(wire)
 
-    async with running_cluster(here, **FAST) as cluster:
+    async with running_cluster(here, gateway__proof="off", **FAST) as cluster:
         await cluster.start(brokers=1)
         async with unharmed(cluster, Target("127.1.0.1")), handmade(cluster, secrets, script):
             await cluster.until(lambda: len(opened) == 500)

@@ -34,7 +34,7 @@ from rtunnel.trust.files import PUBLIC, replace
 from rtunnel.trust.identity import load_pair, load_private_key, load_roots, read_certificate
 from rtunnel.trust.keys import GatewayKey, gateway_key, load_cluster_keys, load_gateway_key
 from rtunnel.trust.pki import Directory, open_directory
-from rtunnel.trust.proof import Exchange, sign
+from rtunnel.trust.proof import ACCEPTED, Exchange, sign
 from rtunnel.trust.tls import certificate_der
 from rtunnel.wire.messages import (
     Accepted,
@@ -43,13 +43,14 @@ from rtunnel.wire.messages import (
     DialAnswer,
     DialBody,
     Dialling,
+    Refuse,
     decode_body,
     encode,
     encode_body,
 )
-from rtunnel.wire.refusal import Refused
+from rtunnel.wire.refusal import CONNECTION_REFUSED, Refused
 from rtunnel_agent.identity import AgentIdentity
-from rtunnel_agent.proof import Prover
+from rtunnel_agent.proof import Answer, Prover
 from rtunnel_socks.proof import Proofs
 from support.cluster import Cluster, SocksRefused, Target, in_thread, read_line, running_cluster
 from support.plumbing import close_kept, kept, read_exactly
@@ -84,6 +85,7 @@ class Rogue:
 
     secrets: Path
     say: Callable[[Rogue, Dial], bytes] = lambda rogue, dial: b""
+    last: bytes = b"evil\n"
     dials: list[Dial] = field(default_factory=list)
     sock: socket.socket = field(default_factory=lambda: kept(socket.create_server(("127.0.0.1", 0))))
 
@@ -106,7 +108,7 @@ class Rogue:
         try:
             dial = one_message(taken, Dial)
             self.dials.append(dial)
-            taken.sendall(self.say(self, dial) + b"evil\n")
+            taken.sendall(self.say(self, dial) + self.last)
             while taken.recv(1 << 16):
                 pass
         except OSError:
@@ -206,7 +208,12 @@ Attack = Callable[[Scene, Rogue, Dial], bytes]
 
 def accepted(identity: AgentIdentity, dial: Dial) -> bytes:
     """As a real agent answers a Dial that names no pair."""
-    return encode(Prover(identity).accepted(decode_body(dial.body), dial.body))
+    return encode(proven(Accepted(), identity, dial))
+
+
+def proven(answer: Answer, identity: AgentIdentity, dial: Dial) -> Answer:
+    """Likewise."""
+    return Prover(identity).prove(answer, decode_body(dial.body), dial.body)
 
 
 def held(scene: Scene, name: str) -> AgentIdentity:
@@ -277,7 +284,7 @@ def no_exchange(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
 def short_exchange(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
     """A part of an exchange that is no whole one."""
     genuine, exchange = issued(scene), Exchange().public
-    signature = sign(genuine.key, exchange, dial.body)
+    signature = sign(genuine.key, ACCEPTED, exchange, dial.body)
     return encode(Accepted(certificate=genuine.certificate, exchange=exchange[:-1], signature=signature))
 
 
@@ -301,7 +308,7 @@ def own_pair(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
     genuine = scene.cluster.agents["a1"].agent.identity
     assert genuine is not None
     pair = Exchange().with_gateway(decode_body(dial.body).exchange, genuine.certificate)
-    return encode(Accepted(mac=pair.mac(dial.body), certificate=genuine.certificate))
+    return encode(Accepted(mac=pair.mac(ACCEPTED, dial.body), certificate=genuine.certificate))
 
 
 def others_mac(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
@@ -321,7 +328,40 @@ def signed(scene: Scene, rogue: Rogue, dial: Dial) -> Accepted:
 
 def honest(scene: Scene, dial: Dial) -> Accepted:
     """The right agent's signature over this very Dial."""
-    return Prover(issued(scene)).accepted(decode_body(dial.body), dial.body)
+    return proven(Accepted(), issued(scene), dial)
+
+
+NO = Refuse(code="target_refused", text="the target refused the connection")
+
+
+def refuses(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
+    """Just no, in the target's name, to keep clients from an agent that has a session elsewhere."""
+    return encode(NO)
+
+
+def refuses_for_another(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
+    """No, by an agent whose key was stolen."""
+    return encode(proven(NO, issued(scene, agent_id="a2", address=OTHER), dial))
+
+
+def yes_made_no(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
+    """The proof of a yes under a no."""
+    yes = honest(scene, dial)
+    return encode(msgspec.structs.replace(NO, **{part: getattr(yes, part) for part in PROOF}))
+
+
+def no_made_yes(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
+    """The proof of a no under a yes."""
+    no = proven(NO, issued(scene), dial)
+    return encode(Accepted(**{part: getattr(no, part) for part in PROOF}))
+
+
+def another_no(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
+    """The proof of one no under another."""
+    return encode(msgspec.structs.replace(proven(NO, issued(scene), dial), code="not_exposed"))
+
+
+PROOF = "mac", "certificate", "exchange", "signature"
 
 
 def sent_on(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
@@ -337,7 +377,7 @@ def others_answer(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
 def others_key(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
     """The right certificate, and the signature of another agent."""
     thief = issued(scene, agent_id="a2", address=OTHER)
-    answer = Prover(thief).accepted(decode_body(dial.body), dial.body)
+    answer = proven(Accepted(), thief, dial)
     return encode(msgspec.structs.replace(answer, certificate=signed(scene, rogue, dial).certificate))
 
 
@@ -399,6 +439,11 @@ ATTACKS: dict[Attack, str] = {
     brokers_own: "not_proven: the certificate is broker/broker's, and no agent's",
     another_ca: "not_proven: the certificate is not from a CA in force",
     no_certificate: "not_proven: is not a certificate",
+    refuses: "not_proven: the agent showed no certificate",
+    refuses_for_another: "not_proven: the certificate of agent/default/a2 does not have the address 127.1.0.1",
+    yes_made_no: "not_proven: the signature is not agent/default/a1's over this Dial",
+    no_made_yes: "not_proven: the signature is not agent/default/a1's over this Dial",
+    another_no: "not_proven: the signature is not agent/default/a1's over this Dial",
 }
 
 
@@ -445,6 +490,34 @@ async def test_without_a_good_tuple_the_client_is_refused(tmp_path: Path, events
         assert len(refused) == len(ATTACKS) + 2 and all(line["proof"] for line in refused)
 
 
+async def test_a_broken_broker_can_hold_a_client_up_and_not_keep_it(tmp_path: Path, events: Events) -> None:
+    """It says that the target is being connected, for ever: after half the time the other path is tried."""
+    async with scene(tmp_path, events, gateway__hedge_delay=0.01, gateway__dial_timeout=3.0) as here:
+        rogue = Rogue(here.secrets, lambda rogue, dial: encode(Dialling()), last=b"")
+        await here.lie(rogue.port)
+        assert await here.cluster.ask(ASKED, here.target.port) == f"{ASKED}:hello".encode()
+        (ended,) = await in_thread(lambda: await_lines(events, "stream_ended", 1))
+        assert (ended["node"], ended["attempts"]) == ("b2", 2)
+
+
+async def test_an_agents_own_no_is_the_last_word(tmp_path: Path, events: Events) -> None:
+    """Proved, by signature and by MAC, it ends the dial: no other path is asked for the same."""
+    async with scene(tmp_path, events) as here:
+        rogue = Rogue(here.secrets)
+        true = here.true(ASKED)
+        gateway = here.cluster.gateway
+        await here.lie(rogue.port)
+        gateway.paths.order = (  # type: ignore[method-assign]
+            lambda tuples, nodes, now: sorted(tuples, key=lambda t: t.ps_port != true.ps_port)
+        )
+        for _ in range(2):
+            with pytest.raises(SocksRefused) as refused:
+                await here.cluster.ask(ASKED, 9)
+            assert refused.value.code == CONNECTION_REFUSED
+        assert not rogue.dials and not here.reasons()
+        assert gateway.proofs is not None and gateway.proofs.known("default", ASKED) is not None
+
+
 async def test_an_honest_answer_passes_any_way(tmp_path: Path, events: Events) -> None:
     """The test above could fail: what has the right key and signs this very Dial is believed, whoever hands it on."""
 
@@ -464,14 +537,14 @@ async def test_the_first_answer_is_signed_and_those_that_follow_have_a_mac(tmp_p
     proved: list[str] = []
 
     def watched(prover: Prover) -> Prover:
-        answer = prover.accepted
+        prove = prover.prove
 
-        def accepted(dial: DialBody, body: bytes) -> Accepted:
-            made = answer(dial, body)
+        def watching(answer: Answer, dial: DialBody, body: bytes) -> Answer:
+            made = prove(answer, dial, body)
             proved.append("mac" if made.mac and not (made.signature or made.certificate) else "signature")
             return made
 
-        prover.accepted = accepted  # type: ignore[method-assign]
+        prover.prove = watching  # type: ignore[method-assign]
         return prover
 
     async with scene(tmp_path, events) as here:
@@ -494,7 +567,7 @@ def test_damaged_answers_are_refused(tmp_path: Path) -> None:
     roots = load_roots(tmp_path / "pki" / "ca.pem")
     certificate, key = certificate_der(tmp_path / "pki" / "a1.pem"), load_private_key(tmp_path / "pki" / "a1.key")
     body, exchange, proofs = bytes(137), Exchange(), Proofs(roots)
-    signature = sign(key, exchange.public, body)
+    signature = sign(key, ACCEPTED, exchange.public, body)
     good = Accepted(certificate=certificate, exchange=exchange.public, signature=signature)
     with pytest.raises(Refused):
         proofs.check(good, body, "default", OTHER, None)
@@ -507,7 +580,7 @@ def test_damaged_answers_are_refused(tmp_path: Path) -> None:
     bad += [{"certificate": data} for data in damages(certificate) if inner not in data]
     known = proofs.known("default", ASKED)
     assert known is not None
-    mac = exchange.with_gateway(proofs.exchange, certificate).mac(body)
+    mac = exchange.with_gateway(proofs.exchange, certificate).mac(ACCEPTED, body)
     assert proofs.check(Accepted(mac=mac), body, "default", ASKED, known).name == "a1"
     bad += [{"mac": data} for data in damages(mac) if data]
     for changes in bad:

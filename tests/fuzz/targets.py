@@ -50,7 +50,7 @@ from rtunnel.trust.identity import (
     sign_list,
 )
 from rtunnel.trust.keys import TrustError
-from rtunnel.trust.proof import Exchange, is_signed, sign
+from rtunnel.trust.proof import ACCEPTED, Exchange, is_signed, sign
 from rtunnel.trust.tls import certificate_der, client_context, server_context
 from rtunnel.wire import http, messages, socks5, yamux
 from rtunnel.wire.messages import ControlMessage, Decoder, Dial, DialAnswer, Follow, MessageError
@@ -556,7 +556,7 @@ def certificate(data: bytes) -> None:
             continue
         assert who.kind in ("agent", "broker", "authority")
         assert who.subject.startswith(f"{who.kind}/")
-        assert not is_signed(who.public_key, bytes(32), b"body", b"signature")
+        assert not is_signed(who.public_key, ACCEPTED, bytes(32), b"body", b"signature")
 
 
 def _request_seeds() -> list[bytes]:
@@ -595,15 +595,19 @@ def certificate_request(data: bytes) -> None:
 
 
 def _proof_seeds() -> list[bytes]:
-    return [sign(load_private_key(secrets() / "a1.key"), bytes(32), b"body"), b"", b"\x30\x06\x02\x01\x01\x02\x01\x01"]
+    return [
+        sign(load_private_key(secrets() / "a1.key"), ACCEPTED, bytes(32), b"body"),
+        b"",
+        b"\x30\x06\x02\x01\x01\x02\x01\x01",
+    ]
 
 
 @target(_proof_seeds)
 def proof(data: bytes) -> None:
     """A signature of an agent over a Dial."""
     key = load_private_key(secrets() / "a1.key").public_key()
-    assert not is_signed(key, bytes(32), b"another body", data)
-    is_signed(key, bytes(32), b"body", data)
+    assert not is_signed(key, ACCEPTED, bytes(32), b"another body", data)
+    is_signed(key, ACCEPTED, bytes(32), b"body", data)
 
 
 @target(lambda: [Exchange().public, bytes(32), b"\x01" + bytes(31), b""])
@@ -615,7 +619,7 @@ def exchange(data: bytes) -> None:
     except TrustError as fault:
         assert str(fault)
         return
-    assert not pair.is_proof(b"body", data)
+    assert not pair.is_proof(ACCEPTED, b"body", data)
 
 
 def _list_seeds() -> list[bytes]:

@@ -495,18 +495,22 @@ def flood(lab: Lab, origin: str, port: int, first: bytes) -> Flood:
     return Flood(process)
 
 
+def let_in(attack: Flood, most: int) -> dict[str, int]:
+    """What became of the flood, once it has no more than `most` left open: who is closed at last, hears it later."""
+    return wait_for(f"at most {most} are let in", lambda: (seen := attack.look())["open"] <= most and seen, 10)[0]  # type: ignore[return-value]
+
+
 def test_half_open_handshakes_at_the_gateway_cost_others_nothing(lab: Lab) -> None:
     """10,000 from one source, which gets its share; every connection of another source is served."""
     attack = flood(lab, "app", PROXY_PORT, b"\5")
     try:
-        before = attack.look()
+        before = let_in(attack, LimitsConfig().source_handshakes)
         client = lab.tries("tries-flood-gateway", TRIES, RATE)
         assert client.wait(30) == 0
         tries = client.json_lines()
         slowest = max(t["seconds"] for t in tries)
         lab.note("10,000 half-open", f"at the gateway: {before}; others: {len(tries)} ok, slowest {slowest:.3f} s")
         assert not [t for t in tries if not t["ok"]]
-        assert before["open"] <= LimitsConfig().source_handshakes
         assert before["open"] + before["ended"] + before["failed"] == FLOOD
     finally:
         attack.process.kill()
@@ -516,7 +520,7 @@ def test_half_open_handshakes_at_the_brokers_cost_others_nothing(lab: Lab) -> No
     """10,000 of one host, which stop in TLS's first record: streams go on, and another host's agent comes back."""
     attack = flood(lab, "a1", LINK_PORT, bytes.fromhex("1603010200010001fc0303"))
     try:
-        before = attack.look()
+        before = let_in(attack, len(BROKERS) * BrokerConfig().source_handshakes)
         client = lab.tries("tries-flood-broker", TRIES, RATE)
         lab.restart_agents(["b1"])
         back = wait_for("an agent comes back", lambda: lab.reached("b1"), 60)[1]
@@ -527,6 +531,5 @@ def test_half_open_handshakes_at_the_brokers_cost_others_nothing(lab: Lab) -> No
         lab.note("10,000 half-open", f"at the brokers: an agent that restarts is back after {back:.1f} s")
         assert not [t for t in tries if not t["ok"] and t["wanted"] != "b1"]
         assert back <= 10.0
-        assert before["open"] <= len(BROKERS) * BrokerConfig().source_handshakes
     finally:
         attack.process.kill()

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives import serialization
 from rtunnel.trust import identity, pki
 from rtunnel.trust.identity import Roots, TrustList, load_private_key, sign_list
 from rtunnel.trust.keys import TrustError
+from rtunnel.trust.proof import ACCEPTED as SAID
 from rtunnel.trust.proof import Exchange, is_signed, sign
 from rtunnel.trust.tls import certificate_der
 from rtunnel.wire.messages import PAIR_ID_BYTES
@@ -116,12 +117,13 @@ def test_a_proof_is_of_one_key_and_one_body(tmp_path: Path) -> None:
     key = load_private_key(made(tmp_path).with_suffix(".key"))
     other = load_private_key(made(tmp_path, "a2").with_suffix(".key"))
     own, foreign = bytes(32), bytes(31) + b"x"
-    proof = sign(key, own, b"body")
-    assert is_signed(key.public_key(), own, b"body", proof)
-    assert not is_signed(key.public_key(), own, b"bodx", proof)
-    assert not is_signed(key.public_key(), foreign, b"body", proof)
-    assert not is_signed(other.public_key(), own, b"body", proof)
-    assert not is_signed(key.public_key(), own, b"body", b"")
+    proof = sign(key, SAID, own, b"body")
+    assert is_signed(key.public_key(), SAID, own, b"body", proof)
+    assert not is_signed(key.public_key(), b"no", own, b"body", proof)
+    assert not is_signed(key.public_key(), SAID, own, b"bodx", proof)
+    assert not is_signed(key.public_key(), SAID, foreign, b"body", proof)
+    assert not is_signed(other.public_key(), SAID, own, b"body", proof)
+    assert not is_signed(key.public_key(), SAID, own, b"body", b"")
 
 
 def test_the_key_of_a_pair_is_of_two_ends_and_one_certificate() -> None:
@@ -136,10 +138,16 @@ def test_the_key_of_a_pair_is_of_two_ends_and_one_certificate() -> None:
     ]
     assert pair.id == same.id and len(pair.id) == PAIR_ID_BYTES
     assert len({pair.id, *(other.id for other in others)}) == 5
-    mac = same.mac(b"body")
-    assert pair.is_proof(b"body", mac)
-    assert not any(other.is_proof(b"body", mac) for other in others)
-    assert not pair.is_proof(b"bodx", mac) and not pair.is_proof(b"body", mac[:-1]) and not pair.is_proof(b"body", b"")
+    mac = same.mac(SAID, b"body")
+    assert pair.is_proof(SAID, b"body", mac)
+    assert not any(other.is_proof(SAID, b"body", mac) for other in others)
+    for said, body, bad in (
+        (b"no", b"body", mac),
+        (SAID, b"bodx", mac),
+        (SAID, b"body", mac[:-1]),
+        (SAID, b"body", b""),
+    ):
+        assert not pair.is_proof(said, body, bad)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ from rtunnel.wire.messages import (
 
 NONCE = bytes(range(16))
 MAC = bytes(range(32))
+UNPROVEN = {"mac": b"", "certificate": b"", "exchange": b"", "signature": b""}
 ANY = ControlMessage | Follow | Dial | DialAnswer
 
 #: Every message with every field given, as the peer would pack it, and as it should arrive.
@@ -99,7 +100,10 @@ EXAMPLES: list[tuple[dict[str, Any], Message]] = [
             open_ports=[OpenPort(port=30001, ip="10.1.0.7", target_port=9100)], notices=["no"], software="s",
         ),
     ),
-    ({"t": "refused", "code": "stale_epoch", "text": "über"}, Refuse(code="stale_epoch", text="über")),
+    (
+        {"t": "refused", "code": "stale_epoch", "text": "über", **UNPROVEN, "mac": MAC},
+        Refuse(code="stale_epoch", text="über", mac=MAC),
+    ),
     ({"t": "update", "exposes": ["22"]}, Update(exposes=["22"])),
     ({"t": "drain", "deadline": 30.0}, Drain(deadline=30.0)),
     ({"t": "bye", "reason": "so long"}, Bye(reason="so long")),
@@ -122,10 +126,10 @@ OPTIONAL: dict[str, dict[str, Any]] = {
     "trust": {"signed": b""},
     "challenge": {"version": 1},
     "welcome": {"open_ports": [], "notices": [], "software": ""},
-    "refused": {"text": ""},
+    "refused": {"text": "", **UNPROVEN},
     "bye": {"reason": ""},
     "dial": {"mac": b"", "key": ""},
-    "accepted": {"mac": b"", "certificate": b"", "exchange": b"", "signature": b""},
+    "accepted": UNPROVEN,
 }  # fmt: skip
 BODY: dict[str, Any] = {
     "version": 1, "namespace": "default", "ip": "10.1.0.7", "port": 9100, "node": "b1", "epoch": 4294967297,
@@ -355,10 +359,10 @@ CAPS: list[tuple[str, str, tuple[Any, ...], tuple[Any, ...]]] = [
     ("dial", "body", (b"x" * 1025,), (b"", b"x" * 1024)),
     ("dial", "mac", *MACS_OR_NONE),
     ("dial", "key", *IDENTIFIERS),
-    ("accepted", "mac", *MACS_OR_NONE),
-    ("accepted", "certificate", *CERTIFICATES),
-    ("accepted", "exchange", *EXCHANGES),
-    ("accepted", "signature", *SIGNATURES),
+    *((answer, "mac", *MACS_OR_NONE) for answer in ("accepted", "refused")),
+    *((answer, "certificate", *CERTIFICATES) for answer in ("accepted", "refused")),
+    *((answer, "exchange", *EXCHANGES) for answer in ("accepted", "refused")),
+    *((answer, "signature", *SIGNATURES) for answer in ("accepted", "refused")),
 ]  # fmt: skip
 
 
@@ -452,7 +456,7 @@ def test_a_renewal_of_64_addresses_fits_before_authentication(tmp_path: Path) ->
         version=1,
         request=request.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER),
         certificate=certificate_der(tmp_path / "ca" / "a1.pem"),
-        signature=sign(key, b"", b"any"),
+        signature=sign(key, b"", b"", b"any"),
     )
     assert decode(encode(message), Enrol, MAX_UNAUTHENTICATED) == message
 

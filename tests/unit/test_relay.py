@@ -409,6 +409,24 @@ class TestLoop:
 
             assert relay.do(arm) < 2000
 
+    def test_a_timer_that_cancels_thousands_keeps_the_count(self) -> None:
+        """All are due in one turn: the first cancels most, the heap is replaced under way, the others run once each."""
+        with running_relay() as relay:
+            ran: list[int] = []
+
+            def arm() -> None:
+                def first() -> None:
+                    for timer in timers[1000:]:
+                        timer.cancel()
+
+                relay.loop.after(0, first)
+                timers = [relay.loop.after(0, lambda number=number: ran.append(number)) for number in range(4000)]  # type: ignore[misc]
+
+            relay.do(arm)
+            relay.settle(lambda: len(ran) == 1000)
+            assert ran == list(range(1000))
+            assert relay.do(lambda: relay.loop._cancelled) == 0
+
     def test_a_crash_in_a_handler_is_reported_and_the_loop_goes_on(self) -> None:
         """One bad call is one log line."""
         relay = TestRelay()

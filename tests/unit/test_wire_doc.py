@@ -181,12 +181,11 @@ def test_the_example_of_a_trust_list_is_right() -> None:
 
 def test_the_example_of_a_proof_is_right() -> None:
     """The signature is good for the label and the body of the example, with the code and without it."""
-    assert '"rtunnel accepted 1" 00 <exchange> <body>' in section("accepted")
     body, signature, exchange = VECTORS["dial body"], VECTORS["signature"], VECTORS["agent exchange"]
     key = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), VECTORS["agent public key"])
     key.verify(signature, b"rtunnel accepted 1\0" + exchange + body, ec.ECDSA(hashes.SHA256()))
-    assert proofs.is_signed(key, exchange, body, signature)
-    assert not proofs.is_signed(key, exchange, body + b"x", signature)
+    assert proofs.is_signed(key, proofs.ACCEPTED, exchange, body, signature)
+    assert not proofs.is_signed(key, proofs.ACCEPTED, exchange, body + b"x", signature)
 
 
 def test_the_example_of_a_pair_is_right() -> None:
@@ -203,12 +202,14 @@ def test_the_example_of_a_pair_is_right() -> None:
     key = hmac.new(shared, text, hashlib.sha256).digest()
     assert key == VECTORS["pair key"]
     assert hashlib.sha256(b"rtunnel pair 1\0" + key).digest()[:8] == VECTORS["pair id"] == decode_body(body).pair
-    mac = hmac.new(key, b"rtunnel accepted by pair 1\0" + body, hashlib.sha256).digest()
+    mac = hmac.new(key, b"rtunnel accepted 1\0" + body, hashlib.sha256).digest()
     assert mac == VECTORS["accepted mac"]
     pair = proofs.Pair(shared, gateways, agents, certificate)
-    assert pair.id == VECTORS["pair id"] and pair.is_proof(body, mac)
-    for label in (proofs.SIGNED_LABEL, proofs.PAIR_LABEL, proofs.MAC_LABEL):
-        assert f'"{label.rstrip(bytes(1)).decode()}" 00' in section("accepted")
+    assert pair.id == VECTORS["pair id"] and pair.is_proof(proofs.ACCEPTED, body, mac)
+    for label in (proofs.ACCEPTED, proofs.REFUSED, proofs.PAIR_LABEL):
+        assert f'"{label.rstrip(bytes(1)).decode()}" 00' in section("Proofs")
+    refused = proofs.said_by(messages.Refuse(code="not_exposed", text="no"))
+    assert refused == b"rtunnel refused 1\0not_exposed\0no\0"
 
 
 # The fields of messages.
