@@ -22,9 +22,6 @@ def _rows() -> list[tuple[str, str, str, str, str]]:
 
 #: (name, type, label, meaning, role), one for each role that gives it.
 TABLE: Final = _rows()
-#: The rules file that the page has.
-RULES: Final[list[dict[str, Any]]] = [
-    rule
-    for group in yaml.safe_load(re.findall(r"```yaml\n(groups:\n.*?)```", PAGE, re.DOTALL)[0])["groups"]
-    for rule in group["rules"]
-]
+#: The rules file that the page has, and what is in it.
+RULES_FILE: Final = re.findall(r"```yaml\n(groups:\n.*?)```", PAGE, re.DOTALL)[0]
+RULES: Final[list[dict[str, Any]]] = [rule for group in yaml.safe_load(RULES_FILE)["groups"] for rule in group["rules"]]
