@@ -161,7 +161,11 @@ SERIES: Final = (
     ),
     # Streams.
     Series("rtunnel_streams", "Streams that are open now", _at("streams")),
-    Series("rtunnel_streams_accepted_total", "Streams that were joined with their target", _at("accepted")),
+    Series(
+        "rtunnel_streams_accepted_total",
+        "Streams that were joined; at a broker with the agent, whose answer may still be no",
+        _at("accepted"),
+    ),
     Series(
         "rtunnel_stream_endings_total", "Streams that are over, by why",
         _at("endings"), "ending", tuple(Ending),
@@ -202,7 +206,10 @@ SERIES: Final = (
         "rtunnel_window_budget_bytes", "What is left of the budget by which windows grow", _at("window_budget"),
     ),
     # Registry.
-    Series("rtunnel_registry_up", "1 when the last call to the registry was answered", _is_ok("registry")),
+    Series(
+        "rtunnel_registry_up", "1 when the last heartbeat (broker) or look (gateway) at the registry worked",
+        _is_ok("registry"),
+    ),
     Series("rtunnel_tuples", "Tuples in the route table", _at("tuples")),
     Series("rtunnel_nodes", "Broker nodes in the route table", _nodes, "state"),
     Series("rtunnel_tuples_forgotten_total", "Tuples that a broker or an agent called stale", _at("forgotten")),

@@ -131,7 +131,9 @@ async def test_a_refusal_is_counted_by_who_made_it_and_who_told_it(tmp_path: Pat
         now = await looks.at("agent")
         assert now.counted("rtunnel_refusals_total", "code") == {"target_refused": 2}
         assert len(now.values("rtunnel_refusals_total")) == 1, "an agent has the words that it has met"
-        assert len((await looks.at("broker")).values("rtunnel_refusals_total")) > 30, "a broker has them all"
+        now = await looks.at("broker")
+        assert len(now.values("rtunnel_refusals_total")) > 30, "a broker has them all"
+        assert now.value("rtunnel_streams_accepted_total") == 2, "the agent's no went through it as a stream"
 
 
 @pytest.mark.parametrize(
