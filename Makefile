@@ -15,9 +15,8 @@ BIN := .venv/bin
 demo: .venv/.ready ## two brokers, a VIP, agents and a gateway on this machine, no root, no Redis
 	@$(BIN)/rtunnel demo
 
-test: .venv/.ready ## the fast suite: real sockets, real Redis, real clients
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
-	$(BIN)/python -m pytest tests/e2e
+test: .venv/.ready ## the fast suite: real sockets, real Redis, real clients; most of it waits, so two at once
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/.ready ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check .

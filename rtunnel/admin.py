@@ -1,12 +1,13 @@
 """Health over HTTP: a very small HTTP/1.1 server for probes, one request a connection.
 
 It answers GET and HEAD of fixed paths and nothing else. Whoever is slow, large or many costs it a bounded amount: a
-request head has a size, a connection has a deadline, and when there are too many connections the oldest is closed: a
-probe that works is done in milliseconds, so the oldest is the one that does not.
+request head has a size, a request and its answer have deadlines, and when there are too many connections the oldest is
+closed: a probe that works is done in milliseconds, so the oldest is the one that does not.
 """
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -17,11 +18,12 @@ import trio
 
 from rtunnel import logs, metrics
 from rtunnel.config import format_endpoint, parse_endpoint
+from rtunnel.net import listening_socket
 from rtunnel.roles import ListenError
 
 #: A request's line and headers: a probe sends 100 to 500 bytes.
 MAX_HEAD = 8 * 1024
-#: A connection from accept to close.
+#: From accept to a whole request, and from there to close.
 DEADLINE = 5.0
 MAX_CONNECTIONS = 32
 #: "fd:7" is a listening socket that the supervisor has handed down. No key can say that: a host is an address there.
@@ -103,71 +105,77 @@ async def serve(
 
     Routes run in the trio thread and must not block. Raises ListenError, which names `key`, when it can't listen.
     """
+    async with trio.SocketListener(trio.socket.from_stdlib_socket(_listening(address, key))) as listener:
+        bound: tuple[str, int] = listener.socket.getsockname()[:2]
+        log.info("admin_listening", address=format_endpoint(*bound), paths=list(routes))
+        task_status.started(bound)
+        await trio.serve_listeners(_Server(routes).connection, [listener])
+
+
+def _listening(address: str, key: str) -> socket.socket:
     host, port = parse_endpoint(address)
+    if host != INHERITED:
+        return listening_socket(host, port, key=key)
     try:
-        if host == INHERITED:
-            listener = trio.SocketListener(trio.socket.socket(fileno=port))
-        else:
-            (listener,) = await trio.open_tcp_listeners(port, host=host)
+        return socket.socket(fileno=port)
     except OSError as fault:
         raise ListenError(key, address, fault) from fault
-    bound: tuple[str, int] = listener.socket.getsockname()[:2]
-    scopes: dict[trio.CancelScope, None] = {}  # in the order of their arrival
 
-    async def connection(stream: trio.SocketStream) -> None:
-        if len(scopes) >= MAX_CONNECTIONS:
-            oldest = next(iter(scopes))
-            del scopes[oldest]
+
+class _Server:
+    def __init__(self, routes: Mapping[str, Route]) -> None:
+        self._routes = routes
+        self._scopes: dict[trio.CancelScope, None] = {}  # of connections, in the order of their arrival
+
+    async def connection(self, stream: trio.SocketStream) -> None:
+        if len(self._scopes) >= MAX_CONNECTIONS:
+            oldest = next(iter(self._scopes))
+            del self._scopes[oldest]
             oldest.cancel()
-        with trio.move_on_after(DEADLINE) as scope:
-            scopes[scope] = None
+        with trio.CancelScope() as scope:
+            self._scopes[scope] = None
             try:
-                await _converse(stream, routes)
+                await _converse(stream, self._routes)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 pass
             except Exception:
                 log.exception("admin_connection_failed")
             finally:
-                scopes.pop(scope, None)
-
-    async with listener:
-        log.info("admin_listening", address=format_endpoint(*bound), paths=list(routes))
-        task_status.started(bound)
-        await trio.serve_listeners(connection, [listener])
+                self._scopes.pop(scope, None)
 
 
 async def _converse(stream: trio.SocketStream, routes: Mapping[str, Route]) -> None:
     http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
-    try:
-        request = await _request(http, stream)
-    except h11.RemoteProtocolError as fault:
-        status = fault.error_status_hint
-        answer, head, allow = (status, TEXT, f"{fault}\n".encode()), False, False
-    else:
-        if request is None:
+    request = await _request(http, stream)
+    with trio.move_on_after(DEADLINE):
+        if isinstance(request, h11.Request):
+            answer, allow = await _answer(request, routes)
+            await _send(http, stream, answer, request.method == b"HEAD", allow)
+        elif request is not None:
+            await _send(http, stream, request, False, False)
+        else:
             return
-        head = request.method == b"HEAD"
-        answer, allow = await _answer(request, routes)
-    await _send(http, stream, answer, head, allow)
-    await stream.send_eof()
-    with trio.move_on_after(LINGER):
-        for _ in range(16):
-            if not await stream.receive_some(MAX_HEAD):
-                break
+        await stream.send_eof()
+        with trio.move_on_after(LINGER):
+            for _ in range(16):
+                if not await stream.receive_some(MAX_HEAD):
+                    break
 
 
-async def _request(http: h11.Connection, stream: trio.SocketStream) -> h11.Request | None:
-    """The request's head; None when the client went away before it was whole."""
-    while True:
-        event = http.next_event()
-        if isinstance(event, h11.Request):
-            return event
-        if event is not h11.NEED_DATA:
-            return None
-        data = await stream.receive_some(MAX_HEAD)
-        if not data:
-            return None
-        http.receive_data(data)
+async def _request(http: h11.Connection, stream: trio.SocketStream) -> h11.Request | Answer | None:
+    """The request's head, or the answer to what is none; None when the client went away, or never began."""
+    with trio.move_on_after(DEADLINE):
+        try:
+            while (event := http.next_event()) is h11.NEED_DATA:
+                data = await stream.receive_some(MAX_HEAD)
+                if not data:
+                    return None
+                http.receive_data(data)
+        except h11.RemoteProtocolError as fault:
+            return fault.error_status_hint, TEXT, f"{fault}\n".encode()
+        return event if isinstance(event, h11.Request) else None
+    # Who has said nothing asks for nothing: clients that connect ahead would take the 408 for their next answer.
+    return (408, TEXT, f"no whole request in {DEADLINE:g} s\n".encode()) if http.trailing_data[0] else None
 
 
 async def _answer(request: h11.Request, routes: Mapping[str, Route]) -> tuple[Answer, bool]:

@@ -22,6 +22,18 @@ RELAY_PATIENCE = 30.0
 RELAY_LOOK = 0.1
 
 
+@asynccontextmanager
+async def running(relay: Relay) -> AsyncIterator[Bridge]:
+    """The relay's thread runs meanwhile. When this is left it has ended, cancelled or not."""
+    bridge = Bridge(relay)
+    relay.start()
+    try:
+        yield bridge
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(relay.stop)
+
+
 class Bridge:
     """Made in trio's thread, by the role that owns the relay."""
 

@@ -28,7 +28,8 @@ def listening_socket(host: str, port: int, *, key: str = "", shared: bool = Fals
 def bound_socket(host: str, port: int, *, key: str = "", shared: bool = False) -> socket.socket:
     """The same before it listens: the address is known to be good, and nobody can connect yet. For `listen`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    with _told(host, port, key):
+        sock = socket.socket(family, socket.SOCK_STREAM)
     with _told(host, port, key, sock):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shared:  # never without need: a second process that was started by mistake would take its share
@@ -47,12 +48,13 @@ def listen(sock: socket.socket, *, key: str) -> None:
 
 
 @contextmanager
-def _told(host: str, port: int, key: str, sock: socket.socket) -> Iterator[None]:
-    """Close the socket when something goes wrong, and say it by the key's name."""
+def _told(host: str, port: int, key: str, *socks: socket.socket) -> Iterator[None]:
+    """Close the socket, if there is one, when something goes wrong, and say it by the key's name."""
     try:
         yield
     except OSError as error:
-        sock.close()
+        for sock in socks:
+            sock.close()
         if not key:
             raise
         raise ListenError(key, format_endpoint(host, port), error) from error

@@ -1,20 +1,30 @@
-"""For every suite: real Redis servers, and ears for secrets in logs."""
+"""For every suite: real Redis servers, sockets that are closed in the end, and ears for secrets in logs."""
 
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from support import secrecy
+from support.plumbing import close_kept
 from support.redis_server import RedisServer
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """No secret in a log, whatever the tests do."""
     config.pluginmanager.register(secrecy, "secrecy")
+    # A shell's background jobs ignore it, and so would the processes under test.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _no_socket_left() -> Iterator[None]:
+    yield
+    close_kept()
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from typing import Final
 import trio
 
 import rtunnel
-from rtunnel.bridge import Bridge
+from rtunnel.bridge import Bridge, running
 from rtunnel.config import (
     AgentConfig,
     Config,
@@ -33,8 +33,9 @@ from rtunnel.config import (
 )
 from rtunnel.logs import get_logger
 from rtunnel.relay.ends import SocketEnd, Talker
-from rtunnel.relay.link import Link, LinkOwner, StreamEnd
+from rtunnel.relay.link import Link, LinkOwner
 from rtunnel.relay.relay import Relay
+from rtunnel.relay.stream import StreamEnd
 from rtunnel.trust.keys import Token, TrustError, load_token
 from rtunnel.watch import Watched, watch
 from rtunnel.wire import messages
@@ -52,7 +53,8 @@ QUICK_REDIALS: Final = 12
 #: So long it insists on another *host*. Then there may be only one: so many more, as closely, to any other node.
 ANY_HOST_REDIALS: Final = 6
 QUICK_JITTER: Final = 0.05
-#: Then the pauses double, up to this (seconds, with jitter): what an agent that the VIP pins to one node goes on with.
+#: Then the pauses double, up to this or `backoff_cap` (seconds, with jitter): what an agent that the VIP pins to one
+#: node goes on with.
 SLOW_REDIAL: Final = 10.0
 #: With one session left and no other node to be had, an agent leaves a draining node after so many seconds.
 DRAIN_GRACE: Final = 2.0
@@ -225,24 +227,18 @@ class Agent:
 
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Agent] = trio.TASK_STATUS_IGNORED) -> None:
         """Until `stop`; started when it begins to dial."""
-        self.bridge = Bridge(self.relay)
-        self.relay.start()
-        try:
-            async with trio.open_nursery() as nursery:
-                for slot in self.slots:
-                    nursery.start_soon(self._keep, slot)
-                nursery.start_soon(self._leave_draining_nodes)
-                nursery.start_soon(self._leave_revoked_brokers)
-                nursery.start_soon(self.credentials.run)
-                if self._whole.file:
-                    nursery.start_soon(watch, [self._watched_file()], self._log)
-                task_status.started(self)
-                await stop.wait()
-                await self._drain()
-                nursery.cancel_scope.cancel()
-        finally:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self.relay.stop)
+        async with running(self.relay) as self.bridge, trio.open_nursery() as nursery:
+            for slot in self.slots:
+                nursery.start_soon(self._keep, slot)
+            nursery.start_soon(self._leave_draining_nodes)
+            nursery.start_soon(self._leave_revoked_brokers)
+            nursery.start_soon(self.credentials.run)
+            if self._whole.file:
+                nursery.start_soon(watch, [self._watched_file()], self._log)
+            task_status.started(self)
+            await stop.wait()
+            await self._drain()
+            nursery.cancel_scope.cancel()
 
     @property
     def redundancy(self) -> str:
@@ -346,7 +342,8 @@ class Agent:
                 return
             if duplicate:
                 reason = f"the VIP leads to the same node again and again ({reason})"
-            pause = min(SLOW_REDIAL, QUICK_JITTER * 2.0 ** min(late, 16)) * random.uniform(0.5, 1.0)  # noqa: S311
+            cap = min(SLOW_REDIAL, self.config.backoff_cap)
+            pause = min(cap, QUICK_JITTER * 2.0 ** min(late, 16)) * random.uniform(0.5, 1.0)  # noqa: S311
         else:
             pause = random.uniform(0, slot.backoff)  # noqa: S311 - full jitter
             slot.backoff = min(self.config.backoff_cap, slot.backoff * 2)

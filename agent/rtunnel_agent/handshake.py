@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rtunnel.relay.ends import Talker
-from rtunnel.relay.link import Link, StreamEnd
+from rtunnel.relay.link import Link
 from rtunnel.relay.loop import Timer
-from rtunnel.trust.keys import token_mac
+from rtunnel.relay.stream import StreamEnd
+from rtunnel.trust.keys import AGENT_LABEL, BROKER_LABEL, token_mac
 from rtunnel.wire import messages
 from rtunnel.wire.messages import (
     Bye,
@@ -35,10 +36,6 @@ from rtunnel.wire.messages import (
     encode,
 )
 from rtunnel.wire.refusal import Refusal
-
-#: As the broker has them (docs/wire.md, "Proof of the join token").
-BROKER_LABEL = b"rtunnel broker 1"
-AGENT_LABEL = b"rtunnel agent 1"
 
 
 class SessionOwner(Protocol):

@@ -8,9 +8,9 @@ from typing import Final
 from rtunnel.counts import StreamCounts
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account, Ending
-from rtunnel.relay.link import StreamEnd
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.relay import Attempt, Relay
+from rtunnel.relay.stream import StreamEnd
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Accepted, Decoder, Dial, DialBody, Dialling, MessageError, Refuse, decode_body, encode
 from rtunnel.wire.refusal import Next, Refusal, Refused

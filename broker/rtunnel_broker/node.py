@@ -17,7 +17,7 @@ import trio
 
 import rtunnel
 from rtunnel.anchor import Anchor
-from rtunnel.bridge import Bridge
+from rtunnel.bridge import Bridge, running
 from rtunnel.config import (
     BrokerConfig,
     Config,
@@ -349,9 +349,7 @@ class Node:
 
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Node] = trio.TASK_STATUS_IGNORED) -> None:
         """Started when links are accepted. Until `stop`; raises Superseded when another process takes the node_id."""
-        self.bridge = Bridge(self.relay)
-        self.relay.start()
-        try:
+        async with running(self.relay) as self.bridge:
             # A node that can't serve yet must look so to the VIP: it listens only when it has its incarnation.
             shared = self.config.workers > 1
             sock = bound_socket(self._bind_host, self._bind_port, key="broker.listen", shared=shared)
@@ -379,16 +377,12 @@ class Node:
                 await stop.wait()
                 await self._drain()
                 nursery.cancel_scope.cancel()
-        finally:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self.relay.stop)
 
     @property
     def bound(self) -> tuple[str, int]:
         """Where links are accepted."""
         assert self._links is not None
-        address = self._links.sock.getsockname()
-        return address[0], address[1]
+        return self._links.bound
 
     def record(self) -> NodeRecord:
         """This node as the registry knows it."""

@@ -16,8 +16,9 @@ from typing import Final
 from rtunnel.counts import StreamCounts
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account
-from rtunnel.relay.link import Link, StreamEnd
+from rtunnel.relay.link import Link
 from rtunnel.relay.relay import Relay
+from rtunnel.relay.stream import StreamEnd
 from rtunnel.relay.tls import NOT_TLS
 from rtunnel.trust.keys import DialKeys, NonceWindow
 from rtunnel.wire import messages

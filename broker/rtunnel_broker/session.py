@@ -16,15 +16,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+import msgspec
+
 from rtunnel.config import canonical_ip, check_word, parse_exposes
 from rtunnel.registry import Registration
 from rtunnel.relay.ends import Talker
 from rtunnel.relay.join import Ending, Pair
-from rtunnel.relay.link import Link, StreamEnd
+from rtunnel.relay.link import Link
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.relay import Listener
+from rtunnel.relay.stream import StreamEnd
 from rtunnel.trust.identity import Identity, Revoked, Roots
-from rtunnel.trust.keys import TrustError, token_mac
+from rtunnel.trust.keys import AGENT_LABEL, BROKER_LABEL, TrustError, token_mac
 from rtunnel.wire import messages
 from rtunnel.wire.messages import (
     Bye,
@@ -44,12 +47,8 @@ from rtunnel.wire.messages import (
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_broker.admit import EVERYTHING, Rule
 
-#: What the two MACs of the handshake are over, beside the Hello, the nonce and the broker's certificate.
-BROKER_LABEL = b"rtunnel broker 1"
-AGENT_LABEL = b"rtunnel agent 1"
-
 #: What a link may send before its Proof has come: the longest Hello, the Proof, and room for frames' headers and pings.
-UNPROVEN_BYTES: Final = 2 * messages.MAX_UNAUTHENTICATED
+UNPROVEN_BYTES: Final = messages.MAX_HELLO + messages.MAX_UNAUTHENTICATED
 
 
 class SessionKeeper(Protocol):
@@ -112,7 +111,7 @@ class Session:
     why: str = ""
 
     _control: StreamEnd | None = None
-    _decoder: Decoder = field(default_factory=lambda: Decoder(Hello | Enrol))
+    _decoder: Decoder = field(default_factory=lambda: Decoder(Hello | Enrol, messages.MAX_HELLO))
     _hello_frame: bytes = b""
     _nonce: bytes = b""
     _deadline: Timer | None = None
@@ -175,6 +174,10 @@ class Session:
 
     def _take(self, message: Any, frame: bytes) -> None:
         if isinstance(message, Enrol):
+            if len(frame) > 4 + messages.MAX_UNAUTHENTICATED:  # the authority would hang up on this broker
+                raise MessageError(
+                    f"enrol of {len(frame) - 4} bytes is over the limit of {messages.MAX_UNAUTHENTICATED}"
+                )
             self._take_enrol(message)
         elif self.state == "new":
             self._take_hello(message, frame)
@@ -217,8 +220,10 @@ class Session:
             return
         self.state = "hello"
         self._hello_frame = frame
+        self.hello = msgspec.structs.replace(hello, publish=[])  # 4096 networks are 8 KiB in the frame and 260 here
         self._nonce = secrets.token_bytes(messages.NONCE_BYTES)
         self._decoder.expect(Proof)
+        self._decoder.limit = messages.MAX_UNAUTHENTICATED
         mac = token_mac(secret, BROKER_LABEL, frame, self._nonce, self.binding)
         self._say(encode(Challenge(nonce=self._nonce, mac=mac)))
 
@@ -274,6 +279,9 @@ class Session:
         if not hmac.compare_digest(proof.mac, expected):
             self.refuse(Refusal.BAD_TOKEN, f"the proof for join token {self.hello.token_id!r} is wrong")
             return
+        decoder = Decoder(Hello, messages.MAX_HELLO)
+        decoder.feed(self._hello_frame)
+        self.hello = decoder.next()
         self._hello_frame = b""
         self._proven()
 

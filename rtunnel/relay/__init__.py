@@ -1,10 +1,11 @@
 """The data plane: one thread, one epoll loop; everything that happens per stream happens here.
 
 - `loop`: descriptors, timers, run queue, calls from other threads.
-- `ends`: what can be joined. A `SocketEnd` is a TCP socket; a `StreamEnd` (in `link`) is a yamux stream. Before
+- `ends`: what can be joined. A `SocketEnd` is a TCP socket; a `StreamEnd` (in `stream`) is a yamux stream. Before
   an end is joined it *talks*: bytes go to the role's `Talker`, a small protocol object, and the talker's answers
   go out.
-- `link`: one TCP connection between agent and broker, plain or TLS, carrying yamux.
+- `link`: one TCP connection between agent and broker, plain or TLS, carrying yamux; `windows`: how much its peer may
+  send ahead.
 - `join`: two ends become a pair; bytes, half-closes and resets flow from one to the other, and are counted.
 - `relay`: the thread, and the verbs: listen, connect, link, join.
 

@@ -20,8 +20,8 @@ from enum import StrEnum
 from typing import Final, Protocol
 
 from rtunnel.relay.ends import SocketEnd, reset_on_close
-from rtunnel.relay.link import StreamEnd
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
+from rtunnel.relay.stream import StreamEnd
 from rtunnel.relay.transport import Scratch
 from rtunnel.wire.refusal import Refused
 from rtunnel.wire.yamux import HEADER_BYTES

@@ -15,9 +15,11 @@ import ssl
 from collections import deque
 from typing import Final, Protocol
 
-from rtunnel.relay.ends import LINGER_SECONDS, SocketEnd, Talker, reset_on_close
+from rtunnel.relay.ends import SocketEnd, Talker, reset_on_close
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
+from rtunnel.relay.stream import StreamEnd
 from rtunnel.relay.transport import Scratch, TlsTransport, Transport
+from rtunnel.relay.windows import WindowedSession, Windows
 from rtunnel.wire import yamux
 
 #: Frames up to this size wait for the end of the turn, to share a system call (and a TLS record).
@@ -37,22 +39,6 @@ DEAD_AFTER: Final = 15.0
 #: So often each end looks whether the other was silent; the broker asks only when the agent seems not to.
 PING_AFTER_CLIENT: Final = 5.0
 PING_AFTER_SERVER: Final = 8.0
-#: A window grows towards twice what its stream moves in a round trip, at most doubling each time that it is looked at.
-#: The shortest round trip counts (a later one has waited behind the very bytes that the window let in), and this at
-#: least, because even on loopback the other end needs a turn. More would only fill buffers that small frames wait
-#: behind: windows of 4 MiB on loopback gave a round trip beside a bulk stream a p99 of 33 ms.
-LEAST_RTT: Final = 0.0005
-#: A rate over less time than this is that of a burst out of some buffer.
-RATE_SECONDS: Final = 0.01
-#: A stream is alone on its link when none other has spoken for so long. The window of one that is not shrinks again to
-#: where it began, on a path that is nearer than `NEAR_RTT`: more would only queue up in front of its neighbours' bytes.
-ALONE_SECONDS: Final = 0.25
-NEAR_RTT: Final = 0.001
-#: On a farther path windows are given back in eighths: in halves a stream moves half of its window in a round trip.
-FAR_GIVE_BACK: Final = 8
-#: 1 Gbit/s over 50 ms is 6 MiB under way, and half a window again until it is given back.
-MAX_STREAM_WINDOW: Final = 16 * 1024 * 1024
-WINDOW_BUDGET: Final = 256 * 1024 * 1024
 #: Unsent bytes that the kernel may queue: what a small frame waits behind.
 NOTSENT_LOWAT: Final = 128 * 1024
 
@@ -77,190 +63,14 @@ class BytesSender(Protocol):
         """The link takes bytes again."""
 
 
-class StreamJoin(Protocol):
-    """What a joined stream tells its pair."""
-
-    def stream_data(self, data: memoryview) -> None:
-        """Payload from the peer."""
-
-    def stream_fin(self) -> None:
-        """The peer sends no more."""
-
-    def stream_lost(self, why: str) -> None:
-        """Reset, or the link is gone."""
-
-    def stream_window(self) -> None:
-        """There is send window again."""
-
-
-class Windows:
-    """What the windows of all streams of a process may grow by, together. Used up, they stay as they are."""
-
-    __slots__ = ("left",)
-
-    def __init__(self, budget: int = WINDOW_BUDGET) -> None:
-        self.left = budget
-
-
-class StreamEnd(yamux.Stream):
-    """One yamux stream as an end that talks and can be joined."""
-
-    __slots__ = ("_deadline", "_reading", "_talker", "backlog", "closed", "eof", "given", "granted", "link", "pair")
-    session: Link
-    broken = False  # see End: a stream's failure is its link's, and comes as a reset
-
-    def __init__(self, link: Link) -> None:
-        super().__init__(link)
-        self.link = link
-        self.eof = False
-        self.closed = False
-        self.granted = link.loop.now  # when the rate was looked at last,
-        self.given = 0  # and the window given back since
-        self.pair: StreamJoin | None = None
-        self.backlog = bytearray()  # came while nobody was reading; at most the window
-        self._talker: Talker | None = None
-        self._reading = False
-        self._deadline: Timer | None = None
-
-    def talk(self, talker: Talker, deadline: float | None = None) -> None:
-        """See End."""
-        self._talker = talker
-        self._stop_deadline()
-        if deadline is not None:
-            self._deadline = self.link.loop.after(deadline, self._late)
-        self.resume()
-
-    def say(self, data: bytes) -> None:
-        """See End."""
-        if not self.gone:
-            self.link.write(self.frame(data))
-
-    def pause(self) -> None:
-        """See End."""
-        self._reading = False
-        self._stop_deadline()
-
-    def resume(self) -> None:
-        """See End."""
-        self._reading = True
-        if self.backlog or self.eof:
-            self.link.loop.soon(self._replay)
-
-    def close(self) -> None:
-        """See End. What the peer still sends is dropped; a reset now would overtake our last words further on."""
-        if not self.closed:
-            self._let_go()
-            self.finish()
-            if not self.gone:
-                self.pair = _Discard(self)
-
-    def abort(self) -> None:
-        """See End."""
-        if not self.closed:
-            self._let_go()
-            self.reset()
-
-    def hand_over(self, pair: StreamJoin) -> bytes:
-        """The join takes the stream; returns what came before and was not read (not yet `consumed`)."""
-        self._stop_deadline()
-        self._talker = None
-        self.pair = pair
-        backlog, self.backlog = self.backlog, bytearray()
-        return bytes(backlog)
-
-    # Hooks of yamux.Stream.
-
-    def on_data(self, data: memoryview) -> None:
-        """See yamux.Stream."""
-        link = self.link
-        if link.speaker != self.id:
-            link.speaker = self.id
-            link.spoke_another = link.loop.now
-        if self.pair is not None:
-            self.pair.stream_data(data)
-        elif self._reading and self._talker is not None and not self.backlog:
-            self.consumed(len(data))
-            self._talker.received(bytes(data))
-        else:
-            self.backlog += data
-
-    def on_fin(self) -> None:
-        """See yamux.Stream."""
-        self.eof = True
-        if self.pair is not None:
-            self.pair.stream_fin()
-        elif self._reading and self._talker is not None and not self.backlog:
-            self._talker.finished()
-
-    def on_reset(self) -> None:
-        """See yamux.Stream."""
-        self._lose("link_lost" if self.session.over else "reset")
-
-    def on_window(self) -> None:
-        """See yamux.Stream."""
-        if self.pair is not None:
-            self.pair.stream_window()
-
-    def _replay(self) -> None:
-        """Bytes that came while nobody was reading, then the FIN."""
-        if self._talker is None or not self._reading or self.closed:
-            return
-        if self.backlog:
-            data, self.backlog = bytes(self.backlog), bytearray()
-            self.consumed(len(data))
-            self._talker.received(data)
-        if self.eof and self._reading and self._talker is not None and not self.backlog:
-            self._talker.finished()
-
-    def _late(self) -> None:
-        self.reset()
-        self._lose("deadline")
-
-    def _lose(self, why: str) -> None:
-        talker, pair = self._talker, self.pair
-        self._let_go()
-        if pair is not None:
-            pair.stream_lost(why)
-        elif talker is not None:
-            talker.lost(why)
-
-    def _let_go(self) -> None:
-        self.closed = True
-        self._talker = None
-        self.pair = None
-        self.backlog = bytearray()
-        self._stop_deadline()
-
-    def _stop_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-
-class _Discard:
-    """Drops what a closed stream still gets, for a while."""
-
-    __slots__ = ("_stream", "_timer")
-
-    def __init__(self, stream: StreamEnd) -> None:
-        self._stream = stream
-        self._timer = stream.link.loop.after(LINGER_SECONDS, stream.reset)
-
-    def stream_data(self, data: memoryview) -> None:
-        self._stream.consumed(len(data))
-
-    def stream_fin(self) -> None:
-        self._timer.cancel()
-
-    def stream_lost(self, why: str) -> None:
-        self._timer.cancel()
-
-    def stream_window(self) -> None:
-        pass
-
-
-class Link(yamux.Session):
+class Link(WindowedSession):
     """See the module. Made by `Relay`; `peer` is the other end's IP, `rtt` the last ping's seconds (0: none yet)."""
+
+    __slots__ = (
+        "_flushing", "_heard", "_live", "_out", "_owner", "_ping_sent", "_pings", "_queued", "_shaking",
+        "_timer", "_transport", "_unread", "allowance", "blocked", "is_client", "peer", "rtt", "scratch",
+        "sock", "up", "waiting",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -278,50 +88,46 @@ class Link(yamux.Session):
         live: set[Link],
         windows: Windows,
     ) -> None:
-        super().__init__(client=client)
-        self._live = live
-        self._windows = windows
-        self.speaker = 0  # the stream that spoke last,
-        self.spoke_another = loop.now  # and when it was another one
-        live.add(self)
-        self.loop = loop
+        super().__init__(loop, windows, client=client)
         self.scratch = scratch
         self.sock = sock
         self.peer = peer
-        self.rtt = 0.0
-        self._least_rtt = 0.0
         self.is_client = client
+        self._owner = owner
+        self._transport = Transport(sock) if tls is None else TlsTransport(sock, tls, server_name if client else None)
+        self._live = live
+        live.add(self)
+        # The handshake.
         self.up = False
-        #: So many bytes more are taken from a peer that has not proved itself; None: any. The owner sets and lifts it.
-        self.allowance: int | None = None
+        self._shaking = False  # it stands in line
+        self._timer: Timer | None = loop.after(handshake_timeout, lambda: self.kill("handshake deadline"))
+        # Out.
         self.blocked = False
         self.waiting: deque[BytesSender] = deque()
-        self._owner = owner
         self._out = bytearray()
         self._flushing = False
+        # In.
         self._unread = b""  # frames that came beyond this turn's share
         self._queued = False
-        self._heard = loop.now  # the last sign of life
-        self._ping_after = PING_AFTER_CLIENT if client else PING_AFTER_SERVER
-        self._ping_sent = 0.0
+        #: So many bytes more are taken from a peer that has not proved itself; None: any. The owner sets and lifts it.
+        self.allowance: int | None = None
+        # Signs of life.
+        self._heard = loop.now
         self._pings = 0
-        self._death: str = ""
-        self._transport = Transport(sock) if tls is None else TlsTransport(sock, tls, server_name if client else None)
-        self._timer: Timer | None = loop.after(handshake_timeout, lambda: self.kill("handshake deadline"))
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(DEAD_AFTER * 1000))
-            sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT_OPTION, NOTSENT_LOWAT)
-        except OSError:
-            pass  # the peer is gone already: the first read tells
-        if watched:
-            loop.handlers[sock.fileno()] = self._event
-            loop.add_out(sock.fileno())
-        else:
-            loop.add(sock.fileno(), self._event)
-        self._transport.hup = watched  # whoever watched it before may have seen the FIN's edge
-        self._shaking = False
+        self._ping_sent = 0.0
+        self.rtt = 0.0
+        _tune(sock)
+        self._watch(watched)
         self._shake_in_line()
+
+    def _watch(self, watched: bool) -> None:
+        fd = self.sock.fileno()
+        if watched:
+            self.loop.handlers[fd] = self._event
+            self.loop.add_out(fd)
+            self._transport.hup = True  # whoever watched it before may have seen the FIN's edge
+        else:
+            self.loop.add(fd, self._event)
 
     @property
     def peer_certificate(self) -> bytes | None:
@@ -352,28 +158,6 @@ class Link(yamux.Session):
         if stream._talker is None:
             stream.talk(talker)
         return stream
-
-    def grows(self, stream: yamux.Stream) -> int:
-        """See yamux.Session."""
-        assert isinstance(stream, StreamEnd)
-        stream.given += stream.owed
-        now = self.loop.now
-        seconds = now - stream.granted
-        if seconds < RATE_SECONDS:
-            return 0
-        given, stream.granted, stream.given = stream.given, now, 0
-        window = stream.receive_window
-        if self._least_rtt < NEAR_RTT and now - self.spoke_another < ALONE_SECONDS:
-            more = -min(stream.owed, window - yamux.INITIAL_WINDOW)
-        else:
-            wanted = int(2 * given / seconds * max(self._least_rtt, LEAST_RTT))
-            more = max(0, min(wanted - window, window, MAX_STREAM_WINDOW - window, self._windows.left))
-        self._windows.left -= more
-        return more
-
-    def gave_up(self, stream: yamux.Stream) -> None:
-        """See yamux.Session."""
-        self._windows.left += stream.receive_window - yamux.INITIAL_WINDOW
 
     # Out.
 
@@ -548,9 +332,10 @@ class Link(yamux.Session):
         if silent >= DEAD_AFTER:
             self.kill(f"no sign of life for {silent:.0f} s")
             return
-        if self._pings == 1 or silent >= self._ping_after * 0.7:  # the first was slow: a handshake was under way
+        ping_after = PING_AFTER_CLIENT if self.is_client else PING_AFTER_SERVER
+        if self._pings == 1 or silent >= ping_after * 0.7:  # the first was slow: a handshake was under way
             self._measure()
-        pause = min(self._ping_after * random.uniform(0.9, 1.0), DEAD_AFTER - silent + 0.05)  # noqa: S311
+        pause = min(ping_after * random.uniform(0.9, 1.0), DEAD_AFTER - silent + 0.05)  # noqa: S311
         self._timer = self.loop.after(pause, self._beat)
 
     def _measure(self) -> None:
@@ -562,8 +347,7 @@ class Link(yamux.Session):
         """See yamux.Session."""
         if value == self._pings & 0xFFFFFFFF:
             self.rtt = self.loop.now - self._ping_sent
-            self._least_rtt = min(self.rtt, self._least_rtt or self.rtt)
-            self.give_back = 2 if self._least_rtt < NEAR_RTT else FAR_GIVE_BACK
+            self.measured(self.rtt)
 
     def close(self, why: str) -> None:
         """End in order: what was written goes out first, as far as the kernel takes it."""
@@ -585,8 +369,8 @@ class Link(yamux.Session):
     def _die_soon(self, error: OSError) -> None:
         """A write failed, deep in somebody's call: the link goes down in the next turn and takes nothing until then."""
         self.blocked = True
-        self._death = reason_of(error)
-        self.loop.soon(lambda: self._down(self._death))
+        why = reason_of(error)
+        self.loop.soon(lambda: self._down(why))
 
     def _down(self, why: str, *, linger: bool = False) -> None:
         if self.over:
@@ -605,6 +389,15 @@ class Link(yamux.Session):
         # Links and their owners name each other: TLS buffers (250 KB) must not wait for a garbage collection.
         self._transport = Transport(self.sock)
         self._owner.link_down(self, why)
+
+
+def _tune(sock: socket.socket) -> None:
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(DEAD_AFTER * 1000))
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT_OPTION, NOTSENT_LOWAT)
+    except OSError:
+        pass  # the peer is gone already: the first read tells
 
 
 def reason_of(error: OSError) -> str:

@@ -12,10 +12,12 @@ from typing import Final
 
 from rtunnel.relay.ends import End, SocketEnd
 from rtunnel.relay.join import Account, Ending, Gate, OnEnd, Pair, Pipes, SocketPair, StreamPair
-from rtunnel.relay.link import Link, LinkOwner, StreamEnd, Windows
+from rtunnel.relay.link import Link, LinkOwner
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
+from rtunnel.relay.stream import StreamEnd
 from rtunnel.relay.tls import TlsEnd, TlsSocket
 from rtunnel.relay.transport import Scratch
+from rtunnel.relay.windows import Windows
 from rtunnel.wire.refusal import Refusal
 
 #: Connections accepted from one listener before others get their turn.
@@ -79,6 +81,12 @@ class Listener:
         if client_speaks:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_SECONDS)
         loop.add(sock.fileno(), self._event, out=False)
+
+    @property
+    def bound(self) -> tuple[str, int]:
+        """Where it listens."""
+        host, port = self.sock.getsockname()[:2]
+        return host, port
 
     def close(self) -> None:
         """Accept no more; the port is free for others when this returns. What was accepted lives on."""

@@ -236,6 +236,11 @@ class DialKeys:
         return False
 
 
+#: What the two MACs of a link's handshake are over, beside the Hello, the nonce and the broker's certificate.
+BROKER_LABEL: Final = b"rtunnel broker 1"
+AGENT_LABEL: Final = b"rtunnel agent 1"
+
+
 def token_mac(secret: bytes, label: bytes, *parts: bytes) -> bytes:
     """HMAC-SHA256 over label and parts, each behind its length (4 bytes, big-endian): no two lists give one text."""
     text = b"".join(_LENGTH.pack(len(part)) + part for part in (label, *parts))

@@ -21,14 +21,20 @@ VERSION = 1
 ALPN = "rtunnel/1"
 DIAL_ALPN = "rtunnel-dial/1"
 
-#: A message's body before the peer is authenticated: a Hello with 64 addresses fits well.
+#: A message's body before the peer is authenticated.
 MAX_UNAUTHENTICATED = 4 * 1024
+#: A Hello: 64 addresses, 256 exposed ports, 64 open ports and the longest names are 28,318 bytes; the rest is for
+#: networks. 1024 handshakes hold 80 MB of them at most, decoded.
+MAX_HELLO = 32 * 1024
 #: A message's body afterwards.
 MAX_MESSAGE = 64 * 1024
 
 #: A trust list, and a certificate.
 MAX_LIST = 60_000
 MAX_CERTIFICATE = 3072
+
+#: Nodes, and hosts, that a Hello names.
+MAX_HOLDS = 16
 
 NONCE_BYTES = 16
 MAC_BYTES = 32
@@ -69,6 +75,12 @@ class Message(msgspec.Struct, tag_field="t", frozen=True):
     """Base of all messages."""
 
 
+class _Nothing(msgspec.Struct, tag_field="t", tag="(nothing)", frozen=True):
+    """No map is one: see `_decoder_of`."""
+
+    never: Annotated[int, msgspec.Meta(ge=1, le=0)]
+
+
 class Publish(msgspec.Struct, frozen=True):
     """An open port that the agent asks for: raw bytes from (PS IP, port) to ip:target_port."""
 
@@ -98,8 +110,8 @@ class Hello(Message, tag="hello", frozen=True):
     token_id: Id = ""  # empty: the certificate of the link says who it is
     exposes: Annotated[list[Word], msgspec.Meta(max_length=256)] = []
     publish: Annotated[list[Publish], msgspec.Meta(max_length=64)] = []
-    holds: Annotated[list[Word], msgspec.Meta(max_length=16)] = []  # nodes on which it has a live session
-    holds_hosts: Annotated[list[Word], msgspec.Meta(max_length=16)] = []  # hosts on which it wants no other
+    holds: Annotated[list[Word], msgspec.Meta(max_length=MAX_HOLDS)] = []  # nodes on which it has a live session
+    holds_hosts: Annotated[list[Word], msgspec.Meta(max_length=MAX_HOLDS)] = []  # hosts on which it wants no other
     software: Text = ""
     trust: Unsigned64 = 0  # the generation of the trust list that it has
 
@@ -268,8 +280,11 @@ def decode_body(body: bytes) -> DialBody:
 
 @cache
 def _decoder_of(expected: Any) -> msgspec.msgpack.Decoder[Any]:
-    """Making one takes longer than decoding with it, and each connection needs some."""
-    return msgspec.msgpack.Decoder(expected)
+    """Making one takes longer than decoding with it, and each connection needs some.
+
+    Where one type alone is expected msgspec takes a map without `t`; where two are, it doesn't.
+    """
+    return msgspec.msgpack.Decoder(expected | _Nothing)
 
 
 class Decoder:

@@ -183,6 +183,11 @@ class Stream:
 class Session:
     """One end of a link: feed it with `receive`; it calls hooks and `emit`s frames."""
 
+    __slots__ = (
+        "_client", "_fin_after", "_into", "_left", "_next_id", "_partial", "_passed_over", "_peer_last_id",
+        "give_back", "going_away", "over", "streams",
+    )  # fmt: skip
+
     def __init__(self, *, client: bool) -> None:
         self.streams: dict[int, Stream] = {}
         self.over = False

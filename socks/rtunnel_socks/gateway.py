@@ -12,7 +12,7 @@ from typing import Final
 import trio
 
 from rtunnel.anchor import Anchor
-from rtunnel.bridge import Bridge
+from rtunnel.bridge import Bridge, running
 from rtunnel.config import Config, GatewayConfig, canonical_ip, format_endpoint, host_name, parse_endpoint
 from rtunnel.counts import StreamCounts
 from rtunnel.logs import get_logger
@@ -236,9 +236,8 @@ class Gateway:
 
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Gateway] = trio.TASK_STATUS_IGNORED) -> None:
         """Started when clients are accepted. Until `stop`."""
-        self.bridge = self.access.bridge = Bridge(self.relay)
-        self.relay.start()
-        try:
+        async with running(self.relay) as self.bridge:
+            self.access.bridge = self.bridge
             shared = self.config.workers > 1
             sock = listening_socket(*parse_endpoint(self.config.listen), key="gateway.listen", shared=shared)
             async with self.bridge.open_nursery() as nursery:
@@ -263,16 +262,12 @@ class Gateway:
                 await stop.wait()
                 await self._drain()
                 nursery.cancel_scope.cancel()
-        finally:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self.relay.stop)
 
     @property
     def bound(self) -> tuple[str, int]:
         """Where clients are accepted."""
         assert self._listener is not None
-        address = self._listener.sock.getsockname()
-        return address[0], address[1]
+        return self._listener.bound
 
     def reasons(self) -> list[str]:
         """Why it is not ready; empty when it is. A registry lost later does not count: it serves what it knew."""

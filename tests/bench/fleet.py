@@ -22,8 +22,8 @@ from bench.load import ERRORS, UNITS, Board, become_a_load_process
 from bench.procs import BenchError, Memory, cpu_seconds, memory
 from rtunnel.config import AgentConfig
 from rtunnel.relay.ends import SocketEnd, Talker
-from rtunnel.relay.link import StreamEnd
 from rtunnel.relay.relay import Relay
+from rtunnel.relay.stream import StreamEnd
 from rtunnel.trust.certificates import DAY, key_pem, new_key, pem
 from rtunnel.trust.pki import open_directory
 from rtunnel.trust.tls import link_context

@@ -18,53 +18,45 @@ from typing import Any
 
 import pytest
 import trio
-from structlog.testing import capture_logs
 
-from rtunnel import watch as watch_module
 from rtunnel.config import default_address
 from rtunnel.trust import users
 from rtunnel.trust.users import Users, new_hash, put_user, remove_user
 from rtunnel_socks import access as access_module
-from rtunnel_socks import gateway as gateway_module
 from support.cluster import Cluster, SocksRefused, Target, in_thread, read_line, running_cluster
-from support.plumbing import close_kept, kept, read_all
+from support.files import put
+from support.logs import Events, named
+from support.plumbing import kept, read_all
 
 PATIENCE = 10.0
-LOOK_SECONDS = watch_module.LOOK_SECONDS
 PASSWORD, OTHER = "correct horse", "battery staple"
-Logs = list[Any]
 
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(gateway_module, "FOLLOW_WAIT", 0.05)  # the end of each test waits for it
-    monkeypatch.setattr(watch_module, "LOOK_SECONDS", 0.05)
+def _cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(users, "_COST", (10, 1, 1))
-    yield
-    close_kept()
 
 
 @pytest.fixture
-def logs() -> Iterator[Logs]:
+def logs(events: Events) -> Iterator[Events]:
     """The log of the test; whatever happened, no password is in it."""
-    with capture_logs() as lines:
-        yield lines
-    text = json.dumps(lines, default=str)
+    yield events
+    text = json.dumps(events, default=str)
     for secret in (PASSWORD, OTHER, base64.b64encode(f"alice:{PASSWORD}".encode()).decode(), "$scrypt$ln=1"):
         assert secret not in text
 
 
-def named(logs: Logs, event: str) -> Logs:
-    return [line for line in logs if line["event"] == event]
+def revoked(logs: Events) -> Events:
+    """The streams that were cut."""
+    return [line for line in named(logs, "stream_ended") if line["reason"] == "revoked"]
 
 
 def rules(directory: Path, *tables: str) -> str:
     """A rules file, replaced as a whole; each rule is its lines with ';' between."""
-    path, fresh = directory / "policy.toml", directory / "policy.new"
-    fresh.write_text("".join("[[rule]]\n" + table.replace("; ", "\n") + "\n" for table in tables))
-    fresh.replace(path)
+    path = directory / "policy.toml"
+    put(path, "".join("[[rule]]\n" + table.replace("; ", "\n") + "\n" for table in tables))
     return str(path)
 
 
@@ -153,7 +145,7 @@ async def reset_comes(sock: socket.socket) -> None:
 # --- rules ------------------------------------------------------------------------------------------------
 
 
-async def test_without_rules_strangers_are_denied(tmp_path: Path, logs: Logs) -> None:
+async def test_without_rules_strangers_are_denied(tmp_path: Path, logs: Events) -> None:
     """A client from this machine's network address is no loopback client: refused, truthfully, in both protocols."""
     stranger = default_address()
     if stranger.startswith("127."):
@@ -177,7 +169,7 @@ async def test_without_rules_strangers_are_denied(tmp_path: Path, logs: Logs) ->
         assert (line["code"], line["rule"], line["client"]) == ("not_authorised", "none", stranger)
 
 
-async def test_the_first_rule_that_fits(tmp_path: Path, logs: Logs) -> None:
+async def test_the_first_rule_that_fits(tmp_path: Path, logs: Events) -> None:
     """By source and port; the answer is SOCKS 0x02 and HTTP 403, the log has the rule, nothing is dialled."""
     async with running_cluster(tmp_path) as cluster:
         await cluster.start(brokers=1)
@@ -206,7 +198,7 @@ async def test_the_first_rule_that_fits(tmp_path: Path, logs: Logs) -> None:
         assert ended["rule"] == "2 friends"
 
 
-async def test_a_target_is_looked_up_and_never_dialled(tmp_path: Path, logs: Logs) -> None:
+async def test_a_target_is_looked_up_and_never_dialled(tmp_path: Path, logs: Events) -> None:
     """The gateway's own port, the broker's, loopback: allowed by the rules or not, no connection is made to them."""
     async with running_cluster(tmp_path) as cluster:
         await cluster.start(brokers=1)
@@ -228,7 +220,7 @@ async def test_a_target_is_looked_up_and_never_dialled(tmp_path: Path, logs: Log
 EXPLICIT = 'action = "allow"; to = ["127.0.0.2/32"]'
 
 
-async def test_rules_change_while_streams_run(tmp_path: Path, logs: Logs) -> None:
+async def test_rules_change_while_streams_run(tmp_path: Path, logs: Events) -> None:
     """A bad file changes nothing and is told once; a good one ends what it does not allow, and only that."""
     async with running_cluster(tmp_path) as cluster:
         await cluster.start(brokers=2)
@@ -239,7 +231,7 @@ async def test_rules_change_while_streams_run(tmp_path: Path, logs: Logs) -> Non
         goes = [await socks(cluster, target, source=f"127.66.1.{n}") for n in range(1, 4)]
         assert [await talk(sock) for sock in (stays, *goes)] == [b"127.1.0.1:hello"] * 4
 
-        (tmp_path / "policy.toml").write_text("[[rule]]\naction = 'alow'\n")
+        put(tmp_path / "policy.toml", "[[rule]]\naction = 'alow'\n")
         await cluster.until(lambda: bool(named(logs, "policy_rejected")))
         (line,) = named(logs, "policy_rejected")
         assert line["reason"].endswith('rule 1: action: must be given (write action = "allow" or action = "deny")')
@@ -255,9 +247,11 @@ async def test_rules_change_while_streams_run(tmp_path: Path, logs: Logs) -> Non
         for sock in goes:
             await reset_comes(sock)
         assert await talk(stays) == b"127.1.0.1:hello"
+        await cluster.until(lambda: bool(named(logs, "policy_loaded")))
         (line,) = named(logs, "policy_loaded")
         assert line["count"] == 2 and cluster.gateway.access.shown()["rejected"] == {}
-        cut = [line for line in named(logs, "stream_ended") if line["reason"] == "revoked"]
+        await cluster.until(lambda: len(revoked(logs)) == 3)
+        cut = revoked(logs)
         assert [line["rule"] for line in cut] == ["1 no more"] * 3
         assert {line["client"] for line in cut} == {"127.66.1.1", "127.66.1.2", "127.66.1.3"}
         with pytest.raises(SocksRefused):
@@ -265,7 +259,7 @@ async def test_rules_change_while_streams_run(tmp_path: Path, logs: Logs) -> Non
         assert len(named(logs, "policy_rejected")) == 2
 
 
-async def test_rules_that_change_during_a_dial(tmp_path: Path, logs: Logs) -> None:
+async def test_rules_that_change_during_a_dial(tmp_path: Path, logs: Events) -> None:
     """Allowed when it asked, forbidden when its target answers: refused."""
     async with running_cluster(tmp_path) as cluster:
         await cluster.start(brokers=1)
@@ -325,7 +319,7 @@ def slow_checks(monkeypatch: pytest.MonkeyPatch, wait: Callable[[str], object]) 
     return asked
 
 
-async def test_both_protocols_log_in(tmp_path: Path, logs: Logs) -> None:
+async def test_both_protocols_log_in(tmp_path: Path, logs: Events) -> None:
     """Right passwords are served under their names; wrong ones, unknown names and none at all are refused."""
     async with running_cluster(tmp_path) as cluster:
         target = await logged_in_cluster(cluster, tmp_path)
@@ -343,10 +337,10 @@ async def test_both_protocols_log_in(tmp_path: Path, logs: Logs) -> None:
         answer = await connect(cluster, target)
         assert answer.startswith(b"HTTP/1.1 407 ") and b"authentication_required" in answer
         await cluster.until(lambda: len(named(logs, "stream_ended")) == 2)
-        assert [(line["user"], line["via"]) for line in named(logs, "stream_ended")] == [
+        assert {(line["user"], line["via"]) for line in named(logs, "stream_ended")} == {
             ("alice", "socks5"),
             ("bob", "http"),
-        ]
+        }
         codes = [(line["code"], line["user"], line.get("claims", "")) for line in named(logs, "refused")]
         no_name = ("bad_credentials", "", "")
         is_alice = ("bad_credentials", "", "alice")
@@ -355,7 +349,7 @@ async def test_both_protocols_log_in(tmp_path: Path, logs: Logs) -> None:
         assert cluster.gateway.counts.refused == {"bad_credentials": 8, "authentication_required": 2}
 
 
-async def test_broken_basic_is_no_login(tmp_path: Path, logs: Logs) -> None:
+async def test_broken_basic_is_no_login(tmp_path: Path, logs: Events) -> None:
     """Another scheme, no base64, no colon, no UTF-8: 407."""
     async with running_cluster(tmp_path) as cluster:
         await logged_in_cluster(cluster, tmp_path)
@@ -364,7 +358,7 @@ async def test_broken_basic_is_no_login(tmp_path: Path, logs: Logs) -> None:
             assert (await cluster.http(request.encode())).startswith(b"HTTP/1.1 407 "), field
 
 
-async def test_the_audit_line_is_whole(tmp_path: Path, logs: Logs) -> None:
+async def test_the_audit_line_is_whole(tmp_path: Path, logs: Events) -> None:
     """Who, from where, what, by which rule, which tuple, epoch, bytes each way, how long, why it ended."""
     async with running_cluster(tmp_path) as cluster:
         target = await logged_in_cluster(cluster, tmp_path, name="gw")
@@ -396,7 +390,7 @@ async def test_the_audit_line_is_whole(tmp_path: Path, logs: Logs) -> None:
         }
 
 
-async def test_sources_that_need_not_log_in(tmp_path: Path, logs: Logs) -> None:
+async def test_sources_that_need_not_log_in(tmp_path: Path, logs: Events) -> None:
     """no_auth: anonymous from there; who gives a name all the same must give the right password."""
     async with running_cluster(tmp_path) as cluster:
         await cluster.start(brokers=1)
@@ -417,7 +411,7 @@ async def test_sources_that_need_not_log_in(tmp_path: Path, logs: Logs) -> None:
 
 
 @pytest.mark.parametrize("change", ["removed", "another password"])
-async def test_a_user_is_revoked(tmp_path: Path, logs: Logs, change: str) -> None:
+async def test_a_user_is_revoked(tmp_path: Path, logs: Events, change: str) -> None:
     """Live streams end, the remembered login is forgotten, the others go on; a bad file revokes nobody."""
     async with running_cluster(tmp_path) as cluster:
         target = await logged_in_cluster(cluster, tmp_path)
@@ -425,10 +419,10 @@ async def test_a_user_is_revoked(tmp_path: Path, logs: Logs, change: str) -> Non
         bob = await socks(cluster, target, login=("bob", PASSWORD))
         file = tmp_path / "users"
         good = file.read_text()
-        file.write_text("alice\n")
+        put(file, "alice\n")
         await cluster.until(lambda: bool(named(logs, "users_rejected")))
         assert [await talk(alice), await talk(bob)] == [b"127.1.0.1:hello"] * 2
-        file.write_text(good)
+        put(file, good)
         await cluster.until(lambda: len(named(logs, "users_loaded")) == 1)
         assert await talk(alice) == b"127.1.0.1:hello"  # the same line as before is no change for alice
         if change == "removed":
@@ -441,15 +435,13 @@ async def test_a_user_is_revoked(tmp_path: Path, logs: Logs, change: str) -> Non
             await socks(cluster, target, login=("alice", PASSWORD))
         if change != "removed":
             (await socks(cluster, target, login=("alice", OTHER))).close()
-        cut = [line for line in named(logs, "stream_ended") if line["reason"] == "revoked"]
-        assert [(line["user"], line["rule"]) for line in cut] == [("alice", "users")]
+        await cluster.until(lambda: bool(revoked(logs)))
+        assert [(line["user"], line["rule"]) for line in revoked(logs)] == [("alice", "users")]
 
 
-async def test_revocation_takes_less_than_five_seconds(
-    tmp_path: Path, logs: Logs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("own_pace")
+async def test_revocation_takes_less_than_five_seconds(tmp_path: Path, logs: Events) -> None:
     """With the product's own pace: a user is removed, and a rule; the streams of both end."""
-    monkeypatch.setattr(watch_module, "LOOK_SECONDS", LOOK_SECONDS)
     async with running_cluster(tmp_path) as cluster:
         target = await logged_in_cluster(cluster, tmp_path)
         alice = await socks(cluster, target, login=("alice", PASSWORD))
@@ -465,7 +457,7 @@ async def test_revocation_takes_less_than_five_seconds(
         assert max(user, rule) < 5.0
 
 
-async def test_an_impatient_client_says_everything_at_once(tmp_path: Path, logs: Logs) -> None:
+async def test_an_impatient_client_says_everything_at_once(tmp_path: Path, logs: Events) -> None:
     """Greeting, login, request and the first line in one piece, before any answer."""
     async with running_cluster(tmp_path) as cluster:
         target = await logged_in_cluster(cluster, tmp_path)
@@ -481,7 +473,9 @@ async def test_an_impatient_client_says_everything_at_once(tmp_path: Path, logs:
             assert await in_thread(blocking) == b"\5\2\1\0\5\0\0\1" + bytes(6) + b"127.1.0.1:early"
 
 
-async def test_passwords_are_checked_once_a_minute(tmp_path: Path, logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_passwords_are_checked_once_a_minute(
+    tmp_path: Path, logs: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Right and wrong answers are remembered, for each password by itself, until the file changes."""
     asked = slow_checks(monkeypatch, lambda password: None)
     async with running_cluster(tmp_path) as cluster:
@@ -502,7 +496,7 @@ async def test_passwords_are_checked_once_a_minute(tmp_path: Path, logs: Logs, m
         assert len(asked) == 5
 
 
-async def test_logins_wait_off_the_data_plane(tmp_path: Path, logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_logins_wait_off_the_data_plane(tmp_path: Path, logs: Events, monkeypatch: pytest.MonkeyPatch) -> None:
     """While hashes take for ever: streams run, one source's queue is full before everybody's, the rest is refused
     truthfully, and those who waited are served in the end."""
     gate = threading.Event()
@@ -538,7 +532,7 @@ async def test_logins_wait_off_the_data_plane(tmp_path: Path, logs: Logs, monkey
         assert await talk(runs) == b"127.1.0.1:hello"
 
 
-async def test_a_hash_that_can_not_be_computed(tmp_path: Path, logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_hash_that_can_not_be_computed(tmp_path: Path, logs: Events, monkeypatch: pytest.MonkeyPatch) -> None:
     """No memory for it: the gateway says that it is its own fault, remembers nothing, and goes on."""
 
     def no_memory(password: str) -> None:
@@ -555,7 +549,7 @@ async def test_a_hash_that_can_not_be_computed(tmp_path: Path, logs: Logs, monke
         assert (await connect(cluster, target, login=f"alice:{PASSWORD}")).startswith(b"HTTP/1.1 200 ")
 
 
-async def test_many_with_one_password_ask_once(tmp_path: Path, logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_many_with_one_password_ask_once(tmp_path: Path, logs: Events, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten connections of one browser: one hash. Who left while others were checked costs none."""
     gate = threading.Event()
     asked = slow_checks(monkeypatch, lambda password: gate.wait(PATIENCE))
@@ -632,7 +626,7 @@ async def command(*words: str) -> str:
 
 
 @needs_curl
-async def test_curl_logs_in(tmp_path: Path, logs: Logs, page: int) -> None:
+async def test_curl_logs_in(tmp_path: Path, logs: Events, page: int) -> None:
     """--proxy-user and user:password@ in every proxy protocol; --proxy-anyauth tries again after the 407."""
     async with running_cluster(tmp_path) as cluster:
         await logged_in_cluster(cluster, tmp_path)
@@ -660,7 +654,7 @@ async def test_curl_logs_in(tmp_path: Path, logs: Logs, page: int) -> None:
         assert status == "0 407"
 
 
-async def test_pysocks_logs_in(tmp_path: Path, logs: Logs, page: int) -> None:
+async def test_pysocks_logs_in(tmp_path: Path, logs: Events, page: int) -> None:
     """With the right password, and with a wrong one."""
     script = """
 import socks, sys
@@ -690,9 +684,9 @@ sys.stdout.write(data.partition(b"\\r\\n\\r\\n")[2].decode())
 # --- limits -----------------------------------------------------------------------------------------------
 
 
-async def test_new_connections_per_second(tmp_path: Path, logs: Logs) -> None:
-    """The third within a second from one source is refused in its own words; another source is served."""
-    async with running_cluster(tmp_path, gateway__limits__source_rate=0.5) as cluster:
+async def test_new_connections_per_second(tmp_path: Path, logs: Events) -> None:
+    """The second within 50 s from one source is refused, in its own words; another source is served."""
+    async with running_cluster(tmp_path, gateway__limits__source_rate=0.02) as cluster:
         await cluster.start(brokers=1)
         target = Target("127.1.0.1")
         (await socks(cluster, target, source="127.66.0.1")).close()
@@ -701,12 +695,12 @@ async def test_new_connections_per_second(tmp_path: Path, logs: Logs) -> None:
         assert caught.value.code == 0x01
         answer = await connect(cluster, target, source="127.66.0.1")
         assert answer.startswith(b"HTTP/1.1 429 ") and b"error=connection_limit_reached" in answer
-        assert b"source 127.66.0.1 opens more than 0.5 connections per second" in answer
+        assert b"source 127.66.0.1 opens more than 0.02 connections per second" in answer
         (await socks(cluster, target, source="127.66.0.2")).close()
         assert cluster.gateway.counts.refused == {"rate_limited": 2}
 
 
-async def test_streams_of_a_source_and_of_a_user(tmp_path: Path, logs: Logs) -> None:
+async def test_streams_of_a_source_and_of_a_user(tmp_path: Path, logs: Events) -> None:
     """One too many is refused until another one ends; a user's count is that of all sources."""
     async with running_cluster(tmp_path) as cluster:
         target = await logged_in_cluster(cluster, tmp_path, limits__source_streams=2, limits__user_streams=3)
@@ -727,14 +721,13 @@ async def test_streams_of_a_source_and_of_a_user(tmp_path: Path, logs: Logs) -> 
         (await socks(cluster, target, login=alice, source="127.66.0.3")).close()
         for sock in held:
             sock.close()
-        await cluster.until(lambda: not cluster.gateway.counts.streams)
-        assert cluster.gateway.limits.known == 0
+        await cluster.until(lambda: not cluster.gateway.counts.streams and not cluster.gateway.limits.known)
 
 
-async def test_user_rate(tmp_path: Path, logs: Logs) -> None:
+async def test_user_rate(tmp_path: Path, logs: Events) -> None:
     """A user's connections are counted over all sources, and refused after the login, with its name."""
     async with running_cluster(tmp_path) as cluster:
-        target = await logged_in_cluster(cluster, tmp_path, limits__user_rate=0.5)
+        target = await logged_in_cluster(cluster, tmp_path, limits__user_rate=0.02)
         (await socks(cluster, target, login=("alice", PASSWORD), source="127.66.0.1")).close()
         with pytest.raises(SocksRefused) as caught:
             await socks(cluster, target, login=("alice", PASSWORD), source="127.66.0.2")
@@ -744,11 +737,11 @@ async def test_user_rate(tmp_path: Path, logs: Logs) -> None:
         assert (line["code"], line["user"]) == ("rate_limited", "alice")
 
 
-async def test_handshakes_of_a_source(tmp_path: Path, logs: Logs) -> None:
+async def test_handshakes_of_a_source(tmp_path: Path, logs: Events) -> None:
     """Who begins many and says nothing more fills its own share only; its places come back."""
     async with running_cluster(tmp_path) as cluster:
         await cluster.start(brokers=1)
-        await cluster.start_gateway(limits__source_handshakes=3, handshake_timeout=0.5)
+        await cluster.start_gateway(limits__source_handshakes=3, handshake_timeout=60.0)
         await cluster.whole()
         gateway, target = cluster.gateway, Target("127.1.0.1")
         bad = [
@@ -761,7 +754,8 @@ async def test_handshakes_of_a_source(tmp_path: Path, logs: Logs) -> None:
         (await socks(cluster, target, source="127.66.0.2")).close()
         (line,) = named(logs, "shut_out")
         assert (line["code"], line["client"]) == ("too_many_handshakes", "127.66.0.1")
+        for sock in bad:
+            sock.close()
         await cluster.until(lambda: gateway.counts.clients == 0)
         (await socks(cluster, target, source="127.66.0.1")).close()
-        await cluster.until(lambda: not gateway.counts.streams)
-        assert gateway.limits.known == 0
+        await cluster.until(lambda: not gateway.counts.streams and not gateway.limits.known)

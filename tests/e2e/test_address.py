@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import structlog
 import trio
-from structlog.testing import capture_logs
 
 from rtunnel.registry import Registry
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.registry.redis import RedisRegistry
 from support.cluster import Cluster, Part, Target, running_cluster
-from support.plumbing import close_kept
+from support.logs import Events
+from support.plumbing import free_range
 from support.redis_server import RedisServer
 
 IP = "127.1.0.1"
-Events = list[Any]  # captured log lines
-
-
-@pytest.fixture(autouse=True)
-def _no_socket_left() -> Iterator[None]:
-    yield
-    close_kept()
-
-
-@pytest.fixture
-def events() -> Iterator[Events]:
-    """What all parts of the test log."""
-    structlog.reset_defaults()
-    with capture_logs() as captured:
-        yield captured
 
 
 def told(events: Events, agent: str) -> list[str]:
@@ -83,18 +66,21 @@ async def test_second_agent_of_an_address_comes_up_when_the_first_has_gone(
 
 
 async def test_address_of_an_agent_that_died_with_its_broker_is_free_after_the_ttl(tmp_path: Path) -> None:
-    """Nobody is left to unregister it."""
-    async with running_cluster(tmp_path) as cluster:
+    """Nobody is left to unregister it. The registry's clock is the test's."""
+    ahead = [0.0]
+    registry = MemoryRegistry(60.0, 60.0, clock=lambda: time.time() + ahead[0])
+    async with running_cluster(tmp_path, registry) as cluster:
         await cluster.start_broker("b1")
         await cluster.start_gateway()
         first = await cluster.start_agent("a1", IP, redundancy=1)
         await cluster.whole()
         broker = cluster.brokers.pop("b1")
-        await cluster.start_broker("b2", port_range="21400-21450")
+        await cluster.start_broker("b2", port_range=free_range(50))
         broker.kill()
         first.kill()
         del cluster.agents["a1"]
         second = await second_comes(cluster)
+        ahead[0] = 60.0
         await cluster.until(lambda: second.agent.redundancy == "1/2")
         await cluster.until(lambda: owners(cluster) == {"a2"})
 

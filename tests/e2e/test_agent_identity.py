@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 import trio
 from cryptography import x509
-from structlog.testing import capture_logs
 
 from rtunnel.config import RegistryConfig
 from rtunnel.registry import connect
@@ -30,31 +27,14 @@ from rtunnel_agent.serve import status
 from rtunnel_broker.node import Node
 from support.authority import address, authority, token
 from support.cluster import Cluster, SocksRefused, Target, in_thread, read_line, running_cluster
-from support.plumbing import close_kept, kept
+from support.files import put
+from support.logs import Events, named
+from support.plumbing import free_port, free_ports, kept
 from support.redis_server import RedisServer
 
-Events = list[Any]  # captured log lines
 IP = "127.1.0.1"
 #: A promise: what is revoked ends so soon.
 REVOKED_WITHIN = 5.0
-
-
-@pytest.fixture(autouse=True)
-def _no_socket_left() -> Iterator[None]:
-    yield
-    close_kept()
-
-
-@pytest.fixture
-def events() -> Iterator[Events]:
-    """What all parts of the test log."""
-    structlog.reset_defaults()
-    with capture_logs() as captured:
-        yield captured
-
-
-def named(events: Events, event: str) -> list[Any]:
-    return [line for line in events if line["event"] == event]
 
 
 class Knock:
@@ -182,8 +162,8 @@ async def test_a_certificate_of_no_use_ends_the_handshake_and_says_why(tmp_path:
         assert "unknown ca" in told.why
         told = await Knock(hello(), showing(cluster.secrets, "")).at(node)
         assert told.code is Refusal.BAD_CERTIFICATE and "shows no certificate" in told.why
-        reasons = [line["reason"] for line in named(events, "link_lost")]
-        assert reasons == [
+        await cluster.until(lambda: len(named(events, "link_lost")) == 2)
+        assert [line["reason"] for line in named(events, "link_lost")] == [
             "handshake: certificate not accepted: certificate has expired",
             "handshake: certificate not accepted: unable to get local issuer certificate",
         ]
@@ -243,6 +223,7 @@ async def test_an_agent_enrols_once_and_renews_through_any_node(tmp_path: Path, 
             cluster.vip.pinned = cluster.brokers["b2"].node.bound
             await cluster.until(lambda: agent.identity is not first)
             assert says(sock) == b"127.1.0.1:still there"
+        await cluster.until(lambda: len(named(events, "agent_enrolled")) == 2)
         assert [line["node"] for line in named(events, "agent_enrolled")] == ["b1", "b2"]
         assert first is not None and agent.identity is not None
         assert first.key.private_numbers() != agent.identity.key.private_numbers(), "a key served twice"
@@ -271,7 +252,7 @@ async def test_without_the_authority_the_session_stays_until_the_end(tmp_path: P
             shown = status(agent)["identity"]
             assert isinstance(shown, dict) and "authority_unavailable" in shown["failure"]
             await cluster.until(lambda: bool(agent.credentials.missing))
-            assert named(events, "certificate_ends_soon")
+            await cluster.until(lambda: bool(named(events, "certificate_ends_soon")))
             assert "has expired" in agent.credentials.missing
             assert agent.state == "ready" and says(sock) == b"127.1.0.1:still there"
         (session,) = cluster.brokers["b1"].node.sessions.values()
@@ -279,7 +260,7 @@ async def test_without_the_authority_the_session_stays_until_the_end(tmp_path: P
         await cluster.until(lambda: agent.state == "down" and "has expired" in agent.reasons()[1])
         async with authority(cluster.secrets, where):
             await cluster.until(lambda: agent.state == "ready")
-        assert len(named(events, "enrolled")) == 4  # twice, each by authority and agent
+        await cluster.until(lambda: len(named(events, "enrolled")) == 4)  # twice, each by authority and agent
         assert not agent.credentials.failure
 
 
@@ -332,6 +313,7 @@ def revoke(secrets: Path, subject: str) -> None:
         opened.revoke(subject)
 
 
+@pytest.mark.usefixtures("own_pace")
 async def test_a_revoked_agent_is_out_within_seconds_also_without_redis(
     tmp_path: Path, make_redis: Callable[..., RedisServer], events: Events
 ) -> None:
@@ -356,14 +338,15 @@ async def test_a_revoked_agent_is_out_within_seconds_also_without_redis(
                     agent = cluster.agents["a1"].agent
                     await cluster.until(lambda: agent.state == "down")
                 assert says(ours) == b"127.1.0.2:still there"
+            await cluster.until(lambda: len(named(events, "session_revoked")) == 2)
             lines = named(events, "session_revoked")
             assert sorted(line["node"] for line in lines) == ["b1", "b2"]
             assert sum(line["streams"] for line in lines) == 1
             await cluster.until(lambda: any("revoked" in reason for reason in agent.reasons()))
             assert cluster.agents["a2"].agent.state == "ready"
             assert {line["code"] for line in named(events, "session_refused")} <= {"revoked", "duplicate_node"}
-            counts = [part.node.counts.endings.get("revoked", 0) for part in cluster.brokers.values()]
-            assert sorted(counts) == [0, 1]
+            nodes = [part.node for part in cluster.brokers.values()]
+            await cluster.until(lambda: sorted(node.counts.endings.get("revoked", 0) for node in nodes) == [0, 1])
             # A broker that starts without the authority has what it knew.
             await cluster.until((tmp_path / "b1.list").exists)
             server.start()
@@ -390,7 +373,7 @@ async def test_a_rotation_cuts_no_stream(tmp_path: Path, events: Events) -> None
         for node in ("b1", "b2"):
             await cluster.start_broker(node, authority=address(server))
         await cluster.start_gateway()
-        many = token(cluster.secrets, networks=("127.1.0.0/24",), lifetime=30)
+        many = token(cluster.secrets, networks=("127.1.0.0/24",), lifetime=18)
         agent = (await cluster.start_agent(**without_certificate(tmp_path, many))).agent
         await cluster.whole()
         nodes = [part.node for part in cluster.brokers.values()]
@@ -435,13 +418,13 @@ async def test_a_rotation_by_files_alone_cuts_no_stream(tmp_path: Path, events: 
         await cluster.whole()
         node, target = cluster.brokers["b1"].node, Target(IP)
         with await cluster.socks(IP, target.port) as stream:
-            (old / "ca.pem").write_text(first + second)
+            put(old / "ca.pem", first + second)
             await cluster.until(lambda: len(named(events, "ca_loaded")) == 3)  # broker, gateway and agent
             for name in ("broker", "mine"):
                 for kind in ("pem", "key"):
-                    shutil.copyfile(new / f"{name}.{kind}", old / f"{name}.{kind}")
+                    put(old / f"{name}.{kind}", (new / f"{name}.{kind}").read_bytes())
             await cluster.until(lambda: len(named(events, "certificate_loaded")) == 2)
-            (old / "ca.pem").write_text(second)
+            put(old / "ca.pem", second)
             await cluster.until(lambda: len(named(events, "ca_loaded")) == 6)
             assert says(stream) == b"127.1.0.1:still there"
         await other_sessions(cluster)
@@ -519,8 +502,8 @@ async def test_bad_files_change_nothing(tmp_path: Path, events: Events) -> None:
         await cluster.start(brokers=1)
         node = cluster.brokers["b1"].node
         before = node._shown
-        (cluster.secrets / "broker.key").write_bytes((cluster.secrets / "ca.key").read_bytes())
-        (cluster.secrets / "ca.pem").write_text("noise")
+        put(cluster.secrets / "broker.key", (cluster.secrets / "ca.key").read_bytes())
+        put(cluster.secrets / "ca.pem", "noise")
         await cluster.until(lambda: len(named(events, "ca_rejected")) == 3)  # broker, gateway and agent
         await cluster.until(lambda: bool(named(events, "certificate_rejected")))
         assert "is not the key of the certificate" in named(events, "certificate_rejected")[0]["reason"]
@@ -553,23 +536,27 @@ async def test_the_first_rule_that_fits_admits(tmp_path: Path) -> None:
 
 async def test_a_rule_says_which_ports_may_be_published(tmp_path: Path, events: Events) -> None:
     """A fixed port outside of the rule is a notice, a random one comes from inside; without any, none is granted."""
+    ports = free_ports(10)
     rules: list[dict[str, object]] = [
-        {"networks": [f"{IP}/32"], "open_ports": [22901, "22903-22904"]},
+        {"networks": [f"{IP}/32"], "open_ports": [ports[1], f"{ports[3]}-{ports[4]}"]},
         {"networks": ["127.1.0.2/32"]},
     ]
-    keys: dict[str, Any] = {"open_ports__range": "22900-22949", "open_ports__allow": ["127.0.0.0/8"]}
+    keys: dict[str, Any] = {
+        "open_ports__range": f"{ports[0]}-{ports[-1]}",
+        "open_ports__allow": ["127.0.0.0/8"],
+    }
     async with running_cluster(tmp_path) as cluster:
         await cluster.start_broker(admit=rules, **keys)
         await cluster.start_gateway()
-        wanted = [f"{IP}:81@22901", f"{IP}:82@22902", f"{IP}:83", f"{IP}:84", f"{IP}:85"]
+        wanted = [f"{IP}:81@{ports[1]}", f"{IP}:82@{ports[2]}", f"{IP}:83", f"{IP}:84", f"{IP}:85"]
         first = (await cluster.start_agent(publish=",".join(wanted), redundancy=1)).agent
         second = (await cluster.start_agent("a2", "127.1.0.2", publish="127.1.0.2:81", redundancy=1)).agent
         await cluster.whole()
         granted = {p.target_port: p.port for p in welcome_of(first).open_ports}
-        assert granted.pop(81) == 22901
-        assert set(granted.values()) == {22903, 22904} and 82 not in granted
+        assert granted.pop(81) == ports[1]
+        assert set(granted.values()) == {ports[3], ports[4]} and 82 not in granted
         notices = " ".join(welcome_of(first).notices)
-        assert "rule 1 of broker.admit does not allow port 22902" in notices and "no free port" in notices
+        assert f"rule 1 of broker.admit does not allow port {ports[2]}" in notices and "no free port" in notices
         (notice,) = welcome_of(second).notices
         assert not welcome_of(second).open_ports and "rule 2 of broker.admit does not allow any open port" in notice
 
@@ -615,8 +602,7 @@ async def test_one_source_does_not_take_all_handshakes(tmp_path: Path, events: E
         assert (await Knock(hello(), showing(cluster.secrets, name)).at(node)).session.welcome is not None
         for sock in silent:
             sock.close()
-        await cluster.until(lambda: node.handshakes == 0)
-        assert not node._sources
+        await cluster.until(lambda: node.handshakes == 0 and not node._sources)
 
 
 def knock_from(source: str, node: Node) -> socket.socket:
@@ -665,7 +651,8 @@ async def test_ports_are_exposed_and_hidden_while_the_agent_runs(
         await cluster.until(
             lambda: {t.exposes for t in cluster.registry.snapshot().tuples if t.agent_id == "a1"} == {str(two.port)}
         )
-        assert agent.targets.counts.endings["revoked"] == 1
+        await cluster.until(lambda: agent.targets.counts.endings["revoked"] == 1)
+        await cluster.until(lambda: len(named(events, "config_loaded")) == 2)
         loaded = named(events, "config_loaded")
         assert loaded[0]["needs_restart"] == ["agent.target_timeout"]
         assert loaded[1]["streams_ended"] == 1
@@ -691,7 +678,7 @@ async def test_a_bad_file_changes_nothing_and_says_so(
 
 async def test_a_port_on_loopback_is_reached_there(tmp_path: Path) -> None:
     """`loopback:` leads to 127.0.0.1, where the service is; the same port at the agent's address is not tried."""
-    inside = Target("127.0.0.1")
+    inside = Target("127.0.0.1", free_port())
     outside = Target(IP, inside.port)
     async with running_cluster(tmp_path) as cluster:
         await cluster.start_broker()
@@ -716,7 +703,7 @@ async def test_a_revoked_agent_comes_back_with_another_token(tmp_path: Path, eve
         await in_thread(lambda: revoke(cluster.secrets, "agent/default/a1"))
         await cluster.until(lambda: any("another token" in reason for reason in agent.reasons()))
         assert agent.identity is first
-        (tmp_path / Path(keys["join_token"]).name).write_text(token(cluster.secrets, networks=networks).line())
+        put(Path(keys["join_token"]), token(cluster.secrets, networks=networks).line())
         await cluster.until(lambda: agent.state == "ready")
         assert agent.identity is not first
         assert [line["id"] for line in named(events, "join_token_loaded")]

@@ -5,35 +5,18 @@ from __future__ import annotations
 import hashlib
 import random
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
-from structlog.testing import capture_logs
 
 from rtunnel.trust import pki
 from support.cluster import Cluster, SocksRefused, Target, in_thread, running_cluster
-from support.plumbing import close_kept, read_all
+from support.logs import Events
+from support.plumbing import read_all
 
 IP = "127.1.0.1"
 TLS: dict[str, object] = {"broker__dial_security": "tls", "gateway__dial_security": "tls"}
-Events = list[Any]
-
-
-@pytest.fixture
-def events() -> Iterator[Events]:
-    """What all parts of the test log."""
-    structlog.reset_defaults()
-    with capture_logs() as captured:
-        yield captured
-
-
-@pytest.fixture(autouse=True)
-def _close() -> Iterator[None]:
-    yield
-    close_kept()
 
 
 @pytest.mark.parametrize("security", ["tls", "plain"], ids=["links over TLS", "plain links"])
@@ -84,7 +67,7 @@ async def test_a_plain_gateway_is_turned_away(tmp_path: Path, events: Events) ->
         line = await the_line(cluster, events, "dial_lost")
         assert line["reason"] == "the peer does not speak TLS"
         assert line["hint"] == "gateway.dial_security must be tls"
-        assert cluster.brokers["b1"].node.counts.waiting == 0
+        await cluster.until(lambda: cluster.brokers["b1"].node.counts.waiting == 0)
 
 
 async def test_a_plain_broker_is_not_believed(tmp_path: Path, events: Events) -> None:

@@ -5,44 +5,28 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
-import structlog
 import trio
-from structlog.testing import capture_logs
 
 from rtunnel.config import RegistryConfig
 from rtunnel.net import listening_socket
-from rtunnel.registry import COUNTER_BITS, NodeRecord, Registration, Superseded, Tuple, connect, incarnation_of
+from rtunnel.registry import COUNTER_BITS, Beat, NodeRecord, Registration, Superseded, Tuple, connect, incarnation_of
+from rtunnel.registry.memory import MemoryRegistry
 from rtunnel_broker.node import Node
 from support.cluster import Cluster, Part, SocksRefused, Target, in_thread, read_line, running_cluster
-from support.plumbing import close_kept, kept, read_all, running_relay
+from support.logs import Events, named
+from support.plumbing import free_range, kept, read_all, reset, running_relay
 from support.redis_server import RedisServer
 
-Events = list[Any]  # captured log lines
-
-
-@pytest.fixture(autouse=True)
-def _no_socket_left() -> Iterator[None]:
-    yield
-    close_kept()
-
-
-@pytest.fixture
-def events() -> Iterator[Events]:
-    """What all parts of the test log."""
-    structlog.reset_defaults()
-    with capture_logs() as captured:
-        yield captured
-
-
-def named(events: Events, event: str) -> list[Any]:
-    return [line for line in events if line["event"] == event]
+#: So long a link may be silent until it is given up.
+SILENCE = 15.0
+#: Of the tests about it: long enough that nobody is late who is only slow.
+HEDGE = 1.0
 
 
 def epochs(part: Part) -> dict[str, tuple[int, int]]:
@@ -125,7 +109,7 @@ async def test_a_killed_broker_fails_no_new_connection(tmp_path: Path, events: E
         assert not runs.refused
         assert runs.cut <= 1  # the one that was open through b1
         assert max(runs.seconds) < cluster.gateway.hedge_delay
-        await cluster.until(lambda: cluster.gateway.counts.streams == 0)
+        await cluster.until(lambda: len(named(events, "stream_ended")) == len(runs.seconds))
         ended = named(events, "stream_ended")
         assert {line["node"] for line in ended[:killed_at]} == {"b1", "b2"}
         assert sum(line["attempts"] for line in ended[killed_at + 2 :]) <= len(ended[killed_at + 2 :]) + 1
@@ -141,9 +125,7 @@ async def test_redundancy_returns_with_a_third_broker(tmp_path: Path) -> None:
         await cluster.until(lambda: agent.redundancy == "1/2")
         assert agent.state == "degraded" and agent.reasons()
         await cluster.start_broker("b3")
-        began = time.monotonic()
         await cluster.whole()
-        assert time.monotonic() - began < 3.0
         assert set(epochs(cluster.agents["a1"])) == {"b2", "b3"}
         # The dead node's tuple is gone with its heartbeat, with nobody to clean up.
         await cluster.until(
@@ -183,18 +165,20 @@ async def test_a_restarted_agent_takes_over_at_once(tmp_path: Path, events: Even
             began = time.monotonic()
             new = await cluster.start_agent("a1")
             await cluster.whole()
-            took = time.monotonic() - began
+            assert time.monotonic() - began < SILENCE
             after = epochs(new)
             assert {node: port for node, (_, port) in after.items()} == {n: p for n, (_, p) in before.items()}
             assert all(after[node][0] > before[node][0] for node in before)
-            assert took < 2.0
             for node in ("b1", "b2"):
                 assert len(cluster.brokers[node].node.sessions) == 1
             for _ in range(4):
                 assert await cluster.ask(target.ip, target.port) == b"127.1.0.1:hello"
-            replaced = [line for line in named(events, "session_down") if "replaced" in line["reason"]]
-            ended = {line["epoch"] for line in replaced if "node" in line}
-            assert ended == {str(epoch) for epoch, _ in before.values()}
+
+            def ended() -> set[str]:
+                lines = [line for line in named(events, "session_down") if "node" in line]
+                return {line["epoch"] for line in lines if "replaced" in line["reason"]}
+
+            await cluster.until(lambda: ended() == {str(epoch) for epoch, _ in before.values()})
         finally:
             old.scope.cancel()
             frozen.set()
@@ -218,7 +202,7 @@ def test_a_port_is_free_as_soon_as_its_listener_is_closed() -> None:
 
 async def test_a_restarted_broker_purges_what_it_left(tmp_path: Path) -> None:
     """The same node_id again: a higher incarnation, no tuple of the earlier one, the agents back on the same port."""
-    ranges = {"b1": free_ports(50), "b2": free_ports(50)}
+    ranges = {"b1": free_range(50), "b2": free_range(50)}
     async with running_cluster(tmp_path) as cluster:
         for name, ports in ranges.items():
             ip = f"127.0.0.{name[1]}"  # ports are remembered by PS IP
@@ -252,11 +236,11 @@ async def test_of_two_brokers_with_one_node_id_the_older_ends(tmp_path: Path, ev
             async with trio.open_nursery() as nursery:
                 other = Cluster(tmp_path, nursery, cluster.registry)
                 kept(other.vip.sock)
-                older = await other.start_broker("b1", port_range=free_ports(50))
+                older = await other.start_broker("b1", port_range=free_range(50))
                 cluster.vip.backends.append((older.node.bound[0], older.node.bound[1]))
                 part = await cluster.start_agent("a1")
                 await cluster.whole()
-                await cluster.start_broker("b1", port_range=free_ports(50))
+                await cluster.start_broker("b1", port_range=free_range(50))
                 await older.ended.wait()
                 await trio.sleep_forever()  # until its failure ends this nursery
         assert caught.value.split(Superseded)[1] is None
@@ -300,7 +284,7 @@ def add_ghost(cluster: Cluster, ip: str, ps_port: int) -> Tuple:
 async def test_a_silent_broker_costs_one_hedge_delay_once(tmp_path: Path, events: Events, accepts: bool) -> None:
     """The first connection is late by the hedge delay; for those after it the node is suspect, and they are not."""
     silent = silent_socket(accepts=accepts)
-    async with running_cluster(tmp_path, gateway__hedge_delay=0.4) as cluster:
+    async with running_cluster(tmp_path, MemoryRegistry(60.0, 60.0), gateway__hedge_delay=HEDGE) as cluster:
         await cluster.start(brokers=1)
         target = Target("127.1.0.1")
         busy = await cluster.socks(target.ip, target.port)  # so that the ghost, which has no stream, comes first
@@ -309,16 +293,16 @@ async def test_a_silent_broker_costs_one_hedge_delay_once(tmp_path: Path, events
         await cluster.until(lambda: "ghost" in cluster.gateway.table.nodes)
         began = time.monotonic()
         assert await cluster.ask(target.ip, target.port) == b"127.1.0.1:hello"
-        assert time.monotonic() - began >= 0.4
+        assert time.monotonic() - began >= HEDGE
         for _ in range(3):
             assert await cluster.ask(target.ip, target.port) == b"127.1.0.1:hello"
         busy.close()
-        await cluster.until(lambda: cluster.gateway.counts.streams == 0)
+        await cluster.until(lambda: len(named(events, "stream_ended")) == 5)
         attempts = [line["attempts"] for line in named(events, "stream_ended")]
         assert sorted(attempts) == [1, 1, 1, 1, 2]
 
 
-async def test_a_slow_target_is_dialled_once(tmp_path: Path) -> None:
+async def test_a_slow_target_is_dialled_once(tmp_path: Path, events: Events) -> None:
     """Its SYN queue is full for a second, far over the hedge delay: one connection to it, over one broker."""
     server = kept(socket.create_server(("127.1.0.1", 0), backlog=0))
     port = server.getsockname()[1]
@@ -326,7 +310,8 @@ async def test_a_slow_target_is_dialled_once(tmp_path: Path) -> None:
     for filler in fillers:
         filler.setblocking(False)
         filler.connect_ex(("127.1.0.1", port))
-    async with running_cluster(tmp_path) as cluster:
+    hedge = 0.6
+    async with running_cluster(tmp_path, gateway__hedge_delay=hedge) as cluster:
         await cluster.start(brokers=2)
         agent = cluster.agents["a1"].agent
         nodes = [part.node for part in cluster.brokers.values()]
@@ -344,10 +329,15 @@ async def test_a_slow_target_is_dialled_once(tmp_path: Path) -> None:
                 peers.append(address[1])
             return True
 
+        clients: list[socket.socket] = []
+
+        async def client() -> None:
+            clients.append(await cluster.socks("127.1.0.1", port))
+
         async with trio.open_nursery() as nursery:
             began = trio.current_time()
-            nursery.start_soon(cluster.socks, "127.1.0.1", port)
-            await cluster.until(lambda: trio.current_time() > began + 3 * cluster.gateway.hedge_delay)
+            nursery.start_soon(client)
+            await cluster.until(lambda: trio.current_time() > began + 1.5 * hedge)
             assert agent.targets.counts.accepted == 0
             await cluster.until(lambda: accept() and bool(peers))
         while accept():
@@ -356,6 +346,9 @@ async def test_a_slow_target_is_dialled_once(tmp_path: Path) -> None:
         assert len(peers) == 1
         assert sorted(node.counts.accepted for node in nodes) == [0, 1]
         assert agent.targets.counts.refused == {}
+        reset(clients[0])
+        await cluster.until(lambda: bool(named(events, "stream_ended")))
+        assert named(events, "stream_ended")[0]["attempts"] == 1
 
 
 # --- drain --------------------------------------------------------------------------------------------------
@@ -363,7 +356,8 @@ async def test_a_slow_target_is_dialled_once(tmp_path: Path) -> None:
 
 async def test_a_draining_broker_loses_nothing(tmp_path: Path, events: Events) -> None:
     """Replacements come up before anything ends, open streams finish, no connection fails, and it ends early."""
-    async with running_cluster(tmp_path, broker__drain=12.0) as cluster:
+    drain = 30.0
+    async with running_cluster(tmp_path, broker__drain=drain) as cluster:
         await cluster.start(brokers=3, agents=3)
         target = Target("127.1.0.1")
         first, second = (cluster.brokers[node] for node in sorted(epochs(cluster.agents["a1"])))
@@ -388,7 +382,6 @@ async def test_a_draining_broker_loses_nothing(tmp_path: Path, events: Events) -
                 return away and all(agent.state == "ready" for agent in agents)
 
             await cluster.until(moved)
-            replaced = time.monotonic() - began
             assert not first.ended.is_set() and first.node.counts.streams >= 2
             for sock in streams:
                 assert await in_thread(lambda sock=sock: say(sock)) == b"127.1.0.1:still there"  # type: ignore[misc]
@@ -403,7 +396,7 @@ async def test_a_draining_broker_loses_nothing(tmp_path: Path, events: Events) -
             await cluster.until(lambda: runs.tries >= done + 50)
         assert not runs.refused and not runs.cut
         assert min(lowest) >= 2
-        assert replaced < 3.0 and took < 6.0
+        assert took < drain
         assert max(runs.seconds) < cluster.gateway.hedge_delay
         gone = first.node.node
         assert gone not in {node.node for node in cluster.registry.nodes()}
@@ -421,7 +414,7 @@ async def test_a_drain_deadline_cuts_what_is_left(tmp_path: Path, events: Events
         began = time.monotonic()
         await cluster.brokers["b1"].shut()
         took = time.monotonic() - began
-        assert 0.6 <= took < 2.0
+        assert 0.6 <= took < 5.0
         assert await in_thread(lambda: say(sock)) == b""
         assert cluster.registry.lookup("default", target.ip) == []
         assert cluster.registry.nodes() == []
@@ -444,7 +437,7 @@ async def test_a_draining_gateway_serves_what_it_has(tmp_path: Path, events: Eve
         began = time.monotonic()
         sock.close()
         await part.ended.wait()
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 5.0
         assert [line["streams_cut"] for line in named(events, "gateway_stopped")] == [0]
 
 
@@ -458,7 +451,7 @@ async def test_a_gateway_cuts_at_its_deadline(tmp_path: Path, events: Events) ->
         await cluster.until(lambda: cluster.gateway.counts.clients == 1)
         began = time.monotonic()
         await next(p for p in cluster.parts if p.role is cluster.gateway).shut()
-        assert 0.5 <= time.monotonic() - began < 2.0
+        assert 0.5 <= time.monotonic() - began < 5.0
         assert await in_thread(lambda: say(sock)) == b""
         mute.settimeout(5)
         assert not say(mute)
@@ -467,7 +460,8 @@ async def test_a_gateway_cuts_at_its_deadline(tmp_path: Path, events: Events) ->
 
 async def test_an_agent_that_leaves_is_gone_at_once(tmp_path: Path, events: Events) -> None:
     """SIGTERM: streams finish, then Bye; its tuples leave registry and gateway at once, its ports rest."""
-    async with running_cluster(tmp_path) as cluster:
+    ttl = 20.0
+    async with running_cluster(tmp_path, MemoryRegistry(ttl=ttl, quarantine=ttl)) as cluster:
         await cluster.start(brokers=2, agents=2)
         target = Target("127.1.0.1")
         part = cluster.agents.pop("a1")
@@ -482,7 +476,7 @@ async def test_an_agent_that_leaves_is_gone_at_once(tmp_path: Path, events: Even
         await part.ended.wait()
         await cluster.until(lambda: not cluster.registry.lookup("default", target.ip))
         await cluster.until(lambda: not cluster.gateway.table.lookup("default", target.ip))
-        assert time.monotonic() - began < 1.0  # ttl is 3 s
+        assert time.monotonic() - began < ttl
         with pytest.raises(SocksRefused) as caught:
             await cluster.socks(target.ip, target.port)
         assert caught.value.code == 0x04
@@ -490,8 +484,12 @@ async def test_an_agent_that_leaves_is_gone_at_once(tmp_path: Path, events: Even
             assert not listens(("127.0.0.1", ports[node][1]))
             counts = cluster.brokers[node].node._guarded.counts()
             assert (counts.in_use, counts.quarantined) == (1, 1)
-        down = [line for line in named(events, "session_down") if line.get("node")]
-        assert [line["reason"] for line in down] == ["agent said goodbye: the agent leaves"] * 2
+
+        def down() -> list[str]:
+            return [line["reason"] for line in named(events, "session_down") if line.get("node")]
+
+        await cluster.until(lambda: len(down()) == 2)
+        assert down() == ["agent said goodbye: the agent leaves"] * 2
         assert [line["streams_cut"] for line in named(events, "agent_stopped")] == [0]
         assert await cluster.ask("127.1.0.2", Target("127.1.0.2").port) == b"127.1.0.2:hello"
 
@@ -505,7 +503,7 @@ async def test_an_agent_cuts_at_its_deadline(tmp_path: Path, events: Events) -> 
         assert say(sock) == b"127.1.0.1:still there"
         began = time.monotonic()
         await cluster.agents["a1"].shut()
-        assert 0.5 <= time.monotonic() - began < 2.0
+        assert 0.5 <= time.monotonic() - began < 5.0
         assert await in_thread(lambda: say(sock)) == b""
         assert [line["streams_cut"] for line in named(events, "agent_stopped")] == [1]
 
@@ -514,13 +512,12 @@ async def test_an_agent_cuts_at_its_deadline(tmp_path: Path, events: Events) -> 
 
 
 MakeRedis = Callable[..., RedisServer]
-HEARTBEAT = 0.5  # of support.cluster
 
 
 @asynccontextmanager
-async def redis_cluster(directory: Path, server: RedisServer) -> AsyncIterator[Cluster]:
+async def redis_cluster(directory: Path, server: RedisServer, timeout: float = 1.0) -> AsyncIterator[Cluster]:
     """Two brokers and three agents on a Redis."""
-    registry = connect(RegistryConfig(url=server.url, ttl=3.0, quarantine=5.0, timeout=0.5))
+    registry = connect(RegistryConfig(url=server.url, ttl=3.0, quarantine=5.0, timeout=timeout))
     try:
         async with running_cluster(directory, registry) as cluster:
             await cluster.start(brokers=2, agents=3)
@@ -540,17 +537,27 @@ async def test_a_wiped_registry_is_whole_within_a_heartbeat(tmp_path: Path, make
         target = Target("127.1.0.1")
         before = tuples_in(cluster)
         assert len(before) == 6
+        beats: set[str] = set()  # nodes with a whole heartbeat after the wipe
+        wiped = threading.Event()
+        beat = cluster.registry.beat
+
+        def noting(record: NodeRecord, registrations: list[Registration]) -> Beat:
+            after = wiped.is_set()
+            done = beat(record, registrations)
+            if after:
+                beats.add(record.node)
+            return done
+
+        cluster.registry.beat = noting  # type: ignore[method-assign]
         async with traffic(cluster, target) as runs:
             await cluster.until(lambda: runs.tries >= 20)
             with server.client() as client:
                 client.flushall()
-            began = time.monotonic()
-            assert tuples_in(cluster) != before
-            await cluster.until(lambda: tuples_in(cluster) == before)
-            took = time.monotonic() - began
+            wiped.set()
+            await cluster.until(lambda: beats == {"b1", "b2"})
+            assert tuples_in(cluster) == before
             done = runs.tries
             await cluster.until(lambda: runs.tries >= done + 50)
-        assert took < HEARTBEAT + 0.3
         assert not runs.refused and not runs.cut
         assert {node.node for node in cluster.registry.nodes()} == {"b1", "b2"}
         # Gateways go on following: a newcomer is known soon, an agent that leaves is gone.
@@ -582,14 +589,11 @@ async def test_a_registry_outage_is_not_noticed_by_traffic(tmp_path: Path, make_
             done = runs.tries
             await cluster.until(lambda: runs.tries >= done + 20)
             server.start()
-            began = time.monotonic()
             await cluster.until(lambda: tuples_in(cluster) == before)
-            took = time.monotonic() - began
             await cluster.until(lambda: not any(node.registry_down for node in nodes))
             await cluster.until(lambda: not cluster.gateway.registry_down)
             done = runs.tries
             await cluster.until(lambda: runs.tries >= done + 20)
-        assert took < HEARTBEAT + 1.0
         assert not runs.refused and not runs.cut
         assert max(runs.seconds) < cluster.gateway.hedge_delay
         assert all(part.agent.redundancy == "2/2" for part in cluster.agents.values())
@@ -599,7 +603,8 @@ async def test_a_registry_outage_is_not_noticed_by_traffic(tmp_path: Path, make_
 async def test_a_registry_that_hangs_delays_no_connection(tmp_path: Path, make_redis: MakeRedis) -> None:
     """Redis is stopped (it accepts, and answers nothing): the data plane does not wait for it."""
     server = make_redis().start()
-    async with redis_cluster(tmp_path, server) as cluster:
+    timeout = 2.0
+    async with redis_cluster(tmp_path, server, timeout) as cluster:
         target = Target("127.1.0.1")
         nodes = [part.node for part in cluster.brokers.values()]
         server.freeze()
@@ -610,7 +615,7 @@ async def test_a_registry_that_hangs_delays_no_connection(tmp_path: Path, make_r
         finally:
             server.thaw()
         assert not runs.refused and not runs.cut
-        assert max(runs.seconds) < 0.1
+        assert max(runs.seconds) < timeout
         await cluster.until(lambda: not any(node.registry_down for node in nodes))
 
 
@@ -620,23 +625,6 @@ async def test_a_registry_that_hangs_delays_no_connection(tmp_path: Path, make_r
 def listens(address: tuple[str, int]) -> bool:
     with socket.socket() as sock:
         return sock.connect_ex(address) == 0
-
-
-def free_ports(count: int) -> str:
-    """A range of so many ports below the ephemeral ones of which none is in use now."""
-    for first in range(11000 + time.monotonic_ns() % 9000, 32000, count):
-        probes: list[socket.socket] = []
-        try:
-            for port in range(first, first + count):
-                probes.append(socket.socket())
-                probes[-1].bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        finally:
-            for probe in probes:
-                probe.close()
-        return f"{first}-{first + count - 1}"
-    raise AssertionError("no free range of ports")
 
 
 def test_what_these_tests_take_from_the_node() -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
-import trio
-from structlog.testing import capture_logs
 
 from rtunnel.trust import pki
 from rtunnel.trust.certificates import key_pem, new_key
@@ -20,29 +17,11 @@ from rtunnel_authority.server import Server
 from rtunnel_socks.client import Joined
 from support.authority import address, authority, change, renewal, token
 from support.cluster import Cluster, SocksRefused, Target, in_thread, read_line, running_cluster
-from support.plumbing import close_kept
+from support.files import put
+from support.logs import Events, named
 
-Events = list[Any]  # captured log lines
 IP = "127.1.0.1"
 TLS: dict[str, object] = {"broker__dial_security": "tls", "gateway__dial_security": "tls"}
-
-
-@pytest.fixture(autouse=True)
-def _no_socket_left() -> Iterator[None]:
-    yield
-    close_kept()
-
-
-@pytest.fixture
-def events() -> Iterator[Events]:
-    """What all parts of the test log."""
-    structlog.reset_defaults()
-    with capture_logs() as captured:
-        yield captured
-
-
-def named(events: Events, event: str) -> list[Any]:
-    return [line for line in events if line["event"] == event]
 
 
 # --- a revoked broker ---------------------------------------------------------------------------------------
@@ -65,7 +44,7 @@ async def test_gateways_leave_a_revoked_broker(tmp_path: Path, events: Events) -
     links: dict[str, object] = {"broker__security": "plain", "agent__security": "plain"}
     async with running_cluster(tmp_path, None, **TLS, **links) as cluster, authority(cluster.secrets) as one:
         for node in ("b1", "b2"):
-            await start_own_broker(cluster, node)
+            await start_own_broker(cluster, node, drain=0.2)
         await cluster.start_gateway(authority=address(one))
         await cluster.start_agent()
         await cluster.whole()
@@ -133,7 +112,7 @@ async def enrolled(tmp_path: Path, **changes: Any) -> AsyncIterator[tuple[Cluste
 async def another_token(cluster: Cluster, keys: dict[str, Any]) -> None:
     """In the agent's file."""
     given = await in_thread(lambda: token(cluster.secrets, networks=("127.1.0.0/24",)))
-    await trio.Path(keys["join_token"]).write_text(given.line())
+    await in_thread(lambda: put(Path(keys["join_token"]), given.line()))
 
 
 async def revoked(cluster: Cluster) -> None:
@@ -174,7 +153,7 @@ async def test_a_token_that_was_there_before_the_revocation_brings_nobody_back(t
 
 async def test_the_end_of_its_certificate_brings_no_revoked_agent_back(tmp_path: Path) -> None:
     """Its token has uses left: it waits for another one all the same."""
-    async with enrolled(tmp_path, lifetime=6) as (cluster, _, keys):
+    async with enrolled(tmp_path, lifetime=4) as (cluster, _, keys):
         agent = cluster.agents["a1"].agent
         await revoked(cluster)
         await cluster.until(lambda: "needs another token" in str(agent.credentials.missing))

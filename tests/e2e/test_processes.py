@@ -16,20 +16,14 @@ from pathlib import Path
 import pytest
 
 from support.cluster import Target
-from support.plumbing import close_kept, kept
+from support.plumbing import free_port, free_range, kept
 from support.polling import until
 from support.redis_server import RedisServer
-from support.site import DRAIN, TTL, Process, Site, fetch, free_address, health, ready, rtunnel, run, site
+from support.site import DRAIN, TTL, Process, Site, fetch, free_address, health, in_process, ready, rtunnel, run, site
 
 ROOT = Path(__file__).parents[2]
 IP1, IP2 = "127.2.0.1", "127.2.0.2"
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
-
-
-@pytest.fixture(autouse=True)
-def _no_socket_left() -> Iterator[None]:
-    yield
-    close_kept()
 
 
 @contextmanager
@@ -38,7 +32,7 @@ def whole_site(directory: Path, registry_url: str, *spare: str) -> Iterator[Site
     with site(directory, registry_url) as here:
         here.spare += spare
         brokers = [here.broker(f"b{n}", n) for n in (1, 2)]
-        here.gateway()
+        here.gateway()  # beside them: each takes a moment to start
         for name, ip in (("a1", IP1), ("a2", IP2)):
             here.agent(name, ip, [broker.address("broker_ready") for broker in brokers] + here.spare)
         for process in here.processes.values():
@@ -57,7 +51,7 @@ def test_an_operators_day(tmp_path: Path, redis_server: RedisServer) -> None:
     began = time.monotonic()
     with whole_site(tmp_path, redis_server.url) as here:
         print(f"five processes ready after {time.monotonic() - began:.1f} s")
-        port = here.web(IP1)
+        port = here.web(IP1, free_port())
         here.web(IP2, port)
         proxy = here.processes["gateway"].address("gateway_ready")
         for ip in (IP1, IP2):
@@ -67,7 +61,9 @@ def test_an_operators_day(tmp_path: Path, redis_server: RedisServer) -> None:
         for name in ("b1", "gateway", "a1"):
             role = {"b1": "broker", "gateway": "gateway", "a1": "agent"}[name]
             path = tmp_path / f"{name}.toml"
-            assert rtunnel("config", "check", str(path), "--role", role) == f"{path}: good for {role}\n"
+            assert in_process("config", "check", str(path), "--role", role) == f"{path}: good for {role}\n"
+        table = rtunnel("status", "--config", str(tmp_path / "gateway.toml"))
+        assert re.search(r"^b1 +b1 +127\.0\.0\.1 +live ", table, re.MULTILINE)
         assert "(4)" in fetch(proxy, f"http://127.2.9.9:{port}/", code=97)  # host unreachable
         check_resolve(here, port)
         check_status(here)
@@ -82,7 +78,7 @@ def pysocks(proxy: str, ip: str, port: int) -> str:
 import socks, sys
 s = socks.socksocket()
 s.set_proxy(socks.SOCKS5, "{host}", {number}, rdns=True)
-s.settimeout(5)
+s.settimeout(15)
 s.connect(("{ip}", {port}))
 s.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")
 data = b""
@@ -172,7 +168,7 @@ def test_a_broker_is_killed_and_comes_back(tmp_path: Path, redis_server: RedisSe
         assert code == 503 and answer["reasons"] and health(agent, "/statusz")[1]["redundancy"] == "1/2"
         again = here.broker("b1", 1, "--listen", victim.address("broker_ready"))
         began = time.monotonic()
-        until(lambda: ready(agent), 25.0, what="2/2")  # if it takes long, it looks at a slow pace by now
+        until(lambda: ready(agent), what="2/2")
         print(f"2/2 again {time.monotonic() - began:.1f} s after the start of the process")
         assert again.wait_for("broker_ready")["incarnation"] > victim.wait_for("broker_ready")["incarnation"]
         ups = here.processes["a1"].lines
@@ -180,17 +176,23 @@ def test_a_broker_is_killed_and_comes_back(tmp_path: Path, redis_server: RedisSe
         assert new["ps"] == before["b1"]["ps"] and int(new["epoch"]) > int(before["b1"]["epoch"])
         assert fetch(proxy, f"http://{IP1}:{port}/") == f"hello from {IP1}\n"
         again.kill()
-        until(lambda: len(here.status()["nodes"]) == 1, what="b1's heartbeat to run out")
+        until(lambda: not named_in(here, "b1"), what="b1's heartbeat to run out")
         status = here.status()
         assert [(a["agent_id"], a["nodes"]) for a in status["agents"]] == [("a1", ["b2"]), ("a2", ["b2"])]
         assert status["summary"]["agents_on_one_node"] == 2
         assert "1 node (0 draining), 2 agents (2 on one node only, 2 on one host only)" in here.ask_registry("status")
 
 
+def named_in(here: Site, node: str) -> bool:
+    """Whether the registry has the node, or a tuple of it: each expires by itself."""
+    status = here.status()
+    return node in {n["node"] for n in status["nodes"]} | {n for agent in status["agents"] for n in agent["nodes"]}
+
+
 def open_stream(proxy: str, target: Target) -> socket.socket:
     """A stream through the gateway to a Target, in use."""
     host, _, port = proxy.partition(":")
-    sock = kept(socket.create_connection((host, int(port)), timeout=5))
+    sock = kept(socket.create_connection((host, int(port)), timeout=15))
     sock.sendall(f"CONNECT {target.ip}:{target.port} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
     reply = b""
     while not reply.endswith(b"\r\n\r\n"):
@@ -213,7 +215,7 @@ def test_status_shows_a_drain(tmp_path: Path, redis_server: RedisServer) -> None
         target = Target(IP1)
         streams = [open_stream(proxy, target) for _ in range(2)]  # one on each node
         broker = here.processes["b1"]
-        assert health(broker.admin(), "/statusz")[1]["streams"] == 1
+        until(lambda: health(broker.admin(), "/statusz")[1]["streams"] == 1, what="a stream on each node")
         broker.process.send_signal(signal.SIGTERM)
         until(lambda: not ready(broker.admin()), what="b1 not to be ready")
         assert health(broker.admin(), "/readyz") == (503, {"ready": False, "reasons": ["draining"]})
@@ -227,7 +229,7 @@ def test_status_shows_a_drain(tmp_path: Path, redis_server: RedisServer) -> None
         table = here.ask_registry("resolve", IP1)
         assert re.search(r" b1 .* draining ", table) and re.search(r" b2 .* live ", table)
         here.broker("b3", 3, "--listen", third)
-        until(lambda: all(ready(here.processes[name].admin()) for name in ("a1", "a2")), 25.0, what="2/2")
+        until(lambda: all(ready(here.processes[name].admin()) for name in ("a1", "a2")), what="2/2")
         assert broker.process.poll() is None
         assert [talk(sock) for sock in streams] == [f"{IP1}:hello\n".encode()] * 2
         for sock in streams:
@@ -235,7 +237,7 @@ def test_status_shows_a_drain(tmp_path: Path, redis_server: RedisServer) -> None
         began = time.monotonic()
         assert broker.process.wait(DRAIN) == 0
         print(f"ended {time.monotonic() - began:.2f} s after its last stream")
-        assert time.monotonic() - began < 3.0
+        assert time.monotonic() - began < DRAIN / 2
         assert {n["node"] for n in here.status()["nodes"]} == {"b2", "b3"}
 
 
@@ -246,7 +248,7 @@ def test_a_second_process_with_the_same_node_id_ends_the_first(tmp_path: Path, r
         older.wait_for("broker_ready")
         newer = here.broker("b1", 2)
         newer.wait_for("broker_ready")
-        assert older.process.wait(5) == 1
+        assert older.process.wait(DRAIN) == 1
         assert older.lines("node_superseded") and "Traceback" not in older.text
         assert newer.end()[0] == 0
 
@@ -263,7 +265,7 @@ def test_without_redis_roles_wait_and_can_be_stopped(tmp_path: Path) -> None:
         assert "registry: " in here.ask_registry("status", code=1)
         for process in here.processes.values():
             code, seconds = process.end()
-            assert code == 0 and seconds < 3.0, process.text
+            assert code == 0 and seconds < DRAIN / 2, process.text
 
 
 # --- one process --------------------------------------------------------------------------------------------
@@ -273,11 +275,11 @@ def test_without_redis_roles_wait_and_can_be_stopped(tmp_path: Path) -> None:
 def test_standalone(tmp_path: Path) -> None:
     """Broker and gateway in one process on the memory registry, with an agent beside it: no Redis."""
     with site(tmp_path, "memory://") as here:
-        text = """
+        text = f"""
             [broker]
             listen = "127.0.0.1:0"
             advertise_ip = "127.0.0.1"
-            port_range = "23000-23099"
+            port_range = "{free_range(100)}"
             certificate = "pki/broker.pem"
             key = "pki/broker.key"
             cluster_key = "pki/cluster.key"
@@ -314,10 +316,10 @@ def test_demo_tells_its_story(tmp_path: Path) -> None:
         print(f"the demo took {time.monotonic() - began:.1f} s")
         for line in [line.strip() for line in told.splitlines() if line.startswith("  curl ")]:
             (ip,) = re.findall(r" http://(127\.77\.0\.\d):", line)
-            assert run(*line.split(), "-sS", "-m", "5") == f"hello from {ip}\n"
+            assert run(*line.split(), "-sS", "-m", "15") == f"hello from {ip}\n"
         assert re.search(r"kill -9", told)
         code, seconds = process.end(signal.SIGINT)
-        assert code == 0 and seconds < 5.0, process.text
+        assert code == 0 and seconds < DRAIN / 2, process.text
         assert "Traceback" not in process.text
     finally:
         process.kill()

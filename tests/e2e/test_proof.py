@@ -21,10 +21,8 @@ from typing import Any
 
 import msgspec
 import pytest
-import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from structlog.testing import capture_logs
 
 from rtunnel.registry import COUNTER_BITS, Registration, Tuple
 from rtunnel.registry.memory import MemoryRegistry
@@ -53,27 +51,13 @@ from rtunnel_agent.identity import AgentIdentity
 from rtunnel_agent.proof import Answer, Prover
 from rtunnel_socks.proof import Proofs
 from support.cluster import Cluster, SocksRefused, Target, in_thread, read_line, running_cluster
-from support.plumbing import close_kept, kept, read_exactly
+from support.logs import Events, named
+from support.plumbing import free_port, kept, read_exactly
 from support.polling import until
 
 ASKED, OTHER = "127.1.0.1", "127.1.0.2"
 PATIENCE = 15.0
 DAY = 86400.0
-Events = list[Any]
-
-
-@pytest.fixture
-def events() -> Iterator[Events]:
-    """What all parts of the test log."""
-    structlog.reset_defaults()
-    with capture_logs() as captured:
-        yield captured
-
-
-@pytest.fixture(autouse=True)
-def _close() -> Iterator[None]:
-    yield
-    close_kept()
 
 
 # --- a broker that was broken into --------------------------------------------------------------------------
@@ -192,7 +176,7 @@ async def scene(directory: Path, events: Events, **keys: object) -> AsyncIterato
         await cluster.start_broker("b1")
         await cluster.start_broker("b2")
         await cluster.start_gateway()
-        target = Target(ASKED)
+        target = Target(ASKED, free_port())
         for number, ip in ((1, ASKED), (2, OTHER)):
             cluster.vip.pinned = cluster.vip.backends[2 - number]
             await cluster.start_agent(f"a{number}", ip, redundancy=1)
@@ -457,12 +441,12 @@ async def test_what_a_broken_broker_says_is_not_believed(tmp_path: Path, events:
             assert await here.cluster.ask(ASKED, here.target.port) == f"{ASKED}:hello".encode(), attack.__name__
             assert here.reasons()[-1].startswith(reason), attack.__name__
             assert len(here.reasons()) == len(rogue.dials) == number
-        loud = [line for line in events if line["event"] == "proof_failed"]
+        loud = named(events, "proof_failed")
         assert all(line["log_level"] == "error" for line in loud)
         assert {(line["node"], line["ps"], line["target"]) for line in loud} == {
             ("b1", f"127.0.0.1:{lie.ps_port}", f"{ASKED}:{here.target.port}")
         }
-        ended = [line for line in events if line["event"] == "stream_ended"]
+        ended = named(events, "stream_ended")
         assert {(line["proof"], line["certificate"], line["node"]) for line in ended} <= {
             ("ok", "agent/default/a1", "b2")
         }
@@ -486,7 +470,7 @@ async def test_without_a_good_tuple_the_client_is_refused(tmp_path: Path, events
             f"GET http://{ASKED}:{here.target.port}/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
         )
         assert answer.startswith(b"HTTP/1.1 503 ") and b"evil" not in answer
-        refused = [line for line in events if line["event"] == "refused"]
+        refused = named(events, "refused")
         assert len(refused) == len(ATTACKS) + 2 and all(line["proof"] for line in refused)
 
 
@@ -654,6 +638,7 @@ async def test_proofs_can_be_off(tmp_path: Path, events: Events) -> None:
 # --- revocation ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("own_pace")
 async def test_a_revoked_agent_loses_its_streams_and_gets_no_others(tmp_path: Path, events: Events) -> None:
     """A new trust list, by file: within seconds the open stream is reset, and a new one is refused as revoked."""
     trust = tmp_path / "trust"
@@ -666,7 +651,8 @@ async def test_a_revoked_agent_loses_its_streams_and_gets_no_others(tmp_path: Pa
             await in_thread(lambda: asked.recv(1))
         assert time.monotonic() - began < 5
         assert (await here.fails()).startswith("revoked: the certificate of agent/default/a1 is revoked")
-        (line,) = [line for line in events if line["event"] == "stream_ended" and line["reason"] == "revoked"]
+        ended = await in_thread(lambda: await_lines(events, "stream_ended", 1))
+        (line,) = [line for line in ended if line["reason"] == "revoked"]
         assert line["certificate"] == "agent/default/a1"
         other.sendall(b"still here\n")
         assert await in_thread(lambda: read_line(other)) == f"{OTHER}:still here".encode()

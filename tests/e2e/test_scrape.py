@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 import trio
-from structlog.testing import capture_logs
 
 from rtunnel.config import format_endpoint, load
 from rtunnel.registry import Change, RegistryUnavailable
@@ -25,30 +23,16 @@ from rtunnel.trust.keys import Token, new_token
 from rtunnel_authority.server import Server
 from support.authority import address, change, token
 from support.cluster import Cluster, SocksRefused, Target, in_thread, running_cluster
+from support.logs import Events
 from support.metrics_page import TABLE
-from support.plumbing import close_kept, kept
+from support.plumbing import free_port, kept
 from support.polling import until
 from support.redis_server import RedisServer
 from support.scrape import Scrape, scrape
 from support.site import free_address, health, ready, site
 
-Events = list[Any]  # captured log lines
 IP = "127.1.0.1"
 ADMIN: dict[str, Any] = {"admin": "127.0.0.1:0"}
-
-
-@pytest.fixture(autouse=True)
-def _no_socket_left() -> Iterator[None]:
-    yield
-    close_kept()
-
-
-@pytest.fixture
-def events() -> Iterator[Events]:
-    """What all parts of the test log."""
-    structlog.reset_defaults()
-    with capture_logs() as captured:
-        yield captured
 
 
 class Looks:
@@ -91,13 +75,6 @@ async def refused(cluster: Cluster, ip: str, port: int) -> None:
         await cluster.socks(ip, port)
 
 
-def closed_port(ip: str) -> int:
-    """One that nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind((ip, 0))
-        return int(sock.getsockname()[1])
-
-
 async def test_streams_and_their_ends_are_told_by_all_three(tmp_path: Path, events: Events) -> None:
     async with running_cluster(tmp_path) as cluster:
         looks = await started(cluster, events)
@@ -124,8 +101,8 @@ async def test_a_refusal_is_counted_by_who_made_it_and_who_told_it(tmp_path: Pat
     async with running_cluster(tmp_path) as cluster:
         looks = await started(cluster, events)
         await refused(cluster, "127.1.0.9", 80)
-        await refused(cluster, IP, closed_port(IP))
-        await refused(cluster, IP, closed_port(IP))
+        await refused(cluster, IP, free_port())
+        await refused(cluster, IP, free_port())
         told = {"unknown_target": 1, "target_refused": 2}
         assert (await looks.at("gateway")).counted("rtunnel_refusals_total", "code") == told
         now = await looks.at("agent")

@@ -7,7 +7,6 @@ Dial that a wrong agent takes is then answered by a wrong target, which says its
 
 from __future__ import annotations
 
-import errno
 import random
 import socket
 import time
@@ -20,9 +19,7 @@ from typing import Any, cast
 
 import msgspec
 import pytest
-import structlog
 import trio
-from structlog.testing import capture_logs
 
 from rtunnel.registry import COUNTER_BITS, NodeRecord, Registration, Registry, Tuple
 from rtunnel.registry import ports as allocation
@@ -37,24 +34,10 @@ from rtunnel_broker.ports import DialChecker
 from rtunnel_broker.session import Session
 from rtunnel_socks.gateway import Gateway
 from support.cluster import Cluster, Part, SocksRefused, Target, in_thread, read_line, running_cluster
-from support.plumbing import close_kept, kept
+from support.logs import Events, named
+from support.plumbing import free_port, free_ports
 
-Events = list[Any]  # captured log lines
 STALE = ("stale_node", "stale_target", "stale_epoch")
-
-
-@pytest.fixture(autouse=True)
-def _no_socket_left() -> Iterator[None]:
-    yield
-    close_kept()
-
-
-@pytest.fixture
-def events() -> Iterator[Events]:
-    """What all parts of the test log."""
-    structlog.reset_defaults()
-    with capture_logs() as captured:
-        yield captured
 
 
 class Host:
@@ -155,7 +138,7 @@ async def start_scene(cluster: Cluster, *, spread: bool = False) -> Scene:
     await cluster.start_broker("b1")
     await cluster.start_broker("b2")
     await cluster.start_gateway()
-    asked = Witness(ASKED)
+    asked = Witness(ASKED, free_port())
     cluster.vip.pinned = cluster.vip.backends[1]
     await start_agent(cluster, "a1", ASKED, redundancy=1 + spread)
     await cluster.until(lambda: cluster.agents["a1"].agent.state != "down")
@@ -196,9 +179,9 @@ async def test_a_stale_tuple_is_refused_forgotten_and_passed_over(
         await scene.force(stale)
         assert await scene.ask() == f"{ASKED}:hello".encode()
         assert scene.refused(code) == 1
-        (told,) = [line for line in events if line["event"] == "dial_refused"]
+        (told,) = named(events, "dial_refused")
         assert (told["code"], told["port"]) == (code, stale.ps_port)
-        (failed,) = [line for line in events if line["event"] == "tuple_failed"]
+        (failed,) = named(events, "tuple_failed")
         assert (failed["code"], failed["node"], failed["epoch"]) == (code, stale.node, str(stale.epoch))
         table = cluster.gateway.table
         assert stale not in [plain(t) for t in table.lookup("default", ASKED)]
@@ -207,18 +190,9 @@ async def test_a_stale_tuple_is_refused_forgotten_and_passed_over(
             assert await scene.ask() == f"{ASKED}:hello".encode()
         assert scene.refused(code) == 1
         assert scene.other.seen == 0
-        attempts = [line["attempts"] for line in events if line["event"] == "stream_ended"]
+        await cluster.until(lambda: len(named(events, "stream_ended")) == 6)
+        attempts = [line["attempts"] for line in named(events, "stream_ended")]
         assert sum(attempts) == len(attempts) + 1
-
-
-def witnesses(ip: str, other: str) -> tuple[Witness, Witness]:
-    """Two on one port, which must be free on both addresses."""
-    while True:
-        first = Witness(ip)
-        try:
-            return first, Witness(other, first.port)
-        except OSError as error:
-            assert error.errno == errno.EADDRINUSE
 
 
 async def test_an_ip_that_moved_is_not_found_at_its_old_agent(tmp_path: Path, events: Events) -> None:
@@ -228,7 +202,8 @@ async def test_an_ip_that_moved_is_not_found_at_its_old_agent(tmp_path: Path, ev
         await cluster.start_broker("b2")
         await cluster.start_gateway()
         there = Witness("127.1.0.4")
-        here, moved = witnesses("127.1.0.3", ASKED)
+        here = Witness("127.1.0.3", free_port())
+        moved = Witness(ASKED, here.port)
         cluster.vip.pinned = cluster.vip.backends[0]
         first = await start_agent(cluster, "a1", ASKED, redundancy=1)
         await cluster.whole()
@@ -382,7 +357,7 @@ async def run_storm(
     Proofs would hide it when another line of defence has a hole.
     """
     storm = Storm(random.Random(seed), [f"127.1.1.{n}" for n in range(1, 9)])
-    first = Witness(storm.ips[0])
+    first = Witness(storm.ips[0], free_port())
     for ip in storm.ips[1:]:
         Witness(ip, first.port)
     keys = {"broker__security": "plain", "agent__security": "plain", "agent__backoff_cap": 0.05, "agent__drain": 0.2}
@@ -491,23 +466,3 @@ async def test_the_storm_finds_a_missing_defence(tmp_path: Path, events: Events)
     assert storm.wrong
     ip, answer = storm.wrong[0]
     assert not answer.startswith(f"{ip}:".encode()) and answer.endswith(b":x")
-
-
-# --- helpers ------------------------------------------------------------------------------------------------
-
-
-def free_ports(count: int) -> range:
-    """So many ports in a row below the ephemeral ones, none in use now."""
-    for first in range(11000 + time.monotonic_ns() % 9000, 32000, count):
-        probes: list[socket.socket] = []
-        try:
-            for port in range(first, first + count):
-                probes.append(kept(socket.socket()))
-                probes[-1].bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        finally:
-            for probe in probes:
-                probe.close()
-        return range(first, first + count)
-    raise AssertionError("no free range of ports")

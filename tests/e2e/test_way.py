@@ -8,19 +8,14 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rtunnel.wire.messages import MAX_UNAUTHENTICATED, encode
 from support.cluster import Cluster, SocksRefused, Target, in_thread, read_line, running_cluster
-from support.plumbing import close_kept, dial, kept, read_all, reset
-
-
-@pytest.fixture(autouse=True)
-def _no_socket_left() -> Iterator[None]:
-    yield
-    close_kept()
+from support.plumbing import dial, free_port, free_ports, free_range, kept, read_all, refusing_port, reset
 
 
 async def test_a_target_answers_by_its_original_ip(tmp_path: Path) -> None:
@@ -79,9 +74,7 @@ async def test_curl_by_every_proxy_protocol(tmp_path: Path) -> None:
     (tmp_path / "page").write_text("a page\n")
     async with running_cluster(tmp_path) as cluster:
         await cluster.start()
-        probe = socket.create_server(("127.1.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+        port = free_port()
         server = subprocess.Popen(
             [sys.executable, "-m", "http.server", str(port), "--bind", "127.1.0.1", "--directory", str(tmp_path)],
             stdout=subprocess.DEVNULL,
@@ -105,8 +98,7 @@ async def test_four_failures_have_four_answers(tmp_path: Path) -> None:
     """Unknown target, not exposed, refused, timed out: each its own SOCKS code and its own HTTP answer."""
     async with running_cluster(tmp_path) as cluster:
         await cluster.start(brokers=1, agents=0)
-        with socket.create_server(("127.1.0.1", 0)) as nobody:
-            refused = nobody.getsockname()[1]
+        refused = refusing_port("127.1.0.1")
         silent = socket.create_server(("127.1.0.1", 0), backlog=0)
         timed_out = silent.getsockname()[1]
         fillers = [socket.socket() for _ in range(3)]
@@ -147,9 +139,12 @@ async def test_a_pinned_vip_degrades_and_says_why(tmp_path: Path) -> None:
     async with running_cluster(tmp_path) as cluster:
         await cluster.start(brokers=2, agents=0)
         cluster.vip.pinned = cluster.vip.backends[0]
-        part = await cluster.start_agent("a1")
+        part = await cluster.start_agent("a1", backoff_cap=0.1)
         await cluster.until(lambda: any("same node" in reason for reason in part.agent.reasons()))
         assert (part.agent.redundancy, part.agent.state) == ("1/2", "degraded")
+        # It goes on looking, with pauses no longer than it may: without the cap these would take a minute.
+        begun = max(slot.searches for slot in part.agent.slots)
+        await cluster.until(lambda: max(slot.searches for slot in part.agent.slots) >= begun + 12)
         target = Target("127.1.0.1")
         assert await cluster.ask(target.ip, target.port) == b"127.1.0.1:hello"
 
@@ -157,7 +152,7 @@ async def test_a_pinned_vip_degrades_and_says_why(tmp_path: Path) -> None:
 async def test_a_client_that_leaves_an_open_port_takes_its_dial_along(tmp_path: Path) -> None:
     """Reset while the agent still connects the target: the stream ends at once, on broker and agent."""
     async with running_cluster(tmp_path) as cluster:
-        part = await cluster.start_broker("b1", open_ports__range="29100-29199", open_ports__allow=["127.0.0.0/8"])
+        part = await cluster.start_broker("b1", open_ports__range=free_range(10), open_ports__allow=["127.0.0.0/8"])
         await cluster.start_gateway()
         silent = kept(socket.create_server(("127.1.0.1", 0), backlog=0))
         port = silent.getsockname()[1]
@@ -176,15 +171,55 @@ async def test_a_client_that_leaves_an_open_port_takes_its_dial_along(tmp_path: 
         await cluster.until(lambda: part.node.counts.waiting == 0 and len(link.streams) == 1)
 
 
+@pytest.mark.parametrize("by", ["certificate", "token"])
+async def test_an_agent_may_have_as_much_as_the_configuration_takes(tmp_path: Path, by: str) -> None:
+    """64 addresses, 256 exposed ports, 64 open ports with networks of their own: all of it is there."""
+    addresses = [f"127.2.100.{number}" for number in range(101, 165)]
+    network = "1111:2222:3333:4444:5555:6666:7777:8888/128"
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.start_broker(
+            "b" * 128, open_ports__range="29200-29299", open_ports__allow=["127.0.0.0/8", "::/0"]
+        )
+        await cluster.start_gateway(proof="required" if by == "certificate" else "off")
+        target = Target(addresses[63])
+        publish = [{"target": f"{address}:{target.port}", "allow": [network, "127.0.0.1/32"]} for address in addresses]
+        keys: dict[str, Any] = {} if by == "certificate" else {"certificate": "", "key": ""}
+        part = await cluster.start_agent(
+            "a" * 128,
+            *addresses,
+            redundancy=1,
+            publish=publish,
+            exposes=[*map(str, range(50001, 50511, 2)), "1-50000"],
+            **keys,
+        )
+        await cluster.whole()
+        session = part.agent.slots[0].session
+        assert session is not None and session.welcome is not None
+        assert len(encode(session.hello)) > 3 * MAX_UNAUTHENTICATED / 2
+        assert {port.ip for port in session.welcome.open_ports} == set(addresses)
+        last = next(port.port for port in session.welcome.open_ports if port.ip == target.ip)
+
+        def ask() -> bytes:
+            with dial(("127.0.0.1", last)) as sock:
+                sock.sendall(b"direct\n")
+                return read_line(sock)
+
+        assert await in_thread(ask) == f"{target.ip}:direct".encode()
+        assert await cluster.ask(target.ip, target.port) == f"{target.ip}:hello".encode()
+
+
 async def test_an_open_port_relays_at_once_and_only_for_its_sources(tmp_path: Path) -> None:
     """(PS IP, PS port) reaches the target with raw bytes; a source outside the list gets a reset."""
+    fixed = free_ports(10)[5]
     async with running_cluster(tmp_path) as cluster:
-        await cluster.start_broker("b1", open_ports__range="29000-29099", open_ports__allow=["127.0.0.0/29"])
+        await cluster.start_broker(
+            "b1", open_ports__range=f"{fixed - 5}-{fixed + 4}", open_ports__allow=["127.0.0.0/29"]
+        )
         await cluster.start_gateway()
         target = Target("127.1.0.1")
         publish = [
             {"target": f"127.1.0.1:{target.port}"},
-            {"target": f"127.1.0.1:{target.port}", "port": 29050, "allow": ["127.0.0.3/32"]},
+            {"target": f"127.1.0.1:{target.port}", "port": fixed, "allow": ["127.0.0.3/32"]},
             {"target": f"127.1.0.1:{target.port}", "port": 4444},
         ]
         part = await cluster.start_agent("a1", redundancy=1, publish=publish, exposes=["1"])
@@ -192,9 +227,9 @@ async def test_an_open_port_relays_at_once_and_only_for_its_sources(tmp_path: Pa
         session = part.agent.slots[0].session
         assert session is not None and session.welcome is not None
         granted = {port.port for port in session.welcome.open_ports}
-        assert 29050 in granted and len(granted) == 2
+        assert fixed in granted and len(granted) == 2
         assert any("4444" in notice for notice in session.welcome.notices)
-        anyone = next(port for port in granted if port != 29050)
+        anyone = next(port for port in granted if port != fixed)
 
         def ask(port: int, source: str) -> bytes:
             with socket.create_connection(("127.0.0.1", port), timeout=5, source_address=(source, 0)) as sock:
@@ -202,7 +237,7 @@ async def test_an_open_port_relays_at_once_and_only_for_its_sources(tmp_path: Pa
                 return read_line(sock)
 
         assert await in_thread(lambda: ask(anyone, "127.0.0.1")) == b"127.1.0.1:direct"
-        assert await in_thread(lambda: ask(29050, "127.0.0.3")) == b"127.1.0.1:direct"
-        for port, source in ((29050, "127.0.0.1"), (anyone, "127.0.0.9")):
+        assert await in_thread(lambda: ask(fixed, "127.0.0.3")) == b"127.1.0.1:direct"
+        for port, source in ((fixed, "127.0.0.1"), (anyone, "127.0.0.9")):
             with pytest.raises(ConnectionError):
                 await in_thread(lambda port=port, source=source: ask(port, source))  # type: ignore[misc]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -12,14 +13,19 @@ from typing import Final, TypeVar
 
 from rtunnel.relay.ends import SocketEnd, Talker
 from rtunnel.relay.join import Account
-from rtunnel.relay.link import Link, StreamEnd
+from rtunnel.relay.link import Link
 from rtunnel.relay.relay import Relay
+from rtunnel.relay.stream import StreamEnd
 
 _T = TypeVar("_T")
 PATIENCE = 10.0
 
-#: Two test processes beside each other (`pytest -n 2`) have guarded ports of their own.
-FIRST_PORT: Final = 21000 + 4500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+#: Two test processes beside each other (`pytest -n 2`) have ports of their own, below those that the kernel gives out:
+_WORKER: Final = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+#: brokers' guarded ones,
+FIRST_PORT: Final = 21000 + 4500 * _WORKER
+#: and those of `free_ports`, which begins anywhere in there: other runs on this machine have the same.
+_LOOSE_PORTS: Final = range(11000 + 5000 * _WORKER, 16000 + 5000 * _WORKER)
 
 
 class TestRelay(Relay):
@@ -86,6 +92,48 @@ def close_kept() -> None:
     """Close what the test's helpers made."""
     while _made:
         _made.pop().close()
+
+
+_next_loose = random.randrange(len(_LOOSE_PORTS))
+
+
+def free_ports(count: int = 1) -> range:
+    """So many ports in a row that nobody has, for whoever must know them beforehand. The next call gives others."""
+    global _next_loose
+    for _ in range(len(_LOOSE_PORTS)):
+        first = _LOOSE_PORTS.start + _next_loose
+        ports = range(first, first + count)
+        _next_loose = (_next_loose + count) % (len(_LOOSE_PORTS) - 100)
+        probes: list[socket.socket] = []
+        try:
+            for port in ports:
+                probes.append(socket.socket())
+                probes[-1].bind(("", port))
+        except OSError:
+            continue
+        finally:
+            for probe in probes:
+                probe.close()
+        return ports
+    raise AssertionError(f"no {count} ports in a row are free")
+
+
+def free_port() -> int:
+    """One of them."""
+    return free_ports()[0]
+
+
+def free_range(count: int) -> str:
+    """The same as configurations have it."""
+    ports = free_ports(count)
+    return f"{ports[0]}-{ports[-1]}"
+
+
+def refusing_port(ip: str) -> int:
+    """A port where nobody listens, and nobody will while the test runs: it is bound."""
+    sock = kept(socket.socket())
+    sock.bind((ip, 0))
+    return int(sock.getsockname()[1])
 
 
 def listener() -> socket.socket:

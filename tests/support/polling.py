@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def until(condition: Callable[[], T], timeout: float = 10.0, *, what: str = "") -> T:
+def until(condition: Callable[[], T], timeout: float = 20.0, *, what: str = "") -> T:
     """What `condition` returns once it is true; AssertionError after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):

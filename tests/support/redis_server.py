@@ -1,16 +1,16 @@
-"""A real redis-server for tests: on a unix socket (or a kernel-chosen port) in a directory of its own."""
+"""A real redis-server for tests: on a unix socket (or a port of the run's own) in a directory of its own."""
 
 from __future__ import annotations
 
 import shutil
 import signal
-import socket
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import redis
 
+from support.plumbing import free_port
 from support.polling import until
 from support.secrecy import is_secret
 
@@ -28,7 +28,7 @@ def redis_binary() -> str:
 class RedisServer:
     """Start, kill, freeze and restart one redis-server. Nothing is saved: a restart is empty.
 
-    `tcp`: listen on a port of 127.0.0.1 that the kernel chose, and keep it over restarts. `password`: requirepass.
+    `tcp`: listen on a port of 127.0.0.1, and keep it over restarts. `password`: requirepass.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class RedisServer:
         self.directory = directory
         self.password = is_secret(password, "a Redis")
         self.socket = directory / "redis.sock"
-        self.port = _free_port() if tcp else 0
+        self.port = free_port() if tcp else 0
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -104,9 +104,3 @@ class RedisServer:
                 return bool(client.ping())
         except redis.ConnectionError:
             return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -307,6 +307,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             _found.setdefault((who, found[0]), found[1][:500])
     if _found:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if hasattr(session.config, "workeroutput"):  # one of several processes: only the first one has a summary
+        session.config.workeroutput["leaks"] = [(who, whose, line) for (who, whose), line in _found.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What another process of this run (`pytest -n`) has found; its secrets are not known here."""
+    for who, whose, line in getattr(node, "workeroutput", {}).get("leaks", ()):
+        _found.setdefault((who, whose), line)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

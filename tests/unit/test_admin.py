@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -133,11 +135,35 @@ async def test_a_failing_route_is_500() -> None:
         assert (await ask(at, get("/fine")))[0] == 200
 
 
-async def test_connections_have_a_deadline(autojump_clock: trio.testing.MockClock) -> None:
-    """Who says nothing is disconnected after five seconds."""
-    async with server() as at, await trio.open_tcp_stream(*at) as stream:
-        await stream.send_all(b"GET /livez")
+@pytest.mark.parametrize("said", [b"G", get("/livez")[:-1]])
+async def test_slow_requests_are_told(autojump_clock: trio.testing.MockClock, said: bytes) -> None:
+    """Half a request is 408 after five seconds."""
+    async with server() as at:
         began = trio.current_time()
+        status, headers, body = await ask(at, said)
+        assert (status, body) == (408, b"no whole request in 5 s\n")
+        assert headers[b"connection"] == b"close"
+        assert trio.current_time() - began == pytest.approx(admin.DEADLINE, abs=0.5)
+
+
+async def test_silent_connections_have_a_deadline(autojump_clock: trio.testing.MockClock) -> None:
+    """Who says nothing is disconnected after five seconds, without a word."""
+    async with server() as at, await trio.open_tcp_stream(*at) as stream:
+        began = trio.current_time()
+        assert await _ended(stream)
+        assert trio.current_time() - began == pytest.approx(admin.DEADLINE, abs=0.5)
+
+
+async def test_answers_have_a_deadline(autojump_clock: trio.testing.MockClock) -> None:
+    """A route that never answers costs no more than another five seconds."""
+
+    async def stuck() -> admin.Answer:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async with server({"/stuck": stuck}) as at, await trio.open_tcp_stream(*at) as stream:
+        began = trio.current_time()
+        await stream.send_all(get("/stuck"))
         assert await _ended(stream)
         assert trio.current_time() - began == pytest.approx(admin.DEADLINE, abs=0.5)
 
@@ -187,3 +213,26 @@ async def test_ipv6() -> None:
             pytest.skip("no IPv6 here")
         assert (await ask(bound, get("/livez")))[0] == 200
         nursery.cancel_scope.cancel()
+
+
+async def test_all_addresses_of_both_families() -> None:
+    """[::]:0 takes IPv4, too, as all other listeners do."""
+    async with trio.open_nursery() as nursery:
+        try:
+            _, port = await nursery.start(serve, "[::]:0", ROUTES)
+        except ListenError:
+            pytest.skip("no IPv6 here")
+        for host in ("127.0.0.1", "::1"):
+            assert (await ask((host, port), get("/livez")))[0] == 200
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_machine_without_ipv6_names_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No such sockets at all: the key is told, too."""
+
+    def none(*_: object) -> socket.socket:
+        raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+
+    monkeypatch.setattr("rtunnel.net.socket.socket", none)
+    with pytest.raises(ListenError, match=r"^broker\.admin: can't listen on \[::\]:7070: address family not supported"):
+        await serve("[::]:7070", ROUTES, key="broker.admin")

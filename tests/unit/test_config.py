@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from rtunnel import config
-from rtunnel.config import Config, ConfigError, Flag, load
+from rtunnel.config import Config, ConfigError, Flag, consistency, load, loading, needs
+from rtunnel.wire.messages import MAX_HELLO, Decoder, Enrol, Hello, encode
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -270,6 +271,16 @@ def test_bad_values_are_refused_with_a_reason(key: str, value: object, reason: s
     assert str(problem).isprintable()
 
 
+@pytest.mark.parametrize("value", ["nan", "-nan", "inf", "-inf"])
+@pytest.mark.parametrize("key", [key for key, leaf in config.KEYS.items() if leaf.type is float])
+def test_numbers_are_finite(tmp_path: Path, key: str, value: str) -> None:
+    section, _, name = key.rpartition(".")
+    refused = fault(write(tmp_path, f"[{section}]\n{name} = {value}"))
+    number = "nan" if "nan" in value else value
+    assert re.search(rf"toml: {re.escape(key)}: {number} is out of bounds \(use \d\S*\.\.\d+\)$", refused)
+    assert f"{key}: {number} is out of bounds" in fault(environ={config.KEYS[key].env: value})
+
+
 def test_passwords_are_not_repeated() -> None:
     """The refusal of a registry URL never shows its password."""
     for url in ("redis://:hunter2@", "http://u:hunter2@h", "redis://:hunter2@h:x/0", "redis+sentinel://:hunter2@h:1"):
@@ -310,6 +321,45 @@ def test_keys_that_contradict_each_other(overrides: dict[str, object], reason: s
     assert reason in fault(None, None, **overrides)
 
 
+def much(networks: int) -> dict[str, object]:
+    """An agent with as much of everything as there may be, each as long as it can be, and with so many networks."""
+    addresses = [f"1111:2222:3333:4444:5555:6666:7777:{8000 + number}" for number in range(64)]
+    publish = [
+        {
+            "target": f"[{address}]:{60000 + number}",
+            "port": 50000,
+            "allow": [f"{address}/128"] * max(0, min(64, networks - 64 * number)),
+        }
+        for number, address in enumerate(addresses)
+    ]
+    return {
+        "agent.agent_id": "\U00010000" * 128,
+        "agent.namespace": "\U00010000" * 128,
+        "agent.addresses": addresses,
+        "agent.exposes": [f"{10000 + 3 * number}-{10001 + 3 * number}" for number in range(256)],
+        "agent.publish": publish,
+    }
+
+
+def test_what_an_agent_tells_brokers_fits() -> None:
+    """64 addresses, 256 ports and 64 open ports fit into a Hello with the longest names. Networks that do not are
+    refused here, and not by every broker."""
+    agent, networks = load(None, {}, much(0)).agent, 0
+    assert (len(agent.addresses), len(agent.exposes), len(agent.publish)) == (64, 256, 64)
+    with pytest.raises(ConfigError) as caught:
+        for networks in range(64 * 64):
+            agent = load(None, {}, much(networks)).agent
+    (problem,) = caught.value.problems
+    assert problem.key == "agent.publish"
+    assert re.search(r"Hello can take 32\d{3} bytes, and brokers read 32768 \(allow fewer", str(problem))
+    hello = consistency.longest_hello(agent)
+    frame = encode(hello)
+    assert networks > 64 and MAX_HELLO - 64 < len(frame) - 4 <= MAX_HELLO
+    decoder = Decoder(Hello | Enrol, MAX_HELLO)
+    decoder.feed(frame)
+    assert decoder.next() == hello
+
+
 def test_what_does_not_contradict() -> None:
     """Equal ports on different addresses, random ports, and the least durations are allowed."""
     values = {
@@ -346,7 +396,7 @@ def test_any_value_is_taken_or_refused(key: str, value: Any, from_file: bool) ->
     try:
         if from_file:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(config, "_read_toml", lambda path: table)
+                patch.setattr(loading, "_read_toml", lambda path: table)
                 load(Path("/etc/x.toml"), {}, {})
         else:
             load(None, {}, {key: value})
@@ -490,7 +540,7 @@ def test_ranges_of_the_kernel_are_warned_of(tmp_path: Path, monkeypatch: pytest.
     """A port range inside ip_local_port_range is a warning, one outside is none."""
     ephemeral = tmp_path / "ip_local_port_range"
     ephemeral.write_text("29999\t60999\n")
-    monkeypatch.setattr(config, "_EPHEMERAL", ephemeral)
+    monkeypatch.setattr(needs, "_EPHEMERAL", ephemeral)
     (problem,) = config.warnings(configured(tmp_path, "broker"), "broker")
     assert problem.key == "broker.port_range" and "29999-60999" in problem.reason
     ephemeral.write_text("30000\t60999\n")
@@ -614,5 +664,5 @@ def test_the_pages_examples_load() -> None:
     assert len(blocks) >= 5
     for block in blocks:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(config, "_read_toml", lambda path, block=block: tomllib.loads(block))
+            patch.setattr(loading, "_read_toml", lambda path, block=block: tomllib.loads(block))
             load(Path("/etc/rtunnel.toml"), {}, {})

@@ -14,9 +14,9 @@ import pytest
 
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account, Ending, StreamPair
-from rtunnel.relay.link import LEAST_RTT, MAX_STREAM_WINDOW
 from rtunnel.relay.loop import LONG_A_TURN, Loop
 from rtunnel.relay.relay import WATCH_SECONDS
+from rtunnel.relay.windows import LEAST_RTT, MAX_STREAM_WINDOW
 from rtunnel.trust import pki
 from rtunnel.trust.tls import client_context, server_context
 from rtunnel.wire.refusal import Refusal
@@ -26,7 +26,6 @@ from support.plumbing import (
     Quiet,
     TestRelay,
     Tunnel,
-    close_kept,
     dial,
     kept,
     listener,
@@ -74,12 +73,6 @@ class SocketHop:
 
 
 Hop = SocketHop | Tunnel
-
-
-@pytest.fixture(autouse=True)
-def _no_socket_left() -> Iterator[None]:
-    yield
-    close_kept()
 
 
 @pytest.fixture(scope="module")

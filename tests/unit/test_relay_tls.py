@@ -53,12 +53,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(autouse=True)
-def _close() -> Iterator[None]:
-    yield
-    close_kept()
-
-
 @dataclass
 class Opening:
     """The talker of both halves: waits for the other one's word, then does what comes next."""

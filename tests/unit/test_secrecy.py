@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -77,16 +78,16 @@ LEAKS = {
 }
 
 
-def session(test: str) -> subprocess.CompletedProcess[str]:
+def session(test: str, *options: str) -> subprocess.CompletedProcess[str]:
     """A session of its own with the plugin, where the ears of this one do not look."""
     with tempfile.TemporaryDirectory() as directory:
-        return _session(Path(directory), test)
+        return _session(Path(directory), test, options)
 
 
-def _session(directory: Path, test: str) -> subprocess.CompletedProcess[str]:
+def _session(directory: Path, test: str, more: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     (directory / "conftest.py").write_text(CONFTEST)
     (directory / "test_inner.py").write_text(COMMON + test)
-    options = ["-p", "no:cacheprovider", "-W", "ignore", "--rootdir", str(directory)]
+    options = ["-p", "no:cacheprovider", "-W", "ignore", "--rootdir", str(directory), *more]
     base = ["--basetemp", str(directory / "base")]
     command = [sys.executable, "-m", "pytest", *options, *base, "-o", f"pythonpath={TESTS}", str(directory)]
     return subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
@@ -98,17 +99,28 @@ def test_a_session_without_a_leak_passes() -> None:
     assert (done.returncode, "1 passed" in done.stdout) == (0, True), done.stdout
 
 
-@pytest.fixture(scope="module")
-def leaking() -> str:
+def leaks_of(names: Iterable[str], *options: str) -> str:
     """What a session says in which each test leaks in its own way."""
     tests = [
-        f"def test_{name}(made, tmp_path):\n    key = keys.load_cluster_keys(made / 'cluster.key')[0]; {code}\n"
-        for name, code in LEAKS.items()
+        f"def test_{name}(made, tmp_path):\n    key = keys.load_cluster_keys(made / 'cluster.key')[0]; {LEAKS[name]}\n"
+        for name in names
     ]
-    done = session("\n".join(tests))
-    assert f"{len(LEAKS)} passed" in done.stdout, done.stdout
+    done = session("\n".join(tests), *options)
+    assert f"{len(tests)} passed" in done.stdout, done.stdout
     assert done.returncode == 1
     return done.stdout.partition("secrets in logs")[2]
+
+
+@pytest.fixture(scope="module")
+def leaking() -> str:
+    """That of all ways."""
+    return leaks_of(LEAKS)
+
+
+def test_what_another_test_process_has_found_counts() -> None:
+    """`pytest -n`: each listens for itself, and the first one does not know secrets whose files are gone."""
+    found = leaks_of(["a_key_that_was_removed", "a_log_file"], "-n", "1")
+    assert "::test_a_key_that_was_removed:" in found and "/test_a_log_file0/role.log:" in found, found
 
 
 @pytest.mark.parametrize("name", LEAKS)

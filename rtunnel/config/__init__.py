@@ -1,0 +1,86 @@
+"""Configuration: one TOML file, a section per role; `RTUNNEL_SECTION_KEY` overrides it, flags override both.
+
+`sections` is the source of everything said about a key: its type, default, unit, meaning and check stand on its line;
+flags, error messages and the test of `docs/configuration.md` are made from it. Durations are seconds.
+
+`load` judges what can be judged from the text alone: key by key (`values`, `checks`), then across keys (`consistency`).
+`check_role` judges what one role needs on this machine, before it starts; `warnings` says what is allowed and probably
+not meant (`needs`). Faults are `ConfigError`, all of them at once, each with where the value came from, its key, the
+reason, and the fix.
+"""
+
+from __future__ import annotations
+
+from rtunnel.config.checks import MAX_ADDRESSES
+from rtunnel.config.loading import MAX_FILE, Flag, changed, load, reread
+from rtunnel.config.needs import ROLES, check_role, is_memory, role_sections, warnings
+from rtunnel.config.sections import (
+    KEYS,
+    SECTIONS,
+    AdmitConfig,
+    AgentConfig,
+    AuthorityConfig,
+    BrokerConfig,
+    Config,
+    GatewayConfig,
+    LimitsConfig,
+    LogConfig,
+    PublishConfig,
+    RegistryConfig,
+)
+from rtunnel.config.values import (
+    BadValue,
+    ConfigError,
+    Problem,
+    canonical_ip,
+    check_network,
+    check_word,
+    default_address,
+    format_endpoint,
+    host_name,
+    parse_endpoint,
+    parse_exposes,
+    parse_range,
+    slice_of,
+    split_exposes,
+)
+
+__all__ = [
+    "KEYS",
+    "MAX_ADDRESSES",
+    "MAX_FILE",
+    "ROLES",
+    "SECTIONS",
+    "AdmitConfig",
+    "AgentConfig",
+    "AuthorityConfig",
+    "BadValue",
+    "BrokerConfig",
+    "Config",
+    "ConfigError",
+    "Flag",
+    "GatewayConfig",
+    "LimitsConfig",
+    "LogConfig",
+    "Problem",
+    "PublishConfig",
+    "RegistryConfig",
+    "canonical_ip",
+    "changed",
+    "check_network",
+    "check_role",
+    "check_word",
+    "default_address",
+    "format_endpoint",
+    "host_name",
+    "is_memory",
+    "load",
+    "parse_endpoint",
+    "parse_exposes",
+    "parse_range",
+    "reread",
+    "role_sections",
+    "slice_of",
+    "split_exposes",
+    "warnings",
+]

@@ -1,0 +1,150 @@
+"""Checks across keys, of the text alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rtunnel.config.sections import MAX_WORKERS, AgentConfig, Config
+from rtunnel.config.values import MAX_WORD, Problem, parse_endpoint, parse_range, span, split_exposes
+from rtunnel.wire.messages import MAX_HELLO, MAX_HOLDS, VERSION, Hello, Publish, encode
+
+#: Ranges of ports that a broker gives out; "" for none.
+BROKER_RANGES = ("broker.port_range", "broker.open_ports.range")
+
+
+def contradictions(config: Config) -> Iterator[Problem]:
+    """Where keys say what cannot be true together."""
+    yield from _check_registry(config)
+    for section in ("broker", "agent", "gateway", "authority"):
+        yield from check_ports(config, (section,))
+    yield from _check_open_ports(config)
+    if config.gateway.no_auth and not config.gateway.users:
+        fix = "give users, or leave no_auth out: without users nobody can log in"
+        yield config.problem("gateway.no_auth", "means nothing without users", fix)
+    yield from _check_workers(config)
+    yield from _check_identity(config)
+    if config.agent.addresses:
+        yield from check_publish(config, config.agent.addresses)
+    yield from _check_hello(config)
+
+
+def _check_registry(config: Config) -> Iterator[Problem]:
+    registry = config.registry
+    if registry.ttl < 2 * registry.heartbeat:
+        reason = f"{registry.ttl:g} s is less than 2 heartbeats of {registry.heartbeat:g} s: one late beat loses tuples"
+        yield config.problem("registry.ttl", reason, f"use {2 * registry.heartbeat:g} or more", "registry.heartbeat")
+    if registry.quarantine < registry.ttl:
+        reason = f"{registry.quarantine:g} s is less than ttl, {registry.ttl:g} s: a tuple may outlive its port"
+        yield config.problem("registry.quarantine", reason, f"use {registry.ttl:g} or more", "registry.ttl")
+
+
+def _check_open_ports(config: Config) -> Iterator[Problem]:
+    open_ports = config.broker.open_ports
+    if open_ports.range and not open_ports.allow:
+        fix = 'say who may connect, like allow = ["10.0.0.0/8"]'
+        yield config.problem("broker.open_ports.allow", "open ports need a list of networks", fix)
+    if open_ports.allow and not open_ports.range:
+        fix = 'give the ports, like range = "30000-30999"'
+        yield config.problem("broker.open_ports.range", "open ports need a range", fix, "broker.open_ports.allow")
+
+
+def _check_identity(config: Config) -> Iterator[Problem]:
+    """What certificates need of each other, for the side that judges them and the side that shows one."""
+    for section in ("broker", "gateway"):
+        for key in (f"{section}.trust", f"{section}.authority"):
+            if config.get(key) and not config.get(f"{section}.ca"):
+                yield config.problem(key, f"means nothing without {section}.ca", "give the cluster's ca.pem file")
+    agent = config.agent
+    if bool(agent.certificate) != bool(agent.key):
+        missing, given = ("key", "certificate") if agent.certificate else ("certificate", "key")
+        fix = "give both, or neither"
+        yield config.problem(f"agent.{missing}", f"is not given, and agent.{given} is", fix, f"agent.{given}")
+    if agent.identity and agent.certificate:
+        fix = "leave one out: identity is for certificates that the agent gets by itself"
+        yield config.problem("agent.identity", "and agent.certificate are both given", fix, "agent.certificate")
+
+
+def _check_workers(config: Config) -> Iterator[Problem]:
+    broker = config.broker
+    if broker.workers == 1:
+        return
+    for key in BROKER_RANGES:
+        low, high = parse_range(text) if (text := config.get(key)) else (1, MAX_WORKERS)
+        if high - low + 1 < broker.workers:
+            reason = f"{text} has {high - low + 1} ports, and {broker.workers} workers need some each"
+            yield config.problem(key, reason, "widen it, or lower broker.workers", "broker.workers")
+    suffix = len(f".{broker.workers}")
+    if len(broker.node_id) + suffix > MAX_WORD:
+        reason = f"is {len(broker.node_id)} characters long, and each worker's number comes behind it"
+        yield config.problem("broker.node_id", reason, f"use at most {MAX_WORD - suffix}")
+
+
+def check_ports(config: Config, sections: Sequence[str]) -> Iterator[Problem]:
+    """Nothing that one process binds may overlap."""
+    taken: list[tuple[str, str, int, int]] = []
+    for key, host, low, high in _claims(config, sections):
+        for other, other_host, other_low, other_high in taken:
+            if low <= other_high and other_low <= high and _same_host(host, other_host):
+                reason = f"{span(low, high)} overlaps {other} ({span(other_low, other_high)})"
+                yield config.problem(key, reason, "give each its own ports", other)
+        taken.append((key, host, low, high))
+
+
+def _claims(config: Config, sections: Sequence[str]) -> Iterator[tuple[str, str, int, int]]:
+    for section in sections:
+        for name in ("listen", "admin"):
+            endpoint = getattr(getattr(config, section), name, "")
+            host, port = parse_endpoint(endpoint) if endpoint else ("", 0)
+            if port:
+                yield f"{section}.{name}", host, port, port
+    if "broker" in sections:
+        for key in BROKER_RANGES:
+            if text := config.get(key):
+                yield key, "", *parse_range(text)
+
+
+def _same_host(one: str, other: str) -> bool:
+    """Whether sockets on both could collide; "" and the unspecified addresses are every address."""
+    return one == other or any(host in ("", "0.0.0.0", "::") for host in (one, other))  # noqa: S104 - compared, not bound
+
+
+def check_publish(config: Config, addresses: Sequence[str]) -> Iterator[Problem]:
+    """Open ports lead to the agent's own addresses."""
+    for index, entry in enumerate(config.agent.publish):
+        host, _ = parse_endpoint(entry.target)
+        if host not in addresses:
+            reason = f"{host} is none of the agent's addresses ({', '.join(addresses)})"
+            key = f"agent.publish[{index}].target"
+            yield Problem(config.source("agent.publish"), key, reason, "add it to agent.addresses")
+
+
+def longest_hello(agent: AgentConfig) -> Hello:
+    """The longest that this agent could send, whatever nodes it has sessions on."""
+    direct, loopback = split_exposes(agent.exposes)
+    longest = "\U00010000" * MAX_WORD
+    return Hello(
+        version=VERSION,
+        agent_id=agent.agent_id or "x" * 64,  # a host's name is no longer
+        instance=bytes(16),
+        namespace=agent.namespace,
+        addresses=agent.addresses or ["x" * 39],
+        nonce=bytes(16),
+        token_id="x" * 64,
+        exposes=[*direct, *loopback],
+        publish=[
+            Publish(ip=ip, target_port=target_port, port=entry.port, allow=entry.allow)
+            for entry in agent.publish
+            for ip, target_port in [parse_endpoint(entry.target)]
+        ],
+        holds=[longest] * MAX_HOLDS,
+        holds_hosts=[longest] * MAX_HOLDS,
+        software="x" * 64,
+        trust=2**63,
+    )
+
+
+def _check_hello(config: Config) -> Iterator[Problem]:
+    """All but networks fits, as many and as long as it can be."""
+    if (size := len(encode(longest_hello(config.agent))) - 4) > MAX_HELLO:
+        reason = f"with its networks (allow) the agent's Hello can take {size} bytes, and brokers read {MAX_HELLO}"
+        yield config.problem("agent.publish", reason, "allow fewer, or none: those that the broker allows")

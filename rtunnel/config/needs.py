@@ -1,0 +1,214 @@
+"""What one role needs on this machine before it starts, and what is allowed and probably not meant."""
+
+from __future__ import annotations
+
+import ipaddress
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from rtunnel.config.consistency import BROKER_RANGES, check_ports, check_publish
+from rtunnel.config.sections import FILE, KEYS, Config
+from rtunnel.config.values import ConfigError, Problem, default_address, parse_endpoint, parse_range
+
+ROLES = ("broker", "agent", "gateway", "authority", "standalone")
+
+
+def role_sections(role: str) -> tuple[str, ...]:
+    """The sections that a role reads, beside [log] and [registry]."""
+    if role not in ROLES:
+        raise ValueError(f"no such role: {role!r} (known: {', '.join(ROLES)})")
+    return ("broker", "gateway") if role == "standalone" else (role,)
+
+
+def check_role(config: Config, role: str) -> None:
+    """Whether this role could start here: what it needs is given, its files are readable. Raises ConfigError."""
+    if problems := list(_missing(config, role)):
+        raise ConfigError(problems)
+
+
+def _missing(config: Config, role: str) -> Iterator[Problem]:
+    for section in role_sections(role):
+        yield from _NEEDS[section](config)
+    for key in _role_files(config, role):
+        if reason := _file_fault(config.get(key)):
+            yield config.problem(key, reason)
+    if role == "standalone":
+        yield from _standalone_needs(config)
+    elif is_memory(config) and role == "gateway":
+        reason = f"{_ONE_PROCESS}: a gateway of its own would never see a tuple"
+        yield config.problem("registry.url", reason, _SHARE)
+    elif is_memory(config) and role == "broker" and config.broker.workers > 1:
+        reason = f"{_ONE_PROCESS}, and several workers need one together"
+        yield config.problem("registry.url", reason, "use redis://...", "broker.workers")
+
+
+def is_memory(config: Config) -> bool:
+    """Whether tuples live in this process only."""
+    return urlsplit(config.registry.url).scheme == "memory"
+
+
+def warnings(config: Config, role: str) -> list[Problem]:
+    """What is allowed for this role and probably not meant."""
+    return list(_warnings(config, role))
+
+
+def _warnings(config: Config, role: str) -> Iterator[Problem]:
+    sections = role_sections(role)
+    for section in sections:
+        if getattr(getattr(config, section), "security", "") == "plain":
+            yield config.problem(f"{section}.security", "links are not encrypted", "use tls")
+    for key in _role_files(config, role):
+        if KEYS[key].key.secret:
+            yield from _open_to_others(config, key, Path(config.get(key)))
+    if role == "authority":
+        folder = Path(config.authority.directory)
+        for path in sorted([*folder.glob("*.key"), *folder.glob("authority.db*")]):
+            yield from _open_to_others(config, "authority.directory", path)
+    if "broker" in sections:
+        yield from _ephemeral_overlaps(config)
+    if "gateway" in sections:
+        yield from _open_doors(config)
+    if role == "broker" and is_memory(config):
+        reason = f"{_ONE_PROCESS}: no gateway and no other broker will see this node"
+        yield config.problem("registry.url", reason, _SHARE)
+    if role == "agent" and not (config.agent.exposes or config.agent.publish):
+        yield config.problem("agent.exposes", "is empty: nothing can be reached through this agent")
+
+
+def _open_doors(config: Config) -> Iterator[Problem]:
+    gateway = config.gateway
+    host, _ = parse_endpoint(gateway.listen)
+    if not gateway.policy and not ipaddress.ip_address(host).is_loopback:
+        reason = f"is not given, and {gateway.listen} listens for others: only clients on this machine will be served"
+        yield config.problem("gateway.policy", reason, "write rules (docs/policy.md)", "gateway.listen")
+    if gateway.proof == "off":
+        reason = "agents need not prove that they have an address: registry and brokers are believed"
+        yield config.problem("gateway.proof", reason, 'write proof = "required"')
+
+
+def _need(config: Config, key: str, why: str, fix: str) -> Iterator[Problem]:
+    if not config.get(key):
+        yield config.problem(key, f"is not given: {why}", fix)
+
+
+_PKI = "`rtunnel pki init DIR` makes one"
+_ONE_PROCESS = "the memory registry lives inside one process"
+_SHARE = "use redis://..., or run `rtunnel standalone`"
+
+
+def _standalone_needs(config: Config) -> Iterator[Problem]:
+    yield from check_ports(config, role_sections("standalone"))
+    if config.broker.dial_security != config.gateway.dial_security:
+        reason = f"is {config.gateway.dial_security}, and broker.dial_security is {config.broker.dial_security}"
+        yield config.problem("gateway.dial_security", reason, "set both", "broker.dial_security")
+    for key in ("broker.workers", "gateway.workers"):
+        if config.get(key) > 1:
+            fix = "use 1, or run `rtunnel broker` and `rtunnel gateway`"
+            yield config.problem(key, "`rtunnel standalone` is one process", fix)
+
+
+def _broker_needs(config: Config) -> Iterator[Problem]:
+    broker = config.broker
+    yield from _need(config, "broker.cluster_key", "Dials are checked with it", _PKI)
+    if broker.security == "plain":
+        yield from _need(config, "broker.join_token", "a plain link carries no certificates", _PKI)
+    elif not broker.join_token:
+        fix = "give ca for agents with certificates, or join_token for shared tokens; " + _PKI
+        yield from _need(config, "broker.ca", "and neither is broker.join_token: no agent could join", fix)
+    if "tls" in (broker.security, broker.dial_security):
+        why = f"{'links' if broker.security == 'tls' else 'guarded ports'} use TLS"
+        yield from _need(config, "broker.certificate", why, _PKI)
+        yield from _need(config, "broker.key", why, _PKI)
+
+
+def _agent_needs(config: Config) -> Iterator[Problem]:
+    agent = config.agent
+    yield from _need(config, "agent.brokers", "there is nothing to dial", 'write brokers = ["vip.example:7000"]')
+    if agent.security == "plain":
+        fix = "the cluster's join.token file"
+        yield from _need(config, "agent.join_token", "a plain link carries no certificates", fix)
+    elif agent.identity and _file_fault(str(Path(agent.identity, "agent.pem"))):
+        why = f"there is no certificate in {agent.identity}"
+        yield from _need(config, "agent.join_token", why, "`rtunnel pki token create` makes one")
+    elif not (agent.certificate or agent.identity):
+        fix = "give identity and, as join_token, a token of `rtunnel pki token create`"
+        yield from _need(config, "agent.join_token", "brokers ask for a certificate or a token", fix)
+    if agent.security == "tls" or agent.identity:
+        yield from _need(config, "agent.ca", "brokers and certificates are known by it", "the cluster's ca.pem file")
+    if not agent.addresses:
+        yield from check_publish(config, [default_address()])
+
+
+def _gateway_needs(config: Config) -> Iterator[Problem]:
+    yield from _need(config, "gateway.key", "Dials are signed with it", "`rtunnel pki issue gateway` makes one")
+    if config.gateway.proof == "required":
+        fix = 'give the cluster\'s ca.pem, or write proof = "off" to believe registry and brokers'
+        yield from _need(config, "gateway.ca", "agents' proofs are checked with it (gateway.proof = required)", fix)
+    elif config.gateway.dial_security == "tls":
+        yield from _need(config, "gateway.ca", "brokers are known by it", "the cluster's ca.pem file")
+
+
+def _authority_needs(config: Config) -> Iterator[Problem]:
+    yield from _need(config, "authority.directory", "certificates come from there", _PKI)
+
+
+_NEEDS: dict[str, Callable[[Config], Iterator[Problem]]] = {
+    "broker": _broker_needs,
+    "agent": _agent_needs,
+    "gateway": _gateway_needs,
+    "authority": _authority_needs,
+}
+
+
+def _role_files(config: Config, role: str) -> Iterator[str]:
+    """The file keys that this role will open, and that must be there."""
+    unused = {path for path, leaf in KEYS.items() if leaf.key.made}
+    if config.broker.security == config.broker.dial_security == "plain":
+        unused |= {"broker.certificate", "broker.key"}
+    if config.agent.security == "plain" and not config.agent.identity:
+        unused.add("agent.ca")
+    for section in role_sections(role):
+        for path, leaf in KEYS.items():
+            if path.startswith(section + ".") and leaf.key.unit == FILE and config.get(path) and path not in unused:
+                yield path
+
+
+def _file_fault(name: str) -> str:
+    try:
+        # Looked at before it is opened: opening a pipe would wait for its writer.
+        if not stat.S_ISREG(Path(name).stat().st_mode):
+            return f"{name} is not a file"
+        with Path(name).open("rb"):
+            return ""
+    except (OSError, ValueError) as fault:
+        return f"{name} can't be read: {getattr(fault, 'strerror', None) or fault}"
+
+
+def _open_to_others(config: Config, key: str, path: Path) -> Iterator[Problem]:
+    """A secret that everyone may read or write."""
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except (OSError, ValueError):
+        return
+    if mode & (stat.S_IROTH | stat.S_IWOTH):
+        reason = f"{path} has mode {mode:04o}: other users of this machine can use it"
+        yield config.problem(key, reason, "chmod 0600")
+
+
+_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+
+def _ephemeral_overlaps(config: Config) -> Iterator[Problem]:
+    """The kernel gives out ports of this range to outgoing connections, and may have given away ours."""
+    try:
+        kernel_low, kernel_high = map(int, _EPHEMERAL.read_text().split())
+    except (OSError, ValueError):
+        return
+    for key in BROKER_RANGES:
+        text = config.get(key)
+        low, high = parse_range(text) if text else (0, 0)
+        if text and low <= kernel_high and kernel_low <= high:
+            reason = f"{text} overlaps net.ipv4.ip_local_port_range {kernel_low}-{kernel_high}: some will be in use"
+            yield config.problem(key, reason, "use ports outside of it, or net.ipv4.ip_local_reserved_ports")

@@ -1,0 +1,197 @@
+"""Values: parse, or say why not. Ports, endpoints, addresses, networks, words."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+#: Characters of an id or a namespace.
+MAX_WORD = 128
+#: In front of a port of `agent.exposes`: the service listens on loopback only.
+LOOPBACK = "loopback:"
+
+HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
+
+
+class BadValue(ValueError):
+    """A value that can't be used; the text is the reason, `fix` says what to write instead."""
+
+    def __init__(self, reason: str, fix: str = "") -> None:
+        super().__init__(reason)
+        self.fix = fix
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One fault (or warning): where the value came from, which key, why, and what to do."""
+
+    source: str
+    key: str
+    reason: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        where = ": ".join(part for part in (self.source, self.key) if part)
+        return f"{where}: {self.reason}" + (f" ({self.fix})" if self.fix else "")
+
+
+class ConfigError(Exception):
+    """The configuration can't be used. `problems` has all faults that were found; the text has one a line."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+def parse_endpoint(text: str) -> tuple[str, int]:
+    """(host, port) of "host:port" or "[v6]:port"; addresses come back canonical, port 0 is allowed.
+
+    Raises ValueError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or "]" in port:
+        raise BadValue(f"{text!r} is not host:port", "write it like 10.0.0.1:7000 or [fd00::1]:7000")
+    number = parse_port(port, 0)
+    if host.startswith("[") and host.endswith("]"):
+        return canonical_ip(host[1:-1], 6), number
+    if ":" in host:
+        raise BadValue(f"{text!r} is ambiguous", f"an IPv6 address stands in brackets: [{text}]:port")
+    if looks_like_ip(host):
+        return canonical_ip(host), number
+    if not HOST_NAME.fullmatch(host):
+        raise BadValue(f"{host!r} is neither an IP address nor a host name")
+    return host.lower(), number
+
+
+def format_endpoint(host: str, port: int) -> str:
+    """The inverse of `parse_endpoint`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def parse_range(text: str) -> tuple[int, int]:
+    """(first, last) of "first-last", both inclusive, 1..65535. Raises ValueError."""
+    first, dash, last = text.partition("-")
+    if not dash:
+        raise BadValue(f"{text!r} is not a range of ports", "write it like 20000-29999")
+    low, high = parse_port(first.strip(), 1), parse_port(last.strip(), 1)
+    if low > high:
+        raise BadValue(f"{text!r} ends before it begins", f"write {high}-{low}")
+    return low, high
+
+
+def span(low: int, high: int) -> str:
+    """The inverse of `parse_ports`."""
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def slice_of(text: str, number: int, count: int) -> str:
+    """Part `number` (from 1) of `count` of a range, as a range: disjoint, all of it, as equal as can be."""
+    first, last = parse_range(text)
+    size = last - first + 1
+    return f"{first + size * (number - 1) // count}-{first + size * number // count - 1}"
+
+
+def parse_exposes(items: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Port ranges of "9100" and "8000-8100", sorted, touching ones merged. Raises ValueError."""
+    return _merged(map(parse_ports, items))
+
+
+def split_exposes(items: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(ports at the agent's addresses, ports on its loopback) of `agent.exposes`, both without a prefix."""
+    loopback = [item.removeprefix(LOOPBACK) for item in items if item.startswith(LOOPBACK)]
+    return [item for item in items if not item.startswith(LOOPBACK)], loopback
+
+
+def _merged(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    merged: list[tuple[int, int]] = []
+    for low, high in sorted(ranges):
+        if merged and low <= merged[-1][1] + 1:
+            merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
+        else:
+            merged.append((low, high))
+    return tuple(merged)
+
+
+def canonical_ip(text: str, version: int = 0) -> str:
+    """The one spelling of an IP address: v6 compressed, v4-mapped v6 as v4, no scope. Raises ValueError.
+
+    `version` 6: it stood in brackets."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise BadValue(f"{text!r} is not an IP address") from None
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.scope_id:
+            raise BadValue(f"{text!r} has a scope, which means nothing on another host")
+        return str(address.ipv4_mapped or address)
+    if version == 6:
+        raise BadValue(f"{text!r} in brackets is not an IPv6 address", "an IPv4 address stands without brackets")
+    return str(address)
+
+
+def check_word(text: str) -> str:
+    """An id or namespace: 1..128 printable characters, no space, no '/' (lease owners join the two with it).
+
+    Raises ValueError."""
+    if not 1 <= len(text) <= MAX_WORD:
+        raise BadValue(f"{len(text)} characters long", f"use 1 to {MAX_WORD}")
+    if not text.isprintable() or " " in text or "/" in text:
+        raise BadValue(f"{text!r} has a space, a slash or a control character", "use letters, digits, '-', '_', '.'")
+    return text
+
+
+def check_network(text: str) -> str:
+    """A network, or one address as a network, in its one spelling. Raises ValueError."""
+    try:
+        return str(ipaddress.ip_network(text))
+    except ValueError:
+        pass
+    try:
+        wider = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise BadValue(f"{text!r} is not a network", "write it like 10.0.0.0/8") from None
+    raise BadValue(f"{text!r} has bits set behind its mask", f"write {wider}")
+
+
+def host_name() -> str:
+    """The host's name: what ids default to."""
+    return socket.gethostname() or "localhost"
+
+
+def default_address() -> str:
+    """The address that the default route leaves from; 127.0.0.1 where there is none. Nothing is sent."""
+    # Documentation addresses: connecting a UDP socket only asks the kernel for the route.
+    for family, probe in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as sock:
+                sock.connect((probe, 9))
+                address = str(sock.getsockname()[0])
+        except OSError:
+            continue
+        if not ipaddress.ip_address(address).is_unspecified:
+            return address
+    return "127.0.0.1"
+
+
+def looks_like_ip(host: str) -> bool:
+    """Only digits in the last label: no host name is like that (RFC 1123), so it's an address, or wrong."""
+    return host.rstrip(".").rpartition(".")[2].isdigit()
+
+
+def parse_port(text: str, least: int) -> int:
+    """A port from `least` to 65535. Raises ValueError."""
+    # isdecimal alone takes other scripts' digits, int() alone takes "+1" and "1_0".
+    if not (text.isascii() and text.isdecimal() and len(text) <= 5 and least <= int(text) <= 65535):
+        raise BadValue(f"{text!r} is not a port", f"use {least}..65535")
+    return int(text)
+
+
+def parse_ports(text: str) -> tuple[int, int]:
+    """(first, last) of "9100" or "8000-8100". Raises ValueError."""
+    text = text.strip()
+    if "-" in text:
+        return parse_range(text)
+    port = parse_port(text, 1)
+    return port, port

@@ -1,0 +1,185 @@
+"""A yamux stream as an end that talks and can be joined."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from rtunnel.relay.ends import LINGER_SECONDS, Talker
+from rtunnel.relay.loop import Timer
+from rtunnel.wire import yamux
+
+if TYPE_CHECKING:
+    from rtunnel.relay.link import Link
+
+
+class StreamJoin(Protocol):
+    """What a joined stream tells its pair."""
+
+    def stream_data(self, data: memoryview) -> None:
+        """Payload from the peer."""
+
+    def stream_fin(self) -> None:
+        """The peer sends no more."""
+
+    def stream_lost(self, why: str) -> None:
+        """Reset, or the link is gone."""
+
+    def stream_window(self) -> None:
+        """There is send window again."""
+
+
+class StreamEnd(yamux.Stream):
+    """See the module, and End."""
+
+    __slots__ = ("_deadline", "_reading", "_talker", "backlog", "closed", "eof", "given", "granted", "link", "pair")
+    session: Link
+    broken = False  # see End: a stream's failure is its link's, and comes as a reset
+
+    def __init__(self, link: Link) -> None:
+        super().__init__(link)
+        self.link = link
+        self.eof = False
+        self.closed = False
+        self.granted = link.loop.now  # when the rate was looked at last,
+        self.given = 0  # and the window given back since
+        self.pair: StreamJoin | None = None
+        self.backlog = bytearray()  # came while nobody was reading; at most the window
+        self._talker: Talker | None = None
+        self._reading = False
+        self._deadline: Timer | None = None
+
+    def talk(self, talker: Talker, deadline: float | None = None) -> None:
+        """See End."""
+        self._talker = talker
+        self._stop_deadline()
+        if deadline is not None:
+            self._deadline = self.link.loop.after(deadline, self._late)
+        self.resume()
+
+    def say(self, data: bytes) -> None:
+        """See End."""
+        if not self.gone:
+            self.link.write(self.frame(data))
+
+    def pause(self) -> None:
+        """See End."""
+        self._reading = False
+        self._stop_deadline()
+
+    def resume(self) -> None:
+        """See End."""
+        self._reading = True
+        if self.backlog or self.eof:
+            self.link.loop.soon(self._replay)
+
+    def close(self) -> None:
+        """See End. What the peer still sends is dropped; a reset now would overtake our last words further on."""
+        if not self.closed:
+            self._let_go()
+            self.finish()
+            if not self.gone:
+                self.pair = _Discard(self)
+
+    def abort(self) -> None:
+        """See End."""
+        if not self.closed:
+            self._let_go()
+            self.reset()
+
+    def hand_over(self, pair: StreamJoin) -> bytes:
+        """The join takes the stream; returns what came before and was not read (not yet `consumed`)."""
+        self._stop_deadline()
+        self._talker = None
+        self.pair = pair
+        backlog, self.backlog = self.backlog, bytearray()
+        return bytes(backlog)
+
+    # Hooks of yamux.Stream.
+
+    def on_data(self, data: memoryview) -> None:
+        """See yamux.Stream."""
+        link = self.link
+        if link.speaker != self.id:
+            link.speaker = self.id
+            link.spoke_another = link.loop.now
+        if self.pair is not None:
+            self.pair.stream_data(data)
+        elif self._reading and self._talker is not None and not self.backlog:
+            self.consumed(len(data))
+            self._talker.received(bytes(data))
+        else:
+            self.backlog += data
+
+    def on_fin(self) -> None:
+        """See yamux.Stream."""
+        self.eof = True
+        if self.pair is not None:
+            self.pair.stream_fin()
+        elif self._reading and self._talker is not None and not self.backlog:
+            self._talker.finished()
+
+    def on_reset(self) -> None:
+        """See yamux.Stream."""
+        self._lose("link_lost" if self.session.over else "reset")
+
+    def on_window(self) -> None:
+        """See yamux.Stream."""
+        if self.pair is not None:
+            self.pair.stream_window()
+
+    def _replay(self) -> None:
+        """Bytes that came while nobody was reading, then the FIN."""
+        if self._talker is None or not self._reading or self.closed:
+            return
+        if self.backlog:
+            data, self.backlog = bytes(self.backlog), bytearray()
+            self.consumed(len(data))
+            self._talker.received(data)
+        if self.eof and self._reading and self._talker is not None and not self.backlog:
+            self._talker.finished()
+
+    def _late(self) -> None:
+        self.reset()
+        self._lose("deadline")
+
+    def _lose(self, why: str) -> None:
+        talker, pair = self._talker, self.pair
+        self._let_go()
+        if pair is not None:
+            pair.stream_lost(why)
+        elif talker is not None:
+            talker.lost(why)
+
+    def _let_go(self) -> None:
+        self.closed = True
+        self._talker = None
+        self.pair = None
+        self.backlog = bytearray()
+        self._stop_deadline()
+
+    def _stop_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+class _Discard:
+    """Drops what a closed stream still gets, for a while."""
+
+    __slots__ = ("_stream", "_timer")
+
+    def __init__(self, stream: StreamEnd) -> None:
+        self._stream = stream
+        self._timer = stream.link.loop.after(LINGER_SECONDS, stream.reset)
+
+    def stream_data(self, data: memoryview) -> None:
+        self._stream.consumed(len(data))
+
+    def stream_fin(self) -> None:
+        self._timer.cancel()
+
+    def stream_lost(self, why: str) -> None:
+        self._timer.cancel()
+
+    def stream_window(self) -> None:
+        pass

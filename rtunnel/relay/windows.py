@@ -1,0 +1,76 @@
+"""How much a link's peer may send ahead: windows grow and shrink with their streams, from one budget per process."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from rtunnel.relay.loop import Loop
+from rtunnel.relay.stream import StreamEnd
+from rtunnel.wire import yamux
+
+#: A window grows towards twice what its stream moves in a round trip, at most doubling each time that it is looked at.
+#: The shortest round trip counts (a later one has waited behind the very bytes that the window let in), and this at
+#: least, because even on loopback the other end needs a turn. More would only fill buffers that small frames wait
+#: behind: windows of 4 MiB on loopback gave a round trip beside a bulk stream a p99 of 33 ms.
+LEAST_RTT: Final = 0.0005
+#: A rate over less time than this is that of a burst out of some buffer.
+RATE_SECONDS: Final = 0.01
+#: A stream is alone on its link when none other has spoken for so long. The window of one that is not shrinks again to
+#: where it began, on a path that is nearer than `NEAR_RTT`: more would only queue up in front of its neighbours' bytes.
+ALONE_SECONDS: Final = 0.25
+NEAR_RTT: Final = 0.001
+#: On a farther path windows are given back in eighths: in halves a stream moves half of its window in a round trip.
+FAR_GIVE_BACK: Final = 8
+#: 1 Gbit/s over 50 ms is 6 MiB under way, and half a window again until it is given back.
+MAX_STREAM_WINDOW: Final = 16 * 1024 * 1024
+WINDOW_BUDGET: Final = 256 * 1024 * 1024
+
+
+class Windows:
+    """What the windows of all streams of a process may grow by, together. Used up, they stay as they are."""
+
+    __slots__ = ("left",)
+
+    def __init__(self, budget: int = WINDOW_BUDGET) -> None:
+        self.left = budget
+
+
+class WindowedSession(yamux.Session):
+    """A yamux session of `StreamEnd`s whose windows follow what they move."""
+
+    __slots__ = ("_least_rtt", "_windows", "loop", "speaker", "spoke_another")
+
+    def __init__(self, loop: Loop, windows: Windows, *, client: bool) -> None:
+        super().__init__(client=client)
+        self.loop = loop
+        self.speaker = 0  # the stream that spoke last,
+        self.spoke_another = loop.now  # and when it was another one
+        self._least_rtt = 0.0  # 0: none yet
+        self._windows = windows
+
+    def measured(self, rtt: float) -> None:
+        """A round trip on this link took so many seconds."""
+        self._least_rtt = min(rtt, self._least_rtt or rtt)
+        self.give_back = 2 if self._least_rtt < NEAR_RTT else FAR_GIVE_BACK
+
+    def grows(self, stream: yamux.Stream) -> int:
+        """See yamux.Session."""
+        assert isinstance(stream, StreamEnd)
+        stream.given += stream.owed
+        now = self.loop.now
+        seconds = now - stream.granted
+        if seconds < RATE_SECONDS:
+            return 0
+        given, stream.granted, stream.given = stream.given, now, 0
+        window = stream.receive_window
+        if self._least_rtt < NEAR_RTT and now - self.spoke_another < ALONE_SECONDS:
+            more = -min(stream.owed, window - yamux.INITIAL_WINDOW)
+        else:
+            wanted = int(2 * given / seconds * max(self._least_rtt, LEAST_RTT))
+            more = max(0, min(wanted - window, window, MAX_STREAM_WINDOW - window, self._windows.left))
+        self._windows.left -= more
+        return more
+
+    def gave_up(self, stream: yamux.Stream) -> None:
+        """See yamux.Session."""
+        self._windows.left += stream.receive_window - yamux.INITIAL_WINDOW

@@ -1,0 +1,43 @@
+"""For every end-to-end test: nothing waits without need, and what the parts log is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import structlog
+from structlog.testing import capture_logs
+
+from rtunnel import anchor, watch
+from rtunnel_socks import gateway
+from support.logs import Events
+
+#: What a role waits for by itself, and so would each test.
+_QUICK: list[tuple[Any, str, float]] = [
+    (watch, "LOOK_SECONDS", 0.1),
+    (anchor, "FOLLOW_SECONDS", 0.1),
+    (gateway, "FOLLOW_WAIT", 0.05),  # the end of a gateway waits for it
+]
+_OWN: list[tuple[Any, str, float]] = [(module, name, getattr(module, name)) for module, name, _ in _QUICK]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name, seconds in _QUICK:
+        monkeypatch.setattr(module, name, seconds)
+
+
+@pytest.fixture
+def own_pace(_quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the product: for promises of how soon something is seen."""
+    for module, name, seconds in _OWN:
+        monkeypatch.setattr(module, name, seconds)
+
+
+@pytest.fixture
+def events() -> Iterator[Events]:
+    """What all parts of the test log."""
+    structlog.reset_defaults()
+    with capture_logs() as captured:
+        yield captured
