@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import trio
 
+import rtunnel
 from rtunnel import admin
 from rtunnel.config import Config
 from rtunnel.registry import Registry
@@ -37,6 +38,7 @@ def status(agent: Agent) -> dict[str, object]:
     counts = agent.targets.counts
     return {
         "role": "agent",
+        "version": rtunnel.__version__,
         "agent_id": agent.agent_id,
         "namespace": agent.config.namespace,
         "addresses": agent.addresses,
@@ -46,6 +48,7 @@ def status(agent: Agent) -> dict[str, object]:
         "reason": "; ".join(agent.reasons()),
         "one_host": agent.one_host,
         "identity": agent.credentials.shown(),
+        "sessions_wanted": len(agent.slots),
         "sessions": [
             {
                 "node": session.node,

@@ -6,6 +6,7 @@ import ipaddress
 import socket
 import ssl
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -41,9 +42,10 @@ from rtunnel.registry import (
 )
 from rtunnel.registry.ports import PortAllocator, PortsExhausted, PortTaken
 from rtunnel.relay.relay import Listener, Relay
+from rtunnel.trust.certificates import DAY
 from rtunnel.trust.identity import Roots
 from rtunnel.trust.keys import DialKeys, TrustError, load_cluster_keys, load_tokens
-from rtunnel.trust.tls import certificate_der, certificate_fingerprint, dial_server_context, server_context
+from rtunnel.trust.tls import certificate_der, certificate_fingerprint, days_left, dial_server_context, server_context
 from rtunnel.watch import Watched, watch
 from rtunnel.wire.messages import Bye, Drain, Enrol, OpenPort, Publish, Trust, Welcome
 from rtunnel.wire.refusal import Refusal, Refused
@@ -79,6 +81,7 @@ class Shown:
     context: ssl.SSLContext | None = None  # None: links are plain
     binding: bytes = b""
     dials: ssl.SSLContext | None = None  # of guarded ports; None: they are plain
+    ends: float = 0.0  # of the certificate; 0: there is none
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class Node:
         self.sessions: dict[str, Session] = {}  # by owner
         self.counts = PortCounts()
         self.registry_down: str = "not contacted yet"
+        self.session_refusals: Counter[str] = Counter()  # by code word
         self.handshakes = 0  # links that are not proven yet,
         self._sources: dict[str, int] = {}  # and of which source they are
         self._told_at: dict[str, float] = {}
@@ -218,6 +222,10 @@ class Node:
         """See SessionKeeper."""
         self.bridge.spawn(self._republish, session)
 
+    def refused(self, code: Refusal) -> None:
+        """See SessionKeeper."""
+        self.session_refusals[code.value] += 1
+
     def log(self, event: str, **fields: object) -> None:
         """See SessionKeeper."""
         self._log.info(event, node=self.node, **fields)
@@ -257,6 +265,7 @@ class Node:
         share = self._sources.get(source, 0)
         if limit and share >= limit:
             sock.close()  # the listener can't wait for one source alone
+            self.refused(Refusal.TOO_MANY_HANDSHAKES)
             self._warn("source_has_too_many_handshakes", limit=limit, peer=peer)
             return
         self._sources[source] = share + 1
@@ -331,11 +340,14 @@ class Node:
         """Raises TrustError."""
         broker = self.config
         dials = dial_server_context(broker.certificate, broker.key) if broker.dial_security == "tls" else None
+        if broker.security == "plain" and dials is None:
+            return Shown()
+        ends = time.time() + days_left(broker.certificate) * DAY
         if broker.security == "plain":
-            return Shown(dials=dials)
+            return Shown(dials=dials, ends=ends)
         binding = certificate_fingerprint(certificate_der(broker.certificate))
         clients = self.roots.pem if self.roots is not None else ""
-        return Shown(server_context(broker.certificate, broker.key, clients=clients), binding, dials)
+        return Shown(server_context(broker.certificate, broker.key, clients=clients), binding, dials, ends)
 
     async def _show(self) -> Shown:
         """Show links what is in the files, and ask for certificates of the CAs in force, from the next one on.
@@ -438,6 +450,11 @@ class Node:
             streams=self.counts.streams,
             started=self.started,
         )
+
+    @property
+    def certificate_ends(self) -> float:
+        """Of the one that links and Dials are shown; seconds since 1970, 0 when it shows none."""
+        return self._shown.ends
 
     def reasons(self) -> list[str]:
         """Why this node is not ready; empty when it is."""

@@ -80,6 +80,9 @@ class SessionKeeper(Protocol):
     def updated(self, session: Session) -> None:
         """The agent's exposed ports changed."""
 
+    def refused(self, code: Refusal) -> None:
+        """Count it."""
+
     def log(self, event: str, **fields: object) -> None:
         """A log line."""
 
@@ -356,6 +359,7 @@ class Session:
             return
         text = text or code.telling.text
         self.answered = True
+        self.keeper.refused(code)
         self.keeper.log(
             "session_refused", code=code.value, reason=text, peer=self.peer,
             agent=self.hello.agent_id if self.hello else "",
