@@ -178,7 +178,7 @@ async def test_an_agent_may_have_as_much_as_the_configuration_takes(tmp_path: Pa
     network = "1111:2222:3333:4444:5555:6666:7777:8888/128"
     async with running_cluster(tmp_path) as cluster:
         await cluster.start_broker(
-            ("broker-" * 19)[:128], open_ports__range="29200-29299", open_ports__allow=["127.0.0.0/8", "::/0"]
+            ("broker-" * 19)[:128], open_ports__range=free_range(100), open_ports__allow=["127.0.0.0/8", "::/0"]
         )
         await cluster.start_gateway(proof="required" if by == "certificate" else "off")
         target = Target(addresses[63])
