@@ -16,7 +16,7 @@ import h11
 import msgspec
 import trio
 
-from rtunnel import logs
+from rtunnel import logs, metrics
 from rtunnel.config import format_endpoint, parse_endpoint
 from rtunnel.net import listening_socket
 from rtunnel.roles import ListenError
@@ -46,14 +46,24 @@ def json_answer(value: object, status: int = 200) -> Answer:
     return status, JSON, msgspec.json.encode(value, enc_hook=str) + b"\n"
 
 
+def metrics_answer(status: Mapping[str, Any]) -> Answer:
+    """A status as Prometheus reads it."""
+    return 200, metrics.CONTENT_TYPE, metrics.text(status)
+
+
 def health_routes(reasons: Callable[[], Sequence[str]], status: Callable[[], Mapping[str, Any]]) -> dict[str, Route]:
-    """The three paths of a role: `reasons` says what is missing to be ready, `status` tells its state."""
+    """The paths of a role: `reasons` says what is missing to be ready, `status` tells its state."""
 
     def ready() -> Answer:
         missing = list(reasons())
         return json_answer({"ready": not missing, "reasons": missing}, 503 if missing else 200)
 
-    return {"/livez": lambda: json_answer({"live": True}), "/readyz": ready, "/statusz": lambda: json_answer(status())}
+    return {
+        "/livez": lambda: json_answer({"live": True}),
+        "/readyz": ready,
+        "/statusz": lambda: json_answer(status()),
+        "/metrics": lambda: metrics_answer(status()),
+    }
 
 
 class Part(Protocol):

@@ -36,7 +36,7 @@ Examples:
   rtunnel pki init ./pki                       keys and certificates of a new cluster
   rtunnel authority --directory ./pki          gives agents certificates, and says what is revoked
   rtunnel broker --config /etc/rtunnel.toml
-  rtunnel pki token create --dir ./pki --cidr 10.1.0.7/32 > host-7.token
+  rtunnel pki token create --dir ./pki --cidr 10.1.0.7/32 --file host-7.token
   rtunnel agent --brokers vip.example:7000 --exposes 9100 --ca ca.pem --identity host-7 --join-token host-7.token
   rtunnel gateway --listen 0.0.0.0:1080 --registry-url redis://10.0.0.5/0 --key gateway.key --ca ca.pem
   rtunnel user add alice --file users

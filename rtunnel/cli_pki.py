@@ -122,6 +122,7 @@ def token_group() -> None:
     "--cidr", "networks", type=_CIDR, multiple=True, required=True, help="Addresses they may have; repeatable."
 )
 @click.option("--cert-lifetime", type=_DURATION, default="24h", show_default=True, help="Of their certificates.")
+@click.option("--file", type=click.Path(path_type=Path), help="Written for its owner only, if it is not there yet.")
 def token_create(
     directory: Path,
     token_id: str,
@@ -130,8 +131,9 @@ def token_create(
     namespace: str,
     networks: tuple[str, ...],
     cert_lifetime: int,
+    file: Path | None,
 ) -> None:
-    """Make a token and print it, once.
+    """Make a token, and print it once or write it to --file.
 
     Give the agent the line in a file (`agent.join_token`): with it the agent gets its first certificate.
     """
@@ -140,7 +142,9 @@ def token_create(
     record = TokenRecord(token.id, token.secret, namespace, networks, uses, 0, ends, cert_lifetime)
     with _changing(directory) as opened:
         opened.store.add_token(record)
-    click.echo(token.line())
+        if file is not None:
+            write_new(file.parent, [(file.name, SECRET, f"{token.line()}\n".encode(), "")])
+    click.echo(f"{file}: token {token.id}" if file is not None else token.line())
     whom = "one agent" if uses == 1 else f"{uses} agents"
     click.echo(f"lets {whom} of {namespace} in {', '.join(networks)} enrol until {_time(ends)}", err=True)
 
@@ -293,7 +297,7 @@ def request(kind: str, name: str, namespace: str, addresses: tuple[str, ...], in
 def list_issued(directory: Path) -> None:
     """Show the certificates that are good."""
     with told(), open_directory(directory) as opened:
-        in_force = {ca.number for ca in opened.cas if ca.role != "retired"}
+        in_force = {ca.number for ca in opened.cas if ca.role not in ("retired", "void")}
         revoked = opened.store.revoked_at
         items = [i for i in opened.store.issued(time.time()) if i.ca in in_force and i.issued > revoked(i.subject)]
     columns = ("subject", "addresses", "issued", "until", "ca", "token")
@@ -333,7 +337,8 @@ def revoke(directory: Path, subject: str, force: bool) -> None:
     subject = _subject(subject)
     with _changing(directory) as opened:
         void = opened.revoke(subject, force=force)
-        tokens = [opened.store.token(item.token) for item in void if item.token]
+        # Also of certificates that are over: who has renewed has its present one by no token.
+        tokens = [opened.store.token(item.token) for item in opened.store.issued_to(subject) if item.token]
         number = opened.number
     what = "the key" if subject.startswith("gateway/") else _certificates(len(void))
     click.echo(f"{printable(subject)} is revoked: {what} (trust list {number})")
@@ -376,6 +381,7 @@ _ROLES = {
     "next": "in force, certificates come from it after `rotate switch`",
     "old": "in force until `rotate finish`",
     "retired": "not in force",
+    "void": "not in force; it was stolen",
 }
 
 
@@ -429,16 +435,23 @@ def rotate_switch(directory: Path) -> None:
 @rotate_group.command("finish")
 @_dir
 @click.option("--force", is_flag=True, help="Also while its certificates are in use: those are void then.")
-def rotate_finish(directory: Path, force: bool) -> None:
-    """Let nobody trust the old CA. Refused while certificates of the old one are in use, unless --force."""
+@click.option("--stolen", is_flag=True, help="Also, and everything that its certificates have opened ends.")
+def rotate_finish(directory: Path, force: bool, stolen: bool) -> None:
+    """Let nobody trust the old CA. Refused while certificates of the old one are in use, unless --force.
+
+    Sessions of agents that have no certificate of the new CA end within 5 seconds, and their streams. With --stolen,
+    for a CA whose key somebody else has, so does every stream that began with a proof by the old CA, and every link to
+    a broker that has shown its certificate. It may come later, too, when the rotation was finished before.
+    """
     with _changing(directory) as opened:
         left = opened.waiting()
-        opened.finish_rotation(force=force)
+        opened.finish_rotation(force=force, stolen=stolen)
     _say(
         "The old CA is not in force any more.",
         *([f"Void now: {_certificates(len(left))}, whose holders need new ones."] if left else []),
         f"Give {directory / pki.CA_FILE} to whatever starts with a copy of it.",
-        "The old key only signs trust lists now, for those who were away. Delete its file when nobody is.",
+        "The old key only signs trust lists now, for those who were away. "
+        + ("Delete its file." if stolen else "Delete its file when nobody is."),
     )
 
 

@@ -40,8 +40,8 @@ class StreamCounts:
         return {
             "streams": self.streams,
             "accepted": self.accepted,
-            "refused": self.refused,
-            "endings": self.endings,
+            "refused": dict(self.refused),  # the relay's thread goes on counting
+            "endings": dict(self.endings),
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
         }

@@ -180,7 +180,12 @@ class Supervisor:
     # Health.
 
     def _routes(self) -> dict[str, admin.Route]:
-        return {"/livez": self._livez, "/readyz": self._readyz, "/statusz": self._statusz}
+        return {
+            "/livez": self._livez,
+            "/readyz": self._readyz,
+            "/statusz": self._statusz,
+            "/metrics": self._metrics,
+        }
 
     async def _livez(self) -> admin.Answer:
         """A worker that does not even answer is as bad as a process that doesn't."""
@@ -203,6 +208,12 @@ class Supervisor:
         return admin.json_answer({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
 
     async def _statusz(self) -> admin.Answer:
+        return admin.json_answer(await self._status())
+
+    async def _metrics(self) -> admin.Answer:
+        return admin.metrics_answer(await self._status())
+
+    async def _status(self) -> dict[str, Any]:
         answers = await self._ask_all("/statusz")
         shown = [
             {
@@ -214,7 +225,7 @@ class Supervisor:
             }
             for worker, answer in zip(self.workers, answers, strict=True)
         ]
-        return admin.json_answer({"role": self.role, "workers": shown})
+        return {"role": self.role, "workers": shown}
 
     async def _ask_all(self, path: str) -> list[Mapping[str, Any] | None]:
         """Every worker's own answer; None from one that gives none in time."""

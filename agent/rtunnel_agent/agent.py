@@ -95,6 +95,7 @@ class Watch:
     """trio's side of one AgentSession."""
 
     outcome: Outcome = field(default_factory=Outcome)
+    shown: AgentIdentity | None = None  # of the link's certificate
     settled: trio.Event = field(default_factory=trio.Event)  # Welcome, refused or failed
     retire: trio.Event = field(default_factory=trio.Event)  # down, or its node is draining
     down: trio.Event = field(default_factory=trio.Event)
@@ -118,11 +119,11 @@ class Agent:
         self._publish = [_publish(entry.target, entry.port, entry.allow) for entry in agent.publish]
         self._token: Token | None = load_token(Path(agent.join_token)) if agent.join_token else None
         self._log = get_logger("agent").bind()
+        self._watches: dict[AgentSession, Watch] = {}
         self.credentials = Credentials(
             agent, self.agent_id, self.addresses, ask=self._ask, put=self._put_identity, log=self._log
         )
         self._instance = new_nonce()
-        self._watches: dict[AgentSession, Watch] = {}
         self._dialling = trio.Lock()
         self._turn = random.randrange(1 << 16)  # noqa: S311 - which VIP address first
         self._stopping = False
@@ -137,6 +138,13 @@ class Agent:
 
     def _put_identity(self, identity: AgentIdentity) -> None:
         self.targets.prover = Prover(identity)
+        for session in list(self._watches):
+            self._go_over(session, identity)
+
+    def _go_over(self, session: AgentSession, identity: AgentIdentity) -> None:
+        """The session is to last longer than the CA of the certificate that its link has shown."""
+        if self.credentials.by_certificate:
+            self.relay.call(lambda: session.go_over(self.targets.exposed.ports, identity.certificate, identity.key))
 
     # What sessions call, in the relay's thread.
 
@@ -198,6 +206,8 @@ class Agent:
         watch = self._watches[session]
         if session.hello.exposes != self.targets.exposed.ports:  # they changed meanwhile
             self.bridge.relay.call(lambda: session.expose(self.targets.exposed.ports))
+        if self.identity is not None and self.identity is not watch.shown:
+            self._go_over(session, self.identity)
         watch.outcome = outcome
         watch.settled.set()
 
@@ -367,6 +377,7 @@ class Agent:
         secret = b"" if self.credentials.by_certificate or self._token is None else self._token.secret
         session = AgentSession(self, self._hello(slot), secret, self.config.handshake_timeout)
         self._watches[session] = watch
+        watch.shown = self.identity
         tls = self.credentials.context
 
         def connected(link: Link | None, why: str) -> None:

@@ -17,6 +17,7 @@ from rtunnel.relay.ends import Talker
 from rtunnel.relay.link import Link
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.stream import StreamEnd
+from rtunnel.trust.identity import PrivateKey, prove_session
 from rtunnel.trust.keys import AGENT_LABEL, BROKER_LABEL, token_mac
 from rtunnel.wire import messages
 from rtunnel.wire.messages import (
@@ -85,6 +86,10 @@ class AgentSession:
     def node(self) -> str:
         """The broker node; empty before Welcome."""
         return self.welcome.node if self.welcome else ""
+
+    @property
+    def _binding(self) -> bytes:
+        return hashlib.sha256(self.certificate).digest() if self.certificate else b""
 
     def link_up(self, link: Link) -> None:
         """See LinkOwner."""
@@ -155,7 +160,7 @@ class AgentSession:
             self._code = Refusal.VERSION
             self.end(f"the broker speaks protocol version {challenge.version}, this agent {messages.VERSION}")
             return
-        binding = hashlib.sha256(self.certificate).digest() if self.certificate else b""
+        binding = self._binding
         expected = token_mac(self.secret, BROKER_LABEL, self._frame, challenge.nonce, binding)
         if not hmac.compare_digest(challenge.mac, expected):
             self._code = Refusal.BAD_TOKEN
@@ -170,6 +175,12 @@ class AgentSession:
         """Other ports are exposed from now on."""
         if self.welcome is not None:
             self.tell(Update(exposes=exposes))
+
+    def go_over(self, exposes: list[str], certificate: bytes, key: PrivateKey) -> None:
+        """The agent has another certificate than the one that the link has shown."""
+        if self.welcome is not None:
+            signature = prove_session(key, self.welcome.node, self.welcome.epoch, self._binding)
+            self.tell(Update(exposes=exposes, certificate=certificate, signature=signature))
 
     def tell(self, message: messages.Message) -> None:
         """Send a control message."""

@@ -7,14 +7,17 @@ A certificate that the agent enrols for lives in a directory of its own:
                            again after a lost answer does not use a token up
     trust.list             the newest trust list
     token.id               which join token it had when it was in good standing: after a revocation it takes another one
+    lock                   held by the agent's process: two would overwrite each other's keys
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -70,6 +73,43 @@ class AgentIdentity:
     certificate: bytes  # DER
     key: PrivateKey
     who: Identity
+
+
+@contextmanager
+def locked(identity: str) -> Iterator[None]:
+    """Have the directory for oneself meanwhile, as long as this process lives. "": no directory. Raises TrustError."""
+    if not identity:
+        yield
+        return
+    directory = Path(identity)
+    _make(directory)
+    lock = directory / "lock"
+    try:
+        file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, SECRET)
+    except OSError as fault:
+        raise TrustError(f"{lock}: can't be opened: {fault.strerror}") from None
+    try:
+        _lock(file, directory)
+        yield
+    finally:
+        os.close(file)
+
+
+def _lock(file: int, directory: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fix = "give this one a directory of its own (agent.identity), or stop the other one"
+        raise TrustError(f"{directory}: another agent that runs has this identity: {fix}") from None
+    except OSError as fault:
+        raise TrustError(f"{directory}: can't be locked: {fault.strerror} (is it on a local disk?)") from None
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as fault:
+        raise TrustError(f"{directory}: can't be made: {fault.strerror}") from None
 
 
 class Credentials:
@@ -268,10 +308,7 @@ class Credentials:
 
     def _open_directory(self, directory: Path) -> None:
         """Make it, or read what is there."""
-        try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as fault:
-            raise TrustError(f"{directory}: can't be made: {fault.strerror}") from None
+        _make(directory)
         assert self._roots is not None
         trust = directory / "trust.list"
         if trust.exists():

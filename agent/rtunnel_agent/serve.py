@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import trio
 
+import rtunnel
 from rtunnel import admin
 from rtunnel.config import Config
 from rtunnel.registry import Registry
 from rtunnel.roles import Role
 from rtunnel_agent.agent import Agent
+from rtunnel_agent.identity import locked
 
 
 async def serve(
@@ -19,15 +21,16 @@ async def serve(
     task_status: trio.TaskStatus[Agent] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Run one agent until `stop`; started when it begins to dial."""
-    agent = Agent(config)
-    await admin.run_beside(
-        agent,
-        config.agent.admin,
-        key="agent.admin",
-        status=lambda: status(agent),
-        stop=stop,
-        task_status=task_status,
-    )
+    with locked(config.agent.identity):
+        agent = Agent(config)
+        await admin.run_beside(
+            agent,
+            config.agent.admin,
+            key="agent.admin",
+            status=lambda: status(agent),
+            stop=stop,
+            task_status=task_status,
+        )
 
 
 def status(agent: Agent) -> dict[str, object]:
@@ -35,6 +38,7 @@ def status(agent: Agent) -> dict[str, object]:
     counts = agent.targets.counts
     return {
         "role": "agent",
+        "version": rtunnel.__version__,
         "agent_id": agent.agent_id,
         "namespace": agent.config.namespace,
         "addresses": agent.addresses,
@@ -44,6 +48,7 @@ def status(agent: Agent) -> dict[str, object]:
         "reason": "; ".join(agent.reasons()),
         "one_host": agent.one_host,
         "identity": agent.credentials.shown(),
+        "sessions_wanted": len(agent.slots),
         "sessions": [
             {
                 "node": session.node,

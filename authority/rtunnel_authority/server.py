@@ -13,6 +13,7 @@ from typing import Final, TypeVar
 
 import trio
 
+import rtunnel
 from rtunnel.config import AuthorityConfig, format_endpoint, parse_endpoint
 from rtunnel.logs import get_logger
 from rtunnel.net import listening_socket
@@ -46,7 +47,8 @@ class Server:
         self.directory = Directory(Path(config.directory))
         self.authority = Authority(self.directory)
         self.connections = 0
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()  # of certificates, by how they were had
+        self.refused: Counter[str] = Counter()  # by code word
         self.bound = ("", 0)
         self._listen = config.listen
         self._log = get_logger("authority").bind()
@@ -56,6 +58,7 @@ class Server:
         self._fault = ""
         # What Follow is answered from.
         self._number = self.directory.number
+        self._generation = self.directory.roots.generation
         self._signed = self.directory.signed
         self._tls = _Tls(self.directory.issuing)
 
@@ -87,10 +90,13 @@ class Server:
         return {
             "role": "authority",
             "directory": str(self.directory.path),
-            "list": self._number,
+            "version": rtunnel.__version__,
+            "trust": {"number": self._number, "generation": self._generation},
+            "ca_ends": self._tls.ca_ends,
             "store": self._fault or "ok",
             "connections": self.connections,
-            **{name: self.counts[name] for name in ("enrolled", "renewed", "refused")},
+            **{name: self.counts[name] for name in ("enrolled", "renewed")},
+            "refused": dict(self.refused),
         }
 
     # The directory, on a worker thread.
@@ -115,7 +121,7 @@ class Server:
             self._log.info("trust_list", number=self.directory.number, revoked=len(self.directory.roots.revoked))
         # In this order: trio's thread, which reads them, then sends a list too many and never an old one.
         self._signed = self.directory.signed
-        self._number = self.directory.number
+        self._number, self._generation = self.directory.number, self.directory.roots.generation
         if self._tls.is_of_yesterday(self.directory.issuing):
             self._tls = _Tls(self.directory.issuing)
 
@@ -150,7 +156,7 @@ class Server:
                 del self._sources[source]
 
     def _full(self, peer: str) -> None:
-        self.counts["turned_away"] += 1
+        self.refused[Refusal.OVERLOADED.value] += 1
         if trio.current_time() > self._full_logged + _LOG_PAUSE:
             self._full_logged = trio.current_time()
             self._log.warning("too_many_connections", peer=peer, limit=MAX_CONNECTIONS, of_one_source=MAX_OF_SOURCE)
@@ -205,7 +211,7 @@ class Server:
         )
 
     def _refuse(self, question: Enrol, code: Refusal, text: str, peer: str) -> Refuse:
-        self.counts["refused"] += 1
+        self.refused[code.value] += 1
         asked = claimed(question)
         self._log.warning(
             "enrol_refused",
@@ -227,6 +233,7 @@ class _Tls:
         key = new_key()
         certificate = authority_certificate(ca, key.public_key(), now, OWN_DAYS * DAY)
         self._issuer = ca.fingerprint
+        self.ca_ends = ca.certificate.not_valid_after_utc.timestamp()
         self._made = now
         # OpenSSL takes it from a file only: here from one that has no name.
         descriptor = os.memfd_create("authority")

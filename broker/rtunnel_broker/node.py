@@ -6,11 +6,12 @@ import ipaddress
 import socket
 import ssl
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import trio
 
@@ -41,9 +42,10 @@ from rtunnel.registry import (
 )
 from rtunnel.registry.ports import PortAllocator, PortsExhausted, PortTaken
 from rtunnel.relay.relay import Listener, Relay
+from rtunnel.trust.certificates import DAY
 from rtunnel.trust.identity import Roots
 from rtunnel.trust.keys import DialKeys, TrustError, load_cluster_keys, load_tokens
-from rtunnel.trust.tls import certificate_der, certificate_fingerprint, dial_server_context, server_context
+from rtunnel.trust.tls import certificate_der, certificate_fingerprint, days_left, dial_server_context, server_context
 from rtunnel.watch import Watched, watch
 from rtunnel.wire.messages import Bye, Drain, Enrol, OpenPort, Publish, Trust, Welcome
 from rtunnel.wire.refusal import Refusal, Refused
@@ -51,15 +53,25 @@ from rtunnel_broker.admit import Admission
 from rtunnel_broker.ports import DialChecker, Guarded, GuardedPort, Networks, OpenPortServer, PortCounts
 from rtunnel_broker.session import Session
 
+_T = TypeVar("_T")
+
 #: With so many handshakes in line the next links wait in the kernel's queue: there they cost no memory yet.
 MAX_IN_LINE: Final = 64
 #: Requests for certificates under way to the authority.
 MAX_ENROLLING: Final = 64
+#: So many requests for certificates of one source may be refused close together, then one in so many seconds: each is a
+#: line in the authority's log.
+REFUSED_AT_ONCE: Final = 20
+REFUSED_SECONDS: Final = 0.5
+#: Sources for which that is remembered.
+MAX_REFUSED: Final = 4096
 #: What is turned away or left to wait is told in one line for so long.
 TELL_AGAIN: Final = 10.0
 #: Agents that are told of new CAs before others get their turn, and the seconds between two turns.
 TELLS_A_TURN: Final = 100
 TELL_PAUSE: Final = 0.02
+#: Of a turn, for sessions that are judged anew.
+JUDGE_SECONDS: Final = 0.001
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,7 @@ class Shown:
     context: ssl.SSLContext | None = None  # None: links are plain
     binding: bytes = b""
     dials: ssl.SSLContext | None = None  # of guarded ports; None: they are plain
+    ends: float = 0.0  # of the certificate; 0: there is none
 
 
 @dataclass(frozen=True)
@@ -98,6 +111,7 @@ class Node:
         self.sessions: dict[str, Session] = {}  # by owner
         self.counts = PortCounts()
         self.registry_down: str = "not contacted yet"
+        self.session_refusals: Counter[str] = Counter()  # by code word
         self.handshakes = 0  # links that are not proven yet,
         self._sources: dict[str, int] = {}  # and of which source they are
         self._told_at: dict[str, float] = {}
@@ -113,6 +127,7 @@ class Node:
         self._admission = Admission(broker.admit)
         self._certified: set[Session] = set()  # by certificate, from a good Hello on; the relay's thread has it
         self._enrolling = 0
+        self._refused: dict[str, float] = {}  # sources; when nothing will be held against them any more
         self.anchor = self._anchor() if broker.ca else None
         self._generation = self.roots.generation if self.roots is not None else 0
         self._shown = self._load_shown()
@@ -172,9 +187,23 @@ class Node:
             session.refuse(Refusal.AUTHORITY_UNAVAILABLE, text)
         elif self._enrolling >= MAX_ENROLLING:
             session.refuse(Refusal.OVERLOADED, "too many requests for certificates are under way")
+        elif self._refused_too_often(session.source):
+            text = "requests for certificates from this address were refused too often: see the agents there"
+            session.refuse(Refusal.RATE_LIMITED, text)
         else:
             self._enrolling += 1
             self.bridge.spawn(self._enrol, self.anchor, session, request)
+
+    def _refused_too_often(self, source: str) -> bool:
+        waits = self._refused.get(source, 0.0) - self.relay.loop.now
+        return bool(self.config.source_handshakes) and waits > REFUSED_SECONDS * (REFUSED_AT_ONCE - 1)
+
+    def _count_refused(self, source: str) -> None:
+        now = self.relay.loop.now
+        if len(self._refused) >= MAX_REFUSED:
+            self._refused = {other: until for other, until in self._refused.items() if until > now}
+        if len(self._refused) < MAX_REFUSED or source in self._refused:
+            self._refused[source] = max(now, self._refused.get(source, 0.0)) + REFUSED_SECONDS
 
     def lost(self, session: Session, why: str) -> None:
         """See SessionKeeper."""
@@ -192,6 +221,10 @@ class Node:
     def updated(self, session: Session) -> None:
         """See SessionKeeper."""
         self.bridge.spawn(self._republish, session)
+
+    def refused(self, code: Refusal) -> None:
+        """See SessionKeeper."""
+        self.session_refusals[code.value] += 1
 
     def log(self, event: str, **fields: object) -> None:
         """See SessionKeeper."""
@@ -232,6 +265,7 @@ class Node:
         share = self._sources.get(source, 0)
         if limit and share >= limit:
             sock.close()  # the listener can't wait for one source alone
+            self.refused(Refusal.TOO_MANY_HANDSHAKES)
             self._warn("source_has_too_many_handshakes", limit=limit, peer=peer)
             return
         self._sources[source] = share + 1
@@ -263,14 +297,36 @@ class Node:
         """In the relay's thread: there are other CAs, or revocations."""
         roots = self.roots
         assert roots is not None
-        for session in list(self._certified):
-            if session.identity is not None and roots.is_revoked(session.identity):
-                session.revoke()
+        self._judge(list(self._certified), roots)
         self._review()
         self.bridge.spawn(self._show_other_cas)
         if roots.generation > self._generation:
             self._generation = roots.generation
             self._tell(list(self.sessions.values()), Trust(signed=roots.signed))
+
+    def _judge(self, sessions: list[Session], roots: Roots) -> None:
+        """First all of them lose what they have no right to; then they are told, and their links end."""
+        void: list[tuple[Session, Refused]] = []
+
+        def judge(session: Session) -> None:
+            if fault := session.judge(roots):
+                void.append((session, fault))
+
+        def expel(entry: tuple[Session, Refused]) -> None:
+            entry[0].expel(entry[1], roots.signed)
+
+        self._by_and_by(sessions, judge, lambda: self._by_and_by(void, expel))
+
+    def _by_and_by(self, things: list[_T], call: Callable[[_T], None], then: Callable[[], None] | None = None) -> None:
+        """A part of a turn for some of them, and the others in the next turns: there may be 50,000."""
+        until = time.monotonic() + JUDGE_SECONDS
+        while things:
+            call(things.pop())
+            if time.monotonic() >= until:
+                self.relay.loop.soon(lambda: self._by_and_by(things, call, then))
+                return
+        if then is not None:
+            then()
 
     def _tell(self, sessions: list[Session], trust: Trust) -> None:
         for session in sessions[-TELLS_A_TURN:]:
@@ -284,11 +340,14 @@ class Node:
         """Raises TrustError."""
         broker = self.config
         dials = dial_server_context(broker.certificate, broker.key) if broker.dial_security == "tls" else None
+        if broker.security == "plain" and dials is None:
+            return Shown()
+        ends = time.time() + days_left(broker.certificate) * DAY
         if broker.security == "plain":
-            return Shown(dials=dials)
+            return Shown(dials=dials, ends=ends)
         binding = certificate_fingerprint(certificate_der(broker.certificate))
         clients = self.roots.pem if self.roots is not None else ""
-        return Shown(server_context(broker.certificate, broker.key, clients=clients), binding, dials)
+        return Shown(server_context(broker.certificate, broker.key, clients=clients), binding, dials, ends)
 
     async def _show(self) -> Shown:
         """Show links what is in the files, and ask for certificates of the CAs in force, from the next one on.
@@ -325,7 +384,13 @@ class Node:
             answer = await anchor.enrol(request)
         except Refused as refused:
             code, text = refused.code, refused.text
-            await self.bridge.run(lambda: self._enrolled(lambda: session.refuse(code, text)))
+
+            def refuse() -> None:
+                if code is not Refusal.AUTHORITY_UNAVAILABLE:
+                    self._count_refused(session.source)
+                session.refuse(code, text)
+
+            await self.bridge.run(lambda: self._enrolled(refuse))
         else:
             await self.bridge.run(lambda: self._enrolled(lambda: session.enrolled(answer)))
 
@@ -385,6 +450,11 @@ class Node:
             streams=self.counts.streams,
             started=self.started,
         )
+
+    @property
+    def certificate_ends(self) -> float:
+        """Of the one that links and Dials are shown; seconds since 1970, 0 when it shows none."""
+        return self._shown.ends
 
     def reasons(self) -> list[str]:
         """Why this node is not ready; empty when it is."""
@@ -491,6 +561,11 @@ class Node:
         assert hello is not None
         async with self._owner_lock(session.owner):
             older = self.sessions.get(session.owner)
+            if older is not None and older.identity is not None and session.identity is None:
+                # Were it the agent itself, and its older link dead, then that would be over soon.
+                text = f"{session.owner} has a session here by certificate, which no join token replaces"
+                await self.bridge.run(lambda: session.refuse(Refusal.ADDRESS_TAKEN, text))
+                return
             if older is not None:
                 # The agent says that it has no session here: its old link is one that only we believe in.
                 await self._replace(older, session)

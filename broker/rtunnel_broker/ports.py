@@ -78,7 +78,8 @@ class DialChecker:
     def check(self, dial: Dial, session: Session) -> None:
         """Raises Refused or MessageError unless the Dial is authentic, fresh, and for exactly this session."""
         if not self._keys.verify(dial.key, dial.body, dial.mac):
-            raise Refused(Refusal.BAD_MAC)
+            text = f"the Dial's MAC is not by the gateway's key {dial.key!r}: is that from this cluster's key?"
+            raise Refused(Refusal.BAD_MAC, text)
         if self.is_revoked(dial.key):
             raise Refused(Refusal.REVOKED, f"the gateway's key {dial.key} is revoked")
         body = decode_body(dial.body)
@@ -327,7 +328,7 @@ class OpenPortServer:
         session = self.session
         if not all(any(source in network for network in networks) for networks in self.allow):
             self.refuse(end, Refusal.NOT_AUTHORISED, "the source is not on the allow-list")
-        elif session.link is None or session.hello is None or not _takes_streams(session.link):
+        elif session.link is None or session.state != "live" or not _takes_streams(session.link):
             self.refuse(end, Refusal.LINK_LOST, "")
         elif full := session.full:
             self.refuse(end, full.code, full.text)

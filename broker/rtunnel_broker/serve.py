@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import trio
 
+import rtunnel
 from rtunnel import admin
 from rtunnel.config import Config
 from rtunnel.registry import Registry
@@ -36,6 +37,7 @@ def status(node: Node) -> dict[str, object]:
     counts = node.counts
     return {
         "role": "broker",
+        "version": rtunnel.__version__,
         "node": node.node,
         "host": node.host,
         "ip": node.ip,
@@ -44,6 +46,8 @@ def status(node: Node) -> dict[str, object]:
         "registry": node.registry_down or "ok",
         "sessions": len(node.sessions),
         "handshakes": node.handshakes,
+        "session_refusals": dict(node.session_refusals),
+        "certificate_ends": node.certificate_ends,
         "trust": node.anchor.shown() if node.anchor is not None else None,
         "waiting": counts.waiting,
         "window_budget": node.relay.windows.left,

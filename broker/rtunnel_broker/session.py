@@ -26,7 +26,7 @@ from rtunnel.relay.link import Link
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.relay import Listener
 from rtunnel.relay.stream import StreamEnd
-from rtunnel.trust.identity import Identity, Revoked, Roots
+from rtunnel.trust.identity import Identity, Revoked, Roots, is_session_proof
 from rtunnel.trust.keys import AGENT_LABEL, BROKER_LABEL, TrustError, token_mac
 from rtunnel.wire import messages
 from rtunnel.wire.messages import (
@@ -80,6 +80,9 @@ class SessionKeeper(Protocol):
     def updated(self, session: Session) -> None:
         """The agent's exposed ports changed."""
 
+    def refused(self, code: Refusal) -> None:
+        """Count it."""
+
     def log(self, event: str, **fields: object) -> None:
         """A log line."""
 
@@ -104,7 +107,7 @@ class Session:
     listeners: list[Listener] = field(default_factory=list)
     handshaking: bool = True  # until it is proven
     answered: bool = False  # refused, or enrolled
-    state: str = "new"  # new, hello, proven, live; enrolling; over
+    state: str = "new"  # new, hello, proven, live; enrolling; void; over
     why: str = ""
 
     _control: StreamEnd | None = None
@@ -112,6 +115,8 @@ class Session:
     _hello_frame: bytes = b""
     _nonce: bytes = b""
     _deadline: Timer | None = None
+    _renewed: Update | None = None  # with another certificate, which was not found good yet;
+    _going_over: bool = False  # and is to be looked at
 
     @property
     def owner(self) -> str:
@@ -296,10 +301,37 @@ class Session:
         except ValueError as fault:
             self.refuse(Refusal.BAD_REQUEST, str(fault))
             return
-        self.exposes = tuple(update.exposes)
-        if not self.update_due:
-            self.update_due = True
-            self.keeper.updated(self)
+        if update.certificate and self.link is not None:
+            self._renewed = update
+            if not self._going_over:
+                self._going_over = True
+                self.link.loop.in_line(self._go_over)  # two signatures are looked at
+        if update.exposes != list(self.exposes):
+            self.exposes = tuple(update.exposes)
+            if not self.update_due:
+                self.update_due = True
+                self.keeper.updated(self)
+
+    def _go_over(self) -> None:
+        """To the certificate that the agent has by now. One that can't be judged yet (of a CA to come) may be later."""
+        update, roots = self._renewed, self.keeper.roots
+        self._going_over = False
+        if update is None or self.identity is None or roots is None or self.answered or self.state == "over":
+            return
+        try:
+            who = roots.verify(update.certificate, keep=False)
+        except TrustError:
+            return
+        self._renewed = None
+        if (
+            who.subject != self.identity.subject
+            or not self.addresses <= who.addresses
+            or not is_session_proof(who.public_key, self.keeper.node, self.epoch, self.binding, update.signature)
+        ):
+            text = f"the new certificate is not {self.identity.subject}'s, or does not prove this session"
+            self.refuse(Refusal.BAD_CERTIFICATE, text)
+        else:
+            self.identity = who
 
     # The control plane's answers.
 
@@ -327,6 +359,7 @@ class Session:
             return
         text = text or code.telling.text
         self.answered = True
+        self.keeper.refused(code)
         self.keeper.log(
             "session_refused", code=code.value, reason=text, peer=self.peer,
             agent=self.hello.agent_id if self.hello else "",
@@ -334,20 +367,39 @@ class Session:
         self._say(encode(Refuse(code=code.value, text=text[:512])))
         self.end(f"refused: {code}")
 
-    def revoke(self) -> None:
-        """The agent's certificate is void from now on: its streams end, and the session."""
-        assert self.identity is not None
-        text = f"the certificate of {self.identity.subject} is revoked"
+    def judge(self, roots: Roots) -> Refused | None:
+        """Other CAs are in force, or somebody is revoked. Without a good certificate its streams end, and there are no
+        others from now on; what is returned is for `expel`.
+        """
+        if self.identity is None or self.answered:
+            return None
+        if not roots.in_force(self.identity):
+            self._go_over()
+        if roots.is_revoked(self.identity):
+            fault = Refused(Refusal.REVOKED, f"the certificate of {self.identity.subject} is revoked")
+        elif roots.in_force(self.identity) or self.answered:
+            return None
+        else:
+            text = f"the certificate of {self.identity.subject} is not from a CA in force any more"
+            fault = Refused(Refusal.BAD_CERTIFICATE, text)
+        self.state, self.answered = "void", True
         self.keeper.log(
-            "session_revoked", code=Refusal.REVOKED.value, reason=text, peer=self.peer, agent=self.identity.name,
+            "session_revoked", code=fault.code.value, reason=fault.text, peer=self.peer, agent=self.identity.name,
             epoch=str(self.epoch), streams=self.streams,
         )  # fmt: skip
-        self.answered = True
         for stream in list(self.link.streams.values()) if self.link is not None else ():
             if isinstance(stream, StreamEnd) and isinstance(stream.pair, Pair):
                 stream.pair.abort(Ending.REVOKED)
-        self._say(encode(Refuse(code=Refusal.REVOKED.value, text=text)))
-        self.end(f"{Refusal.REVOKED}: {text}")
+        return fault
+
+    def expel(self, fault: Refused, signed: bytes) -> None:
+        """Tell it why, with the trust list by which it knows what to do, and end the link."""
+        if self.state == "over":
+            return
+        if fault.code is Refusal.BAD_CERTIFICATE and signed:
+            self.tell(Trust(signed=signed))
+        self._say(encode(Refuse(code=fault.code.value, text=fault.text)))
+        self.end(f"{fault.code}: {fault.text}")
 
     # Streams.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidSignature
@@ -30,6 +29,16 @@ class Granted:
     ends: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """What somebody may have: a certificate as asked for, of so many seconds."""
+
+    asked: Request
+    seconds: float
+    token: TokenRecord | None = None  # None: it renews
+    again: bool = False  # the token has counted this one already
+
+
 class Authority:
     """Decides with a directory of `pki.init`."""
 
@@ -40,11 +49,20 @@ class Authority:
         """Answer an Enrol. Raises Refused, or StoreFault when nothing can be decided now."""
         if enrol.version != VERSION:
             raise Refused(Refusal.VERSION, f"version {enrol.version} is not spoken here, only {VERSION}")
-        # Before the store is locked: who proves nothing must not keep `rtunnel pki revoke` out.
+        # Before the store is locked: who gets nothing must not keep `rtunnel pki revoke` out.
         self.directory.refresh()
-        _ = self._present(enrol) if enrol.certificate else self._token(enrol)
+        self._due(enrol)
         with self.directory.change():
-            return self._renew(enrol) if enrol.certificate else self._enrol(enrol)
+            return self._issue(self._due(enrol))
+
+    def _due(self, enrol: Enrol) -> _Due:
+        """What it may have at this moment. Raises Refused."""
+        due = self._renewal(enrol) if enrol.certificate else self._first(enrol)
+        try:
+            self.directory.check_key(due.asked.public_key)
+        except KeyRevoked as fault:
+            raise Refused(Refusal.REVOKED, str(fault)) from None
+        return due
 
     def _token(self, enrol: Enrol) -> TokenRecord:
         """The one that it proves."""
@@ -55,7 +73,7 @@ class Authority:
             raise Refused(Refusal.BAD_TOKEN, f"the proof of join token {token.id!r} is wrong")
         return token
 
-    def _enrol(self, enrol: Enrol) -> Granted:
+    def _first(self, enrol: Enrol) -> _Due:
         token = self._token(enrol)
         # From here on it is somebody who has the token: what is wrong with it may be told.
         if token.revoked:
@@ -68,16 +86,13 @@ class Authority:
         again = self._has_used(token, asked)
         if not again and token.used >= token.uses:
             raise Refused(Refusal.BAD_TOKEN, f"join token {token.id!r} is used up: it was for {_times(token.uses)}")
-        granted = self._issue(asked, asked.addresses, token.lifetime, token)
-        if not again:
-            self.directory.store.use_token(token.id)
-        return granted
+        return _Due(asked, token.lifetime, token, again)
 
     def _has_used(self, token: TokenRecord, asked: Request) -> bool:
         items = self.directory.store.issued_for(key_hash(asked.public_key))
         return any(item.token == token.id and item.subject == asked.subject for item in items)
 
-    def _renew(self, enrol: Enrol) -> Granted:
+    def _renewal(self, enrol: Enrol) -> _Due:
         present = self._present(enrol)
         asked = _asked(enrol)
         if asked.subject != present.subject:
@@ -86,7 +101,7 @@ class Authority:
         if foreign := [address for address in asked.addresses if address not in present.addresses]:
             reason = f"the present certificate is not for {', '.join(foreign)}: more addresses need a join token"
             raise Refused(Refusal.NOT_AUTHORISED, reason)
-        return self._issue(asked, asked.addresses, present.ends - present.issued, None)
+        return _Due(asked, present.ends - present.issued)
 
     def _present(self, enrol: Enrol) -> Identity:
         """Whose certificate and key it proves."""
@@ -107,18 +122,19 @@ class Authority:
             raise Refused(Refusal.BAD_CERTIFICATE, reason) from None
         return who
 
-    def _issue(self, asked: Request, addresses: Sequence[str], seconds: float, token: TokenRecord | None) -> Granted:
+    def _issue(self, due: _Due) -> Granted:
+        asked, token = due.asked, due.token
         try:
             made = self.directory.issue_agent(
-                asked.agent_id, asked.public_key, namespace=asked.namespace, addresses=addresses, seconds=seconds,
-                token=token.id if token else "", remember=token.ends if token else 0,
+                asked.agent_id, asked.public_key, namespace=asked.namespace, addresses=asked.addresses,
+                seconds=due.seconds, token=token.id if token else "", remember=token.ends if token else 0,
             )  # fmt: skip
-        except KeyRevoked as fault:
-            raise Refused(Refusal.REVOKED, str(fault)) from None
         except StoreFault:
             raise
         except TrustError as fault:
             raise Refused(Refusal.BAD_REQUEST, str(fault)) from None
+        if token is not None and not due.again:
+            self.directory.store.use_token(token.id)
         answer = Enrolled(made.public_bytes(serialization.Encoding.DER), self.directory.signed)
         return Granted(answer, asked, token.id if token else "", made.not_valid_after_utc.timestamp())
 

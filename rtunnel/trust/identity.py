@@ -11,11 +11,12 @@ counts, and only when a CA that is in force by now has signed it: one list hands
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Final
@@ -35,8 +36,12 @@ from rtunnel.wire.messages import MAX_LIST
 BACKDATE: Final = timedelta(hours=1)
 #: What the signatures of a trust list are over, in front of its body.
 LIST_LABEL: Final = b"rtunnel trust list 1\0"
+#: What the signature of an Update with a certificate is over, before the session's binding, epoch and node.
+SESSION_LABEL: Final = b"rtunnel session 1\0"
 _SCHEME: Final = "rtunnel:"
 ECDSA_SHA256: Final = ec.ECDSA(hashes.SHA256())
+#: Of a trust list: one by each CA that is or was in force, and whose key is there.
+MAX_SIGNATURES: Final = 16
 #: Certificates that were checked; one is checked again when it has been forgotten.
 _REMEMBERED: Final = 65536
 
@@ -70,6 +75,7 @@ class Identity:
     issued: float
     ends: float
     public_key: PublicKey
+    issuer: bytes = b""  # the CA that has signed it (`ca_id`); empty: nobody has looked
 
     @property
     def subject(self) -> str:
@@ -133,6 +139,8 @@ class TrustList(msgspec.Struct, frozen=True):
     cas: list[bytes]  # certificates, DER
     #: Subject -> seconds since 1970: what was issued to it until then is void. Gateways' Dial keys: `gateway/<key id>`.
     revoked: dict[str, int] = {}
+    #: CAs (`ca_id`) whose keys were stolen: what was accepted by their certificates ends, too.
+    void: list[bytes] = []
 
 
 class _Signature(msgspec.Struct, frozen=True):
@@ -142,7 +150,13 @@ class _Signature(msgspec.Struct, frozen=True):
 
 class _SignedList(msgspec.Struct, frozen=True):
     body: bytes
-    signatures: Annotated[list[_Signature], msgspec.Meta(max_length=16)]
+    signatures: Annotated[list[_Signature], msgspec.Meta(max_length=MAX_SIGNATURES)]
+
+
+def ca_id(ca: x509.Certificate) -> bytes:
+    """By which a CA is named: SHA-256 of its public key, which another certificate for the same CA has, too."""
+    key = ca.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(key).digest()
 
 
 def sign_list(content: TrustList, cas: Sequence[tuple[x509.Certificate, PrivateKey]]) -> bytes:
@@ -166,34 +180,48 @@ class Roots:
         self.generation = 0
         self.signed = b""  # the list in force
         self.revoked: dict[str, int] = {}
-        self._cas: list[x509.Certificate] = []
+        self.void: frozenset[bytes] = frozenset()
+        # Each with its `ca_id`, which two certificates may share: a CA's own is renewed, too.
+        self._cas: list[tuple[bytes, x509.Certificate]] = []  # in force
+        self._past: list[tuple[bytes, x509.Certificate]] = []  # that are or were in force
+        self._ids: frozenset[bytes] = frozenset()  # of those in force
+        self._given: frozenset[bytes] = frozenset()  # of those that were given by hand last
         self._known: dict[bytes, Identity] = {}
+        self._void_known: dict[bytes, bool] = {}
         if b"-----BEGIN CERTIFICATE-----" not in pem:  # the library would say less, in more words
             raise TrustError(f"{where}: has no PEM certificate: give the cluster's ca.pem")
         try:
             self._put(_usable(x509.load_pem_x509_certificates(pem)))
         except UNREADABLE as fault:
             raise TrustError(f"{where}: has no PEM certificate that can be used: {fault}") from None
+        self._given = self._ids
 
-    def _put(self, cas: Iterable[x509.Certificate]) -> None:
-        self._cas = list(cas)
+    def _put(self, cas: Iterable[x509.Certificate], void: Iterable[bytes] = ()) -> None:
+        self._cas = [(ca_id(ca), ca) for ca in cas]
+        self._ids = frozenset(known for known, _ in self._cas)
+        self._past += [each for each in self._cas if each not in self._past]
+        self.void = frozenset(void)
         self._known.clear()
+        self._void_known.clear()
 
     @property
     def pem(self) -> str:
         """The CAs in force."""
-        return b"".join(ca.public_bytes(serialization.Encoding.PEM) for ca in self._cas).decode()
+        return b"".join(ca.public_bytes(serialization.Encoding.PEM) for _, ca in self._cas).decode()
 
     def begin_again(self, pem: bytes, where: str = "the CA file") -> None:
         """Other CAs are in force, by hand. The list in force stays so when one of them has signed it; else it is gone
-        but for its revocations, and any list of theirs counts. Raises TrustError, and nothing has changed then.
+        but for its revocations, and any list of theirs counts. Without any CA of before, in force or by hand, it is no
+        rotation: those are void. Raises TrustError, and nothing has changed then.
         """
         fresh = Roots(pem, where)
         if self.signed:
             with suppress(TrustError):
                 fresh.take(self.signed)
         self.number, self.generation, self.signed = fresh.number, fresh.generation, fresh.signed
-        self._put(fresh._cas)
+        handed_over = (self._ids | self._given) & (fresh._ids | fresh._given)
+        self._given = fresh._given
+        self._put((ca for _, ca in fresh._cas), fresh.void if handed_over else fresh.void | self._ids)
 
     def take(self, data: bytes) -> bool:
         """Put a list in force; False when it is not newer. Raises TrustError when no CA in force has signed it."""
@@ -205,13 +233,13 @@ class Roots:
             raise TrustError(f"is not a trust list: {fault}") from None
         if content.number <= self.number:
             return False
-        if not any(self._has_signed(ca, signed) for ca in self._cas):
+        if not any(self._has_signed(ca, signed) for _, ca in self._cas):
             raise TrustError(f"trust list {content.number} is not signed by a CA in force")
         if not cas:
             raise TrustError(f"trust list {content.number} has no CA")
         self.number, self.generation, self.signed = content.number, content.generation, data
         self.revoked = content.revoked
-        self._put(cas)
+        self._put(cas, content.void)
         return True
 
     @staticmethod
@@ -252,12 +280,9 @@ class Roots:
     def _check(self, der: bytes) -> Identity:
         try:
             certificate = x509.load_der_x509_certificate(der)
-            for ca in self._cas:
-                try:
-                    certificate.verify_directly_issued_by(ca)
-                except (InvalidSignature, *UNREADABLE):
-                    continue
-                return _identity(certificate)
+            for known, ca in self._cas:
+                if _has_issued(ca, certificate):
+                    return replace(_identity(certificate), issuer=known)
         except UNREADABLE as fault:
             raise TrustError(f"is not a certificate: {fault}") from None
         raise TrustError("the certificate is not from a CA in force")
@@ -266,15 +291,44 @@ class Roots:
         """Whether it was issued before its subject was revoked."""
         return identity.issued <= self.revoked.get(identity.subject, 0)
 
+    def in_force(self, identity: Identity) -> bool:
+        """Whether the CA that has signed a certificate, when that was verified, is in force still."""
+        return identity.issuer in self._ids
+
+    def is_void(self, identity: Identity) -> bool:
+        """Whether the CA that has signed it is void: then what was accepted by it ends."""
+        return identity.issuer in self.void
+
     def fault_of(self, der: bytes | None) -> str:
-        """Why a certificate that TLS has found good is not: it is revoked. Empty when it is good. From any thread."""
-        if der is None or not self.revoked:
+        """Why a certificate that TLS has found good is not: revoked, or its CA is void by now. Empty when it is good.
+
+        From any thread.
+        """
+        if der is None or not (self.revoked or self.void):
             return ""
         try:
             identity = read_certificate(der)
         except TrustError:
             return ""  # somebody's own CA gave it out: it has no name of ours, and lists can't name it
-        return f"the certificate of {identity.subject} is revoked" if self.is_revoked(identity) else ""
+        if self.is_revoked(identity):
+            return f"the certificate of {identity.subject} is revoked"
+        return f"the certificate of {identity.subject} is from a CA that is void" if self._of_void_ca(der) else ""
+
+    def _of_void_ca(self, der: bytes) -> bool:
+        found = self._void_known.get(der)
+        if found is None:
+            certificate = x509.load_der_x509_certificate(der)
+            void = [ca for known, ca in self._past if known in self.void]
+            found = self._void_known[der] = any(_has_issued(ca, certificate) for ca in void)
+        return found
+
+
+def _has_issued(ca: x509.Certificate, certificate: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(ca)
+    except (InvalidSignature, *UNREADABLE):
+        return False
+    return True
 
 
 def _usable(cas: Iterable[x509.Certificate]) -> list[x509.Certificate]:
@@ -295,6 +349,31 @@ def load_roots(path: Path | str) -> Roots:
         return Roots(Path(path).read_bytes(), str(path))
     except OSError as fault:
         raise TrustError(f"{path}: can't be read: {fault.strerror}") from None
+
+
+# --- a session goes over to another certificate ----------------------------------------------------------------
+
+
+def prove_session(key: PrivateKey, node: str, epoch: int, binding: bytes) -> bytes:
+    """An agent's signature, by the key of its new certificate, that this session is its own.
+
+    `binding` is SHA-256 of the certificate that the broker has shown on the link: another broker that calls itself
+    `node` gets a signature of no use.
+    """
+    return key.sign(_session(node, epoch, binding), ECDSA_SHA256)
+
+
+def is_session_proof(public_key: PublicKey, node: str, epoch: int, binding: bytes, signature: bytes) -> bool:
+    """Whether the holder of this key says that this session is its own."""
+    try:
+        public_key.verify(signature, _session(node, epoch, binding), ECDSA_SHA256)
+    except InvalidSignature:
+        return False
+    return True
+
+
+def _session(node: str, epoch: int, binding: bytes) -> bytes:
+    return SESSION_LABEL + binding + epoch.to_bytes(8, "big") + node.encode()
 
 
 # --- files --------------------------------------------------------------------------------------------------

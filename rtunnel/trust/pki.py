@@ -20,13 +20,24 @@ from cryptography.hazmat.primitives import serialization
 from rtunnel.trust import certificates, keys
 from rtunnel.trust.certificates import DAY, Ca, key_hash, key_pem, new_ca, new_key, pem
 from rtunnel.trust.files import PUBLIC, SECRET, Made, replace, write_new
-from rtunnel.trust.identity import PublicKey, Roots, TrustList, load_private_key, read_certificate, sign_list
+from rtunnel.trust.identity import (
+    MAX_SIGNATURES,
+    PublicKey,
+    Roots,
+    TrustList,
+    ca_id,
+    load_private_key,
+    read_certificate,
+    sign_list,
+)
 from rtunnel.trust.keys import TrustError
 from rtunnel.trust.store import FILE, CaRecord, Issued, Store
 from rtunnel.wire.messages import MAX_CERTIFICATE
 
 CA_FILE: Final = "ca.pem"
 BROKER_DAYS: Final = 365
+#: Roles of CAs in force, the one that issues first.
+_IN_FORCE: Final = ("issuing", "next", "old")
 #: By hand; one that an agent enrols for lives shorter.
 AGENT_DAYS: Final = 90
 
@@ -193,7 +204,7 @@ class Directory:
         self._signers = {}
         for record in self.cas:
             path = self.path / record.key_file
-            if record.role != "retired" or path.exists():
+            if record.role in _IN_FORCE or path.exists():
                 self._signers[record.number] = _load_ca(record, path)
         self.number, self.generation, self.signed = self.store.trust_list()
         self.roots = Roots(self.pem)
@@ -260,10 +271,14 @@ class Directory:
         _record(self.store, made, self._issuing.number)
         return made
 
-    def _issue_time(self, subject: str, key: PublicKey) -> int:
+    def check_key(self, key: PublicKey) -> None:
+        """Raises KeyRevoked. Needs no `change`."""
         for item in self.store.issued_for(key_hash(key)):
             if item.issued <= self.store.revoked_at(item.subject):
                 raise KeyRevoked(f"this key's certificate for {item.subject} is revoked: make another key")
+
+    def _issue_time(self, subject: str, key: PublicKey) -> int:
+        self.check_key(key)
         # What is issued in the second of the revocation counts as issued before it.
         return max(int(self.now()), self.store.revoked_at(subject) + 1)
 
@@ -293,12 +308,22 @@ class Directory:
             raise TrustError("a rotation has been started already: `rotate switch` comes next")
         if self.ca("old") is not None:
             raise TrustError("the last rotation is not over: `rotate finish` comes next")
+        self._check_room(len(self._signers) + 1)
         number = max(record.number for record in self.cas) + 1
         ca = new_ca(number, self.now())
         key_file = f"ca-{number}.key"
         replace(self.path / key_file, SECRET, key_pem(ca.key))  # one that is there was never in force
         self.store.put_ca(CaRecord(number, "next", _der(ca.certificate), key_file))
         self._handed_over()
+
+    def _check_room(self, signers: int) -> None:
+        """Nobody takes a list with more signatures than there may be."""
+        if signers > MAX_SIGNATURES:
+            past = [r.key_file for r in self.cas if r.role not in _IN_FORCE and r.number in self._signers]
+            raise TrustError(
+                f"{self.path}: there would be {signers} CAs with a key, and a trust list has room for {MAX_SIGNATURES} "
+                f"signatures: delete key files of CAs with which nothing starts any more ({', '.join(past)})"
+            )
 
     def switch_rotation(self) -> None:
         """Certificates come from the new CA; the old one is in force still."""
@@ -324,19 +349,23 @@ class Directory:
         left = [item for item in items if item.ca == old.number and item.subject not in renewed]
         return [item for item in left if item.issued > self.store.revoked_at(item.subject)]
 
-    def finish_rotation(self, *, force: bool = False) -> None:
-        """The old CA is in force no more. Refused while somebody depends on it, unless `force`."""
-        old = self.ca("old")
-        if old is None:
+    def finish_rotation(self, *, force: bool = False, stolen: bool = False) -> None:
+        """The old CA is in force no more. Refused while somebody depends on it, unless `force` or `stolen`.
+
+        `stolen`: it is void, as are all that were retired before, and what was accepted by them ends, too.
+        """
+        leaving = [record for record in self.cas if record.role == "old" or (stolen and record.role == "retired")]
+        if not leaving:
             step = "`rotate switch` comes next" if self.ca("next") else "it begins with `rotate start`"
             raise TrustError(f"there is no rotation to finish: {step}")
-        if (left := self.waiting()) and not force:
+        if (left := self.waiting()) and not force and not stolen:
             some = ", ".join(sorted(item.subject for item in left)[:5]) + (", ..." if len(left) > 5 else "")
             raise TrustError(
                 f"the old CA's certificates are in use still, {len(left)} of them ({some}): wait until they are "
-                "renewed (brokers: `rtunnel pki issue broker`), or use --force"
+                "renewed (brokers: `rtunnel pki issue broker`), revoke who won't come back, or use --force"
             )
-        self._give_role(old, "retired")
+        for record in leaving:
+            self._give_role(record, "void" if stolen else "retired")
         self._handed_over()
 
     def _give_role(self, record: CaRecord, role: str) -> None:
@@ -349,6 +378,7 @@ class Directory:
 
     def publish(self, *, for_agents: bool = False) -> None:
         """Make a new trust list of what is there; `for_agents` when they have to know it. Inside of `change`."""
+        self._check_room(len(self._signers))
         _publish(self.store, self.cas, list(self._signers.values()), self.now(), for_agents=for_agents)
         self._load()
 
@@ -372,14 +402,14 @@ def _publish(store: Store, cas: Sequence[CaRecord], signers: Sequence[Ca], now: 
         generation=number if for_agents else generation,
         cas=[record.certificate for record in _in_force(cas)],
         revoked=store.revocations(now),
+        void=[ca_id(x509.load_der_x509_certificate(record.certificate)) for record in cas if record.role == "void"],
     )
     # Retired ones sign too: who has missed a rotation, or starts with the CA file of before, can take the list.
     store.put_trust_list(number, content.generation, sign_list(content, [(ca.certificate, ca.key) for ca in signers]))
 
 
 def _in_force(cas: Sequence[CaRecord]) -> list[CaRecord]:
-    order = ("issuing", "next", "old")
-    return sorted((record for record in cas if record.role in order), key=lambda record: order.index(record.role))
+    return sorted((r for r in cas if r.role in _IN_FORCE), key=lambda record: _IN_FORCE.index(record.role))
 
 
 def _record(store: Store, made: x509.Certificate, ca: int, token: str = "", remember: int = 0) -> None:

@@ -46,7 +46,7 @@ class CaRecord:
     """A CA; its key is in a file.
 
     Role `issuing` gives out certificates; `next` and `old` are in force beside it; `retired` only signs trust lists,
-    for those who have missed a rotation.
+    for those who have missed a rotation. So does `void`, whose key was stolen.
     """
 
     number: int

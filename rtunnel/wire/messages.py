@@ -193,9 +193,11 @@ class Refuse(Message, tag="refused", frozen=True):
 
 
 class Update(Message, tag="update", frozen=True):
-    """Agent -> broker: the exposed ports changed."""
+    """Agent -> broker: the exposed ports changed, or the agent has another certificate (`identity.prove_session`)."""
 
     exposes: Annotated[list[Word], msgspec.Meta(max_length=256)]
+    certificate: Certificate = b""
+    signature: Signature = b""
 
 
 class Drain(Message, tag="drain", frozen=True):

@@ -114,8 +114,8 @@ class DialOwner(Protocol):
     def log(self, event: str, **fields: object) -> None:
         """A log line."""
 
-    def report(self, event: str, fields: dict[str, object]) -> None:
-        """One that somebody should read soon."""
+    def not_proven(self, code: Refusal, fields: dict[str, object]) -> None:
+        """Somebody who is not the target's agent has answered: count it, and say it where it is read soon."""
 
 
 @dataclass(slots=True)
@@ -211,10 +211,10 @@ class TargetDial:
     def not_proven(self, attempt: Attempt, refused: Refused) -> None:
         """Somebody answered who is not, or no longer, the target's agent: that is no accident of the network."""
         self.unproven = refused.text
-        self.owner.report(
-            "proof_failed",
+        self.owner.not_proven(
+            refused.code,
             {
-                "code": refused.code.value, "reason": refused.text, "target": str(self.target),
+                "reason": refused.text, "target": str(self.target),
                 "namespace": self.target.namespace, "node": attempt.used.node, "agent": attempt.used.agent_id,
                 "ps": f"{attempt.used.ps_ip}:{attempt.used.ps_port}", "epoch": str(attempt.used.epoch),
             },

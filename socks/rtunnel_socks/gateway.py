@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 import ssl
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -47,6 +48,7 @@ class GatewayCounts(StreamCounts):
     """What this gateway did since its start."""
 
     clients: int = 0  # negotiating
+    unproven: dict[str, int] = field(default_factory=dict)  # answers that were not believed, by code word
 
 
 class Gateway:
@@ -65,6 +67,7 @@ class Gateway:
         self.counts = GatewayCounts()
         self.draining = False
         self.registry_down = "not contacted yet"
+        self._followed: float | None = None  # when the route table was true to the registry (monotonic)
         self.table = RouteTable(grace=config.registry.heartbeat + 1.0)  # a wiped registry is whole again by then
         self.relay = Relay(self.report, "relay-gateway")
         self.bridge: Bridge
@@ -150,6 +153,11 @@ class Gateway:
         self.counts.clients -= 1
         self.limits.left(client.peer, self.relay.loop.now)
 
+    def not_proven(self, code: Refusal, fields: dict[str, object]) -> None:
+        """See DialOwner."""
+        self.counts.unproven[code.value] = self.counts.unproven.get(code.value, 0) + 1
+        self.report("proof_failed", {"code": code.value, **fields})
+
     def report(self, event: str, fields: dict[str, object]) -> None:
         """What the relay has to say: never good news."""
         self._log.error(event, **fields)
@@ -188,10 +196,14 @@ class Gateway:
         if not isinstance(joined, Joined):
             return True
         roots = self.roots
-        if roots is not None and joined.identity is not None and roots.is_revoked(joined.identity):
-            return False
-        if roots is not None and roots.fault_of(joined.certificate):
-            return False
+        if roots is not None:
+            # An agent goes over to another certificate with its sessions, and can't within a stream. So a CA that left
+            # in order does not end what was proved by it before; brokers end that of agents who have no other one.
+            who = joined.identity
+            if who is not None and (roots.is_revoked(who) or roots.is_void(who)):
+                return False
+            if roots.fault_of(joined.certificate):
+                return False
         return joined.client.judge()
 
     @staticmethod
@@ -270,6 +282,11 @@ class Gateway:
             reasons.append("draining")
         return reasons
 
+    @property
+    def routes_age(self) -> float | None:
+        """Seconds since the route table was true to the registry; None before the first time."""
+        return None if self._followed is None else round(time.monotonic() - self._followed, 1)
+
     async def _follow(self) -> None:
         """Keep the route table up to date; outlive any outage of the registry."""
         while True:
@@ -281,6 +298,7 @@ class Gateway:
                 self.registry_down = str(error)
                 await trio.sleep(RETRY_SECONDS)
                 continue
+            self._followed = time.monotonic()
             if self.registry_down:
                 self._log.info("registry_followed", tuples=self.table.counts().tuples)
                 self.registry_down = ""

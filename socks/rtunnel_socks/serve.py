@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import trio
 
+import rtunnel
 from rtunnel import admin
 from rtunnel.config import Config
 from rtunnel.registry import Registry
@@ -33,16 +34,21 @@ async def serve(
 
 def status(gateway: Gateway) -> dict[str, object]:
     """What this gateway knows and does."""
-    counts = gateway.counts
+    counts, routes = gateway.counts, gateway.table.counts()
     return {
         "role": "gateway",
+        "version": rtunnel.__version__,
         "name": gateway.name,
         "namespace": gateway.namespace,
-        "tuples": gateway.table.counts().tuples,
+        "state": "draining" if gateway.draining else "live",
+        "tuples": routes.tuples,
+        "forgotten": routes.forgotten,
+        "routes_age": gateway.routes_age,
         "nodes": [{"node": n.node, "state": n.state} for n in gateway.table.nodes.values()],
         "registry": gateway.registry_down or "ok",
         "clients": counts.clients,
         **counts.shown(),
+        "proof_failures": dict(counts.unproven),
         "pairs": len(gateway.relay.pairs),
         "access": gateway.access.shown(),
         "proof": gateway.config.proof,

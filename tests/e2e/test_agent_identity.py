@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -15,8 +16,9 @@ from cryptography import x509
 from rtunnel.config import RegistryConfig
 from rtunnel.registry import connect
 from rtunnel.relay.relay import Relay
+from rtunnel.roles import check
 from rtunnel.trust import pki
-from rtunnel.trust.identity import load_pair
+from rtunnel.trust.identity import load_pair, load_private_key
 from rtunnel.trust.keys import Token, TrustError, load_token
 from rtunnel.trust.tls import certificate_der, certificate_fingerprint, link_context
 from rtunnel.wire import messages
@@ -24,8 +26,9 @@ from rtunnel.wire.messages import Hello, Trust
 from rtunnel.wire.refusal import Refusal
 from rtunnel_agent.handshake import AgentSession, new_nonce
 from rtunnel_agent.serve import status
+from rtunnel_broker import node as node_module
 from rtunnel_broker.node import Node
-from support.authority import address, authority, token
+from support.authority import address, authority, change, token
 from support.cluster import Cluster, SocksRefused, Target, in_thread, read_line, running_cluster
 from support.files import put
 from support.logs import Events, named
@@ -33,6 +36,7 @@ from support.plumbing import free_port, free_ports, kept
 from support.redis_server import RedisServer
 
 IP = "127.1.0.1"
+KEYS = {"pem": "certificate", "key": "key"}
 #: A promise: what is revoked ends so soon.
 REVOKED_WITHIN = 5.0
 
@@ -202,6 +206,22 @@ async def test_neither_end_goes_down_to_less(tmp_path: Path) -> None:
         assert not strict.sessions and not simple.sessions
 
 
+async def test_a_shared_token_displaces_no_certificate(tmp_path: Path) -> None:
+    """Where a broker takes both the certified session stays, and the claim is refused; the reverse is a replacement."""
+    async with running_cluster(tmp_path) as cluster:
+        node = (await cluster.start_broker()).node
+        known = load_token(cluster.secrets / "join.token")
+        context = showing(cluster.secrets, "")
+        assert (await Knock(hello(known.id), context, known.secret).at(node)).session.welcome is not None
+        agent = (await cluster.start_agent(redundancy=1)).agent
+        await cluster.until(lambda: agent.state == "ready")
+        (session,) = node.sessions.values()
+        told = await Knock(hello(known.id), context, known.secret).at(node)
+        assert told.code is Refusal.ADDRESS_TAKEN
+        assert "default/a1 has a session here by certificate" in told.why
+        assert list(node.sessions.values()) == [session] and session.state == "live"
+
+
 # --- enrolment ----------------------------------------------------------------------------------------------
 
 
@@ -231,7 +251,7 @@ async def test_an_agent_enrols_once_and_renews_through_any_node(tmp_path: Path, 
             agent.identity.certificate
         )
         modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "identity").iterdir()}
-        assert modes == dict.fromkeys(("agent.key", "agent.pem", "token.id", "trust.list"), 0o600)
+        assert modes == dict.fromkeys(("agent.key", "agent.pem", "lock", "token.id", "trust.list"), 0o600)
         assert (tmp_path / "identity").stat().st_mode & 0o777 == 0o700
 
 
@@ -274,6 +294,25 @@ async def test_an_agent_without_token_and_certificate_does_not_start(tmp_path: P
             await cluster.start_agent(**keys)
 
 
+async def test_one_agent_has_an_identity(tmp_path: Path) -> None:
+    """A second process on the directory would overwrite its keys: it ends. A look at the configuration is no agent."""
+    async with running_cluster(tmp_path) as cluster, authority(cluster.secrets) as server:
+        await cluster.start_broker(authority=address(server))
+        many = token(cluster.secrets, networks=("127.1.0.0/24",), uses=2)
+        keys = without_certificate(tmp_path, many) | {"redundancy": 1}
+        first = await cluster.start_agent(**keys)
+        await cluster.until(lambda: first.agent.state == "ready")
+        mine = [path.read_bytes() for path in sorted((tmp_path / "identity").iterdir())]
+        check(first.agent._whole, "agent")
+        with pytest.raises(TrustError, match=r"/identity: another agent that runs.* directory of its own"):
+            await cluster.start_agent("a2", "127.1.0.2", **keys)
+        assert [path.read_bytes() for path in sorted((tmp_path / "identity").iterdir())] == mine
+        first.kill()
+        await first.ended.wait()
+        again = await cluster.start_agent(**keys)
+        await cluster.until(lambda: again.agent.state == "ready")
+
+
 async def test_a_token_that_is_used_up_is_told(tmp_path: Path, events: Events) -> None:
     """Two agents with a token of one use: the second one says why it has no certificate, and no broker hears of it."""
     async with running_cluster(tmp_path, broker__join_token="") as cluster, authority(cluster.secrets) as server:
@@ -289,6 +328,24 @@ async def test_a_token_that_is_used_up_is_told(tmp_path: Path, events: Events) -
         assert list(cluster.brokers["b1"].node.sessions) == ["default/a1"]
 
 
+async def test_a_source_that_is_refused_again_and_again_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: Events
+) -> None:
+    """So the authority hears of a used-up token twice; elsewhere, where all agents are one source, each time."""
+    monkeypatch.setattr(node_module, "REFUSED_AT_ONCE", 2)
+    monkeypatch.setattr(node_module, "REFUSED_SECONDS", 60.0)
+    async with running_cluster(tmp_path, broker__join_token="") as cluster, authority(cluster.secrets) as server:
+        await cluster.start_broker("b1", authority=address(server))
+        used = token(cluster.secrets, networks=("127.1.0.0/24",), uses=1)
+        change(cluster.secrets, lambda opened: opened.store.use_token(used.id))
+        agent = (await cluster.start_agent(**without_certificate(tmp_path, used), redundancy=1)).agent
+        await cluster.until(lambda: "rate_limited: requests for certificates" in agent.credentials.failure)
+        assert len(named(events, "enrol_refused")) == 2
+        await cluster.start_broker("b2", authority=address(server), source_handshakes=0)
+        cluster.vip.pinned = cluster.brokers["b2"].node.bound
+        await cluster.until(lambda: len(named(events, "enrol_refused")) > 4)
+
+
 async def test_an_exchange_that_ended_between_its_files_is_finished(tmp_path: Path) -> None:
     """The certificate is there, its key still waits beside it: the next start puts them together, without a request."""
     async with running_cluster(tmp_path, broker__join_token="", agent__join_token="") as cluster:
@@ -301,7 +358,7 @@ async def test_an_exchange_that_ended_between_its_files_is_finished(tmp_path: Pa
             (home / name).write_bytes((cluster.secrets / source).read_bytes())
         await cluster.start_agent(certificate="", key="", identity=str(home), redundancy=1)
         await cluster.whole()
-        assert sorted(path.name for path in home.iterdir()) == ["agent.key", "agent.pem"]
+        assert sorted(path.name for path in home.iterdir()) == ["agent.key", "agent.pem", "lock"]
         assert (home / "agent.key").read_bytes() == (cluster.secrets / f"{new}.key").read_bytes()
 
 
@@ -432,6 +489,90 @@ async def test_a_rotation_by_files_alone_cuts_no_stream(tmp_path: Path, events: 
         (session,) = node.sessions.values()
         assert agent.identity is not None and session.link is not None
         assert session.link.peer_certificate == agent.identity.certificate == certificate_der(new / "mine.pem")
+
+
+async def test_who_has_only_the_old_ca_is_out_when_it_leaves(tmp_path: Path, events: Events) -> None:
+    """`rotate finish --force`: who did not renew loses session and streams, and is told why; others lose none."""
+    async with running_cluster(tmp_path, broker__join_token="") as cluster, authority(cluster.secrets) as server:
+        node = (await cluster.start_broker(authority=address(server))).node
+        gateway = (await cluster.start_gateway(authority=address(server))).gateway
+        late = (await cluster.start_agent("a2", "127.1.0.2", redundancy=1)).agent
+        renews = (await cluster.start_agent(redundancy=1)).agent
+        await cluster.whole()
+        target, other = Target(IP), Target("127.1.0.2")
+        with await cluster.socks(IP, target.port) as stays, await cluster.socks("127.1.0.2", other.port) as ends:
+            assert says(stays) and says(ends)
+            for step in ("start_rotation", "switch_rotation"):
+                await in_thread(partial(rotate, cluster.secrets, step))
+            # Who saw the file only before and after would take it for a replacement by hand.
+            both = (node.roots, gateway.roots)
+            await cluster.until(lambda: all(roots.pem.count("BEGIN CERT") == 2 for roots in both if roots is not None))
+            await cluster.until(lambda: "a1" in [line.get("agent") for line in named(events, "ca_loaded")])
+            name = cluster.certify("a1", IP)  # from the new CA
+            for kind in ("pem", "key"):
+                (cluster.secrets / f"{name}.{kind}").replace(Path(getattr(renews.config, KEYS[kind])))
+            await cluster.until(lambda: from_new_ca(cluster.secrets, renews.identity))
+            await in_thread(lambda: replace_broker_certificate(cluster.secrets))
+            assert says(ends) == b"127.1.0.2:still there", "it ends when the CA leaves, and not before"
+            await in_thread(lambda: rotate(cluster.secrets, "finish_rotation", force=True))
+            with trio.fail_after(REVOKED_WITHIN):
+                assert await in_thread(lambda: ended(ends))
+                await cluster.until(lambda: late.state == "down")
+            assert says(stays) == b"127.1.0.1:still there"
+        (line,) = named(events, "session_revoked")
+        assert (line["agent"], line["code"], line["streams"]) == ("a2", "bad_certificate", 1)
+        assert "agent/default/a2 is not from a CA in force any more" in line["reason"]
+        await cluster.until(lambda: "not from a CA in force" in late.reasons()[0])
+        await cluster.until(lambda: list(node.sessions) == ["default/a1"])
+        assert await cluster.ask(IP, target.port) == b"127.1.0.1:hello"
+
+
+@pytest.mark.parametrize("stolen", [True, False])
+async def test_a_gateway_ends_what_a_stolen_ca_has_proved(tmp_path: Path, events: Events, stolen: bool) -> None:
+    """Also where the broker has not heard of it. A CA that left without `--stolen` may have proved a stream rightly."""
+    async with running_cluster(tmp_path) as cluster, authority(cluster.secrets) as server:
+        before = str(shutil.copy(cluster.secrets / "ca.pem", tmp_path))
+        await cluster.start_broker(ca=before)
+        gateway = (await cluster.start_gateway(ca=before, authority=address(server))).gateway
+        await cluster.start_agent(redundancy=1, ca=before)
+        await cluster.whole()
+        target = Target(IP)
+        with await cluster.socks(IP, target.port) as stream:
+            assert says(stream)
+            for step in ("start_rotation", "switch_rotation"):
+                await in_thread(partial(rotate, cluster.secrets, step))
+            await in_thread(lambda: rotate(cluster.secrets, "finish_rotation", force=True))
+            in_force = (cluster.secrets / "ca.pem").read_text()
+            await cluster.until(lambda: gateway.roots is not None and gateway.roots.pem == in_force)
+            assert says(stream) == b"127.1.0.1:still there"
+            if stolen:  # somebody finds out later
+                await in_thread(lambda: rotate(cluster.secrets, "finish_rotation", stolen=True))
+                with trio.fail_after(REVOKED_WITHIN):
+                    assert await in_thread(lambda: ended(stream))
+                assert [line["reason"] for line in named(events, "stream_ended")] == ["revoked"]
+        with pytest.raises(SocksRefused):
+            await cluster.ask(IP, target.port)
+
+
+@pytest.mark.parametrize("whose", ["another agent's", "a key that it is not for", "fewer addresses"])
+async def test_a_session_goes_over_to_its_agents_certificate_only(tmp_path: Path, whose: str) -> None:
+    """An Update with a certificate of somebody else, without its key, or for less than the session has."""
+    async with running_cluster(tmp_path) as cluster:
+        node = (await cluster.start_broker()).node
+        agent = (await cluster.start_agent("a1", IP, "127.1.0.5", redundancy=1)).agent
+        await cluster.until(lambda: agent.state == "ready")
+        (before,) = node.sessions.values()
+        session = agent.slots[0].session
+        assert session is not None
+        id_ = "a2" if whose == "another agent's" else "a1"
+        both = () if whose == "fewer addresses" else ("127.1.0.5",)
+        name, spare = cluster.certify(id_, IP, *both), cluster.certify(id_, IP, *both)
+        der, key, _ = load_pair(cluster.secrets / f"{name}.pem", cluster.secrets / f"{name}.key")
+        if whose == "a key that it is not for":
+            key = load_private_key(cluster.secrets / f"{spare}.key")
+        agent.relay.call(lambda: session.go_over(["1-65535"], der, key))
+        await cluster.until(lambda: before.state == "over")
+        assert "bad_certificate" in before.why
 
 
 async def other_sessions(cluster: Cluster) -> None:

@@ -80,8 +80,8 @@ async def test_head_has_no_body() -> None:
 async def test_unknown_paths_list_the_known() -> None:
     """404 lists the paths."""
     async with server() as at:
-        status, _, body = await ask(at, get("/metrics"))
-    assert (status, body) == (404, b"/livez\n/readyz\n/statusz\n")
+        status, _, body = await ask(at, get("/metricz"))
+    assert (status, body) == (404, b"/livez\n/readyz\n/statusz\n/metrics\n")
 
 
 async def test_other_methods_are_refused() -> None:

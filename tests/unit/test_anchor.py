@@ -187,7 +187,7 @@ async def test_an_authority_of_another_cluster_is_none(made: Path, tmp_path: Pat
         assert "certificate is not good" in caught.value.text
         await until(lambda: "certificate is not good" in str(here.anchor.shown()["authority"]))
         assert here.anchor.roots.number == 0 and here.changes == []
-        assert server.shown()["refused"] == 0
+        assert server.shown()["refused"] == {}
 
 
 async def test_a_broker_is_no_authority(made: Path) -> None:

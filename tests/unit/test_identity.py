@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 
 from rtunnel.trust import identity, pki
-from rtunnel.trust.identity import Roots, TrustList, load_private_key, sign_list
+from rtunnel.trust.certificates import pem
+from rtunnel.trust.identity import (
+    Roots,
+    TrustList,
+    ca_id,
+    is_session_proof,
+    load_private_key,
+    prove_session,
+    sign_list,
+)
 from rtunnel.trust.keys import TrustError
 from rtunnel.trust.proof import ACCEPTED as SAID
 from rtunnel.trust.proof import Exchange, is_signed, sign
@@ -94,6 +104,67 @@ def test_lists_hand_on_from_ca_to_ca(tmp_path: Path) -> None:
     with pytest.raises(TrustError, match="not signed by a CA in force"):
         late.take(sign_list(last, [new]))
     assert late.take(sign_list(last, [new, old]))
+
+
+def test_a_ca_that_left_is_void_only_where_that_is_said(tmp_path: Path) -> None:
+    """What was verified before is of a CA in force or not, and void or not: two questions."""
+    for name in ("old", "new"):
+        made(tmp_path / name)
+    old, new = ca_of(tmp_path / "old"), ca_of(tmp_path / "new")
+    roots = Roots((tmp_path / "old" / "ca.pem").read_bytes())
+    who = roots.verify(certificate_der(tmp_path / "old" / "a1.pem"))
+    broker = certificate_der(tmp_path / "old" / "broker.pem")
+    roots.take(sign_list(a_list(old, new, number=2), [old, new]))
+    assert roots.in_force(who)
+    roots.take(sign_list(a_list(new, number=3), [new]))
+    assert not roots.in_force(who) and not roots.is_void(who) and not roots.fault_of(broker)
+    roots.take(sign_list(a_list(new, number=4, void=[ca_id(old[0])]), [new]))
+    assert roots.is_void(who)
+    assert roots.fault_of(broker) == "the certificate of broker/broker is from a CA that is void"
+    assert not roots.fault_of(certificate_der(tmp_path / "new" / "broker.pem"))
+
+
+def test_a_ca_whose_own_certificate_is_renewed(tmp_path: Path) -> None:
+    """Another certificate for the same key: whoever has the one or the other is from a CA in force."""
+    der = certificate_der(made(tmp_path))
+    old, key = ca_of(tmp_path)
+    builder = x509.CertificateBuilder(old.issuer, old.subject, old.public_key(), 7, extensions=list(old.extensions))
+    begin, end = old.not_valid_before_utc, old.not_valid_after_utc + timedelta(days=1)
+    new = builder.not_valid_before(begin).not_valid_after(end).sign(key, hashes.SHA256())
+    first, second = pem(old), pem(new)
+    roots = Roots(first + second)
+    assert roots.pem.encode() == first + second
+    who = roots.verify(der)
+    roots.begin_again(second)
+    assert roots.in_force(who) and not roots.is_void(who) and roots.verify(der) == who
+
+
+def test_cas_that_are_replaced_by_hand_without_handing_over_are_void(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        made(tmp_path / name)
+    old, new = ((tmp_path / name / "ca.pem").read_bytes() for name in ("old", "new"))
+    der = certificate_der(tmp_path / "old" / "a1.pem")
+    at_once, in_order = Roots(old), Roots(old)
+    who = at_once.verify(der)
+    at_once.begin_again(new)
+    assert at_once.is_void(who)
+    in_order.begin_again(old + new)
+    in_order.begin_again(new)
+    assert not in_order.is_void(who) and not in_order.in_force(who)
+    behind = Roots(old)  # the list that it has says nothing of the new CA yet, the file does
+    behind.take(sign_list(a_list(ca_of(tmp_path / "old")), [ca_of(tmp_path / "old")]))
+    behind.begin_again(old + new)
+    assert behind.pem.encode() == old
+    behind.begin_again(new)
+    assert not behind.is_void(who) and not behind.in_force(who)
+
+
+def test_a_session_is_proved_for_one_link_only(tmp_path: Path) -> None:
+    key = load_private_key(made(tmp_path).parent / "a1.key")
+    proof = prove_session(key, "b1", 7, b"broker's")
+    assert is_session_proof(key.public_key(), "b1", 7, b"broker's", proof)
+    for other in (("b2", 7, b"broker's"), ("b1", 8, b"broker's"), ("b1", 7, b"another")):
+        assert not is_session_proof(key.public_key(), *other, proof)
 
 
 @pytest.mark.parametrize("data", [b"", b"\xc1", b"\x80", b"\x82\xa4body\xc4\x00\xaasignatures\x90"])

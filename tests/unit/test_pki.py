@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import stat
+import time
+from operator import methodcaller
 from pathlib import Path
 
 import click
@@ -20,7 +22,7 @@ from rtunnel.trust.identity import Roots, load_private_key
 from rtunnel.trust.keys import TrustError
 from rtunnel.trust.pki import Directory, open_directory
 from rtunnel.trust.tls import certificate_der
-from support.authority import change, enrol, token
+from support.authority import change, enrol, renewal, token
 
 
 @pytest.fixture
@@ -147,6 +149,20 @@ def test_tokens(made: Path) -> None:
     assert "there is a token web already" in again.stderr and not again.stdout
 
 
+def test_a_token_in_a_file(made: Path, tmp_path: Path) -> None:
+    """For its owner only, and not on the screen. A file that is there stays, and then there is no token."""
+    file = tmp_path / "host-7.token"
+    create = ("token", "create", "--cidr", "10.1.0.7/32", "--file", str(file), "--id")
+    result = run(made, *create, "a")
+    token = keys.load_token(file)
+    assert token.id == "a" and stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert token.line() not in result.output
+    assert "exists, and is not overwritten" in run(made, *create, "b", code=2).stderr
+    assert keys.load_token(file) == token
+    listed = run(made, "token", "list").output
+    assert re.search(r"^a +good", listed, re.M) and not re.search(r"^b ", listed, re.M)
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -269,6 +285,18 @@ def test_an_open_token_is_named_when_its_agent_is_revoked(made: Path) -> None:
     assert "`rtunnel pki token revoke web`" in run(made, "revoke", "default/a1").output
 
 
+def test_an_open_token_is_named_when_its_agent_has_renewed_since(made: Path) -> None:
+    """Its certificate is by no token then, and the one that was by a token is over."""
+    by, key = token(made, id="web", uses=3, lifetime=90), new_key()
+    start = time.time()
+    directory = Directory(made, lambda: start - 100)
+    first = Authority(directory).enrol(enrol(by, key)).answer.certificate
+    directory.now = lambda: start - 30
+    Authority(directory).enrol(renewal(first, key))
+    directory.close()
+    assert "`rtunnel pki token revoke web`" in run(made, "revoke", "default/a1").output
+
+
 def test_a_list_has_room(made: Path) -> None:
     """1000 revocations fit; when there are too many the one that does not fit is refused, and nothing has changed."""
     name = "agent/default/" + "x" * 30
@@ -362,6 +390,38 @@ def test_finishing_by_force(made: Path) -> None:
     run(made, "rotate", "switch")
     assert "1 of them (broker/broker)" in run(made, "rotate", "finish", code=2).stderr
     assert "Void now: 1 certificate," in run(made, "rotate", "finish", "--force").output
+
+
+def test_a_ca_whose_key_was_stolen(made: Path) -> None:
+    """The list says so, also when that is found out after the rotation; who has verified by it sees it."""
+    follower = roots_of(made)
+    who = follower.verify(certificate_der(made / "broker.pem"))
+    assert "no rotation to finish" in run(made, "rotate", "finish", "--stolen", code=2).stderr
+    for step in ("start", "switch"):
+        run(made, "rotate", step)
+        assert take(follower, made)
+    run(made, "rotate", "finish", "--force")
+    assert take(follower, made) and not follower.is_void(who)
+    run(made, "rotate", "finish", "--stolen")
+    assert take(follower, made) and follower.is_void(who)
+    assert "CA 1: not in force; it was stolen" in run(made, "show").output
+    assert "broker/broker" not in run(made, "list").output
+
+
+def test_no_list_has_more_signatures_than_anybody_takes(made: Path) -> None:
+    """The CA that would be one too many is not made, and the error says which files to delete."""
+    follower = roots_of(made)
+    for _ in range(15):
+        for step in ("start_rotation", "switch_rotation"):
+            change(made, methodcaller(step))
+        change(made, lambda opened: opened.finish_rotation(force=True))
+    assert take(follower, made)
+    refused = run(made, "rotate", "start", code=2).stderr
+    assert "there would be 17 CAs with a key" in refused and "(ca.key, ca-2.key, " in refused
+    assert not (made / "ca-17.key").exists()
+    (made / "ca.key").unlink()
+    run(made, "rotate", "start")
+    assert take(follower, made)
 
 
 def test_a_rotation_that_fails_is_not_begun(made: Path) -> None:

@@ -1,0 +1,253 @@
+"""`/metrics` for Prometheus. Nothing is counted here: a series is a place in what the role says at `/statusz`.
+
+A supervisor's status has those of its workers in it; their series are told apart by a label `worker`. They are not
+added up here: a worker that is started again begins at 0, and in a sum that would look like a burst of events.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from rtunnel.relay.join import Ending
+from rtunnel.wire.refusal import Refusal
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+Status = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One name. `value` finds it in a status: a number, for a series with a `label` one for each word; None: not there.
+
+    A name that ends in `_total` is a counter. `words` are there from the start, with 0: Prometheus does not see the
+    step from nothing to 1.
+    """
+
+    name: str
+    help: str
+    value: Callable[[Status], float | Mapping[str, float] | None]
+    label: str = ""
+    words: tuple[str, ...] = ()
+
+
+def text(status: Status) -> bytes:
+    """A role's or a supervisor's status as Prometheus reads it."""
+    registry = CollectorRegistry()
+    registry.register(_Statuses(status))
+    return generate_latest(registry)
+
+
+class _Statuses(Collector):
+    def __init__(self, status: Status) -> None:
+        self._labels = ["role", "worker"] if "workers" in status else ["role"]
+        role = status.get("role", "")
+        self._of = [([role, str(each["worker"])], each) for each in status.get("workers", ())] or [([role], status)]
+
+    def collect(self) -> Iterator[Metric]:
+        """See Collector."""
+        for series in SERIES:
+            family = GaugeMetricFamily if not series.name.endswith("_total") else CounterMetricFamily
+            labels = [*self._labels, series.label] if series.label else self._labels
+            metric = family(series.name, series.help, labels=labels)
+            for names, status in self._of:
+                for word, value in _values(series, status):
+                    metric.add_metric([*names, word] if series.label else names, value)
+            if metric.samples:
+                yield metric
+
+
+def _values(series: Series, status: Status) -> list[tuple[str, float]]:
+    value = series.value(status)
+    if value is None:
+        return []
+    if not isinstance(value, Mapping):
+        return [("", value)]
+    # Agents are thousands: each has the words that it has met, and no others.
+    known = {} if status.get("role") == "agent" else dict.fromkeys(series.words, 0)
+    return list({**known, **value}.items())
+
+
+# --- where things stand in a status -------------------------------------------------------------------------
+
+
+def _at(*path: str) -> Callable[[Status], Any]:
+    """The value at this path; None when a part of it is missing."""
+
+    def value(status: Status) -> Any:
+        found: Any = status
+        for name in path:
+            found = found.get(name) if isinstance(found, Mapping) else None
+        return found
+
+    return value
+
+
+def _is_ok(*path: str) -> Callable[[Status], float | None]:
+    """1 where the status says "ok", 0 where it has a reason."""
+
+    def value(status: Status) -> float | None:
+        said = _at(*path)(status)
+        return None if said in (None, "none") else float(said == "ok")
+
+    return value
+
+
+def _sessions(status: Status) -> Mapping[str, float] | None:
+    sessions = status.get("sessions")
+    if sessions is None:
+        return None
+    if isinstance(sessions, int):  # a broker's drain with it
+        return {"live": 0, "draining": 0, status["state"]: sessions}
+    return {"live": len(sessions), "draining": len(status["draining"])}
+
+
+def _nodes(status: Status) -> Mapping[str, float] | None:
+    nodes = status.get("nodes")
+    if nodes is None:
+        return None
+    states = [node["state"] for node in nodes]
+    return {state: states.count(state) for state in ("live", "draining")}
+
+
+def _draining(status: Status) -> float | None:
+    state = status.get("state")
+    return float(state == "draining") if state in ("live", "draining") else None
+
+
+def _trust(what: str) -> Callable[[Status], float | None]:
+    def value(status: Status) -> Any:
+        return _at("trust", what)(status) if "trust" in status else _at("identity", "trust", what)(status)
+
+    return value
+
+
+def _seconds_left(*path: str) -> Callable[[Status], float | None]:
+    def value(status: Status) -> float | None:
+        ends = _at(*path)(status)
+        return ends - time.time() if ends else None
+
+    return value
+
+
+def _certificate_left(status: Status) -> float | None:
+    path = ("certificate_ends",) if "certificate_ends" in status else ("identity", "ends")
+    return _seconds_left(*path)(status)
+
+
+def _bytes(status: Status) -> Mapping[str, float] | None:
+    return {way: status[f"bytes_{way}"] for way in ("up", "down")} if "bytes_up" in status else None
+
+
+def _issued(status: Status) -> Mapping[str, float] | None:
+    return {way: status[way] for way in ("enrolled", "renewed")} if "enrolled" in status else None
+
+
+_CODES: Final = tuple(code.value for code in Refusal)
+_UNPROVEN: Final = (Refusal.NOT_PROVEN.value, Refusal.REVOKED.value)
+
+#: docs/metrics.md has the same, and which role gives which.
+SERIES: Final = (
+    Series(
+        "rtunnel_build_info", "Always 1; the label is the version of rtunnel",
+        lambda s: {v: 1} if (v := s.get("version")) else None, "version",
+    ),
+    # Streams.
+    Series("rtunnel_streams", "Streams that are open now", _at("streams")),
+    Series(
+        "rtunnel_streams_accepted_total",
+        "Streams that were joined; at a broker with the agent, whose answer may still be no",
+        _at("accepted"),
+    ),
+    Series(
+        "rtunnel_stream_endings_total", "Streams that are over, by why",
+        _at("endings"), "ending", tuple(Ending),
+    ),
+    Series(
+        "rtunnel_stream_bytes_total", "Bytes of streams that are over; up is from client to target; at a broker with "
+        "the agent's answer to the Dial",
+        _bytes, "direction",
+    ),
+    Series(
+        "rtunnel_refusals_total", "Streams that were refused, by the code that was told; by an authority: requests for "
+        "certificates, and connections above its limits (overloaded)",
+        _at("refused"), "code", _CODES,
+    ),
+    Series("rtunnel_clients_negotiating", "Clients that have no stream yet", _at("clients")),
+    Series(
+        "rtunnel_dials_waiting", "Connections to ports whose Dial, or whose agent's answer, has not come yet",
+        _at("waiting"),
+    ),
+    Series(
+        "rtunnel_proof_failures_total", "Answers to Dials that were not proved to be the target's agent's, by code",
+        _at("proof_failures"), "code", _UNPROVEN,
+    ),
+    # Sessions.
+    Series("rtunnel_sessions", "Sessions; those of a node that drains are draining", _sessions, "state"),
+    Series("rtunnel_sessions_wanted", "Sessions that the agent is to have (agent.redundancy)", _at("sessions_wanted")),
+    Series(
+        "rtunnel_on_one_host", "1 when the agent has several sessions, and all on one host",
+        lambda s: float(bool(s["one_host"])) if "one_host" in s else None,
+    ),
+    Series("rtunnel_handshakes", "Links that are not proven yet", _at("handshakes")),
+    Series(
+        "rtunnel_session_refusals_total", "Links that were refused a session or a certificate, by code; duplicate_node "
+        "is an agent's way to its other node",
+        _at("session_refusals"), "code", _CODES,
+    ),
+    Series(
+        "rtunnel_window_budget_bytes", "What is left of the budget by which windows grow", _at("window_budget"),
+    ),
+    # Registry.
+    Series(
+        "rtunnel_registry_up", "1 when the last heartbeat (broker) or look (gateway) at the registry worked",
+        _is_ok("registry"),
+    ),
+    Series("rtunnel_tuples", "Tuples in the route table", _at("tuples")),
+    Series("rtunnel_nodes", "Broker nodes in the route table", _nodes, "state"),
+    Series("rtunnel_tuples_forgotten_total", "Tuples that a broker or an agent called stale", _at("forgotten")),
+    Series(
+        "rtunnel_route_table_age_seconds", "Since the route table was last known to be as the registry",
+        _at("routes_age"),
+    ),
+    Series("rtunnel_draining", "1 while it drains", _draining),
+    Series(
+        "rtunnel_files_rejected", "Files of rules or users with a fault: what they said before is in force",
+        lambda s: len(s["access"]["rejected"]) if "access" in s else None,
+    ),
+    # Who is who.
+    Series("rtunnel_trust_list_number", "Of the trust list in force; 0 before the first one", _trust("number")),
+    Series("rtunnel_trust_list_generation", "Of the same; it grows when agents are told", _trust("generation")),
+    Series(
+        "rtunnel_authority_up", "1 when the last question to the authority was answered; none without an authority",
+        _is_ok("trust", "authority"),
+    ),
+    Series(
+        "rtunnel_certificate_seconds_left", "Until its own certificate ends, by its clock; none without one",
+        _certificate_left,
+    ),
+    Series(
+        "rtunnel_renewal_failed", "1 when the last request for a certificate came to nothing",
+        lambda s: float(bool(s["identity"]["failure"])) if s.get("identity") else None,
+    ),
+    Series("rtunnel_ca_seconds_left", "Until the CA ends that certificates are made with", _seconds_left("ca_ends")),
+    Series(
+        "rtunnel_certificates_issued_total", "Certificates: enrolled for a join token, renewed for the one before",
+        _issued, "way",
+    ),
+    Series("rtunnel_connections", "Connections of brokers and gateways", _at("connections")),
+    Series("rtunnel_store_up", "1 when the authority's store can be read and written", _is_ok("store")),
+    # Workers.
+    Series(
+        "rtunnel_worker_up", "1 when the worker answers its supervisor; the series above are missing when it does not",
+        lambda s: float("role" in s) if "worker" in s else None,
+    ),
+    Series("rtunnel_worker_restarts_total", "How often the worker was started again", _at("restarts")),
+)  # fmt: skip
