@@ -56,8 +56,10 @@ QUICK_JITTER: Final = 0.05
 #: Then the pauses double, up to this or `backoff_cap` (seconds, with jitter): what an agent that the VIP pins to one
 #: node goes on with.
 SLOW_REDIAL: Final = 10.0
-#: With one session left and no other node to be had, an agent leaves a draining node after so many seconds.
+#: With one session left, an agent leaves a draining node after so many seconds: when the search has shown that there is
+#: no other node to be had, and when it could not show anything.
 DRAIN_GRACE: Final = 2.0
+LONG_DRAIN_GRACE: Final = 10.0
 BACKOFF_FIRST: Final = 0.25
 #: Without a certificate no slot dials; each looks so often whether there is one by now.
 LOOK_SECONDS: Final = 1.0
@@ -342,8 +344,10 @@ class Agent:
         """Before the next dial: a moment while the search for another node is young, full jitter after a failure."""
         duplicate = outcome.code is Refusal.DUPLICATE_NODE
         reason = outcome.why
-        # A session elsewhere proves that the VIP works: then a refused connection is just one dead node behind it.
-        if duplicate or (outcome.unreached and self.state != "down"):
+        # A session elsewhere proves that the VIP works: then a refused connection is just one dead node behind it, and
+        # a draining one may still be there for a moment.
+        gone = outcome.unreached or outcome.code is Refusal.DRAINING
+        if duplicate or (gone and self.state != "down"):
             slot.searches += 1
             late = slot.searches - QUICK_REDIALS - ANY_HOST_REDIALS
             if late <= 0:
@@ -526,7 +530,11 @@ class Agent:
     # Drain.
 
     def _covered(self, since: float) -> bool:
-        return self.state == "ready" or (self.state == "degraded" and trio.current_time() - since >= DRAIN_GRACE)
+        """Whether nothing is lost by leaving a node that drains since then."""
+        waited = trio.current_time() - since
+        searched = all(slot.searches >= QUICK_REDIALS + ANY_HOST_REDIALS for slot in self.slots if slot.session is None)
+        enough = DRAIN_GRACE if searched else LONG_DRAIN_GRACE
+        return self.state == "ready" or (self.state == "degraded" and waited >= enough)
 
     async def _leave_draining_nodes(self) -> None:
         """A draining node's session ends when its streams are done and a replacement is up, or none was to be had."""

@@ -650,7 +650,8 @@ class Node:
         granted: list[tuple[Publish, int]] = []
         notices: list[str] = []
         assert session.hello is not None
-        for publish in session.hello.publish:
+        # Who wants a certain port comes first: another's by chance could be that one.
+        for publish in sorted(session.hello.publish, key=lambda publish: not publish.port):
             wanted = f"open port {publish.port or '(any)'} for {publish.ip}:{publish.target_port}"
             try:
                 taken = await self.bridge.registry(self._allocate_open, session, publish)

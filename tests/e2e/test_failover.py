@@ -17,6 +17,8 @@ from rtunnel.config import RegistryConfig
 from rtunnel.net import listening_socket
 from rtunnel.registry import COUNTER_BITS, Beat, NodeRecord, Registration, Superseded, Tuple, connect, incarnation_of
 from rtunnel.registry.memory import MemoryRegistry
+from rtunnel.wire.refusal import Refusal
+from rtunnel_agent.agent import Outcome
 from rtunnel_broker.node import Node
 from support.cluster import Cluster, Part, SocksRefused, Target, in_thread, read_line, running_cluster
 from support.logs import Events, named
@@ -352,6 +354,22 @@ async def test_a_slow_target_is_dialled_once(tmp_path: Path, events: Events) -> 
 
 
 # --- drain --------------------------------------------------------------------------------------------------
+
+
+async def test_a_draining_node_is_a_step_of_the_search(tmp_path: Path) -> None:
+    """An agent with a session elsewhere goes on to the next node at once; one without backs off."""
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.start(brokers=2)
+        agent = cluster.agents["a1"].agent
+        first, second = agent.slots
+        draining = Outcome(code=Refusal.DRAINING, why="draining")
+        backoff = first.backoff
+        await agent._wait(first, draining)
+        assert (first.searches, first.backoff) == (1, backoff)
+        held, first.session, second.session = (first.session, second.session), None, None
+        await agent._wait(first, draining)
+        assert (first.searches, first.backoff) == (1, 2 * backoff)
+        first.session, second.session = held
 
 
 async def test_a_draining_broker_loses_nothing(tmp_path: Path, events: Events) -> None:

@@ -210,16 +210,14 @@ async def test_an_agent_may_have_as_much_as_the_configuration_takes(tmp_path: Pa
 
 async def test_an_open_port_relays_at_once_and_only_for_its_sources(tmp_path: Path) -> None:
     """(PS IP, PS port) reaches the target with raw bytes; a source outside the list gets a reset."""
-    fixed = free_ports(10)[5]
+    fixed = free_ports(2)[0]
     async with running_cluster(tmp_path) as cluster:
-        await cluster.start_broker(
-            "b1", open_ports__range=f"{fixed - 5}-{fixed + 4}", open_ports__allow=["127.0.0.0/29"]
-        )
+        await cluster.start_broker("b1", open_ports__range=f"{fixed}-{fixed + 1}", open_ports__allow=["127.0.0.0/29"])
         await cluster.start_gateway()
         target = Target("127.1.0.1")
         publish = [
+            {"target": f"127.1.0.1:{target.port}"},  # a port by chance, and not the one of the next
             {"target": f"127.1.0.1:{target.port}", "port": fixed, "allow": ["127.0.0.3/32"]},
-            {"target": f"127.1.0.1:{target.port}"},  # behind it: a port by chance must not be that one
             {"target": f"127.1.0.1:{target.port}", "port": 4444},
         ]
         part = await cluster.start_agent("a1", redundancy=1, publish=publish, exposes=["1"])
