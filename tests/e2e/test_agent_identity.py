@@ -26,7 +26,7 @@ from rtunnel.wire.messages import Hello, Trust
 from rtunnel.wire.refusal import Refusal
 from rtunnel_agent.handshake import AgentSession, new_nonce
 from rtunnel_agent.serve import status
-from rtunnel_broker import node as node_module
+from rtunnel_broker import standing
 from rtunnel_broker.node import Node
 from support.authority import address, authority, change, token
 from support.cluster import Cluster, SocksRefused, Target, in_thread, read_line, running_cluster
@@ -332,8 +332,8 @@ async def test_a_source_that_is_refused_again_and_again_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: Events
 ) -> None:
     """So the authority hears of a used-up token twice; elsewhere, where all agents are one source, each time."""
-    monkeypatch.setattr(node_module, "REFUSED_AT_ONCE", 2)
-    monkeypatch.setattr(node_module, "REFUSED_SECONDS", 60.0)
+    monkeypatch.setattr(standing, "REFUSED_AT_ONCE", 2)
+    monkeypatch.setattr(standing, "REFUSED_SECONDS", 60.0)
     async with running_cluster(tmp_path, broker__join_token="") as cluster, authority(cluster.secrets) as server:
         await cluster.start_broker("b1", authority=address(server))
         used = token(cluster.secrets, networks=("127.1.0.0/24",), uses=1)
@@ -444,7 +444,7 @@ async def test_a_rotation_cuts_no_stream(tmp_path: Path, events: Events) -> None
                 assert says(stream) == b"127.1.0.1:still there"
             await in_thread(lambda: replace_broker_certificate(cluster.secrets))
             fingerprint = certificate_fingerprint(certificate_der(cluster.secrets / "broker.pem"))
-            await cluster.until(lambda: all(node._shown.binding == fingerprint for node in nodes))
+            await cluster.until(lambda: all(node._standing.shown.binding == fingerprint for node in nodes))
             await cluster.until(lambda: from_new_ca(cluster.secrets, agent.identity), patience=30.0)
             before = agent.credentials.generation
             await in_thread(lambda: rotate(cluster.secrets, "finish_rotation", force=True))  # a9 has the old one
@@ -609,13 +609,13 @@ async def test_a_token_is_proved_on_the_certificate_of_the_handshake(tmp_path: P
         node = (await cluster.start_broker()).node
         known = load_token(cluster.secrets / "join.token")
         slow = Knock(hello(known.id), showing(cluster.secrets, ""), known.secret)
-        held = node._shown.binding
+        held = node._standing.shown.binding
         slow.session.link_up = lambda link: slow.hold(link)  # type: ignore[method-assign]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(slow.at, node)
             await cluster.until(lambda: slow.held is not None)
             await in_thread(lambda: replace_broker_certificate(cluster.secrets))
-            await cluster.until(lambda: node._shown.binding != held)
+            await cluster.until(lambda: node._standing.shown.binding != held)
             slow.go_on()
         assert slow.session.welcome is not None, slow.why
         later = await Knock(hello(known.id, agent_id="a2"), showing(cluster.secrets, ""), known.secret).at(node)
@@ -642,13 +642,13 @@ async def test_bad_files_change_nothing(tmp_path: Path, events: Events) -> None:
     async with running_cluster(tmp_path) as cluster:
         await cluster.start(brokers=1)
         node = cluster.brokers["b1"].node
-        before = node._shown
+        before = node._standing.shown
         put(cluster.secrets / "broker.key", (cluster.secrets / "ca.key").read_bytes())
         put(cluster.secrets / "ca.pem", "noise")
         await cluster.until(lambda: len(named(events, "ca_rejected")) == 3)  # broker, gateway and agent
         await cluster.until(lambda: bool(named(events, "certificate_rejected")))
         assert "is not the key of the certificate" in named(events, "certificate_rejected")[0]["reason"]
-        assert node._shown is before
+        assert node._standing.shown is before
         await other_sessions(cluster)
 
 

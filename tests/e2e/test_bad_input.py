@@ -55,7 +55,7 @@ from rtunnel.wire.messages import (
     encode,
     encode_body,
 )
-from rtunnel_broker import node as node_module
+from rtunnel_broker import registrar
 from support.cluster import Cluster, Part, SocksRefused, Target, in_thread, read_line, running_cluster
 from support.logs import Events, named
 from support.plumbing import free_range, kept, refusing_port, reset
@@ -1459,7 +1459,7 @@ async def test_no_descriptor_left_refuses_agents_and_kills_nobody(here: Path, mo
         await cluster.start(brokers=1)
         async with unharmed(cluster, Target("127.1.0.1")):
             with monkeypatch.context() as patched:
-                patched.setattr(node_module, "listening_socket", full)
+                patched.setattr(registrar, "listening_socket", full)
                 part = await cluster.start_agent("odd", "127.1.0.9", redundancy=1)
                 await cluster.until(lambda: "overloaded" in part.agent.reasons()[0])
             await cluster.until(lambda: part.agent.state == "ready")

@@ -19,7 +19,6 @@ from rtunnel.registry import COUNTER_BITS, Beat, NodeRecord, Registration, Super
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.wire.refusal import Refusal
 from rtunnel_agent.agent import Outcome
-from rtunnel_broker.node import Node
 from support.cluster import Cluster, Part, SocksRefused, Target, in_thread, read_line, running_cluster
 from support.logs import Events, named
 from support.plumbing import free_range, kept, read_all, reset, running_relay
@@ -500,7 +499,7 @@ async def test_an_agent_that_leaves_is_gone_at_once(tmp_path: Path, events: Even
         assert caught.value.code == 0x04
         for node in ("b1", "b2"):
             assert not listens(("127.0.0.1", ports[node][1]))
-            counts = cluster.brokers[node].node._guarded.counts()
+            counts = cluster.brokers[node].node._registrar._guarded.counts()
             assert (counts.in_use, counts.quarantined) == (1, 1)
 
         def down() -> list[str]:
@@ -643,8 +642,3 @@ async def test_a_registry_that_hangs_delays_no_connection(tmp_path: Path, make_r
 def listens(address: tuple[str, int]) -> bool:
     with socket.socket() as sock:
         return sock.connect_ex(address) == 0
-
-
-def test_what_these_tests_take_from_the_node() -> None:
-    """They look at the allocator of guarded ports by its private name."""
-    assert "_guarded" in Node.__init__.__code__.co_names

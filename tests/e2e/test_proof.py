@@ -731,7 +731,7 @@ async def test_a_revoked_gateway_loses_its_streams_and_gets_no_others(tmp_path: 
 
         def put() -> None:
             assert node.roots is not None and node.roots.take(signed)
-            node._trust_changed()
+            node._standing.changed()
 
         await node.bridge.run(put)
         with pytest.raises(ConnectionResetError):

@@ -365,7 +365,7 @@ async def run_storm(
         for node in ("b1", "b2"):
             ports = free_ports(PORTS)
             part = await cluster.start_broker(node, port_range=f"{ports[0]}-{ports[-1]}")
-            part.node._guarded = restless(cluster.registry, ports)
+            part.node._registrar._guarded = restless(cluster.registry, ports)
         await cluster.start_gateway(proof=proof)
         storm.poison(cluster.gateway)
         async with trio.open_nursery() as nursery:

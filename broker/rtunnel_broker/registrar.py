@@ -1,0 +1,359 @@
+"""Ports and tuples for sessions: leased and registered before Welcome, given back at the end. In trio's thread."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from dataclasses import dataclass
+from itertools import count
+from typing import Protocol
+
+import trio
+from structlog.typing import FilteringBoundLogger
+
+import rtunnel
+from rtunnel.bridge import Bridge
+from rtunnel.config import BrokerConfig, parse_endpoint, parse_range
+from rtunnel.net import listening_socket
+from rtunnel.registry import (
+    COUNTER_BITS,
+    AddressTaken,
+    PortLease,
+    Registration,
+    Registry,
+    RegistryUnavailable,
+    Tuple,
+)
+from rtunnel.registry.ports import PortAllocator, PortsExhausted, PortTaken
+from rtunnel.relay.relay import Relay
+from rtunnel.wire.messages import OpenPort, Publish, Welcome
+from rtunnel.wire.refusal import Refusal, Refused
+from rtunnel_broker.ports import DialChecker, GuardedPort, Networks, OpenPortServer, PortCounts
+from rtunnel_broker.session import Session
+
+
+class RegistrarNode(Protocol):
+    """The node, as its registrar sees it."""
+
+    config: BrokerConfig
+    node: str
+    host: str
+    ip: str
+    incarnation: int
+    heartbeat: float
+    counts: PortCounts
+    relay: Relay
+    bridge: Bridge
+
+    def log(self, event: str, **fields: object) -> None:
+        """A log line."""
+
+
+@dataclass(frozen=True)
+class Leased:
+    """A port that a session holds: the lease, and the socket that listens on it."""
+
+    lease: PortLease
+    sock: socket.socket
+
+
+class Registrar:
+    """The sessions of one node that are in the registry, and their ports."""
+
+    def __init__(
+        self,
+        node: RegistrarNode,
+        registry: Registry,
+        quarantine: float,
+        checker: DialChecker,
+        log: FilteringBoundLogger,
+    ) -> None:
+        broker = node.config
+        open_ports = broker.open_ports
+        self.sessions: dict[str, Session] = {}  # by owner
+        #: While a heartbeat is under way: what it may bring back although its session has left.
+        self.left_during_beat: list[Registration] | None = None
+        self._node = node
+        self._registry = registry
+        self._quarantine = quarantine
+        self._checker = checker
+        self._log = log
+        self._counter = count(1)
+        self._owner_locks: dict[str, tuple[trio.Lock, int]] = {}
+        self._bind_host, _ = parse_endpoint(broker.listen)
+        self._guarded = self._allocator(broker.port_range)
+        self._open = self._allocator(open_ports.range, open_ports.own) if open_ports.range else None
+        self._open_allow: Networks = tuple(ipaddress.ip_network(cidr) for cidr in open_ports.allow)
+
+    def _allocator(self, ports: str, own: str = "") -> PortAllocator:
+        first, last = parse_range(ports)
+        part = parse_range(own) if own else None
+        return PortAllocator(self._registry, self._node.ip, first, last, quarantine=self._quarantine, own=part)
+
+    # Registering.
+
+    async def register(self, session: Session) -> None:
+        """Ports, tuples, Welcome; all or nothing."""
+        hello = session.hello
+        assert hello is not None
+        async with self._owner_lock(session.owner):
+            older = self.sessions.get(session.owner)
+            if older is not None and older.identity is not None and session.identity is None:
+                # Were it the agent itself, and its older link dead, then that would be over soon.
+                text = f"{session.owner} has a session here by certificate, which no join token replaces"
+                await self._node.bridge.run(lambda: session.refuse(Refusal.ADDRESS_TAKEN, text))
+                return
+            if older is not None:
+                # The agent says that it has no session here: its old link is one that only we believe in.
+                await self._replace(older, session)
+            if session.state != "proven":
+                return
+            session.epoch = self._node.incarnation << COUNTER_BITS | next(self._counter)
+            leased: list[Leased] = []
+            try:
+                guarded = await self._take_port(session)
+                leased.append(guarded)
+                granted, notices = await self._take_open_ports(session, leased)
+                session.registration = self._registration(session, guarded, leased, granted)
+                await self._node.bridge.registry(self._registry.register, session.registration)
+            except (Refused, RegistryUnavailable, AddressTaken, PortsExhausted, OSError) as error:
+                await self._give_back(leased)
+                session.registration = None
+                code, text = _refusal_of(error), str(error)
+                await self._node.bridge.run(lambda: session.refuse(code, text))
+                return
+            except BaseException:  # cancelled, or superseded: the node ends
+                for port in leased:
+                    port.sock.close()
+                raise
+            self.sessions[session.owner] = session
+            live = await self._node.bridge.run(lambda: self._open_shop(session, leased, granted, notices))
+            if not live:
+                await self._leave(session)
+                return
+        self._log.info(
+            "session_up", node=self._node.node, agent=hello.agent_id, namespace=hello.namespace,
+            epoch=str(session.epoch), port=guarded.lease.port, addresses=list(hello.addresses), peer=session.peer,
+            agent_software=hello.software, proved_by="certificate" if session.identity is not None else "join token",
+        )  # fmt: skip
+
+    def _open_shop(
+        self, session: Session, leased: list[Leased], granted: list[tuple[Publish, int]], notices: list[str]
+    ) -> bool:
+        """In the relay's thread: accept on the ports and welcome the agent. False when it is gone already."""
+        if session.state != "proven":
+            for port in leased:
+                port.sock.close()
+            return False
+        guarded = GuardedPort(
+            self._node.relay, session, leased[0].lease.port, self._checker, self._node.counts,
+            self._node.config.max_handshakes, self._node.config.handshake_timeout,
+        )  # fmt: skip
+        session.listeners.append(self._node.relay.listen(leased[0].sock, guarded.accept, client_speaks=True))
+        for port, (publish, _) in zip(leased[1:], granted, strict=True):
+            own = tuple(ipaddress.ip_network(cidr, strict=False) for cidr in publish.allow)
+            server = OpenPortServer(
+                self._node.relay, session, port.lease.port, publish.ip, publish.target_port,
+                (self._open_allow, own) if own else (self._open_allow,), self._node.node, self._node.counts,
+                self._node.config.max_handshakes,
+            )  # fmt: skip
+            session.listeners.append(self._node.relay.listen(port.sock, server.accept))
+        session.welcome(
+            Welcome(
+                node=self._node.node,
+                host=self._node.host,
+                epoch=session.epoch,
+                ip=self._node.ip,
+                port=guarded.number,
+                heartbeat=self._node.heartbeat,
+                open_ports=[OpenPort(port=n, ip=p.ip, target_port=p.target_port) for p, n in granted],
+                notices=notices,
+                software=f"rtunnel {rtunnel.__version__}",
+            )
+        )
+        return True
+
+    async def _take_port(self, session: Session) -> Leased:
+        def allocate() -> Leased:
+            _, sock, lease = self._guarded.allocate(session.owner, session.epoch, self._node.node, self._bind)
+            return Leased(lease, sock)
+
+        return await self._node.bridge.registry(allocate)
+
+    async def _take_open_ports(
+        self, session: Session, leased: list[Leased]
+    ) -> tuple[list[tuple[Publish, int]], list[str]]:
+        """Each open port is granted or becomes a notice: an agent without it is worth more than none."""
+        granted: list[tuple[Publish, int]] = []
+        notices: list[str] = []
+        assert session.hello is not None
+        # Who wants a certain port comes first: another's by chance could be that one.
+        for publish in sorted(session.hello.publish, key=lambda publish: not publish.port):
+            wanted = f"open port {publish.port or '(any)'} for {publish.ip}:{publish.target_port}"
+            try:
+                taken = await self._node.bridge.registry(self._allocate_open, session, publish)
+            except (Refused, PortsExhausted, PortTaken, ValueError) as error:
+                notices.append(f"{wanted} was not granted: {error}"[:512])
+                self._node.log(
+                    "open_port_not_granted", agent=session.hello.agent_id, port=publish.port, reason=str(error)
+                )
+            else:
+                leased.append(taken)
+                granted.append((publish, taken.lease.port))
+        return granted, notices
+
+    def _allocate_open(self, session: Session, publish: Publish) -> Leased:
+        if self._open is None or not self._open_allow:
+            raise Refused(Refusal.PORT_NOT_ALLOWED, "this broker allows no open ports (broker.open_ports)")
+        if publish.ip not in session.addresses:
+            raise Refused(Refusal.PORT_NOT_ALLOWED, f"{publish.ip} is not one of the agent's addresses")
+        rule = session.rule
+        if rule.open_ports == () or (publish.port and not rule.allows(publish.port)):
+            port = f"port {publish.port}" if publish.port else "any open port"
+            raise Refused(Refusal.PORT_NOT_ALLOWED, f"rule {rule.number} of broker.admit does not allow {port}")
+        for cidr in publish.allow:
+            ipaddress.ip_network(cidr, strict=False)
+        # One owner may have several open ports: each target is an owner of its own.
+        owner = f"{session.owner}/{publish.ip}:{publish.target_port}"
+        if publish.port:
+            _, sock, lease = self._open.allocate_fixed(publish.port, owner, session.epoch, self._node.node, self._bind)
+        else:
+            allows = rule.allows if rule.open_ports is not None else None
+            _, sock, lease = self._open.allocate(owner, session.epoch, self._node.node, self._bind, allows)
+        return Leased(lease, sock)
+
+    def _bind(self, port: int) -> socket.socket:
+        return listening_socket(self._bind_host, port)
+
+    def _registration(
+        self, session: Session, guarded: Leased, leased: list[Leased], granted: list[tuple[Publish, int]]
+    ) -> Registration:
+        hello = session.hello
+        assert hello is not None
+
+        def entry(ip: str, agent_port: int, ps_port: int) -> Tuple:
+            return Tuple(
+                namespace=hello.namespace,
+                agent_ip=ip,
+                agent_port=agent_port,
+                ps_ip=self._node.ip,
+                ps_port=ps_port,
+                node=self._node.node,
+                epoch=session.epoch,
+                agent_id=hello.agent_id,
+                exposes=",".join(session.exposes),
+            )
+
+        tuples = [entry(ip, 0, guarded.lease.port) for ip in hello.addresses]
+        tuples += [entry(publish.ip, publish.target_port, port) for publish, port in granted]
+        return Registration(session.epoch, tuple(tuples), tuple(port.lease for port in leased))
+
+    async def republish(self, session: Session) -> None:
+        """One at a time, with the latest: two calls to the registry may overtake each other."""
+        async with self._owner_lock(session.owner):
+            session.update_due = False  # before `exposes` is read: what comes later is told later
+            registration = session.registration
+            if registration is None or self.sessions.get(session.owner) is not session:
+                return
+            exposes = ",".join(session.exposes)
+            tuples = tuple(
+                Tuple(**{**{f: getattr(t, f) for f in t.__struct_fields__}, "exposes": exposes})
+                for t in registration.tuples
+            )
+            session.registration = Registration(registration.epoch, tuples, registration.leases)
+            try:
+                await self._node.bridge.registry_tries(self._registry.register, session.registration)
+            except AddressTaken as error:
+                lost = {session.epoch: error}
+                await self._node.bridge.run(lambda: self.end_lost(lost))
+
+    # Leaving.
+
+    async def _replace(self, older: Session, newer: Session) -> None:
+        assert older.hello is not None and newer.hello is not None
+        same = older.hello.instance == newer.hello.instance
+        self._log.warning(
+            "session_replaced", node=self._node.node, agent=newer.hello.agent_id, epoch=str(older.epoch),
+            peer=newer.peer, older_peer=older.peer, reason="its link was dead" if same else "another process with this "
+            "agent_id came; if this repeats, two hosts have one agent_id",
+        )  # fmt: skip
+        await self._node.bridge.run(lambda: older.end("replaced: the agent has a new session here"))
+        await self._leave(older)
+
+    async def unregister(self, session: Session, why: str) -> None:
+        async with self._owner_lock(session.owner):
+            await self._leave(session)
+        if session.epoch and session.hello is not None:
+            self._log.info(
+                "session_down", node=self._node.node, agent=session.hello.agent_id, epoch=str(session.epoch), reason=why
+            )
+
+    async def _leave(self, session: Session) -> None:
+        """Out of the registry, ports to quarantine. Idempotent."""
+        if self.sessions.get(session.owner) is session:
+            del self.sessions[session.owner]
+        registration, session.registration = session.registration, None
+        if registration is None:
+            return
+        for lease in registration.leases:
+            self._allocator_of(lease).rest(lease)
+        if self.left_during_beat is not None:
+            self.left_during_beat.append(registration)
+        await self._node.bridge.registry_tries(self._registry.unregister, registration)
+
+    async def _give_back(self, leased: list[Leased]) -> None:
+        for port in leased:
+            port.sock.close()
+            await self._node.bridge.registry(self._allocator_of(port.lease).release, port.lease)
+
+    def _allocator_of(self, lease: PortLease) -> PortAllocator:
+        return self._guarded if self._open is None or lease.port in self._guarded.ports else self._open
+
+    def _owner_lock(self, owner: str) -> _OwnerLock:
+        return _OwnerLock(self._owner_locks, owner)
+
+    # What the registry has lost.
+
+    def end_lost(self, lost: dict[int, AddressTaken]) -> None:
+        """While the registry did not have them, another agent came with one of their addresses, and is there now."""
+        for session in list(self.sessions.values()):
+            if session.epoch in lost and not session.answered:
+                session.refuse(Refusal.ADDRESS_TAKEN, str(lost[session.epoch]))
+
+
+class _OwnerLock:
+    """One registration or removal of an owner at a time; locks exist only while somebody holds or wants them."""
+
+    def __init__(self, locks: dict[str, tuple[trio.Lock, int]], owner: str) -> None:
+        self._locks = locks
+        self._owner = owner
+
+    async def __aenter__(self) -> None:
+        lock, users = self._locks.get(self._owner, (trio.Lock(), 0))
+        self._locks[self._owner] = lock, users + 1
+        try:
+            await lock.acquire()
+        except BaseException:
+            self._forget()
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._locks[self._owner][0].release()
+        self._forget()
+
+    def _forget(self) -> None:
+        lock, users = self._locks[self._owner]
+        if users == 1:
+            del self._locks[self._owner]
+        else:
+            self._locks[self._owner] = lock, users - 1
+
+
+def _refusal_of(error: Exception) -> Refusal:
+    if isinstance(error, Refused):
+        return error.code
+    if isinstance(error, OSError):  # no descriptor, no memory for one more listener
+        return Refusal.OVERLOADED
+    if isinstance(error, AddressTaken):
+        return Refusal.ADDRESS_TAKEN
+    return Refusal.REGISTRY_UNAVAILABLE if isinstance(error, RegistryUnavailable) else Refusal.PORTS_EXHAUSTED

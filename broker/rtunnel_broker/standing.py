@@ -1,0 +1,260 @@
+"""Who is believed here, and what links are shown: both change while links stay. In the relay's thread, but for
+files and the authority.
+"""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol, TypeVar
+
+import trio
+from structlog.typing import FilteringBoundLogger
+
+from rtunnel.anchor import Anchor
+from rtunnel.bridge import Bridge
+from rtunnel.config import BrokerConfig
+from rtunnel.relay.relay import Relay
+from rtunnel.trust.certificates import DAY
+from rtunnel.trust.identity import Roots
+from rtunnel.trust.keys import TrustError
+from rtunnel.trust.tls import certificate_der, certificate_fingerprint, days_left, dial_server_context, server_context
+from rtunnel.watch import Watched, watch
+from rtunnel.wire.messages import Enrol, Trust
+from rtunnel.wire.refusal import Refusal, Refused
+from rtunnel_broker.ports import Guarded
+from rtunnel_broker.session import Session
+
+_T = TypeVar("_T")
+
+#: Requests for certificates under way to the authority.
+MAX_ENROLLING: Final = 64
+#: So many requests for certificates of one source may be refused close together, then one in so many seconds: each is a
+#: line in the authority's log.
+REFUSED_AT_ONCE: Final = 20
+REFUSED_SECONDS: Final = 0.5
+#: Sources for which that is remembered.
+MAX_REFUSED: Final = 4096
+#: Agents that are told of new CAs before others get their turn, and the seconds between two turns.
+TELLS_A_TURN: Final = 100
+TELL_PAUSE: Final = 0.02
+#: Of a turn, for sessions that are judged anew.
+JUDGE_SECONDS: Final = 0.001
+
+
+class StandingNode(Protocol):
+    """The node, as its standing sees it."""
+
+    node: str
+    relay: Relay
+    bridge: Bridge
+
+    @property
+    def sessions(self) -> dict[str, Session]:
+        """Those in the registry, by owner."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What handshakes show of this broker: TLS contexts, and the fingerprint of its certificate."""
+
+    context: ssl.SSLContext | None = None  # None: links are plain
+    binding: bytes = b""
+    dials: ssl.SSLContext | None = None  # of guarded ports; None: they are plain
+    ends: float = 0.0  # of the certificate; 0: there is none
+
+
+class Standing:
+    """The CAs and revocations of one node, its own certificates, and the sessions that stand and fall with them."""
+
+    def __init__(self, node: StandingNode, broker: BrokerConfig, log: FilteringBoundLogger) -> None:
+        """Raises TrustError."""
+        self._node = node
+        self._config = broker
+        self._log = log
+        self._certified: set[Session] = set()  # by certificate, from a good Hello on
+        self._enrolling = 0
+        self._refused: dict[str, float] = {}  # sources; when nothing will be held against them any more
+        self.anchor = self._make_anchor() if broker.ca else None
+        self._generation = self.roots.generation if self.roots is not None else 0
+        self.shown = self._load()
+        self._showing = trio.Lock()
+
+    def _make_anchor(self) -> Anchor:
+        async def apply(call: Callable[[], object]) -> object:
+            return await self._node.bridge.run(call)
+
+        broker = self._config
+        trust = Path(broker.trust) if broker.trust else None
+        return Anchor(
+            ca=Path(broker.ca), trust=trust, authority=broker.authority, log=self._log, apply=apply,
+            changed=self.changed,
+        )  # fmt: skip
+
+    async def run(self) -> None:
+        """Follow the authority and the files, for ever."""
+        async with trio.open_nursery() as nursery:
+            if self.anchor is not None:
+                nursery.start_soon(self.anchor.run)
+            if "tls" in (self._config.security, self._config.dial_security):
+                nursery.start_soon(self._watch_certificate)
+
+    @property
+    def roots(self) -> Roots | None:
+        """What certificates are judged by; None: none is taken."""
+        return self.anchor.roots if self.anchor is not None else None
+
+    def is_revoked(self, key: str) -> bool:
+        """Of a gateway's key."""
+        return self.roots is not None and f"gateway/{key}" in self.roots.revoked
+
+    def _review(self) -> None:
+        """Pairs of gateways whose key is revoked end."""
+        self._node.relay.review(
+            lambda pair: not (isinstance(pair.on_end, Guarded) and self.is_revoked(pair.on_end.key))
+        )
+
+    def add(self, session: Session) -> None:
+        """It is by certificate: it ends when that is void. Until `discard`."""
+        self._certified.add(session)
+
+    def discard(self, session: Session) -> None:
+        """It is over."""
+        self._certified.discard(session)
+
+    # Requests for certificates.
+
+    def enrols(self, session: Session, request: Enrol) -> None:
+        """A request for a certificate, for the authority. In the relay's thread."""
+        if self.anchor is None or not self._config.authority:
+            text = "this broker can't pass requests for certificates on (broker.authority)"
+            session.refuse(Refusal.AUTHORITY_UNAVAILABLE, text)
+        elif self._enrolling >= MAX_ENROLLING:
+            session.refuse(Refusal.OVERLOADED, "too many requests for certificates are under way")
+        elif self._refused_too_often(session.source):
+            text = "requests for certificates from this address were refused too often: see the agents there"
+            session.refuse(Refusal.RATE_LIMITED, text)
+        else:
+            self._enrolling += 1
+            self._node.bridge.spawn(self._enrol, self.anchor, session, request)
+
+    def _refused_too_often(self, source: str) -> bool:
+        waits = self._refused.get(source, 0.0) - self._node.relay.loop.now
+        return bool(self._config.source_handshakes) and waits > REFUSED_SECONDS * (REFUSED_AT_ONCE - 1)
+
+    def _count_refused(self, source: str) -> None:
+        now = self._node.relay.loop.now
+        if len(self._refused) >= MAX_REFUSED:
+            self._refused = {other: until for other, until in self._refused.items() if until > now}
+        if len(self._refused) < MAX_REFUSED or source in self._refused:
+            self._refused[source] = max(now, self._refused.get(source, 0.0)) + REFUSED_SECONDS
+
+    async def _enrol(self, anchor: Anchor, session: Session, request: Enrol) -> None:
+        """Ask the authority. The link's deadline goes on."""
+        try:
+            answer = await anchor.enrol(request)
+        except Refused as refused:
+            code, text = refused.code, refused.text
+
+            def refuse() -> None:
+                if code is not Refusal.AUTHORITY_UNAVAILABLE:
+                    self._count_refused(session.source)
+                session.refuse(code, text)
+
+            await self._node.bridge.run(lambda: self._enrolled(refuse))
+        else:
+            await self._node.bridge.run(lambda: self._enrolled(lambda: session.enrolled(answer)))
+
+    def _enrolled(self, tell: Callable[[], None]) -> None:
+        self._enrolling -= 1
+        tell()
+
+    # Changes.
+
+    def changed(self) -> None:
+        """In the relay's thread: there are other CAs, or revocations."""
+        roots = self.roots
+        assert roots is not None
+        self._judge(list(self._certified), roots)
+        self._review()
+        self._node.bridge.spawn(self._show_other_cas)
+        if roots.generation > self._generation:
+            self._generation = roots.generation
+            self._tell(list(self._node.sessions.values()), Trust(signed=roots.signed))
+
+    def _judge(self, sessions: list[Session], roots: Roots) -> None:
+        """First all of them lose what they have no right to; then they are told, and their links end."""
+        void: list[tuple[Session, Refused]] = []
+
+        def judge(session: Session) -> None:
+            if fault := session.judge(roots):
+                void.append((session, fault))
+
+        def expel(entry: tuple[Session, Refused]) -> None:
+            entry[0].expel(entry[1], roots.signed)
+
+        self._by_and_by(sessions, judge, lambda: self._by_and_by(void, expel))
+
+    def _by_and_by(self, things: list[_T], call: Callable[[_T], None], then: Callable[[], None] | None = None) -> None:
+        """A part of a turn for some of them, and the others in the next turns: there may be 50,000."""
+        until = time.monotonic() + JUDGE_SECONDS
+        while things:
+            call(things.pop())
+            if time.monotonic() >= until:
+                self._node.relay.loop.soon(lambda: self._by_and_by(things, call, then))
+                return
+        if then is not None:
+            then()
+
+    def _tell(self, sessions: list[Session], trust: Trust) -> None:
+        for session in sessions[-TELLS_A_TURN:]:
+            if session.state == "live":  # others learn it after their Welcome
+                session.tell(trust)
+        del sessions[-TELLS_A_TURN:]
+        if sessions:
+            self._node.relay.loop.after(TELL_PAUSE, lambda: self._tell(sessions, trust))
+
+    def _load(self) -> Shown:
+        """Raises TrustError."""
+        broker = self._config
+        dials = dial_server_context(broker.certificate, broker.key) if broker.dial_security == "tls" else None
+        if broker.security == "plain" and dials is None:
+            return Shown()
+        ends = time.time() + days_left(broker.certificate) * DAY
+        if broker.security == "plain":
+            return Shown(dials=dials, ends=ends)
+        binding = certificate_fingerprint(certificate_der(broker.certificate))
+        clients = self.roots.pem if self.roots is not None else ""
+        return Shown(server_context(broker.certificate, broker.key, clients=clients), binding, dials, ends)
+
+    async def _show(self) -> Shown:
+        """Show links what is in the files, and ask for certificates of the CAs in force, from the next one on.
+
+        Raises TrustError. One at a time: the last one has seen the last change.
+        """
+        async with self._showing:
+            shown = await trio.to_thread.run_sync(self._load)
+
+            def put() -> None:
+                self.shown = shown
+
+            await self._node.bridge.run(put)
+            return shown
+
+    async def _show_other_cas(self) -> None:
+        try:
+            await self._show()
+        except TrustError as fault:
+            # The files are looked at as well: a good pair will come. Of a CA that is gone nobody gets past the Hello.
+            self._log.error("certificate_rejected", node=self._node.node, reason=str(fault))
+
+    async def _put_certificate(self, _: Shown) -> dict[str, object]:
+        shown = await self._show()
+        return {"node": self._node.node, "fingerprint": shown.binding.hex()[:16]}
+
+    async def _watch_certificate(self) -> None:
+        paths = [Path(self._config.certificate), Path(self._config.key)]
+        await watch([Watched("certificate", paths, self._load, self._put_certificate)], self._log)
