@@ -441,7 +441,8 @@ def rotate_finish(directory: Path, force: bool, stolen: bool) -> None:
 
     Sessions of agents that have no certificate of the new CA end within 5 seconds, and their streams. With --stolen,
     for a CA whose key somebody else has, so does every stream that began with a proof by the old CA, and every link to
-    a broker that has shown its certificate. It may come later, too, when the rotation was finished before.
+    a broker that has shown its certificate, and all join tokens are revoked. It may come later, too, when the rotation
+    was finished before.
     """
     with _changing(directory) as opened:
         left = opened.waiting()
@@ -450,6 +451,7 @@ def rotate_finish(directory: Path, force: bool, stolen: bool) -> None:
         "The old CA is not in force any more.",
         *([f"Void now: {_certificates(len(left))}, whose holders need new ones."] if left else []),
         f"Give {directory / pki.CA_FILE} to whatever starts with a copy of it.",
+        *(["All join tokens are revoked: `rtunnel pki token create` makes new ones."] if stolen else []),
         "The old key only signs trust lists now, for those who were away. "
         + ("Delete its file." if stolen else "Delete its file when nobody is."),
     )

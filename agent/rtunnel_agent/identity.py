@@ -39,6 +39,7 @@ from rtunnel.trust.identity import (
     load_pair,
     load_private_key,
     load_roots,
+    void_cas,
 )
 from rtunnel.trust.keys import Token, TrustError, load_token, token_mac
 from rtunnel.trust.tls import link_context
@@ -313,8 +314,12 @@ class Credentials:
         trust = directory / "trust.list"
         if trust.exists():
             try:
-                self._roots.take(trust.read_bytes())
-            except (TrustError, OSError) as fault:
+                self._roots.take(data := trust.read_bytes())
+            except TrustError as fault:
+                # It was good when it was written: what it says of stolen CAs is not forgotten.
+                self._roots.must_not_be(void_cas(data), self._config.ca)
+                self._log.warning("trust_rejected", file=str(trust), reason=str(fault))
+            except OSError as fault:
                 self._log.warning("trust_rejected", file=str(trust), reason=str(fault))
         with suppress(OSError, ValueError):
             self._old_token = (directory / "token.id").read_text()

@@ -45,7 +45,7 @@ class Server:
     def __init__(self, config: AuthorityConfig) -> None:
         """Raises TrustError when the directory can't be used."""
         self.directory = Directory(Path(config.directory))
-        self.authority = Authority(self.directory)
+        self.authority = Authority(self.directory, renew_unknown=config.renew == "all")
         self.connections = 0
         self.counts: Counter[str] = Counter()  # of certificates, by how they were had
         self.refused: Counter[str] = Counter()  # by code word

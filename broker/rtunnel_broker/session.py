@@ -115,8 +115,8 @@ class Session:
     _hello_frame: bytes = b""
     _nonce: bytes = b""
     _deadline: Timer | None = None
-    _renewed: Update | None = None  # with another certificate, which was not found good yet;
-    _going_over: bool = False  # and is to be looked at
+    _renewed: Update | None = None  # with another certificate, which was not found good yet
+    _update: Update | None = None  # the newest one, while it is in line
 
     @property
     def owner(self) -> str:
@@ -296,16 +296,26 @@ class Session:
         self.keeper.wants(self)
 
     def _take_update(self, update: Update) -> None:
+        """The newest counts, and is looked at in its turn: there may be hundreds in one frame."""
+        assert self.link is not None
+        waiting, self._update = self._update, update
+        if waiting is None:
+            self.link.loop.in_line(self._updated)
+        elif waiting.certificate and not update.certificate:
+            self._update = msgspec.structs.replace(waiting, exposes=update.exposes)
+
+    def _updated(self) -> None:
+        update, self._update = self._update, None
+        if update is None or self.answered or self.state == "over":
+            return
         try:
             parse_exposes(update.exposes)
         except ValueError as fault:
             self.refuse(Refusal.BAD_REQUEST, str(fault))
             return
-        if update.certificate and self.link is not None:
+        if update.certificate:
             self._renewed = update
-            if not self._going_over:
-                self._going_over = True
-                self.link.loop.in_line(self._go_over)  # two signatures are looked at
+            self._go_over()
         if update.exposes != list(self.exposes):
             self.exposes = tuple(update.exposes)
             if not self.update_due:
@@ -315,7 +325,6 @@ class Session:
     def _go_over(self) -> None:
         """To the certificate that the agent has by now. One that can't be judged yet (of a CA to come) may be later."""
         update, roots = self._renewed, self.keeper.roots
-        self._going_over = False
         if update is None or self.identity is None or roots is None or self.answered or self.state == "over":
             return
         try:

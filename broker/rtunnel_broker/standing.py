@@ -39,8 +39,8 @@ REFUSED_SECONDS: Final = 0.5
 #: Sources for which that is remembered.
 MAX_REFUSED: Final = 4096
 #: Agents that are told of new CAs before others get their turn, and the seconds between two turns.
-TELLS_A_TURN: Final = 100
-TELL_PAUSE: Final = 0.02
+TELLS_A_TURN: Final = 50
+TELL_PAUSE: Final = 0.004
 #: Of a turn, for sessions that are judged anew.
 JUDGE_SECONDS: Final = 0.001
 
@@ -65,6 +65,7 @@ class Shown:
     binding: bytes = b""
     dials: ssl.SSLContext | None = None  # of guarded ports; None: they are plain
     ends: float = 0.0  # of the certificate; 0: there is none
+    clients: str = ""  # the CAs that certificates of links are asked for from
 
 
 class Standing:
@@ -180,7 +181,8 @@ class Standing:
         assert roots is not None
         self._judge(list(self._certified), roots)
         self._review()
-        self._node.bridge.spawn(self._show_other_cas)
+        if roots.pem != self.shown.clients:
+            self._node.bridge.spawn(self._show_other_cas)
         if roots.generation > self._generation:
             self._generation = roots.generation
             self._tell(list(self._node.sessions.values()), Trust(signed=roots.signed))
@@ -201,13 +203,14 @@ class Standing:
     def _by_and_by(self, things: list[_T], call: Callable[[_T], None], then: Callable[[], None] | None = None) -> None:
         """A part of a turn for some of them, and the others in the next turns: there may be 50,000."""
         until = time.monotonic() + JUDGE_SECONDS
-        while things:
-            call(things.pop())
-            if time.monotonic() >= until:
+        try:
+            while things and time.monotonic() < until:
+                call(things.pop())
+        finally:  # a fault with one of them is no reason to forget the others
+            if things:
                 self._node.relay.loop.soon(lambda: self._by_and_by(things, call, then))
-                return
-        if then is not None:
-            then()
+            elif then is not None:
+                then()
 
     def _tell(self, sessions: list[Session], trust: Trust) -> None:
         for session in sessions[-TELLS_A_TURN:]:
@@ -220,15 +223,16 @@ class Standing:
     def _load(self) -> Shown:
         """Raises TrustError."""
         broker = self._config
+        clients = self.roots.pem if self.roots is not None else ""
         dials = dial_server_context(broker.certificate, broker.key) if broker.dial_security == "tls" else None
         if broker.security == "plain" and dials is None:
-            return Shown()
+            return Shown(clients=clients)
         ends = time.time() + days_left(broker.certificate) * DAY
         if broker.security == "plain":
-            return Shown(dials=dials, ends=ends)
+            return Shown(dials=dials, ends=ends, clients=clients)
         binding = certificate_fingerprint(certificate_der(broker.certificate))
-        clients = self.roots.pem if self.roots is not None else ""
-        return Shown(server_context(broker.certificate, broker.key, clients=clients), binding, dials, ends)
+        context = server_context(broker.certificate, broker.key, clients=clients)
+        return Shown(context, binding, dials, ends, clients)
 
     async def _show(self) -> Shown:
         """Show links what is in the files, and ask for certificates of the CAs in force, from the next one on.

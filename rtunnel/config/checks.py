@@ -138,8 +138,8 @@ def check_registry_url(text: str) -> str:
     try:
         url = urlsplit(text)
         _ = url.port if url.scheme in ("redis", "rediss") else None
-    except ValueError as fault:
-        raise BadValue(f"is not a URL: {fault}") from None
+    except ValueError:  # whose text may quote the password
+        raise BadValue("is not a URL", "write / ? # @ : in a password as %2F %3F %23 %40 %3A") from None
     one_of("memory", "redis", "rediss", "unix", "redis+sentinel")(url.scheme or "(no scheme)")
     if url.scheme in ("redis", "rediss") and not url.hostname:
         raise BadValue("names no host", f"write it like {url.scheme}://10.0.0.5:6379/0")

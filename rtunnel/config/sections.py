@@ -324,11 +324,17 @@ class GatewayConfig(Section):
     admin: A[str, _ADMIN] = "127.0.0.1:7072"
 
 
+_RENEW = _choice(
+    "certificates that are renewed: known, those of its store; all, after an older copy was put back", "known", "all"
+)
+
+
 class AuthorityConfig(Section):
     """[authority]"""
 
     directory: A[str, Key("of `rtunnel pki init`: the CA's key and authority.db", None, FOLDER)] = ""
     listen: A[str, _endpoint("where brokers and gateways ask")] = "0.0.0.0:7443"
+    renew: A[str, _RENEW] = "known"
     admin: A[str, _ADMIN] = "127.0.0.1:7073"
 
 

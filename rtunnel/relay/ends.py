@@ -11,6 +11,8 @@ from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
 
 #: A talking end reads pieces of this size: negotiations are short.
 TALK_BYTES: Final = 16 * 1024
+#: So many before others get their turn: a peer may send faster than its words are looked at.
+READS_A_TURN: Final = 4
 #: Reads that a closing end throws away before others get their turn.
 DROPS_A_TURN: Final = 16
 #: How long a closing end may take to get its last words through.
@@ -197,7 +199,9 @@ class SocketEnd:
             self._lose("reset")
 
     def _read(self) -> None:
-        while self._reading and self.readable and not self.closed and self._talker is not None and not self.eof:
+        for _ in range(READS_A_TURN):
+            if not (self._reading and self.readable and not self.closed and self._talker is not None and not self.eof):
+                return
             try:
                 data = self.sock.recv(TALK_BYTES)
             except BlockingIOError:
@@ -213,6 +217,7 @@ class SocketEnd:
             if len(data) < TALK_BYTES and not self.hup:
                 self.readable = False
             self._talker.received(data)
+        self.loop.soon(self._read)  # it talks and talks: others get their turn
 
     def _flush(self) -> None:
         try:

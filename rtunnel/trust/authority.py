@@ -42,8 +42,10 @@ class _Due:
 class Authority:
     """Decides with a directory of `pki.init`."""
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, *, renew_unknown: bool = False) -> None:
+        """`renew_unknown`: certificates that the store does not know are renewed, too."""
         self.directory = directory
+        self._renew_unknown = renew_unknown
 
     def enrol(self, enrol: Enrol) -> Granted:
         """Answer an Enrol. Raises Refused, or StoreFault when nothing can be decided now."""
@@ -94,6 +96,15 @@ class Authority:
 
     def _renewal(self, enrol: Enrol) -> _Due:
         present = self._present(enrol)
+        known = self.directory.store.issued_for(key_hash(present.public_key))
+        if not self._renew_unknown and not any(item.subject == present.subject for item in known):
+            # Good all the same: it was made with a stolen key, or the store is older than it.
+            reason = (
+                f"the certificate of {present.subject} was not given out here, as far as is known: enrol with a token"
+            )
+            raise Refused(
+                Refusal.BAD_CERTIFICATE, f"{reason} (after an older copy was put back: authority.renew = all)"
+            )
         asked = _asked(enrol)
         if asked.subject != present.subject:
             reason = f"{present.subject} can't renew as {asked.subject}: another identity needs a join token"

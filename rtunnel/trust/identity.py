@@ -185,7 +185,7 @@ class Roots:
         self._cas: list[tuple[bytes, x509.Certificate]] = []  # in force
         self._past: list[tuple[bytes, x509.Certificate]] = []  # that are or were in force
         self._ids: frozenset[bytes] = frozenset()  # of those in force
-        self._given: frozenset[bytes] = frozenset()  # of those that were given by hand last
+        self._given: list[tuple[bytes, x509.Certificate]] = []  # that were given by hand last
         self._known: dict[bytes, Identity] = {}
         self._void_known: dict[bytes, bool] = {}
         if b"-----BEGIN CERTIFICATE-----" not in pem:  # the library would say less, in more words
@@ -194,11 +194,11 @@ class Roots:
             self._put(_usable(x509.load_pem_x509_certificates(pem)))
         except UNREADABLE as fault:
             raise TrustError(f"{where}: has no PEM certificate that can be used: {fault}") from None
-        self._given = self._ids
+        self._given = self._cas
 
     def _put(self, cas: Iterable[x509.Certificate], void: Iterable[bytes] = ()) -> None:
         self._cas = [(ca_id(ca), ca) for ca in cas]
-        self._ids = frozenset(known for known, _ in self._cas)
+        self._ids = _ids(self._cas)
         self._past += [each for each in self._cas if each not in self._past]
         self.void = frozenset(void)
         self._known.clear()
@@ -215,13 +215,22 @@ class Roots:
         rotation: those are void. Raises TrustError, and nothing has changed then.
         """
         fresh = Roots(pem, where)
+        if fresh._cas == self._given:
+            return  # written again as it was: what the list has made of them holds
+        fresh.must_not_be(self.void, where)
+        given = fresh._cas
         if self.signed:
             with suppress(TrustError):
                 fresh.take(self.signed)
         self.number, self.generation, self.signed = fresh.number, fresh.generation, fresh.signed
-        handed_over = (self._ids | self._given) & (fresh._ids | fresh._given)
-        self._given = fresh._given
+        handed_over = (self._ids | _ids(self._given)) & (fresh._ids | _ids(given))
+        self._given = given
         self._put((ca for _, ca in fresh._cas), fresh.void if handed_over else fresh.void | self._ids)
+
+    def must_not_be(self, void: frozenset[bytes], where: str) -> None:
+        """Raises TrustError when there is no CA in force but these."""
+        if self._ids <= void:
+            raise TrustError(f"{where}: has no CA but void ones, whose keys were stolen: give the newest ca.pem")
 
     def take(self, data: bytes) -> bool:
         """Put a list in force; False when it is not newer. Raises TrustError when no CA in force has signed it."""
@@ -329,6 +338,20 @@ def _has_issued(ca: x509.Certificate, certificate: x509.Certificate) -> bool:
     except (InvalidSignature, *UNREADABLE):
         return False
     return True
+
+
+def _ids(cas: Iterable[tuple[bytes, x509.Certificate]]) -> frozenset[bytes]:
+    return frozenset(known for known, _ in cas)
+
+
+def void_cas(data: bytes) -> frozenset[bytes]:
+    """What a list says is void (`ca_id`), whoever has signed it; nothing when it is no list."""
+    try:
+        return frozenset(
+            msgspec.msgpack.decode(msgspec.msgpack.decode(data, type=_SignedList).body, type=TrustList).void
+        )
+    except (msgspec.DecodeError, RecursionError):
+        return frozenset()
 
 
 def _usable(cas: Iterable[x509.Certificate]) -> list[x509.Certificate]:

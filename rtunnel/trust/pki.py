@@ -352,7 +352,8 @@ class Directory:
     def finish_rotation(self, *, force: bool = False, stolen: bool = False) -> None:
         """The old CA is in force no more. Refused while somebody depends on it, unless `force` or `stolen`.
 
-        `stolen`: it is void, as are all that were retired before, and what was accepted by them ends, too.
+        `stolen`: it is void, as are all that were retired before, and what was accepted by them ends, too. All join
+        tokens are revoked.
         """
         leaving = [record for record in self.cas if record.role == "old" or (stolen and record.role == "retired")]
         if not leaving:
@@ -366,6 +367,9 @@ class Directory:
             )
         for record in leaving:
             self._give_role(record, "void" if stolen else "retired")
+        if stolen:  # who has the key has the store, and in it the secrets of tokens
+            for token in self.store.tokens():
+                self.store.revoke_token(token.id)
         self._handed_over()
 
     def _give_role(self, record: CaRecord, role: str) -> None:

@@ -34,6 +34,8 @@ from rtunnel_socks.proof import Known, Proofs
 SUSPECT_SECONDS: Final = 10.0
 #: More tuples than redundancy and a node or two in transition there can't be.
 MAX_ATTEMPTS: Final = 6
+#: An agent says it once.
+MAX_DIALLINGS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,7 @@ class TargetDial:
 
     def _hedged(self) -> None:
         self._hedge = None
-        if any(attempt.dialling for attempt in self._alive):
+        if any(attempt.diallings for attempt in self._alive):
             # The path works and the target is slow: dialling it twice would not help, so that is tried late. A broken
             # broker could say so, too.
             self._hedge = self.owner.relay.loop.after(self.owner.dial_timeout / 2, self._next)
@@ -234,7 +236,7 @@ class TargetDial:
 
     def _too_late(self) -> None:
         self._deadline = None
-        if any(attempt.dialling for attempt in self._alive):
+        if any(attempt.diallings for attempt in self._alive):
             self._fail(Refused(Refusal.TARGET_TIMEOUT, "the agent was still connecting the target"))
             return
         tried = "; ".join([*self._failures, *(f"{a.used.node}: no answer" for a in self._alive)])
@@ -267,7 +269,7 @@ class Attempt:
 
     dial: TargetDial
     used: Tuple
-    dialling: bool = False  # the agent said that it is connecting the target
+    diallings: int = 0  # how often somebody said that the agent is connecting the target
     _connecting: Connecting | None = None
     _end: SocketEnd | None = None
     _body: bytes = b""  # of the Dial as it was sent: what the proof is over
@@ -324,7 +326,9 @@ class Attempt:
         try:
             answer = self._decoder.next()
             while isinstance(answer, Dialling):
-                self.dialling = True
+                self.diallings += 1
+                if self.diallings > MAX_DIALLINGS:
+                    raise MessageError(f"more than {MAX_DIALLINGS} times Dialling")
                 answer = self._decoder.next()
         except MessageError as error:
             self._fail(Refusal.PROTOCOL_ERROR, str(error))

@@ -31,7 +31,7 @@ import trio
 from structlog.testing import capture_logs
 
 from rtunnel import admin
-from rtunnel.config import parse_endpoint
+from rtunnel.config import parse_endpoint, parse_exposes
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.registry.redis import RedisRegistry
 from rtunnel.trust import pki
@@ -55,7 +55,7 @@ from rtunnel.wire.messages import (
     encode,
     encode_body,
 )
-from rtunnel_broker import registrar
+from rtunnel_broker import registrar, session
 from support.cluster import Cluster, Part, SocksRefused, Target, in_thread, read_line, running_cluster
 from support.logs import Events, named
 from support.plumbing import free_range, kept, refusing_port, reset
@@ -1904,6 +1904,26 @@ async def test_an_agent_that_goes_away_gets_no_more_dials(here: Path, secrets: P
             await cluster.until(lambda: link.going_away is not None)
             answer = await cluster.http(b"CONNECT 127.1.7.7:80 HTTP/1.1\r\nHost: x\r\n\r\n")
             assert answer.startswith(b"HTTP/1.1 503 ") and b"link_lost" in answer, answer
+
+
+async def test_of_many_updates_at_once_only_the_newest_is_looked_at(
+    here: Path, secrets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hundreds fit into one frame: to look at each of them would hold everybody else up."""
+    looked: list[list[str]] = []
+
+    def parse(exposes: list[str]) -> object:
+        looked.append(exposes)
+        return parse_exposes(exposes)
+
+    monkeypatch.setattr(session, "parse_exposes", parse)
+    updates = b"".join(encode(Update(exposes=[str(port)])) for port in range(1, 401))
+    async with running_cluster(here, **FAST) as cluster:
+        await cluster.start(brokers=1)
+        sessions = cluster.brokers["b1"].node.sessions
+        async with handmade(cluster, secrets, lambda wire: wire.write(updates)):
+            await cluster.until(lambda: sessions["default/raw"].exposes == ("400",))
+    assert 1 <= len(looked) < 40
 
 
 async def test_an_agent_over_its_window_loses_its_link(here: Path, secrets: Path) -> None:

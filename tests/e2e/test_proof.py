@@ -474,6 +474,16 @@ async def test_without_a_good_tuple_the_client_is_refused(tmp_path: Path, events
         assert len(refused) == len(ATTACKS) + 2 and all(line["proof"] for line in refused)
 
 
+async def test_a_broken_broker_that_talks_for_ever_is_cut_short(tmp_path: Path, events: Events) -> None:
+    """An agent says Dialling once; megabytes of it are a fault, and the next path is tried."""
+    async with scene(tmp_path, events) as here:
+        rogue = Rogue(here.secrets, lambda rogue, dial: encode(Dialling()) * 100_000)
+        await here.lie(rogue.port)
+        assert await here.cluster.ask(ASKED, here.target.port) == f"{ASKED}:hello".encode()
+        (failed,) = named(events, "tuple_failed")
+        assert failed["code"] == "protocol_error" and "Dialling" in failed["reason"]
+
+
 async def test_a_broken_broker_can_hold_a_client_up_and_not_keep_it(tmp_path: Path, events: Events) -> None:
     """It says that the target is being connected, for ever: after half the time the other path is tried."""
     async with scene(tmp_path, events, gateway__hedge_delay=0.01, gateway__dial_timeout=3.0) as here:

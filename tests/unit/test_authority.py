@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -36,7 +37,7 @@ from rtunnel.trust.authority import Authority, Granted
 from rtunnel.trust.certificates import AUTHORITY_NAME, load_request, new_key, read_request, requested_key
 from rtunnel.trust.identity import Identity, Roots, load_private_key, read_certificate
 from rtunnel.trust.keys import Token, TrustError, token_mac
-from rtunnel.trust.pki import Directory
+from rtunnel.trust.pki import Directory, open_directory
 from rtunnel.trust.tls import certificate_der, client_context
 from rtunnel.wire.messages import (
     MAX_UNAUTHENTICATED,
@@ -446,6 +447,37 @@ def test_a_stranger_renews_nothing(made: Path, tmp_path: Path) -> None:
     code, text = refusal(at(made), renewal(theirs, key))
     assert code is Refusal.BAD_CERTIFICATE and "not from a CA in force" in text
     assert refusal(at(made), renewal(b"\x30", key))[0] is Refusal.BAD_CERTIFICATE
+
+
+def test_what_was_not_given_out_here_is_not_renewed(made: Path, tmp_path: Path) -> None:
+    """Who has stolen the CA's key signs what he likes: it does not become a certificate of the next CA by renewal.
+
+    After an older copy of the store was put back it may, for as long as the configuration says so.
+    """
+    thiefs = tmp_path / "copy"
+    shutil.copytree(made, thiefs)
+    pki.issue_agent(thiefs, "db", agent_id="db", namespace="default", addresses=["10.9.9.9"], days=3000)
+    question = renewal(
+        certificate_der(thiefs / "db.pem"), load_private_key(thiefs / "db.key"), agent_id="db", addresses=["10.9.9.9"]
+    )
+    code, text = refusal(at(made), question)
+    assert code is Refusal.BAD_CERTIFICATE and "agent/default/db was not given out here" in text
+    assert "authority.renew = all" in text
+    renewed = Authority(Directory(made), renew_unknown=True).enrol(question)
+    assert who(renewed).subject == "agent/default/db"
+
+
+def test_tokens_go_with_a_stolen_ca(made: Path) -> None:
+    """Their secrets were beside its key."""
+    by = token(made)
+    with open_directory(made) as opened, opened.change():
+        opened.start_rotation()
+        opened.switch_rotation()
+    at(made).enrol(enrol(token(made, id="used")))
+    with open_directory(made) as opened, opened.change():
+        opened.finish_rotation(stolen=True)
+    code, text = refusal(at(made), enrol(by))
+    assert code is Refusal.BAD_TOKEN and "revoked" in text
 
 
 def test_a_certificate_by_hand_renews_too(made: Path) -> None:

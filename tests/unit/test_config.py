@@ -283,7 +283,10 @@ def test_numbers_are_finite(tmp_path: Path, key: str, value: str) -> None:
 
 def test_passwords_are_not_repeated() -> None:
     """The refusal of a registry URL never shows its password."""
-    for url in ("redis://:hunter2@", "http://u:hunter2@h", "redis://:hunter2@h:x/0", "redis+sentinel://:hunter2@h:1"):
+    for url in (
+        "redis://:hunter2@", "http://u:hunter2@h", "redis://:hunter2@h:x/0", "redis+sentinel://:hunter2@h:1",
+        "redis://:hunter2/x@10.0.0.5:6379/0", "redis://:hunter2\uff03x@10.0.0.5:6379/0",
+    ):  # fmt: skip
         assert "hunter2" not in fault(registry__url=url)
 
 

@@ -159,6 +159,40 @@ def test_cas_that_are_replaced_by_hand_without_handing_over_are_void(tmp_path: P
     assert not behind.is_void(who) and not behind.in_force(who)
 
 
+def test_a_ca_file_that_is_written_again_brings_no_void_ca_back(tmp_path: Path) -> None:
+    """A ConfigMap that is put again as it was, after the key in it was stolen and the list has gone on without it."""
+    for name in ("old", "new"):
+        made(tmp_path / name)
+    old, new = ca_of(tmp_path / "old"), ca_of(tmp_path / "new")
+    thief = certificate_der(tmp_path / "old" / "a1.pem")
+    honest = certificate_der(tmp_path / "new" / "a1.pem")
+    file = (tmp_path / "old" / "ca.pem").read_bytes()
+    roots = Roots(file)
+    roots.take(sign_list(TrustList(1, 1, [der(old), der(new)]), [old, new]))
+    roots.take(sign_list(TrustList(2, 2, [der(new)], void=[ca_id(old[0])]), [new]))
+    for _ in range(2):
+        assert roots.verify(honest)
+        with pytest.raises(TrustError, match="not from a CA in force"):
+            roots.verify(thief)
+        roots.begin_again(file)
+        assert roots.number == 2
+    with pytest.raises(TrustError, match=r"ca\.pem: has no CA but void ones.*newest ca\.pem"):
+        roots.begin_again(file + b"\n" + pem(renewed(old)), "ca.pem")
+    assert roots.verify(honest) and roots.number == 2
+
+
+def der(ca: tuple[x509.Certificate, identity.PrivateKey]) -> bytes:
+    return ca[0].public_bytes(serialization.Encoding.DER)
+
+
+def renewed(ca: tuple[x509.Certificate, identity.PrivateKey]) -> x509.Certificate:
+    """Another certificate for the same key."""
+    old, key = ca
+    builder = x509.CertificateBuilder(old.issuer, old.subject, old.public_key(), 8, extensions=list(old.extensions))
+    end = old.not_valid_after_utc + timedelta(days=2)
+    return builder.not_valid_before(old.not_valid_before_utc).not_valid_after(end).sign(key, hashes.SHA256())
+
+
 def test_a_session_is_proved_for_one_link_only(tmp_path: Path) -> None:
     key = load_private_key(made(tmp_path).parent / "a1.key")
     proof = prove_session(key, "b1", 7, b"broker's")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rtunnel.relay.ends import SocketEnd
+from rtunnel.relay.ends import READS_A_TURN, TALK_BYTES, SocketEnd
 from rtunnel.relay.join import Account, Ending, StreamPair
 from rtunnel.relay.loop import LONG_A_TURN, Loop
 from rtunnel.relay.relay import WATCH_SECONDS
@@ -371,6 +371,33 @@ def test_running_out_of_descriptors_pauses_accepting() -> None:
         assert [event for event, _ in relay.reports].count("accept_paused") <= 3
         client.close()
         accepted[0].close()
+
+
+class TestTalking:
+    """Ends that talk."""
+
+    def test_a_peer_that_talks_and_talks_leaves_others_their_turn(self) -> None:
+        """A quarter of a megabyte is there at once; what stands in line meanwhile comes in between."""
+        size = 16 * TALK_BYTES
+        heard: list[int] = []
+        at: list[int] = []
+
+        class Listens(Quiet):
+            def received(self, data: bytes) -> None:
+                if not heard:
+                    relay.loop.soon(lambda: at.append(len(heard)))
+                heard.append(len(data))
+
+        with listener() as listening, dial(listening.getsockname()) as theirs, running_relay() as relay:
+            ours, _ = listening.accept()
+            ours.setblocking(False)
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * size)
+            theirs.settimeout(5)
+            theirs.sendall(bytes(size // 2))
+            relay.do(lambda: relay.end(ours, "peer").talk(Listens()))
+            theirs.sendall(bytes(size // 2))
+            relay.settle(lambda: sum(heard) == size)
+            assert at and at[0] <= READS_A_TURN
 
 
 class TestLoop:
