@@ -20,6 +20,7 @@ from rtunnel.trust.identity import (
     load_private_key,
     prove_session,
     sign_list,
+    void_cas,
 )
 from rtunnel.trust.keys import TrustError
 from rtunnel.trust.proof import ACCEPTED as SAID
@@ -179,6 +180,21 @@ def test_a_ca_file_that_is_written_again_brings_no_void_ca_back(tmp_path: Path) 
     with pytest.raises(TrustError, match=r"ca\.pem: has no CA but void ones.*newest ca\.pem"):
         roots.begin_again(file + b"\n" + pem(renewed(old)), "ca.pem")
     assert roots.verify(honest) and roots.number == 2
+
+
+def test_an_agents_own_list_says_which_cas_were_stolen(tmp_path: Path) -> None:
+    """Also when the file of CAs is so old that the list can't be taken any more."""
+    for name in ("old", "new"):
+        made(tmp_path / name)
+    old, new = ca_of(tmp_path / "old"), ca_of(tmp_path / "new")
+    kept = sign_list(TrustList(2, 2, [der(new)], void=[ca_id(old[0])]), [new])
+    roots = Roots(pem(old[0]))
+    with pytest.raises(TrustError, match="not signed by a CA in force"):
+        roots.take(kept)
+    assert void_cas(kept) == {ca_id(old[0])} and not void_cas(b"no list")
+    with pytest.raises(TrustError, match=r"^ca\.pem: has no CA but void ones"):
+        roots.must_not_be(void_cas(kept), "ca.pem")
+    Roots(pem(old[0]) + pem(new[0])).must_not_be(void_cas(kept), "ca.pem")
 
 
 def der(ca: tuple[x509.Certificate, identity.PrivateKey]) -> bytes:
