@@ -221,12 +221,12 @@ class Anchor:
 
     async def _connect(self) -> _Line:
         host, port = parse_endpoint(self._authority)
-        if self._context is None:
-            self._context = client_context_of(self.roots.pem)
         try:
             tcp = await trio.open_tcp_stream(host, port)
         except OSError as fault:
             raise _Silent(_reason(fault)) from None
+        if self._context is None:  # only now: a list that came meanwhile has taken it away
+            self._context = client_context_of(self.roots.pem)
         return _Line(trio.SSLStream(tcp, self._context, server_hostname=AUTHORITY_NAME, https_compatible=True))
 
 

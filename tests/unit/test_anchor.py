@@ -102,6 +102,20 @@ async def test_it_carries_enrols(made: Path) -> None:
         assert caught.value.code is Refusal.BAD_TOKEN and "used up" in caught.value.text
 
 
+async def test_a_list_that_comes_while_the_authority_is_dialled(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The TLS context of before is gone then; the request goes on with one of the CAs in force now."""
+    dial = trio.open_tcp_stream
+    async with authority(made) as server, anchored(made / "ca.pem", None, address(server)) as here:
+
+        async def dial_slowly(host: str, port: int) -> trio.SocketStream:
+            stream = await dial(host, port)
+            here.anchor._context = None
+            return stream
+
+        monkeypatch.setattr(trio, "open_tcp_stream", dial_slowly)
+        assert (await here.anchor.enrol(enrol(token(made)))).certificate
+
+
 async def test_who_is_no_ca_is_none(made: Path) -> None:
     """A CA file with somebody's certificate is refused at once, and not met by the first Enrol; from lists as well."""
     with pytest.raises(TrustError, match=r"broker\.pem: .* is no CA's"):
