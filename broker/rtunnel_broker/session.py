@@ -298,11 +298,11 @@ class Session:
     def _take_update(self, update: Update) -> None:
         """The newest counts, and is looked at in its turn: there may be hundreds in one frame."""
         assert self.link is not None
-        waiting, self._update = self._update, update
-        if waiting is None:
+        if update.certificate:
+            self._renewed = update  # at once: the CA of the present one may leave meanwhile
+        if self._update is None:
             self.link.loop.in_line(self._updated)
-        elif waiting.certificate and not update.certificate:
-            self._update = msgspec.structs.replace(waiting, exposes=update.exposes)
+        self._update = update
 
     def _updated(self) -> None:
         update, self._update = self._update, None
@@ -313,9 +313,7 @@ class Session:
         except ValueError as fault:
             self.refuse(Refusal.BAD_REQUEST, str(fault))
             return
-        if update.certificate:
-            self._renewed = update
-            self._go_over()
+        self._go_over()
         if update.exposes != list(self.exposes):
             self.exposes = tuple(update.exposes)
             if not self.update_due:
