@@ -88,7 +88,7 @@ class Slot:
     reason: str = "not dialled yet"  # why there is none; empty when there is
     told: str = ""  # the reason that the log has
     since: float = 0.0
-    searches: int = 0  # dials that led to a held node or host or a dead one, since it last had a session
+    searches: int = 0  # dials that led to a node or host that is held, dead or draining, since the last session
     backoff: float = BACKOFF_FIRST
 
 

@@ -7,7 +7,7 @@ from typing import Final, TypeVar
 from msgspec.structs import replace
 
 from rtunnel.trust.keys import TrustError
-from rtunnel.trust.proof import Exchange, Pair, said_by, sign
+from rtunnel.trust.proof import Exchange, PairKey, said_by, sign
 from rtunnel.wire.messages import Accepted, DialBody, Refuse
 from rtunnel_agent.identity import AgentIdentity
 
@@ -23,7 +23,7 @@ class Prover:
     def __init__(self, identity: AgentIdentity) -> None:
         self.identity = identity
         self._exchange = Exchange()
-        self._pairs: dict[bytes, Pair] = {}  # by the gateway's part
+        self._pairs: dict[bytes, PairKey] = {}  # by the gateway's part
 
     def prove(self, answer: Answer, dial: DialBody, body: bytes) -> Answer:
         """The answer to this Dial, whose `body` is exactly as it came, with the proof.

@@ -32,7 +32,7 @@ def said_by(answer: Accepted | Refuse) -> bytes:
     return ACCEPTED if isinstance(answer, Accepted) else REFUSED + f"{answer.code}\0{answer.text}\0".encode()
 
 
-class Pair:
+class PairKey:
     """The key of one gateway process and one agent's certificate, at either end."""
 
     __slots__ = ("_key", "id")
@@ -61,13 +61,13 @@ class Exchange:
         self._private = X25519PrivateKey.generate()
         self.public = self._private.public_key().public_bytes_raw()
 
-    def with_agent(self, agent: bytes, certificate: bytes) -> Pair:
+    def with_agent(self, agent: bytes, certificate: bytes) -> PairKey:
         """As the gateway. Raises TrustError for bytes that are no usable key."""
-        return Pair(self._shared(agent), self.public, agent, certificate)
+        return PairKey(self._shared(agent), self.public, agent, certificate)
 
-    def with_gateway(self, gateway: bytes, certificate: bytes) -> Pair:
+    def with_gateway(self, gateway: bytes, certificate: bytes) -> PairKey:
         """As the agent with this certificate. Raises TrustError for bytes that are no usable key."""
-        return Pair(self._shared(gateway), gateway, self.public, certificate)
+        return PairKey(self._shared(gateway), gateway, self.public, certificate)
 
     def _shared(self, other: bytes) -> bytes:
         try:

@@ -12,7 +12,7 @@ from typing import Final
 
 from rtunnel.trust.identity import Identity, Revoked, Roots
 from rtunnel.trust.keys import TrustError
-from rtunnel.trust.proof import Exchange, Pair, is_signed, said_by
+from rtunnel.trust.proof import Exchange, PairKey, is_signed, said_by
 from rtunnel.wire.messages import EXCHANGE_BYTES, Accepted, Refuse
 from rtunnel.wire.refusal import Refusal, Refused
 
@@ -26,7 +26,7 @@ MAX_KNOWN: Final = 65536
 class Known:
     """The agent of one address has proved itself by this certificate, and has this pair's key."""
 
-    pair: Pair
+    pair: PairKey
     exchange: bytes  # the agent's part of it
     certificate: bytes
 
@@ -47,8 +47,8 @@ class Proofs:
     def check(self, answer: Accepted | Refuse, body: bytes, namespace: str, ip: str, known: Known | None) -> Identity:
         """Who gave this answer to the Dial of this body, for this target, that named `known`.
 
-        3 us by MAC. A signature takes 65 us, and another 50 for the pair's key; a certificate that was not seen before
-        as much again. Raises Refused: `not_proven`, or `revoked`.
+        3 us by MAC. A signature takes 65 us, and another 40 for the key of the pair; a certificate that was not seen
+        before as much again. Raises Refused: `not_proven`, or `revoked`.
         """
         if answer.mac:
             if known is None or not known.pair.is_proof(said_by(answer), body, answer.mac):

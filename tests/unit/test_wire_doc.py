@@ -200,7 +200,7 @@ def test_the_example_of_a_pair_is_right() -> None:
     assert hashlib.sha256(b"rtunnel pair 1\0" + key).digest()[:8] == VECTORS["pair id"] == decode_body(body).pair
     mac = hmac.new(key, b"rtunnel accepted 1\0" + body, hashlib.sha256).digest()
     assert mac == VECTORS["accepted mac"]
-    pair = proofs.Pair(shared, gateways, agents, certificate)
+    pair = proofs.PairKey(shared, gateways, agents, certificate)
     assert pair.id == VECTORS["pair id"] and pair.is_proof(proofs.ACCEPTED, body, mac)
     for label in (proofs.ACCEPTED, proofs.REFUSED, proofs.PAIR_LABEL):
         assert f'"{label.rstrip(bytes(1)).decode()}" 00' in section("Proofs")
