@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 import ssl
+import struct
 import sys
 import threading
 from collections.abc import Callable
@@ -33,6 +34,11 @@ REVIEWS_A_TURN: Final = 100
 #: A dead peer is then noticed after 60 + 4 * 15 s of silence.
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
 
+#: Linux (ip(7)): bind an address only; the port is chosen by the connect, so that one port serves many targets.
+_BIND_ADDRESS_NO_PORT: Final = 24
+#: Close with a reset, and leave no TIME_WAIT behind (struct linger).
+_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
+
 #: errno of a connect -> what is told. Everything else is INTERNAL.
 _CONNECT_REFUSALS: Final = {
     errno.ECONNREFUSED: Refusal.TARGET_REFUSED,
@@ -40,7 +46,7 @@ _CONNECT_REFUSALS: Final = {
     errno.ETIMEDOUT: Refusal.TARGET_TIMEOUT,
     errno.ENETUNREACH: Refusal.TARGET_UNREACHABLE,
     errno.EHOSTUNREACH: Refusal.TARGET_UNREACHABLE,
-    errno.EADDRNOTAVAIL: Refusal.TARGET_UNREACHABLE,
+    errno.EADDRNOTAVAIL: Refusal.OVERLOADED,  # no free source port
     errno.EACCES: Refusal.TARGET_UNREACHABLE,
     errno.EPERM: Refusal.TARGET_UNREACHABLE,
     errno.EMFILE: Refusal.OVERLOADED,
@@ -139,38 +145,97 @@ class Listener:
         self._accept_some()
 
 
+def _finds_source(host: str) -> bool:
+    """Whether the kernel has a source address for packets to `host`. Sends nothing."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.connect((host, 9))
+    except OSError:
+        return False
+    return True
+
+
+def _bind_address(sock: socket.socket, source: str) -> int:
+    """Let the socket connect from this local address and any port; return 0 or the errno."""
+    try:
+        sock.setsockopt(socket.IPPROTO_IP, _BIND_ADDRESS_NO_PORT, 1)
+        sock.bind((source, 0))
+    except OSError as error:
+        return error.errno or errno.EINVAL
+    return 0
+
+
+def _bind_refusal(code: int, source: str, where: str) -> tuple[Refusal, str]:
+    """Return the refusal and the sentence for a bind to `source` that failed with this errno."""
+    if code == errno.EADDRNOTAVAIL:
+        return Refusal.STALE_TARGET, f"connect to {where}: {source} is not an address of this host any more"
+    name = errno.errorcode.get(code, str(code))
+    return Refusal.INTERNAL, f"connect to {where}: the source address {source} can't be used ({name})"
+
+
+def _connect_refusal(code: int, host: str, where: str) -> tuple[Refusal, str]:
+    """Return the refusal and the sentence for a connect to `host` that failed with this errno."""
+    name = errno.errorcode.get(code, str(code))
+    if code == errno.EADDRNOTAVAIL:
+        if not _finds_source(host):  # IPv6 is off on the interface
+            return Refusal.TARGET_UNREACHABLE, f"connect to {where}: this host has no source address for it ({name})"
+        fix = "widen net.ipv4.ip_local_port_range"
+        return Refusal.OVERLOADED, f"no free source port towards {where} on this host ({name}): {fix}"
+    return _CONNECT_REFUSALS.get(code, Refusal.INTERNAL), f"connect to {where}: {name}"
+
+
+def _is_self_connected(sock: socket.socket, port: int) -> bool:
+    """Whether the socket is connected to itself.
+
+    TCP allows it (simultaneous open, RFC 9293 section 3.5) when the kernel chooses the target's port as the source
+    port, which it does only while nobody listens there.
+    """
+    try:
+        return bool(sock.getsockname()[1] == port and sock.getsockname() == sock.getpeername())
+    except OSError:
+        return False  # it is broken already, and its next event says so
+
+
 class Attempt:
     """A connect under way; `cancel` drops it without a call."""
 
-    __slots__ = ("_done", "_loop", "_sock", "_timer", "where")
+    __slots__ = ("_done", "_host", "_loop", "_port", "_sock", "_timer", "where")
 
-    def __init__(self, loop: Loop, where: str, done: Connected) -> None:
+    def __init__(self, loop: Loop, host: str, port: int, done: Connected) -> None:
         self._loop = loop
+        self._host = host
+        self._port = port
         self._done: Connected | None = done
         self._sock: socket.socket | None = None
         self._timer: Timer | None = None
-        self.where = where
+        self.where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def begin(self, host: str, port: int, timeout: float) -> None:
-        """Connect, within `timeout` seconds (0: it is the caller's to `cancel`).
+    def begin(self, timeout: float, source: str) -> None:
+        """Connect, within `timeout` seconds (0: the caller must `cancel`), from the address `source` unless it is "".
 
         The outcome comes in a later step of the loop, never from within this call.
         """
         try:
-            sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+            sock = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET, socket.SOCK_STREAM)
         except OSError as error:
             self._fail_soon(error.errno or 0)
             return
         self._sock = sock
         sock.setblocking(False)
+        if source and (code := _bind_address(sock, source)):
+            self._drop()
+            self._loop.soon(lambda: self._tell(*_bind_refusal(code, source, self.where)))
+            return
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # keep-alive: see Relay._watch_over
-            code = sock.connect_ex((host, port))
+            code = sock.connect_ex((self._host, self._port))
             if code == errno.EINPROGRESS:
                 # On one host, where an agent's targets are, the handshake is over by now: no event to wait for.
-                code = sock.connect_ex((host, port))
+                code = sock.connect_ex((self._host, self._port))
         except OSError as error:
             code = error.errno or errno.EINVAL
+        if not code and _is_self_connected(sock, self._port):
+            code = self._refuse_self()
         if not code:
             self._loop.soon(self._at_once)
         elif code in (errno.EINPROGRESS, errno.EALREADY):
@@ -200,6 +265,8 @@ class Attempt:
         if sock is None or not mask & (OUT | LOST):
             return
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if not code and _is_self_connected(sock, self._port):
+            code = self._refuse_self()
         if code:
             self._fail(code)
         elif self._done is not None:
@@ -212,6 +279,12 @@ class Attempt:
             end.hup = bool(mask & HUP)
             done(end, Refusal.INTERNAL, "")
 
+    def _refuse_self(self) -> int:
+        """Free the port of the real service at once, and return the errno: nobody listens there."""
+        assert self._sock is not None
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        return errno.ECONNREFUSED
+
     def _late(self) -> None:
         self._fail(errno.ETIMEDOUT)
 
@@ -220,10 +293,13 @@ class Attempt:
 
     def _fail(self, code: int) -> None:
         self._drop()
+        if self._done is not None:
+            self._tell(*_connect_refusal(code, self._host, self.where))
+
+    def _tell(self, code: Refusal, why: str) -> None:
         done, self._done = self._done, None
         if done is not None:
-            why = errno.errorcode.get(code, str(code))
-            done(None, _CONNECT_REFUSALS.get(code, Refusal.INTERNAL), f"connect to {self.where}: {why}")
+            done(None, code, why)
 
     def _drop(self) -> None:
         self._stop_timer()
@@ -304,10 +380,13 @@ class Relay:
         """The same connection under TLS, for an end that nobody has talked to. See `TlsEnd`."""
         return TlsEnd(end, context, self.scratch, server_name, otherwise)
 
-    def connect(self, host: str, port: int, timeout: float, done: Connected) -> Attempt:
-        """Connect to an IP: `done(end, _, "")` or `done(None, refusal, text)`. See `Attempt`."""
-        attempt = Attempt(self.loop, f"[{host}]:{port}" if ":" in host else f"{host}:{port}", done)
-        attempt.begin(host, port, timeout)
+    def connect(self, host: str, port: int, timeout: float, done: Connected, *, source: str = "") -> Attempt:
+        """Connect to an IP: `done(end, _, "")` or `done(None, refusal, text)`. See `Attempt.begin`.
+
+        `source`: the local address to connect from. A host without this address gets STALE_TARGET.
+        """
+        attempt = Attempt(self.loop, host, port, done)
+        attempt.begin(timeout, source)
         return attempt
 
     def link(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import select
@@ -9,6 +10,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -287,6 +289,102 @@ def test_a_refused_connect_has_its_own_code() -> None:
         relay.settle(lambda: bool(outcome))
         assert outcome[0][:2] == (None, Refusal.TARGET_REFUSED)
         assert f"{host}:{port}" in outcome[0][2]
+
+
+class _SourcePort(socket.socket):
+    """A socket whose connect leaves from the port `source`: the choice that the kernel makes once in many times."""
+
+    source = ("127.0.0.1", 0)
+
+    def connect_ex(self, address: Any, /) -> int:
+        """Bind before the first call."""
+        if not self.getsockname()[1]:
+            self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.bind(self.source)
+        return super().connect_ex(address)
+
+
+def _outcome_of_connect(
+    monkeypatch: pytest.MonkeyPatch, source: tuple[str, int], target: tuple[str, int]
+) -> tuple[object, Refusal, str]:
+    """What a connect of the relay from this source port comes to."""
+    monkeypatch.setattr(_SourcePort, "source", source)
+    monkeypatch.setattr(socket, "socket", _SourcePort)
+    outcome: list[tuple[object, Refusal, str]] = []
+    with running_relay() as relay:
+        relay.do(lambda: relay.connect(*target, 5.0, lambda *o: outcome.append(o)))
+        relay.settle(lambda: bool(outcome))
+    return outcome[0]
+
+
+@pytest.mark.parametrize("ip", ["127.0.0.1", "::1"])
+def test_a_connect_that_meets_itself_is_refused(ip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel chose the silent target's port as source port: TARGET_REFUSED, and the real service gets its port."""
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((ip, 0))  # not listening: it only keeps the port from others
+        address = probe.getsockname()[:2]
+        end, code, why = _outcome_of_connect(monkeypatch, address, address)
+        assert (end, code) == (None, Refusal.TARGET_REFUSED)
+        assert "ECONNREFUSED" in why
+    with socket.socket(family) as service:
+        service.bind((ip, address[1]))  # without SO_REUSEADDR: a TIME_WAIT would refuse it
+        service.listen()
+
+
+def test_used_up_source_ports_are_an_overload(monkeypatch: pytest.MonkeyPatch) -> None:
+    """EADDRNOTAVAIL of a connect is this host's want of source ports, and no fault of the target or its route."""
+    with listener() as target, _SourcePort() as first:
+        assert first.connect_ex(target.getsockname()) == 0  # the only connection that this source port is good for
+        end, code, why = _outcome_of_connect(monkeypatch, first.getsockname(), target.getsockname())
+    assert (end, code) == (None, Refusal.OVERLOADED)
+    assert "no free source port towards" in why and "ip_local_port_range" in why
+
+
+def test_a_host_without_a_source_address_has_no_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    """EADDRNOTAVAIL also means that IPv6 is off: that is no want of ports."""
+
+    class NoIpv6(socket.socket):
+        def connect_ex(self, address: Any, /) -> int:
+            return errno.EADDRNOTAVAIL
+
+        def connect(self, address: Any, /) -> None:
+            raise OSError(errno.EADDRNOTAVAIL, "")
+
+    monkeypatch.setattr(socket, "socket", NoIpv6)
+    outcome: list[tuple[object, Refusal, str]] = []
+    with running_relay() as relay:
+        relay.do(lambda: relay.connect("2001:db8::1", 1, 5.0, lambda *o: outcome.append(o)))
+        relay.settle(lambda: bool(outcome))
+    assert outcome[0][:2] == (None, Refusal.TARGET_UNREACHABLE)
+    assert "no source address" in outcome[0][2]
+
+
+def test_a_connect_from_an_address() -> None:
+    """It leaves from the source that is asked for."""
+    with running_relay() as relay, listener() as target:
+        host, port = target.getsockname()
+        outcome: list[tuple[SocketEnd | None, Refusal, str]] = []
+        relay.do(lambda: relay.connect(host, port, 5.0, lambda *o: outcome.append(o), source="127.9.9.9"))
+        relay.settle(lambda: bool(outcome))
+        served, (peer, _) = target.accept()
+        served.close()
+        assert peer == "127.9.9.9"
+        end = outcome[0][0]
+        assert end is not None
+        relay.do(end.abort)
+
+
+@pytest.mark.parametrize("source", ["192.0.2.7", "2001:db8::7"])
+def test_a_connect_from_a_lost_address_is_stale(source: str) -> None:
+    """An address that this host does not have is STALE_TARGET, and nothing is sent to whoever has it now."""
+    with running_relay() as relay:
+        outcome: list[tuple[object, Refusal, str]] = []
+        relay.do(lambda: relay.connect(source, 80, 5.0, lambda *o: outcome.append(o), source=source))
+        relay.settle(lambda: bool(outcome))
+    assert outcome[0][:2] == (None, Refusal.STALE_TARGET)
+    assert f"{source} is not an address of this host any more" in outcome[0][2]
 
 
 def test_a_silent_target_times_out() -> None:
