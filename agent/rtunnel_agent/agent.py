@@ -65,7 +65,9 @@ BACKOFF_FIRST: Final = 0.25
 LOOK_SECONDS: Final = 1.0
 #: Between two trust lists of one broker.
 NEWS_PAUSE: Final = 1.0
-#: A session that lasted so long has proved the path: backoff starts anew.
+#: A session that lasted so many seconds has proved the path: backoff starts anew. After a shorter one the
+#: slot waits: a broker that ends each session at once, or a second host with this identity, is not dialled
+#: without a pause (two such hosts replaced each other's session 14 times a second).
 STABLE: Final = 60.0
 
 
@@ -87,7 +89,8 @@ class Slot:
     session: AgentSession | None = None
     reason: str = "not dialled yet"  # why there is none; empty when there is
     told: str = ""  # the reason that the log has
-    since: float = 0.0
+    since: float = 0.0  # when the session came up, for people: seconds since 1970
+    up_at: float = 0.0  # the same by the monotonic clock
     searches: int = 0  # dials that led to a node or host that is held, dead or draining, since the last session
     backoff: float = BACKOFF_FIRST
 
@@ -305,6 +308,10 @@ class Agent:
                 continue
             await watch.retire.wait()
             self._empty(slot, watch)
+            if trio.current_time() - slot.up_at >= STABLE:
+                slot.backoff = BACKOFF_FIRST
+            else:
+                await trio.sleep(self._next_backoff(slot))
 
     def _fill(self, slot: Slot, session: AgentSession) -> None:
         welcome = session.welcome
@@ -313,6 +320,7 @@ class Agent:
         slot.session = session
         slot.reason = slot.told = ""
         slot.since = time.time()
+        slot.up_at = trio.current_time()
         slot.searches = 0
         self._log.info(
             "session_up", agent=self.agent_id, broker=welcome.node, host=welcome.host, epoch=str(welcome.epoch),
@@ -332,8 +340,6 @@ class Agent:
     def _empty(self, slot: Slot, watch: Watch) -> None:
         session, slot.session = slot.session, None
         assert session is not None
-        if time.time() - slot.since >= STABLE:
-            slot.backoff = BACKOFF_FIRST
         slot.reason = f"{session.node} is draining" if not watch.down.is_set() else watch.outcome.why
         self._log.warning(
             "session_down" if watch.down.is_set() else "session_draining",
@@ -359,8 +365,7 @@ class Agent:
             cap = min(SLOW_REDIAL, self.config.backoff_cap)
             pause = min(cap, QUICK_JITTER * 2.0 ** min(late, 16)) * random.uniform(0.5, 1.0)  # noqa: S311
         else:
-            pause = random.uniform(0, slot.backoff)  # noqa: S311 - full jitter
-            slot.backoff = min(self.config.backoff_cap, slot.backoff * 2)
+            pause = self._next_backoff(slot)
         if reason != slot.told:
             slot.told = reason
             self._log.warning(
@@ -368,6 +373,12 @@ class Agent:
             )
         slot.reason = reason
         await trio.sleep(pause)
+
+    def _next_backoff(self, slot: Slot) -> float:
+        """Return the seconds of this slot's next pause (full jitter), and double the one after it."""
+        pause = random.uniform(0, slot.backoff)  # noqa: S311
+        slot.backoff = min(self.config.backoff_cap, slot.backoff * 2)
+        return pause
 
     # One dial.
 
