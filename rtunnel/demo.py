@@ -272,6 +272,7 @@ class Cluster:
             "gateway.key": str(made / "gateway.key"),
             "gateway.ca": str(made / "ca.pem"),
             "gateway.admin": "",
+            "gateway.lame_duck": 0.0,
         }
         return load(None, {}, common | keys)
 

@@ -154,6 +154,7 @@ _TRUST = _file("the newest trust list: kept here, and read when it changes; need
 _DIAL_SECURITY = _choice("of Dials to guarded ports and what follows them: plain, or tls", "plain", "tls")
 _PROOF = _choice("agents must prove that they have the target's address: required, or off", "required", "off")
 _DRAIN = _seconds("at SIGTERM streams may finish for so long", low=0)
+_LAME_DUCK = _seconds("at SIGTERM /readyz is 503, and new clients are served for so long, before the drain", low=0)
 _LEVEL = _choice("the least level that is written: debug, info, warning or error", "debug", "info", "warning", "error")
 _FORMAT = _choice("json, console, or auto: console on a terminal", "auto", "json", "console")
 _URL = Key("memory://, redis://, rediss://, unix://, redis+sentinel://host,host/service/db", check_registry_url, "URL")
@@ -319,6 +320,7 @@ class GatewayConfig(Section):
     dial_timeout: A[float, _seconds("all tuples together")] = 15.0
     idle_timeout: A[float, _seconds("a silent stream is closed; 0: never", 0)] = 0.0
     max_clients: A[int, _count("connections at once")] = 20000
+    lame_duck: A[float, _LAME_DUCK] = 5.0
     drain: A[float, _DRAIN] = 30.0
     workers: A[int, _GATEWAY_WORKERS] = 1
     admin: A[str, _ADMIN] = "127.0.0.1:7072"

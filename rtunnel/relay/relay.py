@@ -23,6 +23,10 @@ from rtunnel.wire.refusal import Refusal
 
 #: Connections accepted from one listener before others get their turn.
 ACCEPTS_A_TURN: Final = 64
+#: Connections accepted from a listener that is about to close: a full queue (rtunnel.net.BACKLOG).
+MAX_LAST_ACCEPTS: Final = 4096
+#: accept(2) fails with these while the process or the machine has no room for another connection.
+_EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 #: A listener that ran out of descriptors looks again after so many seconds.
 ACCEPT_PAUSE: Final = 0.5
 #: A client that has the first word may keep it for so long before it is accepted all the same (tcp(7)).
@@ -106,6 +110,34 @@ class Listener:
                 self._paused.cancel()
             self._loop.close(self.sock)
 
+    def accept_silent(self) -> None:
+        """Let connections in that have not said anything yet, as without `client_speaks`.
+
+        The kernel keeps a silent connection of a `client_speaks` listener outside the queue for up to
+        DEFER_SECONDS, and resets it when the listener closes. One that came before this call arrives
+        about that much later.
+        """
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 0)
+
+    def finish(self) -> None:
+        """Accept what waits in the kernel's queue, then `close`: closing alone would reset it."""
+        self._held = False
+        for _ in range(MAX_LAST_ACCEPTS):
+            if self.closed:
+                return
+            try:
+                sock, address = self.sock.accept()
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno in _EXHAUSTED:
+                    self._report("accept_failed", {"reason": error.strerror, "hint": "the queue is reset"})
+                    break
+                continue  # the peer was gone before we came: the next one
+            sock.setblocking(False)
+            self._accept(sock, address[0])
+        self.close()
+
     def hold(self) -> None:
         """Accept no more until `release`: the kernel's queue keeps the next ones, and drops SYNs when it is full."""
         self._held = True
@@ -128,7 +160,7 @@ class Listener:
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                if error.errno in _EXHAUSTED:
                     self._pause(error)
                     return
                 continue  # the peer was gone before we came: the next one
@@ -363,10 +395,13 @@ class Relay:
         self.listeners.add(listener)
         return listener
 
-    def unlisten(self, listener: Listener) -> None:
-        """Stop it."""
+    def unlisten(self, listener: Listener, *, serve_queue: bool = False) -> None:
+        """Stop it. `serve_queue`: what waits in the kernel's queue is accepted first, and not reset."""
         self.listeners.discard(listener)
-        listener.close()
+        if serve_queue:
+            listener.finish()
+        else:
+            listener.close()
 
     def end(self, sock: socket.socket, peer: str, *, spoken: bool = False) -> SocketEnd:
         """An accepted socket as an end; `spoken`: from a `client_speaks` listener, so that reading at once pays."""

@@ -304,11 +304,15 @@ class Gateway:
                 self.registry_down = ""
 
     async def _drain(self) -> None:
-        """No new clients; streams may finish within the deadline."""
+        """Serve new clients until the VIP knows, then take no more; streams may finish within the deadline."""
         self.draining = True
         listener = self._listener
         assert listener is not None
-        await self.bridge.run(lambda: self.relay.unlisten(listener))
+        if self.config.lame_duck:
+            self._log.info("lame_duck_started", seconds=self.config.lame_duck, hint="/readyz is 503, the port accepts")
+            await self.bridge.run(listener.accept_silent)
+            await trio.sleep(self.config.lame_duck)
+        await self.bridge.run(lambda: self.relay.unlisten(listener, serve_queue=True))
         self._log.info("draining", streams=self.counts.streams)
         with trio.move_on_after(self.config.drain):
             while self.counts.streams or self.counts.clients:

@@ -190,6 +190,7 @@ def _start_gateway(site: Site, name: str, proof: str) -> tuple[Process, int]:
     keys: dict[str, object] = {
         "listen": f"127.0.0.1:{socks}",
         "key": site.secret("gateway.key"),
+        "lame_duck": 0,
         "ca": site.secret("ca.pem"),
         "proof": proof,
         "admin": "",

@@ -21,7 +21,7 @@ from rtunnel.wire.refusal import Refusal
 from rtunnel_agent.agent import Outcome
 from support.cluster import Cluster, Part, SocksRefused, Target, in_thread, read_line, running_cluster
 from support.logs import Events, named
-from support.plumbing import free_range, kept, read_all, reset, running_relay
+from support.plumbing import dial, free_range, kept, read_all, reset, running_relay
 from support.redis_server import RedisServer
 
 #: So long a link may be silent until it is given up.
@@ -642,3 +642,51 @@ async def test_a_registry_that_hangs_delays_no_connection(tmp_path: Path, make_r
 def listens(address: tuple[str, int]) -> bool:
     with socket.socket() as sock:
         return sock.connect_ex(address) == 0
+
+
+# --- a gateway that is told to stop -------------------------------------------------------------------------
+
+
+async def test_a_stopping_gateway_serves_new_clients_while_the_vip_learns_it(tmp_path: Path) -> None:
+    """Not ready at once, but nobody is refused in the lame-duck phase, and streams of that time live on."""
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.start(brokers=1)
+        part = await cluster.start_gateway(lame_duck=600.0)
+        await cluster.whole()
+        target = Target("127.1.0.1")
+        async with traffic(cluster, target) as runs:
+            await cluster.until(lambda: runs.tries >= 5)
+            part.stop.set()
+            await cluster.until(lambda: part.gateway.reasons() == ["draining"])
+            begun = runs.tries
+            await cluster.until(lambda: runs.tries >= begun + 50)
+        assert not runs.refused and not runs.cut
+
+
+async def test_a_gateway_serves_what_waits_when_it_closes_its_port(tmp_path: Path) -> None:
+    """Clients in the kernel's queue at that moment have connected: they get their streams, and the drain waits."""
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.start(brokers=1)
+        part = await cluster.start_gateway()
+        await cluster.whole()
+        target = Target("127.1.0.1")
+        gateway = part.gateway
+        (listener,) = gateway.relay.listeners
+        await gateway.bridge.run(listener.hold)
+        request = f"CONNECT {target.ip}:{target.port} HTTP/1.1\r\nHost: x\r\n\r\nhello\n".encode()
+        clients = [await in_thread(lambda: dial(gateway.bound)) for _ in range(20)]
+        for client in clients:
+            client.sendall(request)
+        part.stop.set()
+        for client in clients:
+            head, _, answer = (await in_thread(lambda client=client: _until_hello(client))).partition(b"\r\n\r\n")  # type: ignore[misc]
+            assert head.startswith(b"HTTP/1.1 200 ") and answer == b"127.1.0.1:hello\n"
+            client.close()
+        await part.ended.wait()
+
+
+def _until_hello(client: socket.socket) -> bytes:
+    data = b""
+    while not data.endswith(b"hello\n") and (piece := client.recv(4096)):
+        data += piece
+    return data

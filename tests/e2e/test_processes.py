@@ -289,6 +289,7 @@ def test_standalone(tmp_path: Path) -> None:
             listen = "127.0.0.1:0"
             key = "pki/gateway.key"
             ca = "pki/ca.pem"
+            lame_duck = 0
             admin = "127.0.0.1:0"
             """
         process = here.start("gateway", "standalone", text)

@@ -242,3 +242,25 @@ async def test_a_fixed_open_port_is_had_on_whichever_node_of_the_host(tmp_path: 
         sock = await in_thread(lambda: kept(socket.create_connection(("127.0.0.1", fixed), timeout=15)))
         await in_thread(lambda: sock.sendall(b"hello\n"))
         assert await in_thread(lambda: read_line(sock)) == f"{IP1}:hello".encode()
+
+
+def test_stopping_workers_serve_new_clients_while_the_vip_learns_it(tmp_path: Path, redis_server: RedisServer) -> None:
+    """SIGTERM to the supervisor: not ready, and both listeners still answer; a second signal cuts it short."""
+    with workers_site(tmp_path, redis_server.url) as here:
+        gateway = here.gateway(*TWO, "--lame-duck", "600")
+        admin = whole(gateway)
+        host, _, port = gateway.address("gateway_ready").partition(":")
+        gateway.process.send_signal(signal.SIGTERM)
+        until(lambda: len(gateway.lines("lame_duck_started")) == 2, what="both workers to be told")
+        assert health(admin, "/readyz")[1]["reasons"] == ["worker 1: draining", "worker 2: draining"]
+        for _ in range(50):
+            with socket.create_connection((host, int(port)), timeout=15) as sock:
+                sock.sendall(b"\5\1\0" + b"\5\1\0\1\x7f\2\t\t\0\x50")
+                reply = b""
+                while len(reply) < 12 and (piece := sock.recv(12)):
+                    reply += piece
+            assert reply[:4] == b"\5\0\5\4", "host unreachable: a worker looked it up"
+        workers = health(admin, "/statusz")[1]["workers"]
+        assert all(worker["refused"]["unknown_target"] for worker in workers)
+        code, seconds = gateway.end(signal.SIGTERM)
+        assert code == 1 and seconds < DRAIN / 2

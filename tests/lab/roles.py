@@ -126,6 +126,7 @@ class Lab:
                 "gateway": {
                     "listen": f"0.0.0.0:{PROXY_PORT}",
                     "key": self._secret("gateway.key"),
+                    "lame_duck": 0,
                     "ca": self._secret("ca.pem"),
                     "trust": str(self.directory / "gateway.trust"),
                     "authority": self._authority,

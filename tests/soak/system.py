@@ -177,6 +177,7 @@ def _build(site: Site, stack: contextlib.ExitStack, fork: Callable[..., None], f
             "gateway": {
                 "listen": f"127.0.0.1:{socks}",
                 "key": site.secret("gateway.key"),
+                "lame_duck": 0,
                 "ca": site.secret("ca.pem"),
                 "admin": f"127.0.0.1:{admins + 1}",
             },

@@ -266,6 +266,7 @@ class Cluster:
             "gateway.key": str(made / "gateway.key"),
             "gateway.ca": str(made / "ca.pem"),
             "gateway.drain": 5.0,
+            "gateway.lame_duck": 0.0,
             "gateway.hedge_delay": HEDGE_DELAY,
             "broker.admin": "",
             "agent.admin": "",

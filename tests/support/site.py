@@ -194,6 +194,7 @@ class Site:
             key = "pki/gateway.key"
             ca = "pki/ca.pem"
             hedge_delay = 5
+            lame_duck = 0
             drain = {DRAIN}
             admin = "127.0.0.1:0"
             """

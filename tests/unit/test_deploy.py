@@ -362,11 +362,16 @@ def test_identity_comes_from_the_downward_api() -> None:
     }
 
 
+def stopping(config: Config, role: str) -> float:
+    """Seconds from SIGTERM to the end of a role's drain."""
+    return float(getattr(config, role).drain + (config.gateway.lame_duck if role == "gateway" else 0.0))
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_pods_may_drain(role: str, tmp_path: Path) -> None:
     """The grace period is longer than preStop, drain and what comes after it."""
     pod = workload(role)
-    drain = getattr(load(toml_in_pod(role), tmp_path, pod.environ), role).drain
+    drain = stopping(load(toml_in_pod(role), tmp_path, pod.environ), role)
     pause = pod.container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
     assert pod.pod["terminationGracePeriodSeconds"] >= pause + drain + MARGIN[role]
 
@@ -591,7 +596,7 @@ def test_units_run_their_role(role: str) -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_units_may_drain(role: str, tmp_path: Path) -> None:
     """SIGTERM, and more time than drain takes before the kill."""
-    drain = getattr(load(example(role), tmp_path, {}), role).drain
+    drain = stopping(load(example(role), tmp_path, {}), role)
     assert service(role, "KillSignal") == "SIGTERM"
     assert float(service(role, "TimeoutStopSec")) >= drain + MARGIN[role]
 

@@ -739,3 +739,24 @@ def test_what_takes_long_stands_in_line() -> None:
     runs = "".join("l" if word == "long" else " " for word in done).split()
     assert done.count("long") == 20
     assert max(map(len, runs)) <= LONG_A_TURN
+
+
+def test_a_listener_that_finishes_serves_its_queue_first() -> None:
+    """Clients that the kernel has taken, some of which have said nothing yet, are accepted, and not reset."""
+    with running_relay() as relay:
+        entry = kept(listener())
+        accepted: list[socket.socket] = []
+        waiting = relay.do(lambda: relay.listen(entry, lambda sock, _: accepted.append(kept(sock)), client_speaks=True))
+        address: tuple[str, int] = entry.getsockname()
+        relay.do(waiting.hold)
+        relay.do(waiting.accept_silent)
+        clients = [dial(address) for _ in range(150)]  # more than one turn takes
+        for client in clients[::2]:
+            client.sendall(b"x")
+        relay.do(lambda: relay.unlisten(waiting, serve_queue=True))
+        assert len(accepted) == len(clients)
+        for sock in accepted:
+            sock.close()
+        assert [read_all(client) for client in clients[1::2]] == [b""] * 75, "an end, not a reset"
+        with pytest.raises(ConnectionRefusedError):
+            dial(address)
