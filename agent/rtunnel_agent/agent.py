@@ -41,6 +41,7 @@ from rtunnel.watch import Watched, watch
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Bye, Enrol, Enrolled, Hello, Publish, Refuse
 from rtunnel.wire.refusal import Refusal, Refused
+from rtunnel_agent.brokers import Brokers
 from rtunnel_agent.handshake import AgentSession, Enrolment, new_nonce
 from rtunnel_agent.identity import AgentIdentity, Credentials
 from rtunnel_agent.proof import Prover
@@ -130,7 +131,7 @@ class Agent:
         )
         self._instance = new_nonce()
         self._dialling = trio.Lock()
-        self._turn = random.randrange(1 << 16)  # noqa: S311 - which VIP address first
+        self._brokers = Brokers(agent.brokers, self._log)
         self._stopping = False
         self._one_host = ""  # told in the log
         self.bridge: Bridge
@@ -243,6 +244,7 @@ class Agent:
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Agent] = trio.TASK_STATUS_IGNORED) -> None:
         """Until `stop`; started when it begins to dial."""
         async with running(self.relay) as self.bridge, trio.open_nursery() as nursery:
+            await nursery.start(self._brokers.run)
             for slot in self.slots:
                 nursery.start_soon(self._keep, slot)
             nursery.start_soon(self._leave_draining_nodes)
@@ -385,7 +387,7 @@ class Agent:
     async def _dial(self, slot: Slot) -> Watch:
         watch = Watch()
         try:
-            host, port = await self._resolve()
+            host, port = await self._brokers.next()
         except OSError as error:
             watch.outcome.why = str(error)
             return watch
@@ -407,17 +409,6 @@ class Agent:
             self.bridge.relay.call(lambda: session.end("the agent stops"))
             raise
         return watch
-
-    async def _resolve(self) -> tuple[str, int]:
-        """The next broker address in turn; names are resolved at every dial, because a VIP may move."""
-        self._turn += 1
-        host, port = parse_endpoint(self.config.brokers[self._turn % len(self.config.brokers)])
-        try:
-            found = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_STREAM)
-        except OSError as error:
-            raise OSError(f"can't resolve broker {host}: {error.strerror or error}") from None
-        address = found[(self._turn // len(self.config.brokers)) % len(found)][4]
-        return str(address[0]), port
 
     def _connect(
         self,
@@ -451,7 +442,7 @@ class Agent:
 
     async def _ask(self, request: Enrol) -> Enrolled:
         """Send a request for a certificate by whatever broker comes next. Raises Refused, or OSError with a text."""
-        host, port = await self._resolve()
+        host, port = await self._brokers.next()
         answers: list[Enrolled | Refuse | str] = []
         answered = trio.Event()
 

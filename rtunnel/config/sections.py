@@ -163,7 +163,7 @@ _WORKERS = _count("processes on one port, each a node of its own with its part o
 _GATEWAY_WORKERS = _count("processes on one port", MAX_WORKERS)
 _OPEN_ALLOW = "networks that may connect; an agent's own list can only narrow it"
 _NO_AUTH = "networks whose clients need not log in, though there is a file of users"
-_BROKERS = "the VIP; several are used in turn, names are resolved at every dial"
+_BROKERS = "the VIP; of several addresses the least recently dialled comes next, names are resolved at every dial"
 _ADDRESSES_HELP = "original IPs that it answers for; default: the address of the default route"
 _EXPOSES = Key(
     'ports that clients may reach: "9100", "8000-8100", "loopback:9100"; none by default; read again from the file',

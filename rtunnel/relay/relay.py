@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 import socket
 import ssl
-import struct
 import sys
 import threading
 from collections.abc import Callable
 from typing import Final
 
-from rtunnel.relay.ends import End, SocketEnd
+from rtunnel.relay.ends import End, SocketEnd, reset_on_close
 from rtunnel.relay.join import Account, Ending, Gate, OnEnd, Pair, Pipes, SocketPair, StreamPair
 from rtunnel.relay.link import Link, LinkOwner
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
@@ -40,8 +39,6 @@ _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (soc
 
 #: Linux (ip(7)): bind an address only; the port is chosen by the connect, so that one port serves many targets.
 _BIND_ADDRESS_NO_PORT: Final = 24
-#: Close with a reset, and leave no TIME_WAIT behind (struct linger).
-_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 #: errno of a connect -> what is told. Everything else is INTERNAL.
 _CONNECT_REFUSALS: Final = {
@@ -312,9 +309,9 @@ class Attempt:
             done(end, Refusal.INTERNAL, "")
 
     def _refuse_self(self) -> int:
-        """Free the port of the real service at once, and return the errno: nobody listens there."""
+        """Free the port for the real service at once (no TIME_WAIT), and return the errno: nobody listens there."""
         assert self._sock is not None
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        reset_on_close(self._sock)
         return errno.ECONNREFUSED
 
     def _late(self) -> None:
