@@ -180,6 +180,11 @@ SERIES: Final = (
         "certificates, and connections above its limits (overloaded)",
         _at("refused"), "code", _CODES,
     ),
+    Series(
+        "rtunnel_hedges_total", "Dials whose path was silent: sent on a second path beside it; or held back by the "
+        "budget of one in ten, at least for a while",
+        _at("hedges"), "outcome", ("sent", "held"),
+    ),
     Series("rtunnel_clients_negotiating", "Clients that have no stream yet", _at("clients")),
     Series(
         "rtunnel_dials_waiting", "Connections to ports whose Dial, or whose agent's answer, has not come yet",

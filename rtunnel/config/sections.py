@@ -154,6 +154,9 @@ _TRUST = _file("the newest trust list: kept here, and read when it changes; need
 _DIAL_SECURITY = _choice("of Dials to guarded ports and what follows them: plain, or tls", "plain", "tls")
 _PROOF = _choice("agents must prove that they have the target's address: required, or off", "required", "off")
 _DRAIN = _seconds("at SIGTERM streams may finish for so long", low=0)
+_HEDGE_DELAY = _seconds(
+    "the next tuple is tried beside one that is silent for so long, while its usual time is not known", low=0
+)
 _LAME_DUCK = _seconds("at SIGTERM /readyz is 503, and new clients are served for so long, before the drain", low=0)
 _LEVEL = _choice("the least level that is written: debug, info, warning or error", "debug", "info", "warning", "error")
 _FORMAT = _choice("json, console, or auto: console on a terminal", "auto", "json", "console")
@@ -316,7 +319,7 @@ class GatewayConfig(Section):
     no_auth: A[list[str], Key(_NO_AUTH, each(check_network, MAX_ALLOW), "CIDRs")] = []
     limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
     handshake_timeout: A[float, _seconds("a client must have said what it wants by then")] = 10.0
-    hedge_delay: A[float, _seconds("the next tuple is tried beside one that is silent for so long", 0)] = 0.25
+    hedge_delay: A[float, _HEDGE_DELAY] = 0.25
     dial_timeout: A[float, _seconds("all tuples together")] = 15.0
     idle_timeout: A[float, _seconds("a silent stream is closed; 0: never", 0)] = 0.0
     max_clients: A[int, _count("connections at once")] = 20000

@@ -1,8 +1,9 @@
 """Reaching one target: its candidate tuples, one attempt after another or beside it, until one is Accepted.
 
-In the relay's thread, once per client. An attempt that has not answered within the hedge delay is joined by the next
-candidate; the first Accepted that is proved wins, the others are reset. An answer about the target itself ends
-everything at once; a stale tuple is forgotten; when nothing works the client is told what was tried.
+In the relay's thread, once per client. An attempt that is silent for longer than its path's hedge delay (hedge.py) is
+joined by the next candidate, within the budget; the first Accepted that is proved wins, the others are reset. An answer
+about the target itself ends everything at once; a stale tuple is forgotten; when nothing works the client is told what
+was tried.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from rtunnel.trust.keys import GatewayKey
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Accepted, Decoder, Dial, DialAnswer, DialBody, Dialling, MessageError, Refuse, encode
 from rtunnel.wire.refusal import Next, Refusal, Refused
+from rtunnel_socks.hedge import Hedging, Path
 from rtunnel_socks.proof import Known, Proofs
 
 #: A node that did not answer goes behind the others for so long (seconds).
@@ -77,6 +79,10 @@ class Paths:
         """It did not answer."""
         self._suspects[node] = now + SUSPECT_SECONDS
 
+    def is_suspect(self, node: str, now: float) -> bool:
+        """Whether it did not answer lately."""
+        return self._suspects.get(node, 0.0) > now
+
     def answered(self, node: str) -> None:
         """It did."""
         self._suspects.pop(node, None)
@@ -107,7 +113,7 @@ class DialOwner(Protocol):
     proofs: Proofs | None  # None: none are asked for
     dial_tls: ssl.SSLContext | None  # to guarded ports; None: plain
     name: str
-    hedge_delay: float
+    hedging: Hedging
     dial_timeout: float
 
     def forget(self, stale: Tuple) -> None:
@@ -150,6 +156,8 @@ class TargetDial:
     _codes: set[Refusal] = field(default_factory=set)
     unproven: str = ""  # why a proof was not good, when one was not
     _hedge: Timer | None = None
+    _late: float = 0.0  # when half of the time is over: a hedge needs no budget then
+    _held: bool = False  # the budget had no hedge left for it
     _deadline: Timer | None = None
 
     def start(self, tuples: Sequence[Tuple]) -> None:
@@ -157,6 +165,8 @@ class TargetDial:
         loop = self.owner.relay.loop
         self._left = self.owner.paths.order(tuples, self.owner.table.nodes, loop.now)[:MAX_ATTEMPTS]
         self._deadline = loop.after(self.owner.dial_timeout, self._too_late)
+        self._late = loop.now + self.owner.dial_timeout / 2
+        self.owner.hedging.dialled()
         self._next()
 
     def cancel(self) -> None:
@@ -172,7 +182,7 @@ class TargetDial:
             self._tried += 1
             self._alive.append(attempt)
             if self._left:
-                self._hedge = self.owner.relay.loop.after(self.owner.hedge_delay, self._hedged)
+                self._hedge_after(self.owner.hedging.delay(attempt.path))
             attempt.start()
         elif not self._alive:
             # Full everywhere is no fault of the paths.
@@ -180,16 +190,51 @@ class TargetDial:
             code = Refusal.TOO_MANY_STREAMS if full else Refusal.AGENT_UNAVAILABLE
             self._fail(Refused(code, f"no path works: {'; '.join(self._failures)}"))
 
-    def _hedged(self) -> None:
+    def _hedge_after(self, seconds: float) -> None:
+        self._hedge = self.owner.relay.loop.after(seconds, self._silent)
+
+    def _silent(self) -> None:
+        """The newest attempt was silent for its path's hedge delay."""
         self._hedge = None
         if any(attempt.diallings for attempt in self._alive):
             # The path works and the target is slow: dialling it twice would not help, so that is tried late. A broken
             # broker could say so, too.
             self._hedge = self.owner.relay.loop.after(self.owner.dial_timeout / 2, self._next)
             return
-        for attempt in self._alive:
-            self.owner.paths.suspect(attempt.used.node, self.owner.relay.loop.now)
-        self._next()
+        hedging = self.owner.hedging
+        if self._may_hedge():
+            hedging.sent += 1
+            self._next()
+        else:
+            hedging.held += not self._held
+            self._held = True
+            # By then the budget has some again, or the node has become suspect.
+            self._hedge_after(hedging.delay(self._alive[-1].path))
+
+    def _may_hedge(self) -> bool:
+        """Whether the next candidate may be tried beside the silent ones.
+
+        When everything is slow, hedges make it slower: so few dials have one. A node that is known to be silent is
+        another thing, and so is a dial that would run out of time.
+        """
+        now, paths = self.owner.relay.loop.now, self.owner.paths
+        if any(paths.is_suspect(attempt.used.node, now) for attempt in self._alive):
+            return True
+        if now >= self._late:
+            for attempt in self._alive:
+                paths.suspect(attempt.used.node, now)
+            return True
+        return self.owner.hedging.spend()
+
+    def heard(self, attempt: Attempt) -> None:
+        """The first word of an attempt. One that was begun before it and is still silent is on a node to be wary of."""
+        loop = self.owner.relay.loop
+        self.owner.hedging.answered(attempt.path, loop.now - attempt.began)
+        for other in self._alive:
+            if other is attempt:
+                break
+            if not other.heard and other.used.node != attempt.used.node:
+                self.owner.paths.suspect(other.used.node, loop.now)
 
     def failed(self, attempt: Attempt, code: Refusal, text: str) -> None:
         """One attempt is over."""
@@ -255,6 +300,8 @@ class TargetDial:
             self._deadline = None
         alive, self._alive = self._alive, []
         for attempt in alive:
+            if not attempt.heard:
+                self.owner.hedging.given_up(attempt.path, self.owner.relay.loop.now - attempt.began)
             attempt.cancel()
 
     def _stop_hedge(self) -> None:
@@ -269,6 +316,8 @@ class Attempt:
 
     dial: TargetDial
     used: Tuple
+    began: float = 0.0  # by the loop's clock
+    heard: bool = False  # somebody has answered something
     diallings: int = 0  # how often somebody said that the agent is connecting the target
     _connecting: Connecting | None = None
     _end: SocketEnd | None = None
@@ -276,9 +325,15 @@ class Attempt:
     _known: Known | None = None  # who may prove it by MAC
     _decoder: Decoder = field(default_factory=lambda: Decoder(DialAnswer))
 
+    @property
+    def path(self) -> Path:
+        """By which its answer's time is known."""
+        return self.used.node, self.used.epoch
+
     def start(self) -> None:
         """Connect to the guarded port."""
         # No time limit of its own: the dial has one.
+        self.began = self.dial.owner.relay.loop.now
         self._connecting = self.dial.owner.relay.connect(self.used.ps_ip, self.used.ps_port, 0.0, self._connected)
 
     def cancel(self) -> None:
@@ -333,6 +388,9 @@ class Attempt:
         except MessageError as error:
             self._fail(Refusal.PROTOCOL_ERROR, str(error))
             return
+        if not self.heard and (answer is not None or self.diallings):
+            self.heard = True
+            self.dial.heard(self)
         if answer is None:
             return
         self.dial.owner.paths.answered(self.used.node)

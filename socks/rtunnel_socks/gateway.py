@@ -28,6 +28,7 @@ from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_socks.access import Access
 from rtunnel_socks.client import Client, Joined
 from rtunnel_socks.dial import Paths, Target, TargetDial
+from rtunnel_socks.hedge import Hedging
 from rtunnel_socks.limits import Limits
 from rtunnel_socks.proof import Proofs
 
@@ -59,7 +60,7 @@ class Gateway:
         self.config: GatewayConfig = gateway
         self.name = gateway.name or host_name()
         self.namespace = gateway.namespace
-        self.hedge_delay = gateway.hedge_delay
+        self.hedging = Hedging(gateway.hedge_delay)
         self.dial_timeout = gateway.dial_timeout
         self.idle_timeout = gateway.idle_timeout
         self.key = load_gateway_key(gateway.key)

@@ -48,6 +48,7 @@ def status(gateway: Gateway) -> dict[str, object]:
         "registry": gateway.registry_down or "ok",
         "clients": counts.clients,
         **counts.shown(),
+        "hedges": {"sent": gateway.hedging.sent, "held": gateway.hedging.held},
         "proof_failures": dict(counts.unproven),
         "pairs": len(gateway.relay.pairs),
         "access": gateway.access.shown(),

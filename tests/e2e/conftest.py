@@ -10,7 +10,8 @@ import structlog
 from structlog.testing import capture_logs
 
 from rtunnel import anchor, watch
-from rtunnel_socks import gateway
+from rtunnel_socks import gateway, hedge
+from support.cluster import HEDGE_DELAY
 from support.logs import Events
 
 #: What a role waits for by itself, and so would each test.
@@ -18,6 +19,7 @@ _QUICK: list[tuple[Any, str, float]] = [
     (watch, "LOOK_SECONDS", 0.1),
     (anchor, "FOLLOW_SECONDS", 0.1),
     (gateway, "FOLLOW_WAIT", 0.05),  # the end of a gateway waits for it
+    (hedge, "LEAST_DELAY", HEDGE_DELAY),  # the other way round: a machine that is busy is no reason for a hedge
 ]
 _OWN: list[tuple[Any, str, float]] = [(module, name, getattr(module, name)) for module, name, _ in _QUICK]
 

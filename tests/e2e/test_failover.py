@@ -19,7 +19,7 @@ from rtunnel.registry import COUNTER_BITS, Beat, NodeRecord, Registration, Super
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.wire.refusal import Refusal
 from rtunnel_agent.agent import Outcome
-from support.cluster import Cluster, Part, SocksRefused, Target, in_thread, read_line, running_cluster
+from support.cluster import HEDGE_DELAY, Cluster, Part, SocksRefused, Target, in_thread, read_line, running_cluster
 from support.logs import Events, named
 from support.plumbing import dial, free_range, kept, read_all, reset, running_relay
 from support.redis_server import RedisServer
@@ -109,7 +109,7 @@ async def test_a_killed_broker_fails_no_new_connection(tmp_path: Path, events: E
             await cluster.until(lambda: runs.tries >= killed_at + 100)
         assert not runs.refused
         assert runs.cut <= 1  # the one that was open through b1
-        assert max(runs.seconds) < cluster.gateway.hedge_delay
+        assert max(runs.seconds) < HEDGE_DELAY
         await cluster.until(lambda: len(named(events, "stream_ended")) == len(runs.seconds))
         ended = named(events, "stream_ended")
         assert {line["node"] for line in ended[:killed_at]} == {"b1", "b2"}
@@ -414,7 +414,7 @@ async def test_a_draining_broker_loses_nothing(tmp_path: Path, events: Events) -
         assert not runs.refused and not runs.cut
         assert min(lowest) >= 2
         assert took < drain
-        assert max(runs.seconds) < cluster.gateway.hedge_delay
+        assert max(runs.seconds) < HEDGE_DELAY
         gone = first.node.node
         assert gone not in {node.node for node in cluster.registry.nodes()}
         assert gone not in {t.node for ip in ("127.1.0.1", "127.1.0.2") for t in cluster.registry.lookup("default", ip)}
@@ -612,7 +612,7 @@ async def test_a_registry_outage_is_not_noticed_by_traffic(tmp_path: Path, make_
             done = runs.tries
             await cluster.until(lambda: runs.tries >= done + 20)
         assert not runs.refused and not runs.cut
-        assert max(runs.seconds) < cluster.gateway.hedge_delay
+        assert max(runs.seconds) < HEDGE_DELAY
         assert all(part.agent.redundancy == "2/2" for part in cluster.agents.values())
         assert await in_thread(lambda: say(stream)) == b"127.1.0.1:still there"
 
