@@ -323,6 +323,7 @@ class GatewayConfig(Section):
     dial_timeout: A[float, _seconds("all tuples together")] = 15.0
     idle_timeout: A[float, _seconds("a silent stream is closed; 0: never", 0)] = 0.0
     max_clients: A[int, _count("connections at once")] = 20000
+    max_head: A[int, Key("of one HTTP head: request line and fields", between(4096, 1 << 20), "bytes")] = 65536
     lame_duck: A[float, _LAME_DUCK] = 5.0
     drain: A[float, _DRAIN] = 30.0
     workers: A[int, _GATEWAY_WORKERS] = 1

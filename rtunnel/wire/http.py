@@ -20,13 +20,19 @@ from typing import Final
 
 import h11
 
+from .http_body import Body, Chunked, Sized
 from .refusal import Refusal, Refused
 from .socks5 import MAX_EARLY_DATA, host_of
 
-#: Request line, fields and the empty line. What h11, IIS and many others take.
-MAX_HEAD: Final = 16 * 1024
-#: Of the sentence in a refusal.
+#: Bytes of request line, fields and the empty line. Kerberos tickets and cookies of large sites need more than
+#: the 16 KiB that h11 and IIS take.
+MAX_HEAD: Final = 64 * 1024
+#: Fields of one head, as in Apache and HAProxy. h11 spends 2.5 us on each, however short it is.
+MAX_FIELDS: Final = 100
+#: Bytes of the sentence in a refusal.
 MAX_TEXT: Final = 512
+#: Bytes of the reason phrase: many clients show nothing else, and some cut their line off at 256 bytes.
+MAX_REASON: Final = 200
 
 #: Fields that end here (RFC 9110 section 7.6.1), beside those that Connection names. Transfer-Encoding ends
 #: here too by the book, but the body is passed on as it is coded. Trailer stays for the same reason.
@@ -38,6 +44,9 @@ _FRAMING = frozenset((b"content-length", b"transfer-encoding"))
 
 _HEAD_END = re.compile(rb"\r\n\r\n|(?<!\r)\n")
 _FOLD = re.compile(rb"\r\n[ \t]")
+#: RFC 9112 section 2.2: clients may send empty lines before a request line (behind the body of a POST).
+_EMPTY_LINES = re.compile(rb"(?:\r\n)*")
+_LATER_VERSION = re.compile(rb"[^\r\n]* HTTP/1\.(?=[2-9]\r\n)")
 _ABSOLUTE = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?]*)(/[^?]*)?(\?.*)?")
 # RFC 3986 section 3.2.2 without percent-encoding: two spellings of one host help nobody but attackers.
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]*\]|[A-Za-z0-9._~!$&'()*+,;=-]*)(?::([0-9]{0,5}))?")
@@ -62,8 +71,9 @@ class Forward:
     port: int
     is_name: bool
     authorization: str = field(repr=False)
+    method: bytes
     head: bytes
-    body: BodyGate = field(compare=False, repr=False)
+    body: Body = field(compare=False, repr=False)
 
 
 class HttpError(Refused):
@@ -71,7 +81,13 @@ class HttpError(Refused):
 
     def __init__(self, text: str, status: int = HTTPStatus.BAD_REQUEST) -> None:
         super().__init__(Refusal.BAD_REQUEST, _printable(text))
-        self.reply = _response(status, self.code, self.text)
+        self.status = status
+        self.of_head = False  # the request is a HEAD: its answer has no body
+
+    @property
+    def reply(self) -> bytes:
+        """The whole response."""
+        return _response(self.status, self.code, self.text, of_head=self.of_head)
 
 
 class HttpServer:
@@ -82,9 +98,11 @@ class HttpServer:
     are dropped.
     """
 
-    __slots__ = ("_buffer", "_max_early", "_over", "_read", "_scanned")
+    __slots__ = ("_buffer", "_max_early", "_max_head", "_over", "_read", "_scanned")
 
-    def __init__(self, *, max_early: int = MAX_EARLY_DATA) -> None:
+    def __init__(self, *, max_head: int = MAX_HEAD, max_early: int = MAX_EARLY_DATA) -> None:
+        """Take limits in bytes: of the head, and of what may follow it before the answer."""
+        self._max_head = max_head
         self._max_early = max_early
         self._buffer = bytearray()
         self._scanned = 0
@@ -100,7 +118,8 @@ class HttpServer:
             if not self._read:
                 return self._read_head()
             self._bound()
-        except HttpError:
+        except HttpError as error:
+            error.of_head = self._buffer.startswith(b"HEAD ")
             self._end()
             raise
         return None
@@ -128,11 +147,16 @@ class HttpServer:
 
     def _read_head(self) -> Tunnel | Forward | None:
         buffer = self._buffer
-        found = _HEAD_END.search(buffer, max(0, self._scanned - 3), MAX_HEAD)
+        if buffer.startswith(b"\r\n"):
+            empty = _EMPTY_LINES.match(buffer)
+            assert empty is not None
+            del buffer[: empty.end()]
+            self._scanned = 0
+        found = _HEAD_END.search(buffer, max(0, self._scanned - 3), self._max_head)
         if found is None:
             self._scanned = len(buffer)
-            if len(buffer) >= MAX_HEAD:
-                raise HttpError(f"the head is over {MAX_HEAD} bytes", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+            if len(buffer) >= self._max_head:
+                raise HttpError(f"the head is over {self._max_head} bytes", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
             return None
         if len(found[0]) == 1:
             raise HttpError("a line ends with LF alone")
@@ -143,51 +167,17 @@ class HttpServer:
         return event
 
 
-class BodyGate:
-    """Lets one request's body pass, and nothing behind it: a second request could be for another target."""
-
-    __slots__ = ("_chunks", "_left", "done")
-
-    def __init__(self, length: int, chunks: h11.Connection | None = None) -> None:
-        self._left = length
-        self._chunks = chunks
-        self.done = chunks is None and length == 0
-
-    def feed(self, data: bytes | bytearray | memoryview) -> int:
-        """How many of these next bytes, from their start, are the request's. Data is not kept.
-
-        Raises HttpError when the coding is broken: reset the target, it waits for the rest of a body.
-        """
-        if self.done or not data:
-            return 0
-        if self._chunks is not None:
-            return self._feed_chunks(self._chunks, bytes(data))
-        taken = min(len(data), self._left)
-        self._left -= taken
-        self.done = self._left == 0
-        return taken
-
-    def _feed_chunks(self, chunks: h11.Connection, data: bytes) -> int:
-        chunks.receive_data(data)
-        try:
-            while (event := chunks.next_event()) is not h11.NEED_DATA:
-                if isinstance(event, h11.EndOfMessage):
-                    self.done = True
-                    return len(data) - len(chunks.trailing_data[0])
-        except h11.RemoteProtocolError as fault:
-            self.done = True
-            raise _malformed(fault) from None
-        return len(data)
-
-
 def response_connected() -> bytes:
     """The answer to CONNECT when the target is connected; the raw stream follows."""
     return b"HTTP/1.1 200 Connection established\r\n\r\n"
 
 
-def response_refused(code: Refusal, text: str = "", *, proxy: str = "rtunnel") -> bytes:
-    """The answer no, with `text` where more is known than the code says; `proxy` names the node that says it."""
-    return _response(code.telling.http, code, _printable(text or code.telling.text), proxy)
+def response_refused(code: Refusal, text: str = "", *, proxy: str = "rtunnel", of_head: bool = False) -> bytes:
+    """Return the answer no, with `text` where more is known than the code says; `proxy` names the node that says it.
+
+    `of_head`: to a HEAD, whose answer ends with the head (RFC 9110 section 9.3.2).
+    """
+    return _response(code.telling.http, code, _printable(text or code.telling.text), proxy, of_head=of_head)
 
 
 def basic_credentials(authorization: str) -> tuple[str, str] | None:
@@ -203,20 +193,20 @@ def basic_credentials(authorization: str) -> tuple[str, str] | None:
     return (user, password) if colon and user and user.isprintable() else None
 
 
-def _response(status: int, code: Refusal, text: str, proxy: str = "rtunnel") -> bytes:
-    """Proxy-Status is RFC 9209."""
+def _response(status: int, code: Refusal, text: str, proxy: str = "rtunnel", *, of_head: bool = False) -> bytes:
+    """Proxy-Status is RFC 9209. The reason phrase says the same: most clients show that and no more."""
     # A 407 must say how (RFC 9110 section 15.5.8).
     challenge = 'Proxy-Authenticate: Basic realm="rtunnel", charset="UTF-8"\r\n' if status == 407 else ""
     body = f"rtunnel: {code}: {text}\n"
     name = proxy if _TOKEN.fullmatch(proxy) else _quoted(_printable(proxy))
     return (
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+        f"HTTP/1.1 {status} {f'{code}: {text}'[:MAX_REASON].rstrip()}\r\n"
         f"Proxy-Status: {name}; error={code.telling.proxy_status}; details={_quoted(text)}\r\n"
         f"{challenge}"
         "Content-Type: text/plain\r\n"
         f"Content-Length: {len(body)}\r\n"
         "Connection: close\r\n"
-        f"\r\n{body}"
+        f"\r\n{'' if of_head else body}"
     ).encode("ascii")
 
 
@@ -234,7 +224,12 @@ def _read_request(head: bytes) -> Tunnel | Forward:
     # RFC 9112 section 5.2; h11 would unfold it.
     if _FOLD.search(head):
         raise HttpError("a folded field line")
-    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
+    # RFC 9110 section 2.5: a later minor version is read as the latest that we know.
+    if later := _LATER_VERSION.match(head):
+        head = head[: later.end()] + b"1" + head[later.end() + 1 :]
+    if head.count(b"\r\n") - 2 > MAX_FIELDS:  # but the request line and the empty line
+        raise HttpError(f"more than {MAX_FIELDS} header fields", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=len(head) + 1)
     connection.receive_data(head)
     try:
         request = connection.next_event()
@@ -247,7 +242,7 @@ def _read_request(head: bytes) -> Tunnel | Forward:
     length = _body_length(request)
     if request.method == b"CONNECT":
         return _tunnel(request, length)
-    return _forward(request, BodyGate(length or 0, connection if length is None else None))
+    return _forward(request, Chunked() if length is None else Sized(length))
 
 
 def _body_length(request: h11.Request) -> int | None:
@@ -269,7 +264,7 @@ def _tunnel(request: h11.Request, length: int | None) -> Tunnel:
     return Tunnel(host, port, is_name, _authorization(request))
 
 
-def _forward(request: h11.Request, body: BodyGate) -> Forward:
+def _forward(request: h11.Request, body: Body) -> Forward:
     if request.target[:1] in (b"/", b"*"):
         raise HttpError("this is a proxy, not a web server: set it as the proxy of a client (HTTP or SOCKS5)")
     parts = _ABSOLUTE.fullmatch(request.target)
@@ -284,7 +279,7 @@ def _forward(request: h11.Request, body: BodyGate) -> Forward:
     # RFC 9112 section 3.2.4: the last proxy turns OPTIONS without a path into the asterisk form.
     target = path + query if path else b"*" if request.method == b"OPTIONS" and not query else b"/" + query
     head = _rewritten(request, target, authority)
-    return Forward(host, port, is_name, _authorization(request), head, body)
+    return Forward(host, port, is_name, _authorization(request), request.method, head, body)
 
 
 def _rewritten(request: h11.Request, target: bytes, authority: bytes) -> bytes:

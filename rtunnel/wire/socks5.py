@@ -25,6 +25,8 @@ NO_AUTH, USER_PASSWORD = 0x00, 0x02
 CONNECT: Final = 0x01
 IPV4, NAME, IPV6 = 0x01, 0x03, 0x04
 
+#: The answer no of SOCKS4 and SOCKS4a: version 0 of the reply, 91 "request rejected or failed", port and address 0.
+SOCKS4_REJECTED: Final = b"\x00\x5b" + bytes(6)
 #: The longest legal request: a name of 255 bytes.
 MAX_REQUEST: Final = 4 + 1 + 255 + 2
 #: What an eager client may send behind its request before it has the answer. A caller that reads at most
@@ -70,7 +72,7 @@ def sniff(first_byte: int) -> Protocol:
     """What a connection that starts with this byte speaks. Raises Refused for neither: just close it."""
     if first_byte in (VERSION, 0x04):  # 4: Socks5Server says what is wrong with it
         return Protocol.SOCKS5
-    if 0x41 <= first_byte <= 0x5A:
+    if 0x41 <= first_byte <= 0x5A or first_byte == 0x0D:  # CR: an empty line before the request line
         return Protocol.HTTP
     raise Refused(Refusal.BAD_REQUEST, _not_a_proxy_client(first_byte))
 
@@ -140,8 +142,8 @@ class Socks5Server:
     def _read_greeting(self) -> None:
         buffer = self._buffer
         if buffer and buffer[0] != VERSION:
-            # Whatever it speaks, it would not understand our answer.
-            self._fail(Refusal.BAD_REQUEST, _not_a_proxy_client(buffer[0]), b"")
+            # Nothing but SOCKS4 would understand our answer.
+            self._fail(Refusal.BAD_REQUEST, _not_a_proxy_client(buffer[0]), SOCKS4_REJECTED if buffer[0] == 4 else b"")
         if len(buffer) < 2:
             return
         end = 2 + buffer[1]

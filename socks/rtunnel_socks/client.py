@@ -27,7 +27,9 @@ class ClientOwner(Protocol):
     access: Access
     limits: Limits
     namespace: str
-    idle_timeout: float
+    idle_timeout: float  # seconds
+    handshake_timeout: float  # seconds
+    max_head: int  # bytes of an HTTP request's head
 
     @property
     def counts(self) -> StreamCounts:
@@ -124,7 +126,7 @@ class Client:
 
     def _begin(self, first_byte: int) -> None:
         if socks5.sniff(first_byte) is socks5.Protocol.HTTP:
-            self._http = http.HttpServer()
+            self._http = http.HttpServer(max_head=self._gateway.max_head)
             self._reply_http = True
         else:
             access = self._gateway.access
@@ -137,6 +139,7 @@ class Client:
             self._end.say(out)
         if isinstance(event, socks5.Authenticate):
             self._logging_in = True
+            self._end.pause()  # as in HTTP: what follows, a FIN too, waits for the answer
             self._admit()
             self._log_in(event.username, event.password)
         elif event is not None:
@@ -191,7 +194,10 @@ class Client:
             self.user, self._entry, self._claims = name, entry, ""
             if self._socks is not None:
                 self._logging_in = False
-                self._take_socks(self._socks, self._socks.authenticated(True))
+                event = self._socks.authenticated(True)
+                self._take_socks(self._socks, event)
+                if event is None:
+                    self._end.talk(self, self._gateway.handshake_timeout)
             else:
                 self._go()
         except Refused as refused:
@@ -334,7 +340,8 @@ class Client:
         if self.target is None:
             return b""
         if self._reply_http:
-            return http.response_refused(refused.code, refused.text)
+            of_head = self._request is not None and self._request.method == b"HEAD"
+            return http.response_refused(refused.code, refused.text, of_head=of_head)
         return socks5.reply_refused(refused.code)
 
     def _log(self, event: str, **fields: object) -> None:

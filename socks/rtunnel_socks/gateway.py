@@ -63,6 +63,8 @@ class Gateway:
         self.hedging = Hedging(gateway.hedge_delay)
         self.dial_timeout = gateway.dial_timeout
         self.idle_timeout = gateway.idle_timeout
+        self.handshake_timeout = gateway.handshake_timeout
+        self.max_head = gateway.max_head
         self.key = load_gateway_key(gateway.key)
         self.paths = Paths()
         self.counts = GatewayCounts()
@@ -174,7 +176,7 @@ class Gateway:
         else:
             counts.clients += 1
             end = self.relay.end(sock, peer, spoken=True)
-            end.talk(Client(self, end), self.config.handshake_timeout)
+            end.talk(Client(self, end), self.handshake_timeout)
 
     def _shut(self, sock: socket.socket, peer: str, code: Refusal) -> None:
         """Close it without an answer: nothing is known of what it speaks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import shutil
@@ -471,6 +472,37 @@ async def test_an_impatient_client_says_everything_at_once(tmp_path: Path, logs:
 
         for _ in range(2):  # the second time the password is remembered
             assert await in_thread(blocking) == b"\5\2\1\0\5\0\0\1" + bytes(6) + b"127.1.0.1:early"
+
+
+@pytest.mark.parametrize("early", [0, 300_000])
+async def test_an_impatient_client_that_waits_for_its_hash(
+    tmp_path: Path, logs: Events, monkeypatch: pytest.MonkeyPatch, early: int
+) -> None:
+    """Login, request, much early data and the end, all before the password is hashed: nothing of it is lost."""
+    gate = threading.Event()
+    slow_checks(monkeypatch, lambda password: gate.wait(PATIENCE))
+    async with running_cluster(tmp_path) as cluster:
+        target = await logged_in_cluster(cluster, tmp_path)
+        login = b"\1\5alice" + bytes([len(PASSWORD)]) + PASSWORD.encode()
+        request = b"\5\1\0\1" + socket.inet_aton(target.ip) + struct.pack(">H", target.port)
+        data = b"\0" * early
+        sock = kept(socket.create_connection(cluster.gateway.bound, timeout=PATIENCE))
+
+        def send() -> None:
+            sock.sendall(b"\5\1\2" + login + request + data)
+            sock.shutdown(socket.SHUT_WR)
+
+        def hear() -> bytes:
+            return read_exactly(sock, 2 + 2 + 10) + read_line(sock)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(in_thread, send)
+            await cluster.until(lambda: cluster.gateway.access.shown()["passwords_waiting"] == 1)
+            for _ in range(3):  # turns of the relay, which must leave the rest where it is
+                await cluster.gateway.bridge.run(lambda: None)
+            gate.set()
+        digest = hashlib.sha256(data).hexdigest()
+        assert await in_thread(hear) == b"\5\2\1\0\5\0\0\1" + bytes(6) + f"{target.ip} {digest}".encode()
 
 
 async def test_passwords_are_checked_once_a_minute(

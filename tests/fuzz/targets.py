@@ -52,7 +52,7 @@ from rtunnel.trust.identity import (
 from rtunnel.trust.keys import TrustError
 from rtunnel.trust.proof import ACCEPTED, Exchange, is_signed, sign
 from rtunnel.trust.tls import certificate_der, client_context, server_context
-from rtunnel.wire import http, messages, socks5, yamux
+from rtunnel.wire import http, http_body, messages, socks5, yamux
 from rtunnel.wire.messages import ControlMessage, Decoder, Dial, DialAnswer, Follow, MessageError
 from rtunnel.wire.refusal import Refusal
 
@@ -407,7 +407,7 @@ def _talk_http(parts: Sequence[bytes]) -> tuple[object, bytes, object, object]:
     if isinstance(event, http.Forward):
         try:
             passed = sum(event.body.feed(part) for part in pieces(rest)) if len(parts) > 1 else event.body.feed(rest)
-        except http.HttpError as error:
+        except http_body.FramingError as error:
             passed = error.text
             assert event.body.done
         assert event.body.feed(b"") == 0

@@ -6,6 +6,7 @@ import base64
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from importlib.metadata import requires
 from itertools import pairwise
 
 import h11
@@ -14,9 +15,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rtunnel.wire.http import (
+    MAX_FIELDS,
     MAX_HEAD,
+    MAX_REASON,
     MAX_TEXT,
-    BodyGate,
     Forward,
     HttpError,
     HttpServer,
@@ -25,6 +27,7 @@ from rtunnel.wire.http import (
     response_connected,
     response_refused,
 )
+from rtunnel.wire.http_body import MAX_CHUNK_LINE, MAX_TRAILER_FIELDS, MAX_TRAILERS, Chunked, FramingError, Sized
 from rtunnel.wire.refusal import Refusal
 from rtunnel.wire.socks5 import MAX_EARLY_DATA
 
@@ -346,7 +349,7 @@ def test_gate(line: bytes, body: bytes, split: Split) -> None:
 
 def test_gate_waits() -> None:
     """Before the end the gate is not done, and nothing does not end it."""
-    for gate in (BodyGate(5), forward(get(b"http://10.1.0.7/", b"Transfer-Encoding: chunked")).body):
+    for gate in (Sized(5), forward(get(b"http://10.1.0.7/", b"Transfer-Encoding: chunked")).body):
         assert gate.feed(b"") == 0
         assert gate.feed(b"4\r\n") == 3
         assert not gate.done
@@ -380,19 +383,52 @@ def test_transfer_encoding_and_trailer_are_kept() -> None:
         b" 5\r\nhello\r\n",
         b"f" * 21 + b"\r\n",
         b"0\r\nbad trailer\r\n\r\n",
-        b"5;" + b"e" * (MAX_HEAD + 1),
-        b"0\r\nX: " + b"e" * (MAX_HEAD + 1),
+        b"5\r\nhello\r\r\n0\r\n\r\n",
+        b"5;a\rb\r\nhello\r\n",
+        b"5;a\nb\r\nhello\r\n",
+        b"0\r\n: x\r\n\r\n",
+        b"0\r\nX: a\r\n b\r\n\r\n",
+        b"5;" + b"e" * MAX_CHUNK_LINE,
+        b"0\r\nX: " + b"e" * MAX_TRAILERS,
+        b"0\r\n" + b"X: a\r\n" * (MAX_TRAILER_FIELDS + 1),
     ],
 )
 @pytest.mark.parametrize("split", [trickle, coalesced])
 def test_broken_chunks(body: bytes, split: Split) -> None:
     """A broken chunk coding, or one without an end, is an error; nothing passes after it."""
     gate = forward(get(b"http://10.1.0.7/", b"Transfer-Encoding: chunked", method=b"POST")).body
-    with pytest.raises(HttpError, match="malformed HTTP") as caught:
+    with pytest.raises(FramingError, match="malformed HTTP"):
         for piece in split(body):
             gate.feed(piece)
-    assert parse_response(caught.value.reply)[0] in (400, 431)
     assert gate.feed(NEXT) == 0
+
+
+def test_a_broken_chunk_end_does_not_pass() -> None:
+    """Two bytes behind a chunk's data that are not CRLF hid a second request from h11 before 0.16 (CVE-2025-43859)."""
+    gate = forward(get(b"http://10.1.0.7/", b"Transfer-Encoding: chunked", method=b"POST")).body
+    passed = gate.feed(b"5\r\nhello")
+    with pytest.raises(FramingError, match="illegal chunk end"):
+        gate.feed(b"XX0\r\n\r\n" + NEXT)
+    assert passed == 8
+
+
+def test_h11_is_new_enough() -> None:
+    """Installers must not choose an h11 with that fault: the admin endpoint reads chunks with it."""
+    (wanted,) = (line for line in requires("rtunnel") or () if line.startswith("h11"))
+    assert wanted == "h11>=0.16"
+
+
+@given(st.lists(st.integers(0, 300), max_size=6), st.sampled_from([b"", b";a=b", b';a="b c" ', b"  "]), st.booleans())
+def test_chunks_end_where_h11_ends_them(lengths: list[int], extension: bytes, has_trailer: bool) -> None:
+    """An independent reader finds the same end of every well-formed body."""
+    body = b"".join(b"%x%s\r\n%s\r\n" % (size, extension, b"\n" * size) for size in lengths if size)
+    body += b"000\r\n" + b"X-Sum: 1\r\n" * has_trailer + b"\r\n"
+    reader = h11.Connection(h11.SERVER)
+    reader.receive_data(get(b"/", b"Transfer-Encoding: chunked", method=b"POST") + body + NEXT)
+    while not isinstance(reader.next_event(), h11.EndOfMessage):
+        pass
+    assert Chunked().feed(body + NEXT) == len(body)
+    assert reader.trailing_data[0] == NEXT
 
 
 sizes = st.lists(st.integers(1, 200), max_size=8)
@@ -430,7 +466,7 @@ def test_gate_takes_anything(data: bytes, marks: list[int]) -> None:
         assert isinstance(event, Forward)
         try:
             return sum(event.body.feed(piece) for piece in pieces)
-        except HttpError as error:
+        except FramingError as error:
             assert error.text
             return "error"
 
@@ -474,10 +510,12 @@ def test_gate_takes_anything(data: bytes, marks: list[int]) -> None:
         (b"GET http://a/ b HTTP/1.1\r\nHost: a\r\n\r\n", 400, "illegal request line"),
         (b"GET http://a/\xe9 HTTP/1.1\r\nHost: a\r\n\r\n", 400, "illegal request line"),
         (b"GET http://a/\r\n\r\n", 400, "illegal request line"),
-        (b"\r\nGET http://a/ HTTP/1.1\r\nHost: a\r\n\r\n", 400, "no request line"),
-        (b"\r\n\r\n", 400, "no request line"),
+        (b"\r\n\nGET http://a/ HTTP/1.1\r\nHost: a\r\n\r\n", 400, "LF alone"),
+        (b"\r\rGET http://a/ HTTP/1.1\r\nHost: a\r\n\r\n", 400, "illegal request line"),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, "HTTP/2.0 is not supported"),
-        (get(b"http://a/", version=b"1.2"), 505, "HTTP/1.2 is not supported"),
+        (get(b"http://a/", version=b"0.9"), 505, "HTTP/0.9 is not supported"),
+        (get(b"http://a/", version=b"3.1"), 505, "HTTP/3.1 is not supported"),
+        (b"GET http://a/ HTTP/1.2\r\n\r\n", 400, "Host"),
     ],
 )
 def test_faults(data: bytes, status: int, hint: str) -> None:
@@ -487,18 +525,50 @@ def test_faults(data: bytes, status: int, hint: str) -> None:
     assert hint in text
 
 
+@pytest.mark.parametrize("lines", [b"\r\n", b"\r\n" * 1000])
+@pytest.mark.parametrize("split", [trickle, coalesced])
+def test_empty_lines_before_the_request(split: Split, lines: bytes) -> None:
+    """RFC 9112 section 2.2: a client may send CRLF behind the body of the request before."""
+    seen = play(split(lines + CONNECT + b"raw"))
+    assert seen.events == [Tunnel("10.1.0.7", 9100, is_name=False, authorization="")]
+    assert (seen.rest, seen.error) == (b"raw", None)
+    assert play(split(lines)).error is None
+
+
+def test_a_later_minor_version_is_read_as_ours() -> None:
+    """RFC 9110 section 2.5: HTTP/1.2 is processed as HTTP/1.1, and goes on as that."""
+    event = forward(get(b"http://10.1.0.7/", version=b"1.2"))
+    assert event.head.startswith(b"GET / HTTP/1.1\r\n")
+    assert play([get(b"10.1.0.7:443", method=b"CONNECT", version=b"1.9")]).events
+
+
+def test_field_limit() -> None:
+    """A head has at most 100 fields: h11 spends on each of them, however short."""
+    head = get(b"http://10.1.0.7/", *[b"a:"] * (MAX_FIELDS - 1))
+    assert len(fields(head)) == MAX_FIELDS == 100
+    forward(head)
+    assert refused(get(b"http://10.1.0.7/", *[b"a:"] * MAX_FIELDS)) == (431, "more than 100 header fields")
+
+
 def padded(size: int) -> bytes:
     """A request whose head has this size."""
     return get(b"http://10.1.0.7/", b"X: " + b"x" * (size - len(get(b"http://10.1.0.7/", b"X: "))))
 
 
 def test_head_limit() -> None:
-    """A head may have 16 KiB and no byte more, and without an end it is over at the same place."""
-    assert len(padded(MAX_HEAD)) == MAX_HEAD == 16384
+    """A head may have 64 KiB and no byte more, and without an end it is over at the same place."""
+    assert len(padded(MAX_HEAD)) == MAX_HEAD == 65536
     forward(padded(MAX_HEAD))
     for data in (padded(MAX_HEAD + 1), padded(200_000), b"G" * MAX_HEAD, b"G" * 200_000):
-        assert refused(data) == (431, "the head is over 16384 bytes")
+        assert refused(data) == (431, "the head is over 65536 bytes")
     assert play(trickle(b"G" * (MAX_HEAD - 1))).error is None
+
+
+def test_head_limit_is_the_callers() -> None:
+    """The configuration may set another one."""
+    assert HttpServer(max_head=100).receive(padded(100)) is not None
+    with pytest.raises(HttpError, match="over 99 bytes"):
+        HttpServer(max_head=99).receive(padded(100))
 
 
 def test_early_data_limit() -> None:
@@ -627,6 +697,39 @@ def test_h11_client_connects() -> None:
     assert client.trailing_data == (b"raw", False)
 
 
+def reason_of(reply: bytes) -> str:
+    """The reason phrase of a response, as h11's client reads it."""
+    client = h11.Connection(h11.CLIENT)
+    client.send(h11.Request(method="GET", target="/", headers=[("Host", "a")]))
+    client.receive_data(reply)
+    response = client.next_event()
+    assert isinstance(response, h11.Response)
+    return response.reason.decode("ascii")
+
+
+def test_the_reason_phrase_says_it_all() -> None:
+    """Many clients show the status line and nothing else."""
+    reply = response_refused(Refusal.UNKNOWN_TARGET, "no agent answers for 10.1.0.7")
+    assert reply.startswith(b"HTTP/1.1 502 unknown_target: no agent answers for 10.1.0.7\r\n")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"HEAD http://10.1.0.7/#x HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"HEAD " + b"x" * MAX_HEAD,
+        b"\r\nHEAD / HTTP/1.1\r\n\r\n",
+    ],
+)
+@pytest.mark.parametrize("split", [trickle, coalesced])
+def test_the_refusal_of_a_head_has_no_body(head: bytes, split: Split) -> None:
+    """RFC 9110 section 9.3.2: a body would be the start of the next answer."""
+    error = play(split(head)).error
+    assert error is not None
+    assert parse_response(error[2], "HEAD")[2] == ""
+    assert response_refused(Refusal.INTERNAL, of_head=True).endswith(b"\r\n\r\n")
+
+
 @pytest.mark.parametrize("method", ["GET", "CONNECT"])
 @pytest.mark.parametrize("code", Refusal)
 def test_every_refusal_has_a_response(code: Refusal, method: str) -> None:
@@ -635,6 +738,7 @@ def test_every_refusal_has_a_response(code: Refusal, method: str) -> None:
     assert status == code.telling.http
     assert got["proxy-status"] == f'rtunnel; error={code.telling.proxy_status}; details="{code.telling.text}"'
     assert body == f"rtunnel: {code}: {code.telling.text}\n"
+    assert reason_of(response_refused(code)) == f"{code}: {code.telling.text}"
     assert got["content-type"] == "text/plain"
     assert got["connection"] == "close"
     challenge = 'Basic realm="rtunnel", charset="UTF-8"' if status == 407 else None
@@ -673,5 +777,7 @@ def test_text_can_not_inject(text: str, proxy: str) -> None:
     quoted = r'"(?:[ !#-\[\]-~]|\\["\\])*"'
     token = r"[A-Za-z*][!#$%&'*+.^_`|~0-9A-Za-z:/-]*"
     assert re.fullmatch(f"(?:{token}|{quoted}); error=connection_refused; details={quoted}", got["proxy-status"])
+    reason = reason_of(response_refused(Refusal.TARGET_REFUSED, text, proxy=proxy))
+    assert reason.startswith("target_refused: ") and reason.isprintable() and len(reason) <= MAX_REASON
     assert body.count("\n") == 1
     assert len(body) <= len("rtunnel: target_refused: \n") + MAX_TEXT

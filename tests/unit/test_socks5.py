@@ -188,7 +188,6 @@ def test_no_methods() -> None:
 @pytest.mark.parametrize(
     ("first", "hint"),
     [
-        (b"\x04\x01\x23\x8c\x0a\x01\x00\x07\x00", "SOCKS4 is not supported: use SOCKS5"),
         (b"\x16\x03\x01", "TLS to the proxy is not supported"),
         (b"GET / HTTP/1.1\r\n", "looks like HTTP"),
         (b"\x00", "0x00"),
@@ -199,6 +198,14 @@ def test_other_protocols(first: bytes, hint: str) -> None:
     code, text, sent = refused(first)
     assert (code, sent) == (Refusal.BAD_REQUEST, b"")
     assert hint in text
+
+
+@pytest.mark.parametrize("first", [b"\x04", b"\x04\x01\x23\x8c\x0a\x01\x00\x07\x00", b"\x04\x02\0\x16\0\0\0\1me\0x\0"])
+def test_socks4_is_told_no(first: bytes) -> None:
+    """A client of SOCKS4 or 4a gets the reply that it understands: 91, request rejected."""
+    code, text, sent = refused(first)
+    assert (code, text) == (Refusal.BAD_REQUEST, "SOCKS4 is not supported: use SOCKS5")
+    assert sent == b"\x00\x5b" + bytes(6)
 
 
 @pytest.mark.parametrize(
@@ -441,8 +448,8 @@ def test_reply_with_an_address(host: str) -> None:
 def test_sniff() -> None:
     """The first byte tells the protocol; anything else is an error that says what it looks like."""
     assert sniff(0x05) is sniff(0x04) is Protocol.SOCKS5
-    assert {sniff(byte) for byte in b"ACGPZ"} == {Protocol.HTTP}
-    for byte, hint in ((0x16, "TLS to the proxy is not supported"), (0x00, "0x00"), (ord("g"), "0x67"), (0x0D, "0x0d")):
+    assert {sniff(byte) for byte in b"ACGPZ\r"} == {Protocol.HTTP}
+    for byte, hint in ((0x16, "TLS to the proxy is not supported"), (0x00, "0x00"), (ord("g"), "0x67"), (0x0A, "0x0a")):
         with pytest.raises(Refused, match=hint) as caught:
             sniff(byte)
         assert caught.value.code is Refusal.BAD_REQUEST
