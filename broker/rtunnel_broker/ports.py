@@ -53,6 +53,8 @@ _TLS: Final = b"\x16\x03"
 
 #: An agent answers for its target within `agent.target_timeout` (10 s); one that has not by now never will.
 OPEN_DEADLINE: Final = 30.0
+#: An agent says Dialling once. One that says it without end would keep all others waiting.
+MAX_DIALLINGS: Final = 64
 
 Networks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
 
@@ -218,12 +220,13 @@ class GuardedPort:
 class OpenConnection:
     """One connection to an open port, while the agent connects the target; the talker of its stream."""
 
-    __slots__ = ("_client", "_decoder", "_port", "_stream")
+    __slots__ = ("_client", "_decoder", "_diallings", "_port", "_stream")
 
     def __init__(self, port: OpenPortServer, client: SocketEnd) -> None:
         self._port = port
         self._client = client
         self._decoder = Decoder(DialAnswer)
+        self._diallings = 0
         self._stream: StreamEnd | None = None
 
     def begin(self, stream: StreamEnd) -> None:
@@ -236,6 +239,9 @@ class OpenConnection:
         try:
             answer = self._decoder.next()
             while isinstance(answer, Dialling):
+                self._diallings += 1
+                if self._diallings > MAX_DIALLINGS:
+                    raise MessageError(f"more than {MAX_DIALLINGS} times Dialling")
                 answer = self._decoder.next()
         except MessageError as error:
             self._fail(Refusal.PROTOCOL_ERROR, str(error))

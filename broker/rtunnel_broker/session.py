@@ -141,6 +141,8 @@ class Session:
     def link_stream(self, stream: StreamEnd) -> Talker | None:
         """See LinkOwner: the agent opens the control stream and no other."""
         if self._control is not None:
+            if self.link is not None and self.link.allowance is not None:
+                self.link.break_off("a second stream before the agent proved itself")
             return None
         self._control = stream
         return self

@@ -18,7 +18,7 @@ from typing import Final, Protocol
 from rtunnel.relay.ends import SocketEnd, Talker, reset_on_close
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
 from rtunnel.relay.stream import StreamEnd
-from rtunnel.relay.transport import Scratch, TlsTransport, Transport
+from rtunnel.relay.transport import READ_BYTES, UNPROVEN_READ_BYTES, Scratch, TlsTransport, Transport
 from rtunnel.relay.windows import WindowedSession, Windows
 from rtunnel.wire import yamux
 
@@ -30,6 +30,8 @@ MAX_BACKLOG: Final = 8 * 1024 * 1024
 READS_A_TURN: Final = 1
 #: Frames of one link before others get their turn.
 FRAMES_A_TURN: Final = 512
+#: The same for a peer that has not proved itself: its Hello and Proof, with a ping beside each, are some ten frames.
+UNPROVEN_FRAMES_A_TURN: Final = 32
 
 #: A link opens so many streams in its life (yamux: 31 bits, two apart), but for a reserve until the next look. At 5000
 #: streams a second that is five days; then it is closed, and the agent dials a new one.
@@ -271,7 +273,7 @@ class Link(WindowedSession):
             for _ in range(READS_A_TURN):
                 if self._unread:
                     break
-                data = transport.receive(self.scratch)
+                data = transport.receive(self.scratch, READ_BYTES if self.allowance is None else UNPROVEN_READ_BYTES)
                 if data:
                     self._heard = self.loop.now
                     self._take(data)
@@ -285,9 +287,7 @@ class Link(WindowedSession):
                 if transport.drained:
                     return
         except yamux.YamuxError as error:
-            self.go_away(yamux.GoAwayCode.PROTOCOL_ERROR)
-            self._flush()
-            self._down(f"protocol error: {error}")
+            self.break_off(str(error))
             return
         except OSError as error:
             self._down(reason_of(error))
@@ -306,15 +306,17 @@ class Link(WindowedSession):
             self._unread = bytes(data[used:])
 
     def _take_little(self, data: memoryview, allowance: int) -> None:
-        """From a peer that has not proved itself."""
-        self.allowance = allowance - len(data)
-        self.receive(data[:allowance])
-        if self.allowance is None:
-            self._take(data[allowance:])
-        elif self.allowance < 0 and not self.over:
-            self.go_away(yamux.GoAwayCode.PROTOCOL_ERROR)
-            self._flush()
-            self._down("protocol error: too many bytes before the peer proved itself")
+        """Take bytes of a peer that has not proved itself: so many in all, and few frames in each turn."""
+        used = self.receive(data[:allowance], UNPROVEN_FRAMES_A_TURN)
+        if self.over:
+            return
+        if self.allowance is None:  # the peer has proved itself by one of these frames
+            self._take(data[used:])
+        elif used == allowance < len(data):
+            self.break_off("too many bytes before the peer proved itself")
+        else:
+            self.allowance = allowance - used
+            self._unread = bytes(data[used:])
 
     def _read_more(self) -> None:
         self._queued = False
@@ -359,6 +361,13 @@ class Link(WindowedSession):
             if not self.blocked and not self.over:
                 self._transport.finish()
         self._down(why)
+
+    def break_off(self, fault: str) -> None:
+        """End, and tell the peer by GoAway that it broke the protocol."""
+        if not self.over:
+            self.go_away(yamux.GoAwayCode.PROTOCOL_ERROR)
+            self._flush()
+            self._down(f"protocol error: {fault}")
 
     def kill(self, why: str) -> None:
         """End now; the peer gets a reset."""

@@ -18,7 +18,7 @@ from typing import Any, Final
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.link import reason_of
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
-from rtunnel.relay.transport import RECORD_BYTES, Scratch
+from rtunnel.relay.transport import HANDSHAKE_BYTES, RECORD_BYTES, UNPROVEN_READ_BYTES, Scratch
 from rtunnel.wire.messages import DIAL_ALPN
 
 #: What goes through OpenSSL's memory at once: its buffers stay as large as the largest piece was.
@@ -58,6 +58,7 @@ class TlsSocket(socket.socket):
         "_tls",
         "eof",
         "full",
+        "shaken",
         "up",
     )
 
@@ -70,6 +71,7 @@ class TlsSocket(socket.socket):
         self.full: Callable[[], None]
         self.up = False  # the handshake is done
         self.eof = False  # the peer's close_notify
+        self.shaken = 0  # bytes that the peer has sent in the handshake
         self._loop = loop
         self._scratch = scratch
         self._server = server_name is None
@@ -117,7 +119,7 @@ class TlsSocket(socket.socket):
         return True
 
     def _pull(self) -> bool:
-        cipher = self._scratch.cipher[:PIECE]
+        cipher = self._scratch.cipher[:UNPROVEN_READ_BYTES]
         try:
             size = super().recv_into(cipher)
         except BlockingIOError:
@@ -128,6 +130,9 @@ class TlsSocket(socket.socket):
             self._server = False
             if cipher[0] != _HANDSHAKE:
                 raise NotTls(NOT_TLS)
+        self.shaken += size
+        if self.shaken > HANDSHAKE_BYTES:
+            raise ConnectionResetError(f"the peer's TLS handshake is over {HANDSHAKE_BYTES} bytes")
         self._incoming.write(cipher[:size])
         return True
 

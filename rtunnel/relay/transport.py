@@ -14,6 +14,12 @@ from typing import Final
 
 #: One read from a link's socket; beyond 256 KiB the gain is gone.
 READ_BYTES: Final = 256 * 1024
+#: One read from a peer that has not proved itself. OpenSSL's buffers stay as large as the largest piece was, and each
+#: record costs 2 us: 256 KiB of records with one byte each would stop the loop for 22 ms.
+UNPROVEN_READ_BYTES: Final = 4 * 1024
+#: Bytes that a peer may send in a TLS handshake. A flight with a certificate is 2 KiB, one with a long chain 12 KiB;
+#: OpenSSL alone would keep a ClientHello of 128 KiB.
+HANDSHAKE_BYTES: Final = 32 * 1024
 #: The most that one TLS record carries (RFC 8446 section 5.1).
 RECORD_BYTES: Final = 16 * 1024
 
@@ -32,11 +38,12 @@ class Scratch:
 class Transport:
     """Plain TCP. `send` takes everything; what the kernel does not take stays in `pending` until `drain`."""
 
-    __slots__ = ("drained", "eof", "hup", "pending", "sock")
+    __slots__ = ("drained", "eof", "hup", "pending", "shaken", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.pending: bytes | memoryview = b""
+        self.shaken = 0  # bytes that the peer has sent in the handshake
         self.drained = False  # the last read left nothing in the kernel
         self.eof = False
         self.hup = False  # a FIN is under way: read until it comes
@@ -64,9 +71,9 @@ class Transport:
             self.pending = memoryview(self.pending)[sent:]
         return True
 
-    def receive(self, scratch: Scratch) -> memoryview:
-        """Up to READ_BYTES of what came, in the scratch buffer; empty when there is nothing (or `eof`)."""
-        return scratch.plain[: self._read_kernel(scratch.plain)]
+    def receive(self, scratch: Scratch, most: int = READ_BYTES) -> memoryview:
+        """Return up to `most` bytes of what came, in the scratch buffer; empty when there is nothing (or `eof`)."""
+        return scratch.plain[: self._read_kernel(scratch.plain[:most])]
 
     def _read_kernel(self, buffer: memoryview) -> int:
         self.drained = False
@@ -78,7 +85,7 @@ class Transport:
             return 0
         if not size:
             self.eof = True
-        elif size < READ_BYTES and not self.hup:
+        elif size < len(buffer) and not self.hup:
             self.drained = True
         return size
 
@@ -121,11 +128,14 @@ class TlsTransport(Transport):
 
     def _pull(self) -> bool:
         try:
-            data = self.sock.recv(READ_BYTES)
+            data = self.sock.recv(UNPROVEN_READ_BYTES)
         except BlockingIOError:
             return False
         if not data:
             raise ConnectionResetError("the peer closed the connection during the TLS handshake")
+        self.shaken += len(data)
+        if self.shaken > HANDSHAKE_BYTES:
+            raise ConnectionResetError(f"the peer's TLS handshake is over {HANDSHAKE_BYTES} bytes")
         self._incoming.write(data)
         return True
 
@@ -141,12 +151,12 @@ class TlsTransport(Transport):
         self._tls.write(data)
         super().send(memoryview(self._outgoing.read()))
 
-    def receive(self, scratch: Scratch) -> memoryview:
+    def receive(self, scratch: Scratch, most: int = READ_BYTES) -> memoryview:
         """See Transport. Whole records only: a part of one stays inside OpenSSL.
 
         Reads stop when the BIO is empty, and not at SSLWantReadError: an exception costs as much as a record.
         """
-        size = self._read_kernel(scratch.cipher)
+        size = self._read_kernel(scratch.cipher[:most])
         incoming = self._incoming
         if size:
             incoming.write(scratch.cipher[:size])

@@ -36,6 +36,7 @@ _KNOWN_FLAGS = SYN | ACK | FIN | RST
 #: SYNs may come a little out of order, because hashicorp's own OpenStream hands out the id before it queues the SYN:
 #: so many ids that the peer has passed over stay open to it.
 MAX_PASSED_OVER: Final = 256
+_ALL_PASSED_OVER: Final = (1 << MAX_PASSED_OVER) - 1
 
 
 class GoAwayCode(IntEnum):
@@ -196,7 +197,8 @@ class Session:
         self._client = client
         self._next_id = 1 if client else 2
         self._peer_last_id = 0 if client else -1  # the highest that a SYN named
-        self._passed_over: set[int] = set()  # ids below it that no SYN has named yet
+        # Bit n: no SYN has named the id 2 * (n + 1) below that one yet. One integer, so that a gap costs constant work.
+        self._passed_over = 0
         self._partial = b""  # of a header
         self._left = 0  # payload bytes to come of the frame at hand
         self._into: Stream | None = None  # whose they are; None: to be skipped
@@ -331,7 +333,8 @@ class Session:
             if not stream_id:
                 raise YamuxError(Fault.STREAM_ZERO, "stream frame for the session")
             ours = bool(stream_id & 1) == self._client
-            if stream_id > (self._next_id - 2 if ours else self._peer_last_id) or stream_id in self._passed_over:
+            opened = stream_id < self._next_id if ours else not self._is_free(stream_id)
+            if not opened:
                 raise YamuxError(Fault.UNKNOWN_STREAM, f"stream {stream_id} was never opened")
         return stream
 
@@ -340,12 +343,9 @@ class Session:
             raise YamuxError(Fault.STREAM_ZERO, "SYN for the session")
         if bool(stream_id & 1) == self._client:
             raise YamuxError(Fault.WRONG_PARITY, f"SYN for stream {stream_id}, an id of this end")
-        if stream_id > self._peer_last_id:
-            self._pass_over(stream_id)
-        elif stream_id in self._passed_over:
-            self._passed_over.remove(stream_id)
-        else:
+        if not self._is_free(stream_id):
             raise YamuxError(Fault.STREAM_REUSED, f"SYN for stream {stream_id} after {self._peer_last_id}")
+        self._take_id(stream_id)
         stream = self.accepts()
         if self.over:  # accepts() has ended it
             if stream is not None and not stream.gone:
@@ -360,14 +360,22 @@ class Session:
         self.streams[stream_id] = stream
         return stream
 
-    def _pass_over(self, stream_id: int) -> None:
-        """The highest id is now this one; those between may still come, if they are not too many."""
-        following = self._peer_last_id + 2
-        if stream_id > following:
-            oldest = stream_id - 2 * MAX_PASSED_OVER
-            kept = {passed for passed in self._passed_over if passed >= oldest}
-            self._passed_over = kept.union(range(max(following, oldest), stream_id, 2))
-        self._peer_last_id = stream_id
+    def _is_free(self, stream_id: int) -> bool:
+        """Return whether the peer may still open this id of its own."""
+        below = (self._peer_last_id - stream_id) >> 1  # ids from here to the highest; negative: above it
+        return below < 0 or bool(below and self._passed_over >> (below - 1) & 1)
+
+    def _take_id(self, stream_id: int) -> None:
+        """Mark a free id as opened. The ids between the highest one before and this one stay free, up to the limit."""
+        gap = (stream_id - self._peer_last_id) >> 1
+        if gap < 0:
+            self._passed_over &= ~(1 << (-gap - 1))
+        elif gap > MAX_PASSED_OVER:
+            self._passed_over = _ALL_PASSED_OVER
+        else:
+            skipped = (1 << (gap - 1)) - 1
+            self._passed_over = (self._passed_over << gap | skipped) & _ALL_PASSED_OVER
+        self._peer_last_id = max(self._peer_last_id, stream_id)
 
     def _data(self, stream: Stream | None, flags: int, length: int) -> None:
         self._left = length

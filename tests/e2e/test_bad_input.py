@@ -508,9 +508,10 @@ def link_attacks(secrets: Path) -> dict[str, tuple[Attack, str, bytes]]:
         "half a header": (says(header(0, 0, 1, 1, 0)[:5]), "handshake deadline", late),
         "streams without end": (
             says(b"".join(header(0, 0, 1, n, 0) for n in range(1, 160001, 2))),
-            "too many bytes before",
+            "a second stream before",
             broken,
         ),
+        "a second stream": (says(yamux_says(b"") + header(0, 0, 1, 3, 0)), "a second stream before", broken),
         "pings without end": (says(header(0, 2, 1, 0, 1) * 80000), "too many bytes before", broken),
     }
 

@@ -196,7 +196,7 @@ def _hear(parts: Sequence[bytes], client: bool, frames: int) -> tuple[list[tuple
                 taken += end.receive(view[taken:], frames)
             buffer[:] = bytes(len(buffer))  # slices must not be kept
             assert len(end._partial) < yamux.HEADER_BYTES
-            assert len(end._passed_over) <= yamux.MAX_PASSED_OVER
+            assert end._passed_over < 2**yamux.MAX_PASSED_OVER
             assert len(end.streams) <= end.MOST
     except yamux.YamuxError as error:
         assert error.fault in yamux.Fault

@@ -16,6 +16,7 @@ import pytest
 
 from rtunnel.relay.ends import READS_A_TURN, TALK_BYTES, SocketEnd
 from rtunnel.relay.join import Account, Ending, StreamPair
+from rtunnel.relay.link import FRAMES_A_TURN, UNPROVEN_FRAMES_A_TURN
 from rtunnel.relay.loop import LONG_A_TURN, Loop
 from rtunnel.relay.relay import WATCH_SECONDS
 from rtunnel.relay.windows import LEAST_RTT, MAX_STREAM_WINDOW
@@ -553,6 +554,48 @@ class TestLoop:
         assert relay.do(lambda: 7) == 7
         relay.stop()
         assert [event for event, _ in relay.reports] == ["relay_crash"]
+
+
+class TestUnproven:
+    """A peer that has not proved itself gets few frames in a turn, and so many bytes in all."""
+
+    PING = b"\0\2\0\1\0\0\0\0\0\0\0\1"
+
+    def test_few_frames_are_looked_at_in_a_turn(self) -> None:
+        """Each ping has an answer, so the answers in one turn are the frames of one turn."""
+        with running_relay() as near, running_relay() as far:
+            tunnel = Tunnel(near, far)
+            near.settle(lambda: tunnel.near_link.rtt > 0)
+
+            def answered(allowance: int | None) -> int:
+                link = tunnel.near_link
+                link.allowance = allowance
+                link._flush()
+                link._take(memoryview(self.PING * 1000))
+                link._unread = b""
+                return len(link._out) // len(self.PING)
+
+            assert near.do(lambda: answered(1 << 20)) == UNPROVEN_FRAMES_A_TURN
+            assert near.do(lambda: answered(None)) == FRAMES_A_TURN
+
+    @pytest.mark.parametrize("turns", [1, 10])
+    def test_so_many_bytes_are_taken_in_all(self, turns: int) -> None:
+        """However they are spread over turns; with the next byte the link ends."""
+        with running_relay() as near, running_relay() as far:
+            tunnel = Tunnel(near, far)
+            pings = len(self.PING) * UNPROVEN_FRAMES_A_TURN * turns
+
+            def take() -> int | None:
+                link = tunnel.near_link
+                link.allowance = pings
+                for _ in range(turns):
+                    link._take(memoryview(self.PING * UNPROVEN_FRAMES_A_TURN))
+                return link.allowance
+
+            assert near.do(take) == 0
+            assert not tunnel.downs
+            near.do(lambda: tunnel.near_link._take(memoryview(b"\0")))
+            assert tunnel.downs[:1] == ["protocol error: too many bytes before the peer proved itself"]
 
 
 class TestWindows:

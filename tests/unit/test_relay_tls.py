@@ -24,10 +24,11 @@ import pytest
 
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account, Ending
+from rtunnel.relay.loop import Loop
 from rtunnel.relay.tls import PIECE, TlsEnd, TlsSocket
-from rtunnel.relay.transport import Scratch, TlsTransport
+from rtunnel.relay.transport import HANDSHAKE_BYTES, Scratch, TlsTransport
 from rtunnel.trust import pki
-from rtunnel.trust.tls import client_context, dial_client_context, dial_server_context
+from rtunnel.trust.tls import client_context, dial_client_context, dial_server_context, server_context
 from support.plumbing import (
     PATIENCE,
     TestRelay,
@@ -323,6 +324,38 @@ def test_the_handshake_has_a_deadline(made: Path, words: bytes) -> None:
         with pytest.raises(ConnectionResetError):
             sock.recv(1)
         assert here.lost == ["deadline"]
+
+
+def huge_hello(size: int = 120_000) -> bytes:
+    """The beginning of a ClientHello of so many bytes, in whole records: OpenSSL waits for the end of it."""
+    body = b"\x01" + size.to_bytes(3, "big") + b"\x03\x03" + bytes(32)
+    body += bytes(60_000 - len(body))
+    pieces = [body[at : at + 16_000] for at in range(0, len(body), 16_000)]
+    return b"".join(b"\x16\x03\x01" + len(piece).to_bytes(2, "big") + piece for piece in pieces)
+
+
+@pytest.mark.parametrize("kind", ["link", "end"])
+def test_a_handshake_holds_little_memory(made: Path, kind: str) -> None:
+    """A peer that begins a huge ClientHello is cut off at 32 KiB, at a link port and at a guarded port."""
+    ours, theirs = (kept(sock) for sock in socket.socketpair())
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    shake: Callable[[], bool]
+    if kind == "link":
+        shake = TlsTransport(ours, server_context(made / "broker.pem", made / "broker.key"), None).handshake
+    else:
+        context = dial_server_context(made / "broker.pem", made / "broker.key")
+        end = TlsSocket(ours, context, Loop(lambda _: None), Scratch(), None)
+        end.full = lambda: None
+        kept(end)
+        shake = end.handshake
+    hello, sent, taken = huge_hello(), 0, False
+    with pytest.raises(ConnectionResetError, match="the peer's TLS handshake is over 32768 bytes"):
+        while sent < len(hello):
+            sent += theirs.send(hello[sent : sent + 1024])
+            taken = shake()
+    assert not taken
+    assert HANDSHAKE_BYTES <= sent <= HANDSHAKE_BYTES + 2 * 1024
 
 
 def test_an_end_during_the_handshake(made: Path) -> None:
