@@ -16,7 +16,7 @@ import h11
 import msgspec
 import trio
 
-from rtunnel import logs, metrics
+from rtunnel import logs, metrics, pulse
 from rtunnel.config import format_endpoint, parse_endpoint
 from rtunnel.net import listening_socket
 from rtunnel.roles import ListenError
@@ -26,6 +26,8 @@ MAX_HEAD = 8 * 1024
 #: From accept to a whole request, and from there to close.
 DEADLINE = 5.0
 MAX_CONNECTIONS = 32
+#: The relay's turns take milliseconds, on a busy machine more; a probe waits 5 s (deploy/kubernetes).
+LIVE_PATIENCE = 2.0
 #: "fd:7" is a listening socket that the supervisor has handed down. No key can say that: a host is an address there.
 INHERITED = "fd"
 #: After the answer the client may close first so long; a reset could otherwise overtake the answer.
@@ -51,29 +53,39 @@ def metrics_answer(status: Mapping[str, Any]) -> Answer:
     return 200, metrics.CONTENT_TYPE, metrics.text(status)
 
 
-def health_routes(reasons: Callable[[], Sequence[str]], status: Callable[[], Mapping[str, Any]]) -> dict[str, Route]:
-    """The paths of a role: `reasons` says what is missing to be ready, `status` tells its state."""
+def health_routes(
+    reasons: Callable[[], Sequence[str]],
+    status: Callable[[], Mapping[str, Any]],
+    answered: Callable[[], Awaitable[object]] = trio.lowlevel.checkpoint,
+) -> dict[str, Route]:
+    """The paths of a role: `reasons` says what is missing to be ready, `status` tells its state.
+
+    `answered` returns when the role's own thread has answered; a process where it hangs is not live.
+    """
+
+    async def live() -> Answer:
+        with trio.move_on_after(LIVE_PATIENCE):
+            await answered()
+            return json_answer({"live": True})
+        return json_answer({"live": False, "reason": f"the relay did not answer for {LIVE_PATIENCE:g} s"}, 503)
 
     def ready() -> Answer:
         missing = list(reasons())
         return json_answer({"ready": not missing, "reasons": missing}, 503 if missing else 200)
 
     return {
-        "/livez": lambda: json_answer({"live": True}),
+        "/livez": live,
         "/readyz": ready,
         "/statusz": lambda: json_answer(status()),
         "/metrics": lambda: metrics_answer(status()),
     }
 
 
-class Part(Protocol):
+class Part(pulse.Part, Protocol):
     """A role's main object."""
 
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Any]) -> None:
         """Its life."""
-
-    def reasons(self) -> list[str]:
-        """Why it is not ready."""
 
 
 async def run_beside(
@@ -88,7 +100,7 @@ async def run_beside(
     """Run a role with its health endpoint beside it, unless `address` is empty."""
     async with trio.open_nursery() as nursery:
         if address:
-            await nursery.start(partial(serve, address, health_routes(part.reasons, status), key=key))
+            await nursery.start(partial(serve, address, health_routes(part.reasons, status, part.answered), key=key))
         await part.run(stop, task_status)
         nursery.cancel_scope.cancel()
 

@@ -78,6 +78,12 @@ class Bridge:
             raise error
         return result  # type: ignore[return-value]  # None only when _T is None
 
+    async def answered(self) -> None:
+        """Return when the relay's thread has run a call that was made now; cancellable, and never while it hangs."""
+        done = trio.Event()
+        self.relay.call(lambda: self.post(done.set))
+        await done.wait()
+
     def post(self, call: Callable[[Unpack[_A]], object], *args: *_A) -> None:
         """Run in trio's thread, soon. From the relay's thread (or any); dropped when trio's run is over."""
         try:

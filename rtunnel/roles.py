@@ -20,8 +20,9 @@ from typing import Any, Protocol
 
 import trio
 
-from rtunnel import __version__, logs
+from rtunnel import __version__, logs, pulse
 from rtunnel.config import Config, ConfigError, Problem, check_role, role_sections, warnings
+from rtunnel.pulse import Part, Watcher
 from rtunnel.registry import Registry, RegistryUnavailable, Superseded, connect
 from rtunnel.trust import identity, keys, pki, policy, tls, users
 from rtunnel.trust.keys import TrustError
@@ -199,7 +200,8 @@ def run(roles: Sequence[Role], config: Config, *, name: str = "") -> int:
     name = name or roles[0].name
     notes = check(config, name)
     logs.setup(config.log)
-    return run_process(name, notes, lambda: run_roles(roles, config, watch_signals))
+    watcher = pulse.from_environment(os.environ)
+    return run_process(name, notes, lambda: run_roles(roles, config, watch_signals, watcher))
 
 
 def run_process(name: str, notes: Sequence[Problem], main: Callable[[], int], **fields: object) -> int:
@@ -234,32 +236,52 @@ def raise_descriptor_limit() -> None:
 Watch = Callable[..., Awaitable[None]]
 
 
-def run_roles(roles: Sequence[Role], config: Config, watch: Watch) -> int:
-    """Run roles until `watch` says stop; the exit code."""
+def run_roles(roles: Sequence[Role], config: Config, watch: Watch, watcher: Watcher | None = None) -> int:
+    """Run roles until `watch` says stop; the exit code. `watcher` gets signs of life."""
     registry = connect(config.registry) if any(role.needs_registry for role in roles) else None
     try:
-        return trio.run(_serve_all, roles, config, registry, watch)
+        return trio.run(_serve_all, roles, config, registry, watch, watcher)
     finally:
         if registry is not None:
             registry.close()
 
 
-async def _serve_all(roles: Sequence[Role], config: Config, registry: Registry | None, watch: Watch) -> int:
+async def _serve_all(
+    roles: Sequence[Role], config: Config, registry: Registry | None, watch: Watch, watcher: Watcher | None
+) -> int:
     stop = trio.Event()
+    parts: list[Part] = []
     async with trio.open_nursery() as nursery:
         # Before the roles: a signal that arrives while they start must not kill the process half way.
         await nursery.start(watch, stop, nursery.cancel_scope.cancel)
+        if watcher is not None:
+            nursery.start_soon(pulse.pulse, watcher, parts)
+            nursery.start_soon(_tell_stop, watcher, stop)
         async with trio.open_nursery() as serving:
             for role in roles:
-                await serving.start(_serve_one, role, config, registry, stop)
+                part = await serving.start(_serve_one, role, config, registry, stop)
+                if part is not None:
+                    parts.append(part)
                 log.info("started", role=role.name)
+            if watcher is not None and not stop.is_set():
+                watcher.started()
         nursery.cancel_scope.cancel()
         return EXIT_OK
     return EXIT_FAILED  # only a second signal gets here: it cancelled what was still draining
 
 
+async def _tell_stop(watcher: Watcher, stop: trio.Event) -> None:
+    await stop.wait()
+    watcher.stopping()
+
+
 async def _serve_one(
-    role: Role, config: Config, registry: Registry | None, stop: trio.Event, *, task_status: trio.TaskStatus[None]
+    role: Role,
+    config: Config,
+    registry: Registry | None,
+    stop: trio.Event,
+    *,
+    task_status: trio.TaskStatus[Part | None],
 ) -> None:
     status = _Status(task_status)
     await role.serve(config, registry if role.needs_registry else None, stop=stop, task_status=status)
@@ -271,14 +293,14 @@ async def _serve_one(
 class _Status:
     """A task status that may be told twice."""
 
-    def __init__(self, status: trio.TaskStatus[None]) -> None:
-        self._status: trio.TaskStatus[None] | None = status
+    def __init__(self, status: trio.TaskStatus[Part | None]) -> None:
+        self._status: trio.TaskStatus[Part | None] | None = status
 
-    def started(self, value: object = None) -> None:
+    def started(self, value: Part | None = None) -> None:
         """The first call counts."""
         status, self._status = self._status, None
         if status is not None:
-            status.started()
+            status.started(value)
 
 
 async def watch_signals(stop: trio.Event, at_once: Callable[[], object], *, task_status: trio.TaskStatus[None]) -> None:

@@ -6,7 +6,10 @@ own part of the port ranges. Workers share the listening address (SO_REUSEPORT: 
 
     supervisor -> worker   its stdin: one line of JSON, the `Task`; then a byte for "stop", another for "at once". Its
                            end means that the supervisor is gone, however that came: stop.
-    worker -> supervisor   its exit code, and its health over HTTP, on a socket that the supervisor has handed down
+    worker -> supervisor   a pipe, with signs of life (rtunnel/pulse.py); its exit code; and its health over HTTP, on a
+                           socket that the supervisor has handed down
+
+A worker without signs of life is killed and started again: its listener would keep its share of the connections.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ from typing import Any, Final
 import msgspec
 import trio
 
-from rtunnel import admin, logs, roles
+from rtunnel import admin, logs, pulse, roles
 from rtunnel.config import BrokerConfig, Config, format_endpoint, host_name, parse_endpoint, slice_of
 from rtunnel.net import bound_socket
+from rtunnel.pulse import Watcher
 from rtunnel.roles import EXIT_FAILED, EXIT_LISTEN, EXIT_OK, EXIT_USAGE, Role
 
 #: A worker that died is started again at once, the next time after this, doubled up to the cap; anew when it has lived
@@ -40,6 +44,12 @@ KILL_AFTER: Final = 2.0
 #: A worker answers a question about its health within this, once it had so long to start.
 PATIENCE: Final = 1.0
 START_PATIENCE: Final = 10.0
+#: A worker gives a sign each second. One that is silent for this many seconds is killed: as long as agents wait for a
+#: silent link. Seconds are counted by the supervisor's own ticks, so that a machine that was suspended kills nobody.
+SILENCE: Final = 15
+#: The first sign may take longer: on a machine that starts 64 of them the imports alone take seconds.
+FIRST_SILENCE: Final = 60
+TICK: Final = 1.0
 ORDER: Final = b"."
 #: How a worker ends that was told to stop. A terminal's signal may find it before it can listen to any.
 IN_ORDER: Final = (EXIT_OK, -signal.SIGTERM, -signal.SIGINT)
@@ -53,6 +63,7 @@ class Task(msgspec.Struct):
     role: str
     number: int
     config: Config
+    pulse: int  # the descriptor for signs of life
 
 
 def run(role: Role, config: Config) -> int:
@@ -63,6 +74,7 @@ def run(role: Role, config: Config) -> int:
     notes = roles.check(config, role.name)
     logs.setup(config.log)
     supervisor = Supervisor(role.name, config, count)
+    supervisor.watcher = pulse.from_environment(os.environ)
     return roles.run_process(role.name, notes, lambda: trio.run(supervisor.run), workers=count)
 
 
@@ -74,12 +86,15 @@ class Worker:
     """One of them, through all its processes."""
 
     number: int
-    task: bytes
+    config: Config
     health: socket.socket | None  # listening; the same for each of its processes
     process: trio.Process | None = None
     since: float = 0.0  # trio's clock
     restarts: int = 0
     fate: str = "not started yet"  # of the last process
+    silence: int = 0  # ticks since its last sign of life
+    gives_signs: bool = False  # there was one, of this process
+    serves: bool = False  # it has started
 
 
 class Supervisor:
@@ -93,16 +108,20 @@ class Supervisor:
         self.stop = trio.Event()
         self.at_once = trio.Event()
         self.code = EXIT_OK
+        self.watcher: Watcher | None = None  # who watches the supervisor itself
 
     async def run(self) -> int:
         """Until all workers have ended. Raises ListenError."""
         section = getattr(self.config, self.role)
         async with trio.open_nursery() as nursery:
             await nursery.start(roles.watch_signals, self.stop, self.at_once.set)
+            if self.watcher is not None:
+                nursery.start_soon(pulse.pulse, self.watcher, [self])
+                nursery.start_soon(self._tell_stop, self.watcher)
             with _reserved(section.listen, f"{self.role}.listen") as listen, ExitStack() as stack:
                 for number in range(1, self.count + 1):
                     health = stack.enter_context(socket.create_server(("127.0.0.1", 0))) if section.admin else None
-                    self.workers.append(Worker(number, self._task(number, listen, health), health))
+                    self.workers.append(Worker(number, self._config(number, listen, health), health))
                 if section.admin:
                     await nursery.start(partial(admin.serve, section.admin, self._routes(), key=f"{self.role}.admin"))
                 async with trio.open_nursery() as serving:
@@ -111,10 +130,23 @@ class Supervisor:
             nursery.cancel_scope.cancel()
         return self.code
 
-    def _task(self, number: int, listen: str, health: socket.socket | None) -> bytes:
+    def _config(self, number: int, listen: str, health: socket.socket | None) -> Config:
         address = f"{admin.INHERITED}:{health.fileno()}" if health is not None else ""
-        config = worker_config(self.config, self.role, number, listen, address)
-        return msgspec.json.encode(Task(self.role, number, config)) + b"\n"
+        return worker_config(self.config, self.role, number, listen, address)
+
+    # See rtunnel.pulse.Part: what the supervisor tells its own watcher.
+
+    def reasons(self) -> list[str]:
+        """See Part."""
+        return [f"worker {w.number}: {_absence(w)}" for w in self.workers if not w.serves]
+
+    async def answered(self) -> None:
+        """See Part: it has one thread, and this is it. Workers that hang are its own business."""
+        await trio.lowlevel.checkpoint()
+
+    async def _tell_stop(self, watcher: Watcher) -> None:
+        await self.stop.wait()
+        watcher.stopping()
 
     async def _keep(self, worker: Worker) -> None:
         pause = 0.0
@@ -143,31 +175,71 @@ class Supervisor:
     async def _live(self, worker: Worker) -> int:
         """One process, from its start to its end; how it ended."""
         try:
-            process = await trio.lowlevel.open_process(
-                command(self.role, worker.number),
-                stdin=subprocess.PIPE,
-                pass_fds=[worker.health.fileno()] if worker.health is not None else [],
-                # Modules come from where ours do, and never from the working directory (-P).
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            )
-        except OSError as fault:  # no memory, too many processes
+            signs, theirs = os.pipe()
+        except OSError as fault:  # no descriptors
             log.error("worker_not_started", worker=worker.number, reason=str(fault))
             return EXIT_FAILED
+        try:
+            process = await self._open(worker, theirs)
+        except OSError as fault:  # no memory, too many processes
+            os.close(signs)
+            log.error("worker_not_started", worker=worker.number, reason=str(fault))
+            return EXIT_FAILED
+        finally:
+            os.close(theirs)
         worker.process = process
+        worker.silence, worker.gives_signs, worker.serves = 0, False, False
         log.info("worker_started", worker=worker.number, pid=process.pid)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._instruct, worker, process)
+            nursery.start_soon(self._instruct, worker, process, theirs)
+            nursery.start_soon(self._hear, worker, trio.lowlevel.FdStream(signs))
+            nursery.start_soon(self._kill_when_silent, worker, process)
             status = await process.wait()
             nursery.cancel_scope.cancel()
         worker.process = None
+        worker.serves = False
         if process.stdin is not None:
             await process.stdin.aclose()
         return status
 
-    async def _instruct(self, worker: Worker, process: trio.Process) -> None:
+    async def _open(self, worker: Worker, pulse_fd: int) -> trio.Process:
+        """Start the process. Raises OSError."""
+        health = [worker.health.fileno()] if worker.health is not None else []
+        # Modules come from where ours do, and never from the working directory (-P). What an init system wants to hear
+        # comes from the supervisor alone.
+        environ = {name: value for name, value in os.environ.items() if name not in pulse.VARIABLES}
+        return await trio.lowlevel.open_process(
+            command(self.role, worker.number),
+            stdin=subprocess.PIPE,
+            pass_fds=[*health, pulse_fd],
+            env={**environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+
+    async def _hear(self, worker: Worker, signs: trio.lowlevel.FdStream) -> None:
+        """Take a process's signs of life until it closes its end."""
+        async with signs:
+            async for sign in signs:
+                worker.silence, worker.gives_signs = 0, True
+                if pulse.STARTED in sign:
+                    worker.serves = True
+                    if self.watcher is not None and all(each.serves for each in self.workers):
+                        self.watcher.started()
+
+    async def _kill_when_silent(self, worker: Worker, process: trio.Process) -> None:
+        while worker.silence < (SILENCE if worker.gives_signs else FIRST_SILENCE):
+            await trio.sleep(TICK)
+            worker.silence += 1
+        log.error(
+            "worker_killed", worker=worker.number, pid=process.pid, silence=worker.silence,
+            reason="it gave no sign of life: stopped, or one of its threads hangs",
+        )  # fmt: skip
+        process.kill()
+
+    async def _instruct(self, worker: Worker, process: trio.Process, pulse_fd: int) -> None:
         assert process.stdin is not None
+        task = Task(self.role, worker.number, worker.config, pulse_fd)
         try:
-            await process.stdin.send_all(worker.task)
+            await process.stdin.send_all(msgspec.json.encode(task) + b"\n")
             await self.stop.wait()
             await process.stdin.send_all(ORDER)
             await self.at_once.wait()
@@ -194,7 +266,7 @@ class Supervisor:
         silent = [
             worker.number
             for worker, answer in zip(self.workers, answers, strict=True)
-            if answer is None and worker.process is not None and now - worker.since > START_PATIENCE
+            if not (answer and answer["live"]) and worker.process is not None and now - worker.since > START_PATIENCE
         ]
         return admin.json_answer({"live": not silent, "silent_workers": silent}, 503 if silent else 200)
 
@@ -316,8 +388,10 @@ def main() -> None:
         sys.exit("rtunnel: a worker is started by its supervisor: use `rtunnel ROLE --workers N`")
     logs.setup(task.config.log, worker=task.number)
     role = roles.find_role(task.role)
+    watcher = pulse.Supervised(task.pulse)
+    main = partial(roles.run_roles, [role], task.config, partial(_obey, early), watcher)
     # The supervisor has checked all and given the warnings.
-    sys.exit(roles.run_process(role.name, [], partial(roles.run_roles, [role], task.config, partial(_obey, early))))
+    sys.exit(roles.run_process(role.name, [], main))
 
 
 def _first_line() -> tuple[bytes, bytes]:

@@ -281,6 +281,10 @@ class Agent:
         identity = [f"identity: {missing}"] if missing else []
         return identity + [f"session {slot.number + 1}: {slot.reason}" for slot in self.slots if slot.session is None]
 
+    async def answered(self) -> None:
+        """See rtunnel.pulse.Part."""
+        await self.bridge.answered()
+
     async def _drain(self) -> None:
         """Say goodbye to the brokers when the streams are done, or the deadline has come."""
         self._stopping = True

@@ -85,6 +85,10 @@ class Server:
         """Why it is not ready."""
         return [f"store: {self._fault}"] if self._fault else []
 
+    async def answered(self) -> None:
+        """See rtunnel.pulse.Part: all that it does is done in trio's thread, which is here."""
+        await trio.lowlevel.checkpoint()
+
     def shown(self) -> dict[str, object]:
         """For /statusz."""
         return {

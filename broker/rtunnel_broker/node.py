@@ -248,6 +248,10 @@ class Node:
             reasons.append("draining")
         return reasons
 
+    async def answered(self) -> None:
+        """See rtunnel.pulse.Part."""
+        await self.bridge.answered()
+
     async def _join_registry(self, stop: trio.Event) -> bool:
         """The incarnation comes from the registry: without one this node can't fence, so it waits. False: stopped."""
         while not stop.is_set():

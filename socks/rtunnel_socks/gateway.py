@@ -285,6 +285,10 @@ class Gateway:
             reasons.append("draining")
         return reasons
 
+    async def answered(self) -> None:
+        """See rtunnel.pulse.Part."""
+        await self.bridge.answered()
+
     @property
     def routes_age(self) -> float | None:
         """Seconds since the route table was true to the registry; None before the first time."""

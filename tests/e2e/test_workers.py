@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
+import trio
 
-from rtunnel.config import parse_range, slice_of
+from rtunnel import workers
+from rtunnel.config import load, parse_endpoint, parse_range, slice_of
+from rtunnel.trust import pki
+from rtunnel.workers import Supervisor
 from support.cluster import Target, in_thread, read_line, running_cluster
 from support.plumbing import FIRST_PORT, free_port, kept
 from support.polling import until
@@ -264,3 +270,88 @@ def test_stopping_workers_serve_new_clients_while_the_vip_learns_it(tmp_path: Pa
         assert all(worker["refused"]["unknown_target"] for worker in workers)
         code, seconds = gateway.end(signal.SIGTERM)
         assert code == 1 and seconds < DRAIN / 2
+
+
+#: A worker whose relay hangs with the first byte of any client.
+HANGS = """
+import time
+from rtunnel_socks.client import Client
+from rtunnel.workers import main
+Client.received = lambda self, data: time.sleep(3600)
+main()
+"""
+
+
+async def test_a_worker_that_hangs_is_killed_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped as a whole, and with a relay thread that hangs; the other worker goes on."""
+    monkeypatch.setattr(workers, "TICK", 0.25)
+    monkeypatch.setattr(workers, "command", lambda *_: [sys.executable, "-c", HANGS])
+    pki.init(tmp_path / "pki")
+    keys: dict[str, object] = {
+        "registry.url": f"unix://{tmp_path}/nobody.sock", "gateway.listen": "127.0.0.1:0", "gateway.workers": 2,
+        "gateway.key": f"{tmp_path}/pki/gateway.key", "gateway.ca": f"{tmp_path}/pki/ca.pem", "gateway.lame_duck": 0,
+        "gateway.admin": "",
+    }  # fmt: skip
+    supervisor = Supervisor("gateway", load(None, {}, keys), 2)
+    processes: list[int] = []
+
+    async def whole(restarts: int) -> None:
+        """Both serve, and so many were started again; `processes` are theirs."""
+        with trio.fail_after(30):
+            while not (
+                len(supervisor.workers) == 2
+                and all(worker.serves for worker in supervisor.workers)
+                and sum(worker.restarts for worker in supervisor.workers) == restarts
+            ):
+                await trio.sleep(0.01)
+        processes[:] = [worker.process.pid for worker in supervisor.workers if worker.process]
+
+    with structlog.testing.capture_logs() as lines:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(supervisor.run)
+            await whole(0)
+            first = list(processes)
+            os.kill(first[0], signal.SIGSTOP)
+            await whole(1)
+            assert processes[0] != first[0] and processes[1] == first[1]
+            host, port = parse_endpoint(supervisor.workers[0].config.gateway.listen)
+            with kept(socket.create_connection((host, port))) as sock:
+                sock.sendall(b"x")
+                await whole(2)
+            supervisor.stop.set()
+    assert supervisor.code == 0
+    killed = [line for line in lines if line["event"] == "worker_killed"]
+    assert [line["silence"] for line in killed] == [workers.SILENCE] * 2 and killed[0]["worker"] == 1
+
+
+def test_systemd_hears_of_the_supervisor_alone(
+    tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ready when all workers serve, signs of life, and that it stops; no worker speaks for it."""
+    heard = kept(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+    heard.bind(f"{tmp_path}/notify")
+    heard.settimeout(20)
+    heard.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    monkeypatch.setenv("NOTIFY_SOCKET", f"{tmp_path}/notify")
+    monkeypatch.setenv("WATCHDOG_USEC", "150000")
+    told: list[str] = []
+    speakers: set[int] = set()
+
+    def hear(wanted: str) -> None:
+        while wanted not in told:
+            data, (credentials, *_), *_ = heard.recvmsg(4096, 256)
+            speakers.add(int.from_bytes(credentials[2][:4], sys.byteorder))
+            told.extend(data.decode().split("\n"))
+
+    with workers_site(tmp_path, redis_server.url) as here:
+        gateway = here.gateway(*TWO)
+        hear("READY=1")
+        until(lambda: len(gateway.lines("gateway_ready")) == 2, what="the log")
+        assert told[0] == "WATCHDOG=1" and any(line.startswith("EXTEND_TIMEOUT_USEC=") for line in told)
+        hear("STATUS=ready")
+        told.clear()
+        hear("WATCHDOG=1")
+        gateway.process.send_signal(signal.SIGTERM)
+        hear("STOPPING=1")
+        assert gateway.process.wait(DRAIN) == 0
+        assert speakers == {gateway.process.pid}

@@ -563,5 +563,5 @@ async def test_one_role_that_ends_takes_the_others_along() -> None:
         stopped.append(True)
 
     parts = [Role("long", "", long, False), Role("short", "", short, False)]
-    assert await roles._serve_all(parts, config.Config(), None, roles.watch_signals) == 0
+    assert await roles._serve_all(parts, config.Config(), None, roles.watch_signals, None) == 0
     assert stopped == [True]

@@ -32,6 +32,7 @@ from rtunnel import config, roles
 from rtunnel.cli import cli
 from rtunnel.config import KEYS, Config, parse_endpoint, parse_range
 from rtunnel.trust import pki
+from rtunnel.workers import SILENCE
 from rtunnel_authority.server import MAX_CONNECTIONS
 
 ROOT = Path(__file__).parents[2]
@@ -588,6 +589,9 @@ def test_units_run_their_role(role: str) -> None:
     assert words == [role, "--config", f"/etc/rtunnel/{role}.toml"]
     assert command_of(words).name == role
     assert service(role, "Restart") == "always"
+    assert service(role, "Type") == "notify"
+    assert float(service(role, "WatchdogSec")) > SILENCE, "a supervisor has replaced its silent workers by then"
+    assert service(role, "WatchdogSignal") == "SIGKILL"
     assert unit(role)["Unit"]["StartLimitIntervalSec"] == ["0"]
     assert service(role, "RestartPreventExitStatus") == str(roles.EXIT_USAGE)
     assert unit(role)["Install"]["WantedBy"] == ["multi-user.target"]
