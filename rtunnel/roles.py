@@ -26,6 +26,7 @@ from rtunnel.pulse import Part, Watcher
 from rtunnel.registry import Registry, RegistryUnavailable, Superseded, connect
 from rtunnel.trust import identity, keys, pki, policy, tls, users
 from rtunnel.trust.keys import TrustError
+from rtunnel.watch import look_now
 
 GROUP = "rtunnel.roles"
 
@@ -194,7 +195,8 @@ def _expiring(config: Config, role: str) -> Iterator[Problem]:
 def run(roles: Sequence[Role], config: Config, *, name: str = "") -> int:
     """Run roles in this process until they have ended; the process's exit code.
 
-    SIGTERM and SIGINT set `stop`, so that the roles drain; a second one cancels them at once. Raises ConfigError
+    SIGTERM and SIGINT set `stop`, so that the roles drain; a second one cancels them at once. SIGHUP lets them look at
+    their files. Raises ConfigError
     when they can't even start; whatever goes wrong later is logged.
     """
     name = name or roles[0].name
@@ -207,6 +209,9 @@ def run(roles: Sequence[Role], config: Config, *, name: str = "") -> int:
 def run_process(name: str, notes: Sequence[Problem], main: Callable[[], int], **fields: object) -> int:
     """What every process of a role does around `main`, which gives its exit code; `fields` are for the first line."""
     raise_descriptor_limit()
+    # It means "look at the files", and must not end a process that is about to read them, or that ends in order.
+    # Whoever handles it later (watch_signals) puts this back.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
     try:
@@ -303,12 +308,22 @@ class _Status:
             status.started(value)
 
 
-async def watch_signals(stop: trio.Event, at_once: Callable[[], object], *, task_status: trio.TaskStatus[None]) -> None:
-    """The first SIGTERM or SIGINT sets `stop`, the second calls `at_once`."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+async def watch_signals(
+    stop: trio.Event,
+    at_once: Callable[[], object],
+    look: Callable[[], object] = look_now,
+    *,
+    task_status: trio.TaskStatus[None],
+) -> None:
+    """The first SIGTERM or SIGINT sets `stop`, the second calls `at_once`. Each SIGHUP calls `look`."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         task_status.started()
         async for number in signals:
             name = signal.Signals(number).name
+            if number == signal.SIGHUP:
+                log.info("file_check_requested", signal=name, hint="files that have changed are read now")
+                look()
+                continue
             if stop.is_set():
                 log.warning("stopping_at_once", signal=name)
                 at_once()

@@ -1,7 +1,7 @@
 """Files that are read again when they have changed: policies, users, certificates.
 
 A file is looked at twice a second, and read when it has looked the same in two looks: then nobody is writing it any
-more. A bad one changes nothing and is told, once, in the log and in `/statusz`.
+more. A bad one changes nothing and is told, once, in the log and in `/statusz`. SIGHUP means "look now" (`look_now`).
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class Watched:
             seen += (stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_dev)
         return tuple(seen)
 
-    async def check(self, log: FilteringBoundLogger) -> None:
-        """One look; read and put when it has changed."""
+    async def check(self, log: FilteringBoundLogger, *, at_once: bool = False) -> None:
+        """One look; read and put when it has changed. `at_once`: somebody says that it is whole."""
         look = await trio.to_thread.run_sync(self.look)
-        if look == self._seen or look != self._changing:
+        if look == self._seen or (look != self._changing and not at_once):
             self._changing = look  # perhaps it is being written: see whether it stays as it is
             return
         self._seen = look
@@ -73,9 +73,30 @@ class Watched:
         log.info(f"{self.what}_loaded", file=self.file, **said)
 
 
+#: What the tasks wait for that watch files of this process.
+_asked: set[trio.Event] = set()
+
+
+def look_now() -> None:
+    """Look at all watched files of this process, and read what has changed. In trio's thread."""
+    for asked in _asked:
+        asked.set()
+
+
 async def watch(files: Sequence[Watched], log: FilteringBoundLogger) -> None:
     """Look at them until cancelled."""
-    while True:
-        await trio.sleep(LOOK_SECONDS)
-        for file in files:
-            await file.check(log)
+    asked = trio.Event()
+    try:
+        while True:
+            _asked.add(asked)
+            with trio.move_on_after(LOOK_SECONDS):
+                await asked.wait()
+            at_once = asked.is_set()
+            if at_once:  # a request that comes during the look is for the next one
+                _asked.discard(asked)
+                asked = trio.Event()
+                _asked.add(asked)
+            for file in files:
+                await file.check(log, at_once=at_once)
+    finally:
+        _asked.discard(asked)

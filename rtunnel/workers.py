@@ -4,8 +4,9 @@ A worker is an independent process of a fresh interpreter: a broker's is a node 
 own part of the port ranges. Workers share the listening address (SO_REUSEPORT: the kernel spreads connections), the
 `host` label and stderr, and nothing else. The supervisor touches no connection.
 
-    supervisor -> worker   its stdin: one line of JSON, the `Task`; then a byte for "stop", another for "at once". Its
-                           end means that the supervisor is gone, however that came: stop.
+    supervisor -> worker   its stdin: one line of JSON, the `Task`; then bytes: `LOOK` for "look at your files", `STOP`
+                           for "stop", another `STOP` for "at once". Its end means that the supervisor is gone,
+                           however that came: stop.
     worker -> supervisor   a pipe, with signs of life (rtunnel/pulse.py); its exit code; and its health over HTTP, on a
                            socket that the supervisor has handed down
 
@@ -21,7 +22,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
@@ -33,6 +34,7 @@ from rtunnel.config import BrokerConfig, Config, format_endpoint, host_name, par
 from rtunnel.net import bound_socket
 from rtunnel.pulse import Watcher
 from rtunnel.roles import EXIT_FAILED, EXIT_LISTEN, EXIT_OK, EXIT_USAGE, Role
+from rtunnel.watch import look_now
 
 #: A worker that died is started again at once, the next time after this, doubled up to the cap; anew when it has lived
 #: for `STABLE`.
@@ -50,7 +52,8 @@ SILENCE: Final = 15
 #: The first sign may take longer: on a machine that starts 64 of them the imports alone take seconds.
 FIRST_SILENCE: Final = 60
 TICK: Final = 1.0
-ORDER: Final = b"."
+STOP: Final = b"."
+LOOK: Final = b"h"
 #: How a worker ends that was told to stop. A terminal's signal may find it before it can listen to any.
 IN_ORDER: Final = (EXIT_OK, -signal.SIGTERM, -signal.SIGINT)
 
@@ -92,6 +95,7 @@ class Worker:
     since: float = 0.0  # trio's clock
     restarts: int = 0
     fate: str = "not started yet"  # of the last process
+    ordering: trio.Lock = field(default_factory=trio.Lock)  # held while something is written to its stdin
     silence: int = 0  # ticks since its last sign of life
     gives_signs: bool = False  # there was one, of this process
     serves: bool = False  # it has started
@@ -107,6 +111,7 @@ class Supervisor:
         self.workers: list[Worker] = []
         self.stop = trio.Event()
         self.at_once = trio.Event()
+        self.look = trio.Event()  # a new one after each request to look at the files
         self.code = EXIT_OK
         self.watcher: Watcher | None = None  # who watches the supervisor itself
 
@@ -114,7 +119,7 @@ class Supervisor:
         """Until all workers have ended. Raises ListenError."""
         section = getattr(self.config, self.role)
         async with trio.open_nursery() as nursery:
-            await nursery.start(roles.watch_signals, self.stop, self.at_once.set)
+            await nursery.start(roles.watch_signals, self.stop, self.at_once.set, self._look)
             if self.watcher is not None:
                 nursery.start_soon(pulse.pulse, self.watcher, [self])
                 nursery.start_soon(self._tell_stop, self.watcher)
@@ -236,18 +241,35 @@ class Supervisor:
         process.kill()
 
     async def _instruct(self, worker: Worker, process: trio.Process, pulse_fd: int) -> None:
-        assert process.stdin is not None
         task = Task(self.role, worker.number, worker.config, pulse_fd)
-        try:
-            await process.stdin.send_all(msgspec.json.encode(task) + b"\n")
+        async with trio.open_nursery() as nursery:
+            await self._order(worker, process, msgspec.json.encode(task) + b"\n")
+            nursery.start_soon(self._pass_looks_on, worker, process)
             await self.stop.wait()
-            await process.stdin.send_all(ORDER)
+            await self._order(worker, process, STOP)
             await self.at_once.wait()
-            await process.stdin.send_all(ORDER)
-        except trio.BrokenResourceError:
-            return  # it is ending, and the exit code tells more
-        await trio.sleep(KILL_AFTER)
-        process.kill()
+            await self._order(worker, process, STOP)
+            await trio.sleep(KILL_AFTER)
+            process.kill()
+            nursery.cancel_scope.cancel()
+
+    def _look(self) -> None:
+        asked, self.look = self.look, trio.Event()
+        asked.set()
+
+    async def _pass_looks_on(self, worker: Worker, process: trio.Process) -> None:
+        while True:
+            await self.look.wait()
+            await self._order(worker, process, LOOK)
+
+    async def _order(self, worker: Worker, process: trio.Process, order: bytes) -> None:
+        """Write to a worker's stdin; in vain when it is ending, and then the exit code tells more."""
+        assert process.stdin is not None
+        async with worker.ordering:
+            try:
+                await process.stdin.send_all(order)
+            except trio.BrokenResourceError:
+                pass
 
     # Health.
 
@@ -407,6 +429,7 @@ async def _obey(
     early: bytes, stop: trio.Event, at_once: Callable[[], object], *, task_status: trio.TaskStatus[None]
 ) -> None:
     """A worker's way to watch for its end, in place of `roles.watch_signals`: orders count, and signals only once.
+    SIGHUP is heeded as an order to look at the files is.
 
     A terminal and an init system may send theirs to every process, beside the supervisor's order.
     """
@@ -416,24 +439,31 @@ async def _obey(
             log.info("stopping", by=by)
             stop.set()
 
+    def look(by: str) -> None:
+        log.info("file_check_requested", by=by)
+        look_now()
+
     async def heed(signals: Any) -> None:
         async for number in signals:
-            told(signal.Signals(number).name)
+            name = signal.Signals(number).name
+            look(name) if number == signal.SIGHUP else told(name)
 
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery, trio.lowlevel.FdStream(os.dup(0)) as orders:
             nursery.start_soon(heed, signals)
             task_status.started()
-            given = early
+            piece, stops = early, 0
             while True:
-                if given:
+                if LOOK in piece:
+                    look("the supervisor")
+                stops += piece.count(STOP)
+                if stops:
                     told("the supervisor")
-                if len(given) > 1:
+                if stops > 1:
                     log.warning("stopping_at_once", by="the supervisor")
                     at_once()
                 if not (piece := await orders.receive_some()):
                     break
-                given += piece
             told("the supervisor's end")
 
 

@@ -124,13 +124,15 @@ def check_status(here: Site) -> None:
 
 
 def check_health(here: Site) -> None:
-    """/livez, /readyz and /statusz of each role."""
+    """/livez, /readyz and /statusz of each role, and a SIGHUP."""
     for name, process in here.processes.items():
         address = process.admin()
         assert health(address, "/livez") == (200, {"live": True})
         assert health(address, "/readyz") == (200, {"ready": True, "reasons": []})
         code, status = health(address, "/statusz")
         assert code == 200 and status["role"] == {"a": "agent", "b": "broker", "g": "gateway"}[name[0]]
+        process.process.send_signal(signal.SIGHUP)  # and it is there for everything below
+        assert process.wait_for("file_check_requested")["signal"] == "SIGHUP"
 
 
 def check_ends(here: Site) -> None:

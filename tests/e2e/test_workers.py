@@ -351,6 +351,8 @@ def test_systemd_hears_of_the_supervisor_alone(
         hear("STATUS=ready")
         told.clear()
         hear("WATCHDOG=1")
+        gateway.process.send_signal(signal.SIGHUP)
+        until(lambda: len(gateway.lines("file_check_requested")) == 3, what="the supervisor and both workers to look")
         gateway.process.send_signal(signal.SIGTERM)
         hear("STOPPING=1")
         assert gateway.process.wait(DRAIN) == 0
