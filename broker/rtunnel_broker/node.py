@@ -18,19 +18,26 @@ from rtunnel.config import BrokerConfig, Config, default_address, format_endpoin
 from rtunnel.logs import get_logger
 from rtunnel.net import bound_socket, listen, source_of
 from rtunnel.registry import NodeRecord, Registration, Registry, RegistryUnavailable, Superseded
+from rtunnel.relay.link import Link
+from rtunnel.relay.loop import Timer
 from rtunnel.relay.relay import Listener, Relay
+from rtunnel.strangers import SILENT_GRACE, Strangers
 from rtunnel.trust.identity import Roots
 from rtunnel.trust.keys import DialKeys, load_cluster_keys, load_tokens
 from rtunnel.wire.messages import Bye, Drain, Enrol
 from rtunnel.wire.refusal import Refusal
 from rtunnel_broker.admit import Admission
-from rtunnel_broker.ports import DialChecker, PortCounts
+from rtunnel_broker.ports import FIRST_BYTES, DialChecker, PortCounts
 from rtunnel_broker.registrar import Registrar
-from rtunnel_broker.session import Session
+from rtunnel_broker.session import UNPROVEN_BYTES, Session
 from rtunnel_broker.standing import Standing
 
 #: With so many handshakes in line the next links wait in the kernel's queue: there they cost no memory yet.
 MAX_IN_LINE: Final = 64
+#: Why a link ended whose place another source needed.
+MADE_ROOM: Final = "made room for another source: too many links prove nothing"
+#: So often connections that have said nothing are looked for.
+SWEEP_SECONDS: Final = 1.0
 #: What is turned away or left to wait is told in one line for so long.
 TELL_AGAIN: Final = 10.0
 
@@ -50,11 +57,11 @@ class Node:
         self.draining = False
         self.incarnation = 0
         self.started = time.time()
-        self.counts = PortCounts()
+        self.counts = PortCounts(broker.max_handshakes)
         self.registry_down: str = "not contacted yet"
         self.session_refusals: Counter[str] = Counter()  # by code word
-        self.handshakes = 0  # links that are not proven yet,
-        self._sources: dict[str, int] = {}  # and of which source they are
+        self._strangers: Strangers[Link] = Strangers(broker.max_handshakes, broker.source_handshakes, _is_silent)
+        self._room_timer: Timer | None = None  # looks again for a link that can make room
         self._told_at: dict[str, float] = {}
         self._registry = registry
         self._beating = trio.Lock()
@@ -140,42 +147,77 @@ class Node:
         """See SessionKeeper."""
         return self._standing.shown.dials
 
+    @property
+    def handshakes(self) -> int:
+        """Links that are not proven yet."""
+        return len(self._strangers)
+
     def _handshake_over(self, session: Session) -> None:
         session.handshaking = False
-        self.handshakes -= 1
-        if self._sources[session.source] == 1:
-            del self._sources[session.source]
-        else:
-            self._sources[session.source] -= 1
+        if session.place is not None:
+            self._strangers.leave(session.place)
         if self._links is not None:
             self._links.release()
 
     def _listen(self, sock: socket.socket) -> None:
         self._links = self.relay.listen(sock, self._accept_link)
+        self.relay.loop.after(SWEEP_SECONDS, self._sweep)
+
+    def _sweep(self) -> None:
+        """End what was opened to a guarded port without a word."""
+        loop = self.relay.loop
+        for connection in self.counts.dials.silent(loop.now - FIRST_BYTES):
+            connection.expel(f"nothing was said within {FIRST_BYTES:.0f} s")
+        loop.after(SWEEP_SECONDS, self._sweep)
 
     def _accept_link(self, sock: socket.socket, peer: str) -> None:
-        source, limit = source_of(peer), self.config.source_handshakes
-        share = self._sources.get(source, 0)
-        if limit and share >= limit:
-            sock.close()  # the listener can't wait for one source alone
-            self.refused(Refusal.TOO_MANY_HANDSHAKES)
-            self._warn("source_has_too_many_handshakes", limit=limit, peer=peer)
-            return
-        self._sources[source] = share + 1
-        self.handshakes += 1
+        source, now = source_of(peer), self.relay.loop.now
+        strangers = self._strangers
+        if not strangers.has_room(source):
+            weakest = strangers.weakest(source, now)
+            if weakest is None:
+                sock.close()  # the listener can't wait for one source alone
+                self.refused(Refusal.TOO_MANY_HANDSHAKES)
+                self._warn("source_has_too_many_handshakes", limit=strangers.share, peer=peer)
+                return
+            weakest.kill(MADE_ROOM)
         shown = self._standing.shown
         session = Session(self, binding=shown.binding, source=source)
-        self.relay.link(
+        link = self.relay.link(
             sock, session, peer=peer, client=False, tls=shown.context, handshake_timeout=self.handshake_timeout
         )
-        # In a storm of agents the others wait in the kernel's queue. To turn them away costs nearly as much as to take
-        # them, and they come back: 5000 agents tried 16,000 times.
-        if self.handshakes >= self.config.max_handshakes and self._links is not None:
-            self._links.hold()
+        session.place = strangers.enter(source, link, now)
+        self._hold_if_full(peer)
+
+    def _hold_if_full(self, peer: str) -> None:
+        """In a storm of agents the others wait in the kernel's queue. To turn them away costs nearly as much as to take
+        them, and they come back: 5000 agents tried 16,000 times.
+        """
+        links, loop = self._links, self.relay.loop
+        if links is None:
+            return
+        if self._strangers.full:
             self._warn("too_many_handshakes", limit=self.config.max_handshakes, peer=peer)
-        elif self.relay.loop.line >= MAX_IN_LINE and self._links is not None:
-            self._links.hold()
-            self.relay.loop.in_line(self._links.release)
+            self._hold_until_room()
+        elif loop.line >= MAX_IN_LINE:
+            links.hold()
+            loop.in_line(links.release)
+
+    def _hold_until_room(self) -> None:
+        """Accept again when a place is free, or when somebody has been silent for long enough to make room."""
+        links, loop = self._links, self.relay.loop
+        if links is None or links.closed:
+            return
+        if not self._strangers.full or self._strangers.weakest("", loop.now) is not None:
+            links.release()
+            return
+        links.hold()
+        if self._room_timer is None:
+            self._room_timer = loop.after(SILENT_GRACE, self._look_for_room)
+
+    def _look_for_room(self) -> None:
+        self._room_timer = None
+        self._hold_until_room()
 
     def _warn(self, event: str, **fields: object) -> None:
         """What comes in floods: one line of it in ten seconds."""
@@ -333,3 +375,8 @@ class Node:
         for session in list(self.sessions.values()):
             session.tell(Bye(reason="the broker stops"))
             session.end("the broker stops")
+
+
+def _is_silent(link: Link) -> bool:
+    """The peer of a link that is not proved has sent nothing. On a plain link its allowance is untouched then."""
+    return not link.has_spoken and link.allowance in (None, UNPROVEN_BYTES)

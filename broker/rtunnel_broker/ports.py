@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from rtunnel.counts import StreamCounts
+from rtunnel.net import source_of
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account
 from rtunnel.relay.link import Link
 from rtunnel.relay.relay import Relay
 from rtunnel.relay.stream import StreamEnd
-from rtunnel.relay.tls import NOT_TLS
+from rtunnel.relay.tls import NOT_TLS, TlsEnd
+from rtunnel.strangers import Strangers
 from rtunnel.trust.keys import DialKeys, NonceWindow
 from rtunnel.wire import messages
 from rtunnel.wire.messages import (
@@ -53,17 +55,36 @@ _TLS: Final = b"\x16\x03"
 
 #: An agent answers for its target within `agent.target_timeout` (10 s); one that has not by now never will.
 OPEN_DEADLINE: Final = 30.0
+#: A gateway says its Dial at once: a guarded connection without a first byte ends after so many seconds. A lost segment
+#: comes again after one second, and again after two.
+FIRST_BYTES: Final = 3.0
 #: An agent says Dialling once. One that says it without end would keep all others waiting.
 MAX_DIALLINGS: Final = 64
 
 Networks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
 
 
-@dataclass
 class PortCounts(StreamCounts):
-    """What a broker's ports did since its start."""
+    """What a broker's ports did since its start, and who waits there."""
 
-    waiting: int = 0  # connections whose Dial, or whose agent's answer, has not come yet
+    def __init__(self, most: int) -> None:
+        """At most `most` connections wait for their Dial, and as many for their agent's answer.
+
+        One source may have half of the first places. One agent may have a quarter of the others: its targets may all be
+        silent, and the other agents' open ports must go on.
+        """
+        super().__init__()
+        # The kernel gives a silent connection to us after a second only (TCP_DEFER_ACCEPT), and others are read in the
+        # turn that accepts them.
+        self.dials: Strangers[GuardedConnection] = Strangers(
+            most, max(1, most // 2), lambda connection: connection.is_silent, silent_grace=0.0
+        )
+        self.answers: Strangers[OpenConnection] = Strangers(most, max(1, most // 4), lambda _: False)
+
+    @property
+    def waiting(self) -> int:
+        """Connections whose Dial, or whose agent's answer, has not come yet."""
+        return len(self.dials) + len(self.answers)
 
 
 class DialChecker:
@@ -121,17 +142,30 @@ class Guarded:
 class GuardedConnection:
     """One connection to a guarded port: a Dial, then a stream on the session's link."""
 
-    __slots__ = ("_decoder", "_end", "_port", "_who")
+    __slots__ = ("_decoder", "_end", "_heard", "_place", "_port", "_who")
 
-    def __init__(self, port: GuardedPort, end: SocketEnd) -> None:
+    def __init__(self, port: GuardedPort, end: SocketEnd, source: str) -> None:
         self._port = port
         self._end = end
         self._decoder = Decoder(Dial)
+        self._heard = False
+        self._place = port.counts.dials.enter(source, self, end.loop.now)
         self._who = end.peer
+
+    @property
+    def is_silent(self) -> bool:
+        """The peer has sent nothing yet, neither of TLS nor of a Dial."""
+        return not (self._heard or (isinstance(self._end, TlsEnd) and self._end.tls.shaken))
+
+    def expel(self, why: str) -> None:
+        """End it for its silence."""
+        self._end.abort()
+        self.lost(why)
 
     def received(self, data: bytes) -> None:
         """See Talker."""
         port = self._port
+        self._heard = True
         self._decoder.feed(data)
         try:
             frame = self._decoder.next_frame()
@@ -146,7 +180,7 @@ class GuardedConnection:
         except Refused as refused:
             self._refuse(refused)
         else:
-            port.counts.waiting -= 1
+            port.counts.dials.leave(self._place)
             port.pass_on(self._end, frame[1] + self._decoder.rest(), frame[0].key)
 
     def finished(self) -> None:
@@ -155,12 +189,12 @@ class GuardedConnection:
 
     def lost(self, why: str) -> None:
         """See Talker."""
-        self._port.counts.waiting -= 1
+        self._port.counts.dials.leave(self._place)
         fix = {"hint": "gateway.dial_security must be tls"} if why == NOT_TLS else {}
         self._port.session.keeper.log("dial_lost", reason=why, peer=self._who, port=self._port.number, **fix)
 
     def _refuse(self, refused: Refused) -> None:
-        self._port.counts.waiting -= 1
+        self._port.counts.dials.leave(self._place)
         self._port.refuse(self._end, refused)
 
 
@@ -173,26 +207,32 @@ class GuardedPort:
     number: int
     checker: DialChecker
     counts: PortCounts
-    max_waiting: int
     timeout: float
 
     def accept(self, sock: socket.socket, peer: str) -> None:
         """A connection: its Dial must come in time."""
-        tls = self.session.keeper.dial_tls
-        if self.counts.waiting >= self.max_waiting:
-            self.counts.refuse(Refusal.OVERLOADED)
-            try:
-                if tls is None:
-                    sock.send(_OVERLOADED)  # and no lingering: there are too many already
-            except OSError:
-                pass
-            sock.close()
-            return
-        self.counts.waiting += 1
+        tls, dials = self.session.keeper.dial_tls, self.counts.dials
+        source = source_of(peer)
+        if not dials.has_room(source):
+            weakest = dials.weakest(source, self.relay.loop.now)
+            if weakest is None:
+                self._turn_away(sock, plain=tls is None)
+                return
+            weakest.expel("made room for another connection: too many say no Dial")
         end = self.relay.end(sock, peer, spoken=True)
         if tls is not None:
             end = self.relay.secure(end, tls, otherwise=_TLS_ONLY)
-        end.talk(GuardedConnection(self, end), self.timeout)
+        end.talk(GuardedConnection(self, end, source), self.timeout)
+
+    def _turn_away(self, sock: socket.socket, *, plain: bool) -> None:
+        """No place is left: no lingering, there are too many already."""
+        self.counts.refuse(Refusal.OVERLOADED)
+        try:
+            if plain:
+                sock.send(_OVERLOADED)
+        except OSError:
+            pass
+        sock.close()
 
     def pass_on(self, end: SocketEnd, first: bytes, key: str) -> None:
         """A good Dial, by the gateway's key of this id: open the stream with the Dial in front, and join."""
@@ -220,13 +260,14 @@ class GuardedPort:
 class OpenConnection:
     """One connection to an open port, while the agent connects the target; the talker of its stream."""
 
-    __slots__ = ("_client", "_decoder", "_diallings", "_port", "_stream")
+    __slots__ = ("_client", "_decoder", "_diallings", "_place", "_port", "_stream")
 
     def __init__(self, port: OpenPortServer, client: SocketEnd) -> None:
         self._port = port
         self._client = client
         self._decoder = Decoder(DialAnswer)
         self._diallings = 0
+        self._place = port.counts.answers.enter(port.session.owner, self, client.loop.now)
         self._stream: StreamEnd | None = None
 
     def begin(self, stream: StreamEnd) -> None:
@@ -267,14 +308,14 @@ class OpenConnection:
 
     def _over(self) -> None:
         """There will be no pair."""
-        self._port.counts.waiting -= 1
+        self._port.counts.answers.leave(self._place)
         self._port.session.streams -= 1
 
     def _join(self) -> None:
         assert self._stream is not None
         self._stream.pause()
         counts = self._port.counts
-        counts.waiting -= 1
+        counts.answers.leave(self._place)
         counts.began()
         self._port.relay.join(self._client, self._stream, down=self._decoder.rest(), on_end=self._ended)
 
@@ -320,11 +361,10 @@ class OpenPortServer:
     allow: tuple[Networks, ...]  # a source must be in each list
     node: str
     counts: PortCounts
-    max_waiting: int
 
     def accept(self, sock: socket.socket, peer: str) -> None:
         """A connection."""
-        if self.counts.waiting >= self.max_waiting:
+        if not self.counts.answers.has_room(self.session.owner):
             self.counts.refuse(Refusal.OVERLOADED)
             sock.close()
             return
@@ -343,7 +383,6 @@ class OpenPortServer:
             connection = OpenConnection(self, end)
             end.talk(_ClientWatch(connection))
             end.pause()
-            self.counts.waiting += 1
             connection.begin(session.link.open(connection, encode(self._dial(session, peer)), OPEN_DEADLINE))
 
     def _dial(self, session: Session, peer: str) -> Dial:

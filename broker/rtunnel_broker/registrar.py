@@ -147,7 +147,7 @@ class Registrar:
             return False
         guarded = GuardedPort(
             self._node.relay, session, leased[0].lease.port, self._checker, self._node.counts,
-            self._node.config.max_handshakes, self._node.config.handshake_timeout,
+            self._node.config.handshake_timeout,
         )  # fmt: skip
         session.listeners.append(self._node.relay.listen(leased[0].sock, guarded.accept, client_speaks=True))
         for port, (publish, _) in zip(leased[1:], granted, strict=True):
@@ -155,7 +155,6 @@ class Registrar:
             server = OpenPortServer(
                 self._node.relay, session, port.lease.port, publish.ip, publish.target_port,
                 (self._open_allow, own) if own else (self._open_allow,), self._node.node, self._node.counts,
-                self._node.config.max_handshakes,
             )  # fmt: skip
             session.listeners.append(self._node.relay.listen(port.sock, server.accept))
         session.welcome(

@@ -26,6 +26,7 @@ from rtunnel.relay.link import Link
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.relay import Listener
 from rtunnel.relay.stream import StreamEnd
+from rtunnel.strangers import Place
 from rtunnel.trust.identity import Identity, Revoked, Roots, is_session_proof
 from rtunnel.trust.keys import AGENT_LABEL, BROKER_LABEL, TrustError, token_mac
 from rtunnel.wire import messages
@@ -93,7 +94,8 @@ class Session:
 
     keeper: SessionKeeper
     binding: bytes = b""  # SHA-256 of the certificate that this link's handshake showed; empty without TLS
-    source: str = ""  # whose share of handshakes it takes
+    source: str = ""  # whose share of handshakes it takes,
+    place: Place[Link] | None = None  # and its place among them
     identity: Identity | None = None  # who it is, by certificate; None: by token
     rule: Rule = EVERYTHING
     streams: int = 0

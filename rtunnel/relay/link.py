@@ -137,6 +137,11 @@ class Link(WindowedSession):
         return self._transport.peer_certificate()
 
     @property
+    def has_spoken(self) -> bool:
+        """Whether the TLS handshake has begun; True also while it stands in line, and nobody has looked yet."""
+        return self._shaking or self._transport.shaken > 0
+
+    @property
     def silence(self) -> float:
         """Seconds since the last sign of life."""
         return self.loop.now - self._heard

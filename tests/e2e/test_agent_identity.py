@@ -743,7 +743,7 @@ async def test_one_source_does_not_take_all_handshakes(tmp_path: Path, events: E
         assert (await Knock(hello(), showing(cluster.secrets, name)).at(node)).session.welcome is not None
         for sock in silent:
             sock.close()
-        await cluster.until(lambda: node.handshakes == 0 and not node._sources)
+        await cluster.until(lambda: node.handshakes == 0)
 
 
 def knock_from(source: str, node: Node) -> socket.socket:

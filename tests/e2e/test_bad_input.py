@@ -55,6 +55,7 @@ from rtunnel.wire.messages import (
     encode,
     encode_body,
 )
+from rtunnel_broker import node as node_module
 from rtunnel_broker import registrar, session
 from support.cluster import Cluster, Part, SocksRefused, Target, in_thread, read_line, running_cluster
 from support.logs import Events, named
@@ -512,7 +513,8 @@ def link_attacks(secrets: Path) -> dict[str, tuple[Attack, str, bytes]]:
             broken,
         ),
         "a second stream": (says(yamux_says(b"") + header(0, 0, 1, 3, 0)), "a second stream before", broken),
-        "pings without end": (says(header(0, 2, 1, 0, 1) * 80000), "too many bytes before", broken),
+        # The answers to some thousand pings may fill the way back: then there is no room for a GoAway.
+        "pings without end": (says(header(0, 2, 1, 0, 1) * 80000), "too many bytes before", b""),
     }
 
 
@@ -1711,9 +1713,9 @@ def paused(logs: Events) -> set[str]:
     return {entry["component"] for entry in logs if entry["event"] == "accept_paused"}
 
 
-async def test_a_broker_full_of_handshakes_serves_its_agents_and_takes_others_later(here: Path) -> None:
-    """Silent links hold every place until the deadline: sessions go on, a new agent waits and gets in."""
-    async with running_cluster(here, broker__max_handshakes=6, **FAST) as cluster:
+async def test_silent_links_make_room_for_an_agent(here: Path) -> None:
+    """Silent links of many sources hold every place for a minute: sessions go on, and a new agent comes in at once."""
+    async with running_cluster(here, broker__max_handshakes=6, broker__handshake_timeout=60.0) as cluster:
         await cluster.start(brokers=1)
         node = cluster.brokers["b1"].node
         async with unharmed(cluster, Target("127.1.0.1")) as logs:
@@ -1721,6 +1723,7 @@ async def test_a_broker_full_of_handshakes_serves_its_agents_and_takes_others_la
             await cluster.until(lambda: node.handshakes == 6)
             late = await cluster.start_agent("late", "127.1.0.8", redundancy=1)
             await cluster.until(lambda: late.agent.state == "ready")
+            assert node.handshakes == 5
             for attacker in idle:
                 attacker.sock.close()
             await late.shut()
@@ -1728,26 +1731,27 @@ async def test_a_broker_full_of_handshakes_serves_its_agents_and_takes_others_la
         assert sum(entry["event"] == "too_many_handshakes" for entry in logs) == 1
 
 
-async def test_guarded_ports_full_of_silence_refuse_and_recover(here: Path) -> None:
-    """Connections without a Dial hold every place until the deadline: the gateway is told "overloaded", not nothing."""
-    async with running_cluster(here, broker__max_handshakes=6, **FAST) as cluster:
+@pytest.mark.parametrize("source", ["", "127.66.255.1"])
+async def test_connections_without_a_dial_make_room(here: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    """Silent connections to guarded ports, of one source or of many, keep no gateway out, and end soon."""
+    async with running_cluster(here, broker__max_handshakes=6, broker__handshake_timeout=60.0) as cluster:
         await cluster.start(brokers=1)
         target = Target("127.1.0.1")
         node, port = cluster.brokers["b1"].node, session_of(cluster).port
         await cluster.ask(target.ip, target.port)
-        with capture_logs() as logs:
-            idle = [Attacker(("127.0.0.1", port)) for _ in range(6)]
-            await cluster.until(lambda: node.counts.waiting == 6)
-            with pytest.raises(SocksRefused) as refused:
-                await cluster.socks(target.ip, target.port)
-            assert refused.value.code == 4
-            assert node.counts.refused == {"overloaded": 1}
-            await cluster.until(lambda: not node.counts.waiting)
-        failed = [entry for entry in logs if entry["event"] == "tuple_failed"]
-        assert [entry["code"] for entry in failed] == ["overloaded"], failed
+        monkeypatch.setattr(node_module, "FIRST_BYTES", 60.0)
+        idle = [Attacker(("127.0.0.1", port), source or a_source()) for _ in range(6)]
+        most = 3 if source else 6  # a source may have half of the places
+        await cluster.until(lambda: node.counts.waiting == most)
+        refused = 6 - most
+        for _ in range(3):
+            assert await cluster.ask(target.ip, target.port) == b"127.1.0.1:hello"
+        assert node.counts.refused == ({"overloaded": refused} if refused else {})
+        assert node.counts.waiting >= most - 1
+        monkeypatch.setattr(node_module, "FIRST_BYTES", 0.0)
+        await cluster.until(lambda: not node.counts.waiting)
         for attacker in idle:
             attacker.sock.close()
-        assert await cluster.ask(target.ip, target.port) == b"127.1.0.1:hello"
 
 
 async def test_a_broker_full_of_sessions_refuses_others_and_not_its_own(here: Path, secrets: Path) -> None:

@@ -16,8 +16,8 @@ class Port:
     """An open port that remembers what it refused."""
 
     def __init__(self) -> None:
-        self.counts = PortCounts(waiting=1)
-        self.session = SimpleNamespace(streams=1)
+        self.counts = PortCounts(8)
+        self.session = SimpleNamespace(streams=1, owner="default/host-7")
         self.refused: list[tuple[Refusal, str]] = []
 
     def refuse(self, _client: object, code: Refusal, text: str) -> None:
@@ -40,7 +40,8 @@ def test_dialling_is_taken_so_often_on_an_open_port(piece: int) -> None:
     """As at a gateway: an agent that says it without end keeps nobody waiting."""
     port: Any = Port()
     stream: Any = Stream()
-    connection = OpenConnection(port, SimpleNamespace())  # type: ignore[arg-type]
+    client: Any = SimpleNamespace(loop=SimpleNamespace(now=0.0))
+    connection = OpenConnection(port, client)
     connection.begin(stream)
     patient = encode(Dialling()) * MAX_DIALLINGS
     for at in range(0, len(patient), piece):

@@ -1,0 +1,104 @@
+"""Connections whose peers have not proved who they are: so many in all, and for each source a share.
+
+A source is an IPv4 address, or the /64 of an IPv6 address (`rtunnel.net.source_of`). When there is no place left, a
+connection of the largest source makes room: one source cannot keep the others out, however often it connects.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final, Generic, TypeVar
+
+T = TypeVar("T")
+
+#: Seconds that a connection may be silent before it can be ended for another one: a round trip of a far path.
+SILENT_GRACE: Final = 0.25
+#: The same for one that has said something and proved nothing: three round trips, and waiting in a storm of agents.
+STALLED_GRACE: Final = 2.0
+#: How many of a source's oldest connections are looked at for a silent one: the cost of one decision.
+LOOK_AT: Final = 32
+
+
+@dataclass(slots=True, eq=False)
+class Place(Generic[T]):
+    """What one connection holds from `enter` to `leave`. `since`: seconds of the caller's clock."""
+
+    source: str
+    entry: T
+    since: float
+
+
+class Strangers(Generic[T]):
+    """The places, and who has them. One thread."""
+
+    def __init__(
+        self, most: int, share: int, is_silent: Callable[[T], bool], silent_grace: float = SILENT_GRACE
+    ) -> None:
+        """At most `most` in all and `share` of one source (0: no share). `is_silent`: the peer has sent nothing yet."""
+        self.most = most
+        self.share = share or most
+        self._is_silent = is_silent
+        self._silent_grace = silent_grace
+        self._sources: dict[str, OrderedDict[Place[T], None]] = {}  # of each source, the oldest first
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Place[T]]:
+        for places in self._sources.values():
+            yield from places
+
+    @property
+    def full(self) -> bool:
+        """No place is left, of whatever source the next one is."""
+        return self._count >= self.most
+
+    def has_room(self, source: str) -> bool:
+        """Return whether one more of this source finds a place."""
+        return not self.full and len(self._sources.get(source, ())) < self.share
+
+    def enter(self, source: str, entry: T, now: float) -> Place[T]:
+        """Take a place, whether there is one or not: ask `has_room` before."""
+        place = Place(source, entry, now)
+        self._sources.setdefault(source, OrderedDict())[place] = None
+        self._count += 1
+        return place
+
+    def leave(self, place: Place[T]) -> None:
+        """Give a place back. Once."""
+        places = self._sources[place.source]
+        del places[place]
+        if not places:
+            del self._sources[place.source]
+        self._count -= 1
+
+    def weakest(self, source: str, now: float) -> T | None:
+        """Return what should end so that one more of `source` finds a place; None: nobody has had enough time yet.
+
+        It is of the same source when that has used up its share, else of the largest source: the oldest silent one, or
+        the oldest that has stalled.
+        """
+        own = self._sources.get(source, OrderedDict())
+        places = own if len(own) >= self.share else max(self._sources.values(), key=len, default=own)
+        oldest = list(islice(places, LOOK_AT))
+        for place in oldest:
+            if now - place.since > self._silent_grace and self._is_silent(place.entry):
+                return place.entry
+        if oldest and now - oldest[0].since > STALLED_GRACE:
+            return oldest[0].entry
+        return None
+
+    def silent(self, before: float) -> list[T]:
+        """Return those that came before this time and have said nothing."""
+        found: list[T] = []
+        for places in self._sources.values():
+            for place in places:
+                if place.since >= before:
+                    break
+                if self._is_silent(place.entry):
+                    found.append(place.entry)
+        return found
