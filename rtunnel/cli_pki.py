@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from rtunnel.trust import certificates, keys, pki
 from rtunnel.trust.certificates import DAY, read_request, requested_key
 from rtunnel.trust.files import PUBLIC, SECRET, Made, replace, write_new
 from rtunnel.trust.keys import TrustError
-from rtunnel.trust.pki import Directory, open_directory
+from rtunnel.trust.pki import Directory, open_directory, utc
 from rtunnel.trust.store import TokenRecord
 
 _UNITS = {"d": DAY, "h": 3600, "m": 60, "s": 1}
@@ -71,6 +70,8 @@ _namespace = click.option("--namespace", type=_WORD, default="default", show_def
 _csr = click.option(
     "--csr", type=click.Path(path_type=Path, dir_okay=False), help="A request of `pki request`: the key stays there."
 )
+_TAKE_OVER = "Also what is certified for another agent: an agent_id (with a token), addresses."
+_take_over = click.option("--take-over", is_flag=True, help=_TAKE_OVER)
 _into = click.option("--into", type=_FOLDER, help="Where the files go; default: the authority's directory.")
 
 
@@ -123,6 +124,7 @@ def token_group() -> None:
 )
 @click.option("--cert-lifetime", type=_DURATION, default="24h", show_default=True, help="Of their certificates.")
 @click.option("--file", type=click.Path(path_type=Path), help="Written for its owner only, if it is not there yet.")
+@_take_over
 def token_create(
     directory: Path,
     token_id: str,
@@ -132,21 +134,27 @@ def token_create(
     networks: tuple[str, ...],
     cert_lifetime: int,
     file: Path | None,
+    take_over: bool,
 ) -> None:
     """Make a token, and print it once or write it to --file.
 
     Give the agent the line in a file (`agent.join_token`): with it the agent gets its first certificate.
+
+    Nobody gets an agent_id or an address by it for which another agent has a certificate in force, unless --take-over:
+    for a host that was set up anew, or an address that has moved. The agent_id's older certificates are void then.
     """
     token = _new_token(token_id)
     ends = int(time.time()) + lifetime
-    record = TokenRecord(token.id, token.secret, namespace, networks, uses, 0, ends, cert_lifetime)
+    record = TokenRecord(token.id, token.secret, namespace, networks, uses, 0, ends, cert_lifetime, False, take_over)
     with _changing(directory) as opened:
         opened.store.add_token(record)
         if file is not None:
             write_new(file.parent, [(file.name, SECRET, f"{token.line()}\n".encode(), "")])
     click.echo(f"{file}: token {token.id}" if file is not None else token.line())
     whom = "one agent" if uses == 1 else f"{uses} agents"
-    click.echo(f"lets {whom} of {namespace} in {', '.join(networks)} enrol until {_time(ends)}", err=True)
+    click.echo(f"lets {whom} of {namespace} in {', '.join(networks)} enrol until {utc(ends)}", err=True)
+    if take_over:
+        click.echo("takes over what other agents have there: revoke it when they are done", err=True)
 
 
 @token_group.command("list")
@@ -156,7 +164,7 @@ def token_list(directory: Path) -> None:
     now = time.time()
     with told(), open_directory(directory) as opened:
         tokens = opened.store.tokens()
-    columns = ("token", "state", "used", "until", "namespace", "networks", "certificates")
+    columns = ("token", "state", "used", "until", "namespace", "networks", "certificates", "take over")
     print_table(columns, [_token_row(token, now) for token in tokens])
 
 
@@ -173,7 +181,8 @@ def token_revoke(directory: Path, token_id: str) -> None:
 
 def _token_row(token: TokenRecord, now: float) -> tuple[str, ...]:
     used, networks = f"{token.used}/{token.uses}", ", ".join(token.networks)
-    return token.id, _state(token, now), used, _time(token.ends), token.namespace, networks, _for(token.lifetime)
+    allowed = token.namespace, networks, _for(token.lifetime), "yes" if token.take_over else ""
+    return token.id, _state(token, now), used, utc(token.ends), *allowed
 
 
 def _state(token: TokenRecord, now: float) -> str:
@@ -220,6 +229,7 @@ def issue_broker(
 @click.option("--address", "addresses", type=_IP, multiple=True, help="That it answers for; repeatable.")
 @click.option("--days", type=click.FloatRange(0.01, 3650), default=pki.AGENT_DAYS, show_default=True, help="Its life.")
 @_csr
+@_take_over
 @_into
 def issue_agent(
     directory: Path,
@@ -228,6 +238,7 @@ def issue_agent(
     addresses: tuple[str, ...],
     days: float,
     csr: Path | None,
+    take_over: bool,
     into: Path | None,
 ) -> None:
     """Make a certificate for agent NAME: NAME.pem and NAME.key.
@@ -246,7 +257,7 @@ def issue_agent(
             key, addresses = asked.public_key, asked.addresses
         if not addresses:
             raise TrustError("which addresses? give --address for each")
-        issue = partial(pki.issue_agent, directory, name, days=days, key=key, into=into)
+        issue = partial(pki.issue_agent, directory, name, days=days, key=key, into=into, take_over=take_over)
         _show_made(issue(agent_id=_word(name), namespace=namespace, addresses=addresses))
     click.echo(f"agent/{namespace}/{name} for {', '.join(addresses)}")
 
@@ -301,7 +312,7 @@ def list_issued(directory: Path) -> None:
         revoked = opened.store.revoked_at
         items = [i for i in opened.store.issued(time.time()) if i.ca in in_force and i.issued > revoked(i.subject)]
     columns = ("subject", "addresses", "issued", "until", "ca", "token")
-    rows = [(i.subject, ", ".join(i.addresses), _time(i.issued), _time(i.ends), i.ca, i.token) for i in items]
+    rows = [(i.subject, ", ".join(i.addresses), utc(i.issued), utc(i.ends), i.ca, i.token) for i in items]
     print_table(columns, rows)
 
 
@@ -337,7 +348,7 @@ def revoke(directory: Path, subject: str, force: bool) -> None:
     subject = _subject(subject)
     with _changing(directory) as opened:
         void = opened.revoke(subject, force=force)
-        # Also of certificates that are over: who has renewed has its present one by no token.
+        # Also of certificates that are over: an agent may have had several tokens.
         tokens = [opened.store.token(item.token) for item in opened.store.issued_to(subject) if item.token]
         number = opened.number
     what = "the key" if subject.startswith("gateway/") else _certificates(len(void))
@@ -371,9 +382,9 @@ def show(directory: Path) -> None:
             ca = x509.load_der_x509_certificate(record.certificate)
             fingerprint = ca.fingerprint(hashes.SHA256()).hex()[:16]
             ends = int(ca.not_valid_after_utc.timestamp())
-            click.echo(f"CA {record.number}: {_ROLES[record.role]}; until {_time(ends)}, SHA-256 {fingerprint}...")
+            click.echo(f"CA {record.number}: {_ROLES[record.role]}; until {utc(ends)}, SHA-256 {fingerprint}...")
         for subject, at in sorted(opened.roots.revoked.items()):
-            click.echo(f"revoked: {printable(subject)}, what was issued until {_time(at)}")
+            click.echo(f"revoked: {printable(subject)}, what was issued until {utc(at)}")
 
 
 _ROLES = {
@@ -479,10 +490,6 @@ def _show_made(made: Sequence[Made]) -> None:
 
 def _certificates(count: int) -> str:
     return "1 certificate" if count == 1 else f"{count} certificates"
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _for(seconds: int) -> str:

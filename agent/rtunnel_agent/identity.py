@@ -27,6 +27,7 @@ from typing import Final
 import trio
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import load_der_x509_certificate
+from msgspec.structs import replace as replace_fields
 from structlog.typing import FilteringBoundLogger
 
 from rtunnel.config import AgentConfig
@@ -149,6 +150,9 @@ class Credentials:
         self._revoked = False  # a broker says so;
         self._void = False  # and there is another token since: then the certificate is worth nothing to us either
         self._old_token = ""  # the id of the one that does not count as another
+        #: A certificate of this agent that lacks one of its addresses: beside a new token it proves the agent_id.
+        self._former: AgentIdentity | None = None
+        self._proves_former = False  # the authority has asked for it
         self._changed = trio.Event()
         if self._directory is not None:
             self._open_directory(self._directory)
@@ -288,7 +292,7 @@ class Credentials:
 
     def _put(self, identity: AgentIdentity) -> None:
         self._check(identity)
-        self.identity = identity
+        self.identity, self._former, self._proves_former = identity, None, False
         self._on_put(identity)
         self._warned = self._revoked = self._void = False
         life = identity.who.ends - identity.who.issued
@@ -326,7 +330,8 @@ class Credentials:
         if self._pair[0].exists():
             try:
                 self._finish_exchange(directory)
-                self._put(AgentIdentity(*load_pair(*self._pair)))
+                self._former = AgentIdentity(*load_pair(*self._pair))
+                self._put(self._former)
             except TrustError as fault:
                 self._log.warning("identity_rejected", reason=str(fault), hint="a new one is enrolled for")
         if self._token is None and (missing := self._fault()):
@@ -416,6 +421,7 @@ class Credentials:
             if refused.code is Refusal.REVOKED and not renewing:
                 # The key was certified, the answer was lost, and then it was revoked: no token brings it back.
                 pending.unlink(missing_ok=True)
+            self._proves_former = refused.code is Refusal.AGENT_ID_TAKEN
             raise
         if answer.trust:
             self.take(answer.trust)
@@ -444,7 +450,13 @@ class Credentials:
             raise TrustError(f"agent.join_token is not given: {_FIX}")
         if self._revoked and not self._void:
             raise TrustError("the certificate was revoked: agent.join_token needs another token")
-        return Enrol(VERSION, request, self._token.id, token_mac(self._token.secret, ENROL_LABEL, request))
+        enrol = Enrol(VERSION, request, self._token.id, token_mac(self._token.secret, ENROL_LABEL, request))
+        former = self.identity or self._former
+        if former is None or not self._proves_former:
+            return enrol
+        # Not in the first request: an authority of an older version would take it for a renewal.
+        signature = sign_renewal(former.key, request)
+        return replace_fields(enrol, certificate=former.certificate, signature=signature)
 
     async def _warn_in_time(self) -> None:
         """Once for each certificate, when it is nearly over and there is no other."""

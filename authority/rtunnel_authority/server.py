@@ -212,6 +212,7 @@ class Server:
             until=datetime.fromtimestamp(granted.ends, UTC).isoformat(timespec="seconds"),
             peer=peer,
             **({"token": granted.token_id} if granted.token_id else {}),
+            **({"took_over_from": list(granted.took_over)} if granted.took_over else {}),
         )
 
     def _refuse(self, question: Enrol, code: Refusal, text: str, peer: str) -> Refuse:

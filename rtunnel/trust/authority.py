@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidSignature
@@ -13,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from rtunnel.trust.certificates import ENROL_LABEL, RENEW_LABEL, Request, key_hash, load_request, read_request
 from rtunnel.trust.identity import Identity, read_certificate
 from rtunnel.trust.keys import TrustError, token_mac
-from rtunnel.trust.pki import Directory, KeyRevoked
+from rtunnel.trust.pki import AddressHeld, Directory, KeyRevoked, utc
 from rtunnel.trust.store import StoreFault, TokenRecord
 from rtunnel.wire.messages import VERSION, Enrol, Enrolled
 from rtunnel.wire.refusal import Refusal, Refused
@@ -27,6 +28,7 @@ class Granted:
     request: Request
     token_id: str  # "": it was renewed
     ends: float
+    took_over: tuple[str, ...] = ()  # the agents that lose their agent_id or an address by it
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,8 @@ class _Due:
     seconds: float
     token: TokenRecord | None = None  # None: it renews
     again: bool = False  # the token has counted this one already
+    origin: str = ""  # the token that the agent's first certificate came by
+    revokes: bool = False  # the agent_id's certificates of before are void with it
 
 
 class Authority:
@@ -59,11 +63,16 @@ class Authority:
 
     def _due(self, enrol: Enrol) -> _Due:
         """What it may have at this moment. Raises Refused."""
-        due = self._renewal(enrol) if enrol.certificate else self._first(enrol)
+        renews = bool(enrol.certificate) and not enrol.token_id
+        due = self._renewal(enrol) if renews else self._first(enrol)
         try:
             self.directory.check_key(due.asked.public_key)
+            if due.token is None or not due.token.take_over:
+                self.directory.check_addresses(due.asked.subject, due.asked.namespace, due.asked.addresses)
         except KeyRevoked as fault:
             raise Refused(Refusal.REVOKED, str(fault)) from None
+        except AddressHeld as fault:
+            raise Refused(Refusal.ADDRESS_TAKEN, str(fault)) from None
         return due
 
     def _token(self, enrol: Enrol) -> TokenRecord:
@@ -88,7 +97,43 @@ class Authority:
         again = self._has_used(token, asked)
         if not again and token.used >= token.uses:
             raise Refused(Refusal.BAD_TOKEN, f"join token {token.id!r} is used up: it was for {_times(token.uses)}")
-        return _Due(asked, token.lifetime, token, again)
+        revokes = not again and self._takes_agent_id(enrol, asked, token)
+        return _Due(asked, token.lifetime, token, again, token.id, revokes)
+
+    def _takes_agent_id(self, enrol: Enrol, asked: Request, token: TokenRecord) -> bool:
+        """Whether the token takes the agent_id over from another agent. Raises Refused when it may not.
+
+        An agent_id belongs to whoever has a certificate in force for it. The same token may give it again (a host that
+        has lost its identity directory); another token must belong to the same agent, which proves its present
+        certificate, or be made for it (`take_over`). Even then it takes an agent_id only from an agent all of whose
+        addresses are in the token's networks.
+        """
+        others = [item for item in self.directory.in_force(asked.subject) if item.token != token.id]
+        if not others or self._is_same_agent(enrol, asked):
+            return False
+        last = max(others, key=lambda item: item.ends)
+        by = f"by join token {last.token!r}" if last.token else "by hand, or by a token that is not remembered"
+        has = f"{asked.subject} has a certificate in force until {utc(last.ends)}, {by}"
+        foreign = _outside([address for item in others for address in item.addresses], token)
+        if token.take_over and not foreign:
+            return True
+        if token.take_over:
+            fix = f"join token {token.id!r} can't take it over, for it is not for {', '.join(foreign[:4])}"
+        else:
+            fix = (
+                "choose another agent.agent_id; if this is the same host, set up anew, revoke its old certificate "
+                f"(rtunnel pki revoke {asked.subject}) or give it a token of rtunnel pki token create --take-over"
+            )
+        raise Refused(Refusal.AGENT_ID_TAKEN, f"{has}: {fix}")
+
+    def _is_same_agent(self, enrol: Enrol, asked: Request) -> bool:
+        """Whether a request with a token also proves the asked subject's present certificate."""
+        if not enrol.certificate:
+            return False
+        try:
+            return self._present(enrol).subject == asked.subject
+        except Refused:
+            return False
 
     def _has_used(self, token: TokenRecord, asked: Request) -> bool:
         items = self.directory.store.issued_for(key_hash(asked.public_key))
@@ -112,7 +157,8 @@ class Authority:
         if foreign := [address for address in asked.addresses if address not in present.addresses]:
             reason = f"the present certificate is not for {', '.join(foreign)}: more addresses need a join token"
             raise Refused(Refusal.NOT_AUTHORISED, reason)
-        return _Due(asked, present.ends - present.issued)
+        origin = next((item.token for item in known if item.subject == present.subject), "")
+        return _Due(asked, present.ends - present.issued, origin=origin)
 
     def _present(self, enrol: Enrol) -> Identity:
         """Whose certificate and key it proves."""
@@ -135,10 +181,16 @@ class Authority:
 
     def _issue(self, due: _Due) -> Granted:
         asked, token = due.asked, due.token
+        held = self.directory.held_by_others(asked.subject, asked.namespace, asked.addresses)
+        took_over = {item.subject for item in held.values()}
+        if due.revokes:
+            self.directory.revoke(asked.subject)
+            took_over.add(asked.subject)
         try:
             made = self.directory.issue_agent(
                 asked.agent_id, asked.public_key, namespace=asked.namespace, addresses=asked.addresses,
-                seconds=due.seconds, token=token.id if token else "", remember=token.ends if token else 0,
+                seconds=due.seconds, token=due.origin, remember=token.ends if token else 0,
+                take_over=token is not None and token.take_over,
             )  # fmt: skip
         except StoreFault:
             raise
@@ -147,7 +199,8 @@ class Authority:
         if token is not None and not due.again:
             self.directory.store.use_token(token.id)
         answer = Enrolled(made.public_bytes(serialization.Encoding.DER), self.directory.signed)
-        return Granted(answer, asked, token.id if token else "", made.not_valid_after_utc.timestamp())
+        ends = made.not_valid_after_utc.timestamp()
+        return Granted(answer, asked, token.id if token else "", ends, tuple(sorted(took_over)))
 
 
 def claimed(enrol: Enrol) -> Request | None:
@@ -169,13 +222,17 @@ def _check_limits(asked: Request, token: TokenRecord) -> None:
     if asked.namespace != token.namespace:
         reason = f"join token {token.id!r} is for namespace {token.namespace!r}, not for {asked.namespace!r}"
         raise Refused(Refusal.NOT_AUTHORISED, reason)
-    networks = [ipaddress.ip_network(network) for network in token.networks]
-    inside = {a for a in asked.addresses if any(ipaddress.ip_address(a) in network for network in networks)}
-    if foreign := [address for address in asked.addresses if address not in inside]:
+    if foreign := _outside(asked.addresses, token):
         reason = (
             f"join token {token.id!r} is not for {', '.join(foreign[:4])}, only for {', '.join(token.networks[:4])}"
         )
         raise Refused(Refusal.NOT_AUTHORISED, reason)
+
+
+def _outside(addresses: Iterable[str], token: TokenRecord) -> list[str]:
+    """Return the addresses that are in none of the token's networks."""
+    networks = [ipaddress.ip_network(network) for network in token.networks]
+    return [a for a in addresses if not any(ipaddress.ip_address(a) in network for network in networks)]
 
 
 def _times(count: int) -> str:

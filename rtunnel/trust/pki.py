@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from secrets import token_hex
 from typing import Final
@@ -44,6 +45,10 @@ AGENT_DAYS: Final = 90
 
 class KeyRevoked(TrustError):
     """A certificate for this key was revoked: the key gets no other one."""
+
+
+class AddressHeld(TrustError):
+    """An address is certified for another agent; the text says for whom, until when, and what to do."""
 
 
 def init(directory: Path, *, names: Sequence[str] = (), ips: Sequence[str] = ()) -> list[Made]:
@@ -112,15 +117,19 @@ def issue_agent(
     days: float = AGENT_DAYS,
     key: PublicKey | None = None,
     into: Path | None = None,
+    take_over: bool = False,
 ) -> list[Made]:
     """An agent's certificate and key from the CA in `directory`: `name`.pem and `name`.key, there or in another folder.
 
-    With `key` it is for that one, and only `name`.pem is written. Raises TrustError; never overwrites.
+    With `key` it is for that one, and only `name`.pem is written. Raises TrustError (AddressHeld unless `take_over`);
+    never overwrites.
     """
     with open_directory(directory) as opened, opened.change():
         return _issue_pair(
             into or directory, name, key, "agent",
-            lambda k: opened.issue_agent(agent_id, k, namespace=namespace, addresses=addresses, seconds=days * DAY),
+            lambda k: opened.issue_agent(
+                agent_id, k, namespace=namespace, addresses=addresses, seconds=days * DAY, take_over=take_over
+            ),
         )  # fmt: skip
 
 
@@ -254,15 +263,49 @@ class Directory:
         seconds: float,
         token: str = "",
         remember: int = 0,
+        take_over: bool = False,
     ) -> x509.Certificate:
-        """For an agent, by a `token` or by hand; remembered until `remember` at least. KeyRevoked is possible."""
+        """For an agent, by a `token` or by hand; remembered until `remember` at least.
+
+        `take_over`: also addresses that are certified for another agent. Raises KeyRevoked, AddressHeld.
+        """
+        if not take_over:
+            self.check_addresses(f"agent/{namespace}/{agent_id}", namespace, addresses)
         issued = self._issue_time(f"agent/{namespace}/{agent_id}", key)
         made = certificates.agent_certificate(self.issuing, key, agent_id, namespace, addresses, issued, seconds)
         if len(_der(made)) > MAX_CERTIFICATE:
             raise TrustError(f"the certificate would have {len(_der(made))} bytes, over {MAX_CERTIFICATE}")
         _record(self.store, made, self._issuing.number, token, remember)
+        self.store.put_holder(f"agent/{namespace}/{agent_id}", namespace, addresses)
         self.store.forget(self.now())
         return made
+
+    def in_force(self, subject: str) -> list[Issued]:
+        """Return the subject's certificates that are good now: not expired, not revoked, of a CA in force."""
+        now, at = self.now(), self.store.revoked_at(subject)
+        good = {record.number for record in _in_force(self.cas)}
+        items = self.store.issued_to(subject)
+        return [item for item in items if item.ends > now and item.issued > at and item.ca in good]
+
+    def held_by_others(self, subject: str, namespace: str, addresses: Sequence[str]) -> dict[str, Issued]:
+        """Return those of `addresses` that are certified for another agent, each with its certificate in force."""
+        held: dict[str, Issued] = {}
+        for address in addresses:
+            holder = self.store.holder(namespace, address)
+            if holder not in ("", subject):
+                items = [item for item in self.in_force(holder) if address in item.addresses]
+                if items:
+                    held[address] = max(items, key=lambda item: item.ends)
+        return held
+
+    def check_addresses(self, subject: str, namespace: str, addresses: Sequence[str]) -> None:
+        """Raises AddressHeld when one of the addresses is certified for another agent. Needs no `change`."""
+        for address, item in self.held_by_others(subject, namespace, addresses).items():
+            raise AddressHeld(
+                f"{address} is certified for {item.subject} until {utc(item.ends)}: if it has moved for good, revoke "
+                f"that agent (rtunnel pki revoke {item.subject}) or use --take-over "
+                "(rtunnel pki token create, rtunnel pki issue agent)"
+            )
 
     def issue_broker(self, name: str, key: PublicKey, *, names: Sequence[str], ips: Sequence[str]) -> x509.Certificate:
         """For a broker. KeyRevoked is possible."""
@@ -438,6 +481,11 @@ def _der(certificate: x509.Certificate) -> bytes:
 
 def _until(certificate: x509.Certificate) -> str:
     return certificate.not_valid_after_utc.strftime("%Y-%m-%d")
+
+
+def utc(seconds: float) -> str:
+    """A moment (seconds since 1970) for people."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _text(line: str) -> bytes:

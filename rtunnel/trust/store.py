@@ -7,7 +7,7 @@ tokens are in it, since MACs are checked with them: it is for its owner only.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,21 +18,34 @@ from rtunnel.trust.keys import TrustError
 FILE: Final = "authority.db"
 #: Others hold it for milliseconds.
 _PATIENCE: Final = 5.0
-_VERSION: Final = 1
+_VERSION: Final = 2
 
+#: Since version 2. An address has one holder: the last agent that it was certified for, as long as a
+#: certificate of that agent is remembered.
+_HOLDERS: Final = """
+CREATE TABLE holders (
+    namespace TEXT NOT NULL, address TEXT NOT NULL, subject TEXT NOT NULL, PRIMARY KEY (namespace, address))
+    WITHOUT ROWID;
+CREATE INDEX holders_by_subject ON holders (subject);
+CREATE TRIGGER holder_forgotten AFTER DELETE ON issued
+    WHEN NOT EXISTS (SELECT 1 FROM issued WHERE subject = OLD.subject)
+    BEGIN DELETE FROM holders WHERE subject = OLD.subject; END;
+"""
 _SCHEMA: Final = f"""
 CREATE TABLE cas (
     number INTEGER PRIMARY KEY, role TEXT NOT NULL, certificate BLOB NOT NULL, key_file TEXT NOT NULL);
 CREATE TABLE list (number INTEGER NOT NULL, generation INTEGER NOT NULL, signed BLOB NOT NULL);
 CREATE TABLE tokens (
     id TEXT PRIMARY KEY, secret BLOB NOT NULL, namespace TEXT NOT NULL, networks TEXT NOT NULL, uses INTEGER NOT NULL,
-    used INTEGER NOT NULL, ends INTEGER NOT NULL, lifetime INTEGER NOT NULL, revoked INTEGER NOT NULL);
+    used INTEGER NOT NULL, ends INTEGER NOT NULL, lifetime INTEGER NOT NULL, revoked INTEGER NOT NULL,
+    take_over INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE issued (
     subject TEXT NOT NULL, key BLOB NOT NULL, ca INTEGER NOT NULL, addresses TEXT NOT NULL, token TEXT NOT NULL,
     issued INTEGER NOT NULL, ends INTEGER NOT NULL, forget INTEGER NOT NULL, PRIMARY KEY (subject, key, ca));
 CREATE INDEX issued_by_key ON issued (key);
 CREATE INDEX issued_by_forget ON issued (forget);
 CREATE TABLE revocations (subject TEXT PRIMARY KEY, at INTEGER NOT NULL, until INTEGER);
+{_HOLDERS}
 PRAGMA user_version = {_VERSION};
 """
 
@@ -68,6 +81,7 @@ class TokenRecord:
     ends: int
     lifetime: int  # of a certificate, in seconds
     revoked: bool = False
+    take_over: bool = False  # it gives agents what is certified for another one
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +92,7 @@ class Issued:
     key: bytes  # `certificates.key_hash`
     ca: int
     addresses: tuple[str, ...]
-    token: str  # "": by hand, or a renewal
+    token: str  # that its agent's first certificate came by; "": by hand
     issued: int
     ends: int
     forget: int  # the record is of use until then
@@ -103,11 +117,31 @@ class Store:
                 self._db.execute("PRAGMA journal_mode = WAL")
                 self._db.execute("PRAGMA synchronous = FULL")
                 (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            if version == 1:
+                version = self._add_holders()
             if version != _VERSION:
                 raise TrustError(f"{path}: is of version {version}, and this is rtunnel for version {_VERSION}")
         except TrustError:
             self._db.close()
             raise
+
+    def _add_holders(self) -> int:
+        """Bring a file of version 1 to version 2: of several agents with one address the newest one holds it.
+
+        Returns the file's version.
+        """
+        with self.change():
+            (version,) = self._run("PRAGMA user_version").fetchone()  # another process may have done it meanwhile
+            if version == 1:
+                self._run("ALTER TABLE tokens ADD COLUMN take_over INTEGER NOT NULL DEFAULT 0")
+                for statement in _statements(_HOLDERS):
+                    self._run(statement)
+                for item in map(_issued, self._run("SELECT * FROM issued ORDER BY issued").fetchall()):
+                    kind, namespace, *_ = item.subject.split("/")
+                    if kind == "agent":
+                        self.put_holder(item.subject, namespace, item.addresses)
+                self._run("PRAGMA user_version = 2")
+            return 2 if version == 1 else int(version)
 
     @staticmethod
     def create(path: Path) -> Store:
@@ -177,8 +211,8 @@ class Store:
         if self.token(token.id) is not None:
             raise TrustError(f"there is a token {token.id} already: choose another id")
         values = (token.id, token.secret, token.namespace, " ".join(token.networks), token.uses, token.used)
-        rest = (token.ends, token.lifetime, int(token.revoked))
-        self._run("INSERT INTO tokens VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", *values, *rest)
+        rest = (token.ends, token.lifetime, int(token.revoked), int(token.take_over))
+        self._run("INSERT INTO tokens VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", *values, *rest)
 
     def use_token(self, token_id: str) -> None:
         """Count one use."""
@@ -218,6 +252,22 @@ class Store:
         """Every certificate for one key that is remembered."""
         return [_issued(row) for row in self._run("SELECT * FROM issued WHERE key = ?", key)]
 
+    # Who holds an address.
+
+    def put_holder(self, subject: str, namespace: str, addresses: Iterable[str]) -> None:
+        """These addresses are certified for this agent, and for another one no more."""
+        for address in addresses:
+            self._run("INSERT OR REPLACE INTO holders VALUES (?, ?, ?)", namespace, address, subject)
+
+    def holder(self, namespace: str, address: str) -> str:
+        """Return the subject that the address was certified for last, "" when none is remembered.
+
+        Its certificates may be over, void, or without this address by now.
+        """
+        sql = "SELECT subject FROM holders WHERE namespace = ? AND address = ?"
+        row = self._run(sql, namespace, address).fetchone()
+        return "" if row is None else str(row[0])
+
     # Revocations.
 
     def revoke(self, subject: str, at: int, until: int | None) -> None:
@@ -251,8 +301,21 @@ class Store:
 
 
 def _token(row: tuple[Any, ...]) -> TokenRecord:
-    token_id, secret, namespace, networks, uses, used, ends, lifetime, revoked = row
-    return TokenRecord(token_id, secret, namespace, tuple(networks.split()), uses, used, ends, lifetime, bool(revoked))
+    token_id, secret, namespace, networks, uses, used, ends, lifetime, revoked, take_over = row
+    return TokenRecord(
+        token_id, secret, namespace, tuple(networks.split()), uses, used, ends, lifetime, bool(revoked), bool(take_over)
+    )
+
+
+def _statements(script: str) -> list[str]:
+    """Cut a script into statements: `executescript` would commit the transaction that it runs in."""
+    found, statement = [], ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if statement.strip() and sqlite3.complete_statement(statement):
+            found.append(statement)
+            statement = ""
+    return found
 
 
 def _issued(row: tuple[Any, ...]) -> Issued:

@@ -72,6 +72,7 @@ class Refusal(StrEnum):
     BAD_CERTIFICATE = "bad_certificate"
     REVOKED = "revoked"
     ADDRESS_TAKEN = "address_taken"
+    AGENT_ID_TAKEN = "agent_id_taken"
     AUTHORITY_UNAVAILABLE = "authority_unavailable"
     PORTS_EXHAUSTED = "ports_exhausted"
     PORT_TAKEN = "port_taken"
@@ -198,6 +199,9 @@ _TELLINGS: dict[Refusal, Telling] = {
     _R.REVOKED: Telling(GENERAL_FAILURE, 502, "proxy_internal_error", _TRY, "the certificate or key is revoked"),
     _R.ADDRESS_TAKEN: Telling(
         GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "another agent has this address at present"
+    ),
+    _R.AGENT_ID_TAKEN: Telling(
+        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "another agent has this agent_id at present"
     ),
     _R.AUTHORITY_UNAVAILABLE: Telling(
         GENERAL_FAILURE, 503, "proxy_internal_error", _TRY, "the authority can't be reached"

@@ -328,6 +328,47 @@ async def test_a_token_that_is_used_up_is_told(tmp_path: Path, events: Events) -
         assert list(cluster.brokers["b1"].node.sessions) == ["default/a1"]
 
 
+async def test_an_address_of_an_agent_that_is_away_is_kept_for_it(tmp_path: Path, events: Events) -> None:
+    """While a1 is down another agent comes with its token and address: it hears whose that is, and a1 comes back."""
+    async with running_cluster(tmp_path, broker__join_token="") as cluster, authority(cluster.secrets) as server:
+        await cluster.start_broker("b1", authority=address(server))
+        await cluster.start_gateway()
+        shared = token(cluster.secrets, networks=("127.1.0.0/24",), uses=9)
+        keys = without_certificate(tmp_path, shared) | {"redundancy": 1}
+        first = await cluster.start_agent(**keys)
+        await cluster.whole()
+        await first.shut()
+        cluster.agents.clear()
+        second = (await cluster.start_agent("a2", IP, **keys | {"identity": str(tmp_path / "second")})).agent
+        await cluster.until(lambda: "address_taken" in second.reasons()[0])
+        assert f"{IP} is certified for agent/default/a1 until 20" in second.reasons()[0]
+        assert "--take-over" in named(events, "enrol_refused")[-1]["reason"]
+        cluster.agents.clear()
+        await cluster.start_agent(**keys)
+        await cluster.whole()
+        assert list(cluster.brokers["b1"].node.sessions) == ["default/a1"]
+
+
+async def test_an_agent_proves_itself_when_it_comes_with_another_token(tmp_path: Path, events: Events) -> None:
+    """One more address needs another token: the agent shows by its certificate that the agent_id is its own."""
+    async with running_cluster(tmp_path, broker__join_token="") as cluster, authority(cluster.secrets) as server:
+        await cluster.start_broker("b1", authority=address(server))
+        await cluster.start_gateway()
+        first = await cluster.start_agent(
+            **without_certificate(tmp_path, token(cluster.secrets, networks=("127.1.0.0/24",))), redundancy=1
+        )
+        await cluster.whole()
+        await first.shut()
+        other = without_certificate(tmp_path, token(cluster.secrets, networks=("127.1.0.0/24",)))
+        await cluster.start_agent("a1", IP, "127.1.0.9", **other, redundancy=1)
+        await cluster.whole()
+        assert [line["code"] for line in named(events, "enrol_refused")] == [Refusal.AGENT_ID_TAKEN]
+        stranger = without_certificate(tmp_path, token(cluster.secrets, networks=("127.1.0.0/24",)))
+        stranger |= {"identity": str(tmp_path / "thief"), "redundancy": 1}
+        thief = await cluster.start_agent("a1", IP, **stranger)
+        await cluster.until(lambda: "agent_id_taken" in thief.agent.reasons()[0])
+
+
 async def test_a_source_that_is_refused_again_and_again_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: Events
 ) -> None:

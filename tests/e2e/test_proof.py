@@ -215,7 +215,7 @@ def issued(
     try:
         with directory.change():
             made = directory.issue_agent(
-                agent_id, key.public_key(), namespace=namespace, addresses=[address], seconds=DAY
+                agent_id, key.public_key(), namespace=namespace, addresses=[address], seconds=DAY, take_over=True
             )
     finally:
         directory.close()

@@ -216,7 +216,7 @@ class Lab:
     def issue(self, name: str, namespace: str, *addresses: str) -> tuple[str, str]:
         """An agent's certificate and key, by hand."""
         words = [word for address in addresses for word in ("--address", address)]
-        words += ["--namespace", namespace, "--dir", str(self._pki)]
+        words += ["--namespace", namespace, "--dir", str(self._pki), "--take-over"]
         self.net["authority"].check(_RTUNNEL, "pki", "issue", "agent", name, *words)
         return self._secret(f"{name}.pem"), self._secret(f"{name}.key")
 

@@ -202,7 +202,9 @@ class Site:
 
     def agent(self, name: str, ip: str, brokers: list[str], *flags: str) -> Process:
         made = f"agent-{len(self.processes)}"
-        pki.issue_agent(self.directory / "pki", made, agent_id=name, namespace="default", addresses=[ip])
+        pki.issue_agent(
+            self.directory / "pki", made, agent_id=name, namespace="default", addresses=[ip], take_over=True
+        )
         text = f"""
             [agent]
             brokers = {json.dumps(brokers)}

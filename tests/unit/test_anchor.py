@@ -31,7 +31,7 @@ def made(tmp_path: Path) -> Path:
     """A cluster with an agent a1."""
     directory = tmp_path / "pki"
     pki.init(directory)
-    pki.issue_agent(directory, "a1", agent_id="a1", namespace="default", addresses=["10.1.0.7"])
+    pki.issue_agent(directory, "a1", agent_id="a1", namespace="default", addresses=["10.1.9.9"])
     return directory
 
 
@@ -113,7 +113,7 @@ async def test_a_list_that_comes_while_the_authority_is_dialled(made: Path, monk
             return stream
 
         monkeypatch.setattr(trio, "open_tcp_stream", dial_slowly)
-        assert (await here.anchor.enrol(enrol(token(made)))).certificate
+        assert (await here.anchor.enrol(enrol(token(made), agent_id="a2"))).certificate
 
 
 async def test_who_is_no_ca_is_none(made: Path) -> None:
@@ -142,7 +142,7 @@ async def test_a_storm_of_enrols(made: Path) -> None:
         done: list[bytes] = []
 
         async def one(number: int) -> None:
-            answer = await here.anchor.enrol(enrol(by, agent_id=f"a{number}"))
+            answer = await here.anchor.enrol(enrol(by, agent_id=f"b{number}", addresses=[f"10.1.0.{number}"]))
             done.append(answer.certificate)
 
         async with trio.open_nursery() as nursery:
@@ -161,21 +161,21 @@ async def test_it_outlives_the_authority(made: Path, quick: None) -> None:
     with capture_logs() as lines:
         async with anchored(made / "ca.pem", None, where) as here:
             with pytest.raises(Refused) as caught:
-                await here.anchor.enrol(enrol(by))
+                await here.anchor.enrol(enrol(by, agent_id="a2"))
             assert caught.value.code is Refusal.AUTHORITY_UNAVAILABLE and "refused" in caught.value.text
             await until(lambda: "refused" in str(here.anchor.shown()["authority"]))
             async with authority(made, where):
                 await here.until(lambda: here.anchor.roots.number > 0)
-                await here.anchor.enrol(enrol(by))
+                await here.anchor.enrol(enrol(by, agent_id="a2"))
                 revoke_a1(made)
                 await here.until(lambda: bool(here.anchor.roots.revoked))
             number = here.anchor.roots.number
             await until(lambda: here.anchor.shown()["authority"] != "ok")
             with pytest.raises(Refused):
-                await here.anchor.enrol(enrol(by))
+                await here.anchor.enrol(enrol(by, agent_id="a2"))
             assert (here.anchor.roots.number, len(here.anchor.roots.revoked)) == (number, 1)
             async with authority(made, where):
-                await here.anchor.enrol(enrol(by))
+                await here.anchor.enrol(enrol(by, agent_id="a2"))
                 await until(lambda: here.anchor.shown()["authority"] == "ok")
     events = [line["event"] for line in lines]
     assert events.count("authority_reached") == 2
@@ -188,7 +188,7 @@ async def test_a_silent_authority_is_given_up(made: Path, monkeypatch: pytest.Mo
     with socket.create_server(("127.0.0.1", 0)) as mute:
         here = Anchored(made / "ca.pem", None, format_endpoint(*mute.getsockname()))
         with pytest.raises(Refused) as caught:
-            await here.anchor.enrol(enrol(token(made)))
+            await here.anchor.enrol(enrol(token(made), agent_id="a2"))
     assert caught.value.code is Refusal.AUTHORITY_UNAVAILABLE and "no answer within" in caught.value.text
 
 
@@ -197,7 +197,7 @@ async def test_an_authority_of_another_cluster_is_none(made: Path, tmp_path: Pat
     pki.init(tmp_path / "theirs")
     async with authority(tmp_path / "theirs") as server, anchored(made / "ca.pem", None, address(server)) as here:
         with pytest.raises(Refused) as caught:
-            await here.anchor.enrol(enrol(token(made)))
+            await here.anchor.enrol(enrol(token(made), agent_id="a2"))
         assert "certificate is not good" in caught.value.text
         await until(lambda: "certificate is not good" in str(here.anchor.shown()["authority"]))
         assert here.anchor.roots.number == 0 and here.changes == []
@@ -216,7 +216,7 @@ async def test_a_broker_is_no_authority(made: Path) -> None:
         listeners = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
         here = Anchored(made / "ca.pem", None, format_endpoint(*listeners[0].socket.getsockname()))
         with pytest.raises(Refused) as caught:
-            await here.anchor.enrol(enrol(token(made)))
+            await here.anchor.enrol(enrol(token(made), agent_id="a2"))
         assert "certificate is not good" in caught.value.text
         nursery.cancel_scope.cancel()
 
@@ -225,7 +225,7 @@ async def test_without_an_authority(made: Path) -> None:
     """Lists come by file only, and nobody enrols."""
     here = Anchored(made / "ca.pem")
     with pytest.raises(Refused) as caught:
-        await here.anchor.enrol(enrol(token(made)))
+        await here.anchor.enrol(enrol(token(made), agent_id="a2"))
     assert caught.value.code is Refusal.AUTHORITY_UNAVAILABLE and "no authority is configured" in caught.value.text
     assert here.anchor.shown() | {"authority": "none", "kept": "no file", "number": 0} == here.anchor.shown()
 

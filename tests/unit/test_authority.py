@@ -326,7 +326,7 @@ def test_who_gets_nothing_locks_nothing(made: Path) -> None:
     """Nor does who proves a token that allows nothing more, or asks for a key or an address that it can't have."""
     decide, key = at(made), new_key()
     used, over, gone, good = token(made), token(made, ends=int(time.time()) - 1), token(made), token(made, uses=9)
-    decide.enrol(enrol(used))
+    decide.enrol(enrol(used, agent_id="a0", addresses=["10.1.0.6"]))
     granted = decide.enrol(enrol(good, key))
     change(made, lambda opened: opened.store.revoke_token(gone.id))
     change(made, lambda opened: opened.revoke("agent/default/a1"))
@@ -334,6 +334,8 @@ def test_who_gets_nothing_locks_nothing(made: Path) -> None:
         for by in (used, over, gone):
             assert refusal(decide, enrol(by))[0] is Refusal.BAD_TOKEN
         assert refusal(decide, enrol(good, addresses=["10.9.0.7"]))[0] is Refusal.NOT_AUTHORISED
+        assert refusal(decide, enrol(good, addresses=["10.1.0.6"]))[0] is Refusal.ADDRESS_TAKEN
+        assert refusal(decide, enrol(good, agent_id="a0"))[0] is Refusal.AGENT_ID_TAKEN
         assert refusal(decide, enrol(good, key))[0] is Refusal.REVOKED
         assert refusal(decide, renewal(granted.answer.certificate, key))[0] is Refusal.REVOKED
     assert decide.enrol(enrol(good)).answer.certificate
