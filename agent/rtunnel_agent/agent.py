@@ -119,12 +119,12 @@ class Agent:
         self.slots = [Slot(number) for number in range(agent.redundancy)]
         self.draining: dict[AgentSession, float] = {}  # since when (monotonic)
         self.relay = Relay(self.report, f"relay-{self.agent_id}")
+        self._log = get_logger("agent").bind()
         self.targets = Targets(
-            self.relay, agent.namespace, frozenset(self.addresses), exposed(agent), agent.target_timeout
+            self.relay, agent.namespace, frozenset(self.addresses), exposed(agent), agent.target_timeout, self._log
         )
         self._publish = [_publish(entry.target, entry.port, entry.allow) for entry in agent.publish]
         self._token: Token | None = load_token(Path(agent.join_token)) if agent.join_token else None
-        self._log = get_logger("agent").bind()
         self._watches: dict[AgentSession, Watch] = {}
         self.credentials = Credentials(
             agent, self.agent_id, self.addresses, ask=self._ask, put=self._put_identity, log=self._log

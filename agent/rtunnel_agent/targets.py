@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from structlog.typing import FilteringBoundLogger
+
+from rtunnel.config import format_endpoint
 from rtunnel.counts import StreamCounts
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account, Ending
@@ -59,8 +62,11 @@ class Targets:
         addresses: frozenset[str],
         exposed: Exposed,
         timeout: float,
+        log: FilteringBoundLogger,
     ) -> None:
+        """`timeout` seconds for a connect."""
         self.relay = relay
+        self.log = log
         self.namespace = namespace
         self.addresses = addresses
         self.exposed = exposed
@@ -107,22 +113,28 @@ class Served:
     ip: str
     port: int
     way: str
+    who: str  # who asks, as the gateway or the open port says
 
     def __call__(self, account: Account) -> None:
         self.targets.counts.ended(account)
         self.session.streams -= 1
+        self.targets.log.debug(
+            "stream_served", reason=account.ending.value, who=self.who, target=format_endpoint(self.ip, self.port),
+            node=self.session.node, bytes_up=account.up, bytes_down=account.down, seconds=round(account.seconds, 3),
+        )  # fmt: skip
 
 
 class IncomingStream:
     """One stream from a broker: Dial, connect, answer, join."""
 
-    __slots__ = ("_attempt", "_decoder", "_dialled", "_late", "_served", "_session", "_stream", "_targets")
+    __slots__ = ("_attempt", "_body", "_decoder", "_dialled", "_late", "_served", "_session", "_stream", "_targets")
 
     def __init__(self, targets: Targets, session: AgentSession, stream: StreamEnd) -> None:
         self._targets = targets
         self._session = session
         self._stream = stream
         self._decoder = Decoder(Dial)
+        self._body: DialBody | None = None
         self._dialled: tuple[DialBody, bytes] | None = None  # the Dial of a gateway that wants a proof, as it came
         self._served: Served | None = None
         self._attempt: Attempt | None = None
@@ -136,7 +148,7 @@ class IncomingStream:
             dial = self._decoder.next()
             if dial is None:
                 return
-            body = decode_body(dial.body)
+            self._body = body = decode_body(dial.body)
             if body.exchange:
                 self._dialled = body, dial.body
             way = self._targets.check(body, self._session)
@@ -149,7 +161,7 @@ class IncomingStream:
 
     def _connect(self, body: DialBody, way: str) -> None:
         self._stream.pause()
-        self._served = Served(self._targets, self._session, body.ip, body.port, way)
+        self._served = Served(self._targets, self._session, body.ip, body.port, way, body.who)
         relay = self._targets.relay
         self._late = relay.loop.after(DIALLING_AFTER, self._say_dialling)
         self._attempt = relay.connect(way, body.port, self._targets.timeout, self._connected)
@@ -184,6 +196,11 @@ class IncomingStream:
     def _refuse(self, code: Refusal, why: str) -> None:
         self._stop()
         self._targets.counts.refuse(code)
+        body = self._body
+        self._targets.log.info(
+            "dial_refused", code=code.value, reason=why, who=body.who if body else "",
+            target=format_endpoint(body.ip, body.port) if body else "", node=self._session.node,
+        )  # fmt: skip
         refuse = Refuse(code=code.value, text=why[:512])
         # What another path could change needs no proof: it will be tried anyway.
         self._stream.say(self._proven(refuse) if code.telling.next is Next.STOP else encode(refuse))

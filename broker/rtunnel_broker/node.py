@@ -138,6 +138,10 @@ class Node:
         """See SessionKeeper."""
         self._log.info(event, node=self.node, **fields)
 
+    def trace(self, event: str, **fields: object) -> None:
+        """See SessionKeeper."""
+        self._log.debug(event, node=self.node, **fields)
+
     def report(self, event: str, fields: dict[str, object]) -> None:
         """What the relay itself has to say: never good news."""
         self._log.error(event, node=self.node, **fields)

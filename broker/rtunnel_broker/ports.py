@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from rtunnel.config import format_endpoint
 from rtunnel.counts import StreamCounts
 from rtunnel.net import source_of
 from rtunnel.relay.ends import SocketEnd
@@ -98,14 +99,17 @@ class DialChecker:
         self.is_revoked = is_revoked
         self._nonces = NonceWindow(2 * window)
 
-    def check(self, dial: Dial, session: Session) -> None:
-        """Raises Refused or MessageError unless the Dial is authentic, fresh, and for exactly this session."""
+    def authentic(self, dial: Dial) -> DialBody:
+        """Return what the Dial asks for. Raises Refused or MessageError unless a gateway's key in force made it."""
         if not self._keys.verify(dial.key, dial.body, dial.mac):
             text = f"the Dial's MAC is not by the gateway's key {dial.key!r}: is that from this cluster's key?"
             raise Refused(Refusal.BAD_MAC, text)
         if self.is_revoked(dial.key):
             raise Refused(Refusal.REVOKED, f"the gateway's key {dial.key} is revoked")
-        body = decode_body(dial.body)
+        return decode_body(dial.body)
+
+    def check(self, body: DialBody, session: Session) -> None:
+        """Raises Refused unless the Dial is fresh, and for exactly this session."""
         if body.version != messages.VERSION:
             text = f"the gateway speaks protocol version {body.version}, this broker {messages.VERSION}"
             raise Refused(Refusal.VERSION, text)
@@ -133,16 +137,22 @@ class Guarded:
     counts: StreamCounts
     session: Session
     key: str  # the id of the gateway's key
+    body: DialBody
 
     def __call__(self, account: Account) -> None:
         self.session.streams -= 1
         self.counts.ended(account)
+        body = self.body
+        self.session.keeper.trace(
+            "stream_relayed", reason=account.ending.value, who=body.who, target=format_endpoint(body.ip, body.port),
+            bytes_up=account.up, bytes_down=account.down, seconds=round(account.seconds, 3),
+        )  # fmt: skip
 
 
 class GuardedConnection:
     """One connection to a guarded port: a Dial, then a stream on the session's link."""
 
-    __slots__ = ("_decoder", "_end", "_heard", "_place", "_port", "_who")
+    __slots__ = ("_body", "_decoder", "_end", "_heard", "_peer", "_place", "_port")
 
     def __init__(self, port: GuardedPort, end: SocketEnd, source: str) -> None:
         self._port = port
@@ -150,7 +160,8 @@ class GuardedConnection:
         self._decoder = Decoder(Dial)
         self._heard = False
         self._place = port.counts.dials.enter(source, self, end.loop.now)
-        self._who = end.peer
+        self._peer = end.peer
+        self._body: DialBody | None = None  # of the Dial, once its MAC is good
 
     @property
     def is_silent(self) -> bool:
@@ -171,7 +182,8 @@ class GuardedConnection:
             frame = self._decoder.next_frame()
             if frame is None:
                 return
-            port.checker.check(frame[0], port.session)
+            self._body = body = port.checker.authentic(frame[0])
+            port.checker.check(body, port.session)
             if full := port.session.full:
                 raise full
         except MessageError as error:
@@ -181,7 +193,7 @@ class GuardedConnection:
             self._refuse(refused)
         else:
             port.counts.dials.leave(self._place)
-            port.pass_on(self._end, frame[1] + self._decoder.rest(), frame[0].key)
+            port.pass_on(self._end, frame[1] + self._decoder.rest(), frame[0].key, body)
 
     def finished(self) -> None:
         """See Talker."""
@@ -191,11 +203,11 @@ class GuardedConnection:
         """See Talker."""
         self._port.counts.dials.leave(self._place)
         fix = {"hint": "gateway.dial_security must be tls"} if why == NOT_TLS else {}
-        self._port.session.keeper.log("dial_lost", reason=why, peer=self._who, port=self._port.number, **fix)
+        self._port.session.keeper.log("dial_lost", reason=why, peer=self._peer, port=self._port.number, **fix)
 
     def _refuse(self, refused: Refused) -> None:
         self._port.counts.dials.leave(self._place)
-        self._port.refuse(self._end, refused)
+        self._port.refuse(self._end, refused, self._body)
 
 
 @dataclass(eq=False)
@@ -234,7 +246,7 @@ class GuardedPort:
             pass
         sock.close()
 
-    def pass_on(self, end: SocketEnd, first: bytes, key: str) -> None:
+    def pass_on(self, end: SocketEnd, first: bytes, key: str, body: DialBody) -> None:
         """A good Dial, by the gateway's key of this id: open the stream with the Dial in front, and join."""
         link = self.session.link
         assert link is not None
@@ -244,14 +256,15 @@ class GuardedPort:
         stream.say(first)
         self.counts.began()
         self.session.streams += 1
-        self.relay.join(end, stream, on_end=Guarded(self.counts, self.session, key))
+        self.relay.join(end, stream, on_end=Guarded(self.counts, self.session, key, body))
 
-    def refuse(self, end: SocketEnd, refused: Refused) -> None:
-        """Tell the gateway why not."""
+    def refuse(self, end: SocketEnd, refused: Refused, body: DialBody | None) -> None:
+        """Tell the gateway why not; `body` is the Dial's, when its MAC was good."""
         self.counts.refuse(refused.code)
         self.session.keeper.log(
             "dial_refused", code=refused.code.value, reason=refused.text, peer=end.peer, port=self.number,
-            agent=self.session.hello.agent_id if self.session.hello else "",
+            agent=self.session.hello.agent_id if self.session.hello else "", who=body.who if body else "",
+            target=format_endpoint(body.ip, body.port) if body else "",
         )  # fmt: skip
         end.say(encode(Refuse(code=refused.code.value, text=refused.text[:512])))
         end.close()

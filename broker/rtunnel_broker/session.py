@@ -87,6 +87,9 @@ class SessionKeeper(Protocol):
     def log(self, event: str, **fields: object) -> None:
         """A log line."""
 
+    def trace(self, event: str, **fields: object) -> None:
+        """A log line of level debug: one for each stream."""
+
 
 @dataclass(eq=False)
 class Session:

@@ -27,7 +27,7 @@ from rtunnel_socks import access as access_module
 from support.cluster import Cluster, SocksRefused, Target, in_thread, read_line, running_cluster
 from support.files import put
 from support.logs import Events, named
-from support.plumbing import kept, read_all
+from support.plumbing import kept, read_all, refusing_port
 
 PATIENCE = 10.0
 PASSWORD, OTHER = "correct horse", "battery staple"
@@ -389,6 +389,27 @@ async def test_the_audit_line_is_whole(tmp_path: Path, logs: Events) -> None:
             "proof": "ok",
             "certificate": "agent/default/a1",
         }
+
+
+async def test_broker_and_agent_log_who_asks(tmp_path: Path, logs: Events) -> None:
+    """The Dial's `who` stands in their lines of a stream and of a refusal."""
+    async with running_cluster(tmp_path) as cluster:
+        target = await logged_in_cluster(cluster, tmp_path, name="gw")
+        sock = await socks(cluster, target, login=("alice", PASSWORD), source="127.66.0.9")
+        sock.close()
+        closed = Target("127.1.0.1")
+        closed.port = refusing_port("127.1.0.1")
+        with pytest.raises(SocksRefused):
+            await socks(cluster, closed, login=("bob", PASSWORD), source="127.66.0.8")
+        await cluster.until(lambda: bool(named(logs, "stream_relayed") and named(logs, "stream_served")))
+        for event in ("stream_relayed", "stream_served"):
+            (line,) = named(logs, event)
+            assert (line["who"], line["target"]) == ("gw:alice@127.66.0.9", f"127.1.0.1:{target.port}")
+            assert line["log_level"] == "debug"
+        (line,) = named(logs, "dial_refused")
+        assert (line["component"], line["code"], line["who"], line["target"]) == (
+            "agent", "target_refused", "gw:bob@127.66.0.8", f"127.1.0.1:{closed.port}",
+        )  # fmt: skip
 
 
 async def test_sources_that_need_not_log_in(tmp_path: Path, logs: Events) -> None:
