@@ -41,11 +41,39 @@ GATHER = 0.02
 #: How long `flush` waits for a stuck stderr.
 FLUSH_TIMEOUT = 2.0
 _BATCH_LINES = 512
+#: A stretch of time for repeated lines.
+THROTTLE_SECONDS = 10.0
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 
 Fields = MutableMapping[str, Any]
 Render = Callable[[dict[str, Any]], bytes]
+
+
+# --- repeated lines ---------------------------------------------------------------------------------------
+
+
+class Throttle:
+    """Keeps repeated lines few: so many of each kind in a stretch of time, the others are counted. One thread."""
+
+    def __init__(self, seconds: float = THROTTLE_SECONDS) -> None:
+        self._seconds = seconds
+        self._kinds: dict[str, tuple[float, int, int]] = {}  # when the stretch began, lines in it, lines withheld
+
+    def others(self, kind: str, now: float, lines: int = 1) -> int | None:
+        """Return how many lines of this kind were withheld since the last one; None: withhold this one as well.
+
+        `lines` of a kind are let through in each stretch. Kinds come from our own code: there are few. `now`: seconds
+        of a monotonic clock.
+        """
+        began, told, withheld = self._kinds.get(kind, (now, 0, 0))
+        if now >= began + self._seconds:
+            began, told = now, 0
+        if told >= lines:
+            self._kinds[kind] = began, told, withheld + 1
+            return None
+        self._kinds[kind] = began, told + 1, 0
+        return withheld
 
 
 # --- the writer -------------------------------------------------------------------------------------------

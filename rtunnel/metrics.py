@@ -16,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from rtunnel.relay.join import Ending
+from rtunnel.strangers import Loss
 from rtunnel.wire.refusal import Refusal
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -206,6 +207,15 @@ SERIES: Final = (
         "rtunnel_session_refusals_total", "Links that were refused a session or a certificate, by code; duplicate_node "
         "is an agent's way to its other node",
         _at("session_refusals"), "code", _CODES,
+    ),
+    Series(
+        "rtunnel_links_lost_total", "Links that ended before they were proved or refused, by cause; a probe is closed "
+        "by its peer before the first byte",
+        _at("links_lost"), "cause", tuple(Loss),
+    ),
+    Series(
+        "rtunnel_dials_lost_total", "Connections to guarded ports that ended before their Dial, by cause",
+        _at("dials_lost"), "cause", tuple(Loss),
     ),
     Series(
         "rtunnel_window_budget_bytes", "What is left of the budget by which windows grow", _at("window_budget"),

@@ -9,10 +9,33 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import islice
 from typing import Final, Generic, TypeVar
 
 T = TypeVar("T")
+
+
+class Loss(StrEnum):
+    """How a connection ended that has proved nothing; also the metric's label."""
+
+    PROBE = "probe"  # the peer closed it before its first byte, as health checks do
+    DEADLINE = "deadline"
+    MADE_ROOM = "made_room"
+    BROKEN = "broken"  # no TLS, not our protocol, a reset
+
+    @classmethod
+    def of(cls, why: str, *, silent: bool) -> Loss:
+        """Return the word for a reason as links and ends give it."""
+        if why.startswith(MADE_ROOM):
+            return cls.MADE_ROOM
+        if "deadline" in why:
+            return cls.DEADLINE
+        return cls.PROBE if silent else cls.BROKEN
+
+
+#: The reason for whoever `Strangers.weakest` has chosen.
+MADE_ROOM: Final = "made room for another connection"
 
 #: Seconds that a connection may be silent before it can be ended for another one: a round trip of a far path.
 SILENT_GRACE: Final = 0.25

@@ -15,13 +15,13 @@ import rtunnel
 from rtunnel.anchor import Anchor
 from rtunnel.bridge import Bridge, running
 from rtunnel.config import BrokerConfig, Config, default_address, format_endpoint, host_name, parse_endpoint
-from rtunnel.logs import get_logger
+from rtunnel.logs import Throttle, get_logger
 from rtunnel.net import bound_socket, listen, source_of
 from rtunnel.registry import NodeRecord, Registration, Registry, RegistryUnavailable, Superseded
 from rtunnel.relay.link import Link
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.relay import Listener, Relay
-from rtunnel.strangers import SILENT_GRACE, Strangers
+from rtunnel.strangers import MADE_ROOM, SILENT_GRACE, Loss, Strangers
 from rtunnel.trust.identity import Roots
 from rtunnel.trust.keys import DialKeys, load_cluster_keys, load_tokens
 from rtunnel.wire.messages import Bye, Drain, Enrol
@@ -29,17 +29,15 @@ from rtunnel.wire.refusal import Refusal
 from rtunnel_broker.admit import Admission
 from rtunnel_broker.ports import FIRST_BYTES, DialChecker, PortCounts
 from rtunnel_broker.registrar import Registrar
-from rtunnel_broker.session import UNPROVEN_BYTES, Session
+from rtunnel_broker.session import Session
 from rtunnel_broker.standing import Standing
 
 #: With so many handshakes in line the next links wait in the kernel's queue: there they cost no memory yet.
 MAX_IN_LINE: Final = 64
-#: Why a link ended whose place another source needed.
-MADE_ROOM: Final = "made room for another source: too many links prove nothing"
 #: So often connections that have said nothing are looked for.
 SWEEP_SECONDS: Final = 1.0
-#: What is turned away or left to wait is told in one line for so long.
-TELL_AGAIN: Final = 10.0
+#: Lines in ten seconds about peers that have proved nothing, for each event and cause: enough to see what is wrong.
+STRANGERS_LINES: Final = 32
 
 
 class Node:
@@ -60,9 +58,12 @@ class Node:
         self.counts = PortCounts(broker.max_handshakes)
         self.registry_down: str = "not contacted yet"
         self.session_refusals: Counter[str] = Counter()  # by code word
-        self._strangers: Strangers[Link] = Strangers(broker.max_handshakes, broker.source_handshakes, _is_silent)
+        self._strangers: Strangers[Link] = Strangers(
+            broker.max_handshakes, broker.source_handshakes, lambda link: not link.has_spoken
+        )
         self._room_timer: Timer | None = None  # looks again for a link that can make room
-        self._told_at: dict[str, float] = {}
+        self.links_lost: Counter[str] = Counter()  # links that ended before they were proved or refused, by Loss
+        self._throttle = Throttle()
         self._registry = registry
         self._beating = trio.Lock()
         self._log = get_logger("broker").bind()
@@ -122,7 +123,7 @@ class Node:
         if session.handshaking:
             self._handshake_over(session)
             if not session.answered:
-                self.log("link_lost", peer=session.peer, reason=why)
+                self._lost_stranger(session, why)
         else:
             self.bridge.spawn(self._registrar.unregister, session, why)
 
@@ -171,7 +172,7 @@ class Node:
         """End what was opened to a guarded port without a word."""
         loop = self.relay.loop
         for connection in self.counts.dials.silent(loop.now - FIRST_BYTES):
-            connection.expel(f"nothing was said within {FIRST_BYTES:.0f} s")
+            connection.expel(f"deadline: nothing was said within {FIRST_BYTES:.0f} s")
         loop.after(SWEEP_SECONDS, self._sweep)
 
     def _accept_link(self, sock: socket.socket, peer: str) -> None:
@@ -184,7 +185,7 @@ class Node:
                 self.refused(Refusal.TOO_MANY_HANDSHAKES)
                 self._warn("source_has_too_many_handshakes", limit=strangers.share, peer=peer)
                 return
-            weakest.kill(MADE_ROOM)
+            weakest.kill(f"{MADE_ROOM}: too many links prove nothing")
         shown = self._standing.shown
         session = Session(self, binding=shown.binding, source=source)
         link = self.relay.link(
@@ -223,12 +224,24 @@ class Node:
         self._room_timer = None
         self._hold_until_room()
 
+    def _lost_stranger(self, session: Session, why: str) -> None:
+        silent = session.place is not None and not session.place.entry.has_spoken
+        loss = Loss.of(why, silent=silent)
+        self.links_lost[loss.value] += 1
+        if loss is not Loss.PROBE:  # one each second of each VIP is told by the metric only
+            self.log_stranger("link_lost", loss.value, peer=session.peer, reason=why)
+
+    def log_stranger(self, event: str, kind: str, **fields: object) -> None:
+        """See SessionKeeper."""
+        others = self._throttle.others(f"{event} {kind}", self.relay.loop.now, STRANGERS_LINES)
+        if others is not None:
+            self.log(event, **fields, **({"others_since": others} if others else {}))
+
     def _warn(self, event: str, **fields: object) -> None:
-        """What comes in floods: one line of it in ten seconds."""
-        now = self.relay.loop.now
-        if now >= self._told_at.get(event, -TELL_AGAIN) + TELL_AGAIN:
-            self._told_at[event] = now
-            self._log.warning(event, node=self.node, **fields)
+        """Log a warning that may be repeated without end: one line of it in ten seconds."""
+        others = self._throttle.others(event, self.relay.loop.now)
+        if others is not None:
+            self._log.warning(event, node=self.node, **fields, others_since=others)
 
     # Life.
 
@@ -379,8 +392,3 @@ class Node:
         for session in list(self.sessions.values()):
             session.tell(Bye(reason="the broker stops"))
             session.end("the broker stops")
-
-
-def _is_silent(link: Link) -> bool:
-    """The peer of a link that is not proved has sent nothing. On a plain link its allowance is untouched then."""
-    return not link.has_spoken and link.allowance in (None, UNPROVEN_BYTES)

@@ -9,6 +9,7 @@ import ipaddress
 import secrets
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -22,7 +23,7 @@ from rtunnel.relay.link import Link
 from rtunnel.relay.relay import Relay
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.relay.tls import NOT_TLS, TlsEnd
-from rtunnel.strangers import Strangers
+from rtunnel.strangers import MADE_ROOM, Loss, Strangers
 from rtunnel.trust.keys import DialKeys, NonceWindow
 from rtunnel.wire import messages
 from rtunnel.wire.messages import (
@@ -75,6 +76,7 @@ class PortCounts(StreamCounts):
         silent, and the other agents' open ports must go on.
         """
         super().__init__()
+        self.lost: Counter[str] = Counter()  # connections to guarded ports that ended before their Dial, by Loss
         # The kernel gives a silent connection to us after a second only (TCP_DEFER_ACCEPT), and others are read in the
         # turn that accepts them.
         self.dials: Strangers[GuardedConnection] = Strangers(
@@ -202,8 +204,13 @@ class GuardedConnection:
     def lost(self, why: str) -> None:
         """See Talker."""
         self._port.counts.dials.leave(self._place)
-        fix = {"hint": "gateway.dial_security must be tls"} if why == NOT_TLS else {}
-        self._port.session.keeper.log("dial_lost", reason=why, peer=self._peer, port=self._port.number, **fix)
+        loss = Loss.of(why, silent=self.is_silent)
+        self._port.counts.lost[loss.value] += 1
+        if loss is not Loss.PROBE:
+            fix = {"hint": "gateway.dial_security must be tls"} if why == NOT_TLS else {}
+            self._port.session.keeper.log_stranger(
+                "dial_lost", loss.value, reason=why, peer=self._peer, port=self._port.number, **fix
+            )
 
     def _refuse(self, refused: Refused) -> None:
         self._port.counts.dials.leave(self._place)
@@ -230,7 +237,7 @@ class GuardedPort:
             if weakest is None:
                 self._turn_away(sock, plain=tls is None)
                 return
-            weakest.expel("made room for another connection: too many say no Dial")
+            weakest.expel(f"{MADE_ROOM}: too many say no Dial")
         end = self.relay.end(sock, peer, spoken=True)
         if tls is not None:
             end = self.relay.secure(end, tls, otherwise=_TLS_ONLY)
@@ -261,11 +268,15 @@ class GuardedPort:
     def refuse(self, end: SocketEnd, refused: Refused, body: DialBody | None) -> None:
         """Tell the gateway why not; `body` is the Dial's, when its MAC was good."""
         self.counts.refuse(refused.code)
-        self.session.keeper.log(
-            "dial_refused", code=refused.code.value, reason=refused.text, peer=end.peer, port=self.number,
-            agent=self.session.hello.agent_id if self.session.hello else "", who=body.who if body else "",
-            target=format_endpoint(body.ip, body.port) if body else "",
-        )  # fmt: skip
+        fields = {
+            "code": refused.code.value, "reason": refused.text, "peer": end.peer, "port": self.number,
+            "agent": self.session.hello.agent_id if self.session.hello else "", "who": body.who if body else "",
+            "target": format_endpoint(body.ip, body.port) if body else "",
+        }  # fmt: skip
+        if body is None:
+            self.session.keeper.log_stranger("dial_refused", refused.code.value, **fields)
+        else:
+            self.session.keeper.log("dial_refused", **fields)
         end.say(encode(Refuse(code=refused.code.value, text=refused.text[:512])))
         end.close()
 
@@ -416,9 +427,9 @@ class OpenPortServer:
     def refuse(self, end: SocketEnd, code: Refusal, text: str) -> None:
         """There is no way to tell the client more than a reset; the log says why."""
         self.counts.refuse(code)
-        self.session.keeper.log(
-            "open_port_refused", code=code.value, reason=text or code.telling.text, peer=end.peer, port=self.number,
-            target=f"{self.ip}:{self.target_port}",
+        self.session.keeper.log_stranger(
+            "open_port_refused", code.value, code=code.value, reason=text or code.telling.text, peer=end.peer,
+            port=self.number, target=f"{self.ip}:{self.target_port}",
         )  # fmt: skip
         end.abort()
 

@@ -47,6 +47,8 @@ def status(node: Node) -> dict[str, object]:
         "sessions": len(node.sessions),
         "handshakes": node.handshakes,
         "session_refusals": dict(node.session_refusals),
+        "links_lost": dict(node.links_lost),
+        "dials_lost": dict(counts.lost),
         "certificate_ends": node.certificate_ends,
         "trust": node.anchor.shown() if node.anchor is not None else None,
         "waiting": counts.waiting,

@@ -90,6 +90,9 @@ class SessionKeeper(Protocol):
     def trace(self, event: str, **fields: object) -> None:
         """A log line of level debug: one for each stream."""
 
+    def log_stranger(self, event: str, kind: str, **fields: object) -> None:
+        """The same of a peer that has proved nothing: few lines for each event and kind, the others are counted."""
+
 
 @dataclass(eq=False)
 class Session:
@@ -374,10 +377,13 @@ class Session:
         text = text or code.telling.text
         self.answered = True
         self.keeper.refused(code)
-        self.keeper.log(
-            "session_refused", code=code.value, reason=text, peer=self.peer,
-            agent=self.hello.agent_id if self.hello else "",
-        )  # fmt: skip
+        fields = {
+            "code": code.value, "reason": text, "peer": self.peer, "agent": self.hello.agent_id if self.hello else "",
+        }  # fmt: skip
+        if self.handshaking:
+            self.keeper.log_stranger("session_refused", code.value, **fields)
+        else:
+            self.keeper.log("session_refused", **fields)
         self._say(encode(Refuse(code=code.value, text=text[:512])))
         self.end(f"refused: {code}")
 

@@ -69,7 +69,7 @@ class Link(WindowedSession):
     """See the module. Made by `Relay`; `peer` is the other end's IP, `rtt` the last ping's seconds (0: none yet)."""
 
     __slots__ = (
-        "_flushing", "_heard", "_live", "_out", "_owner", "_ping_sent", "_pings", "_queued", "_shaking",
+        "_flushing", "_heard", "_live", "_out", "_owner", "_ping_sent", "_pings", "_queued", "_shaking", "_spoken",
         "_timer", "_transport", "_unread", "allowance", "blocked", "is_client", "peer", "rtt", "scratch",
         "sock", "up", "waiting",
     )  # fmt: skip
@@ -102,6 +102,7 @@ class Link(WindowedSession):
         # The handshake.
         self.up = False
         self._shaking = False  # it stands in line
+        self._spoken = False  # something came before the proof
         self._timer: Timer | None = loop.after(handshake_timeout, lambda: self.kill("handshake deadline"))
         # Out.
         self.blocked = False
@@ -138,8 +139,11 @@ class Link(WindowedSession):
 
     @property
     def has_spoken(self) -> bool:
-        """Whether the TLS handshake has begun; True also while it stands in line, and nobody has looked yet."""
-        return self._shaking or self._transport.shaken > 0
+        """Whether a peer that has not proved itself has sent a byte; True while its handshake stands in line.
+
+        Right also when the link is down.
+        """
+        return self._spoken or self._shaking or self._transport.shaken > 0
 
     @property
     def silence(self) -> float:
@@ -312,6 +316,7 @@ class Link(WindowedSession):
 
     def _take_little(self, data: memoryview, allowance: int) -> None:
         """Take bytes of a peer that has not proved itself: so many in all, and few frames in each turn."""
+        self._spoken = True
         used = self.receive(data[:allowance], UNPROVEN_FRAMES_A_TURN)
         if self.over:
             return
@@ -401,6 +406,7 @@ class Link(WindowedSession):
         self.waiting.clear()
         self.end()
         # Links and their owners name each other: TLS buffers (250 KB) must not wait for a garbage collection.
+        self._spoken = self.has_spoken
         self._transport = Transport(self.sock)
         self._owner.link_down(self, why)
 

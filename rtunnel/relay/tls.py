@@ -126,11 +126,11 @@ class TlsSocket(socket.socket):
             return False
         if not size:
             raise ConnectionResetError(errno.ECONNRESET, "the peer closed the connection during the TLS handshake")
+        self.shaken += size
         if self._server:
             self._server = False
             if cipher[0] != _HANDSHAKE:
                 raise NotTls(NOT_TLS)
-        self.shaken += size
         if self.shaken > HANDSHAKE_BYTES:
             raise ConnectionResetError(f"the peer's TLS handshake is over {HANDSHAKE_BYTES} bytes")
         self._incoming.write(cipher[:size])

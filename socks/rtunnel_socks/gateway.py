@@ -15,7 +15,7 @@ from rtunnel.anchor import Anchor
 from rtunnel.bridge import Bridge, running
 from rtunnel.config import Config, GatewayConfig, canonical_ip, format_endpoint, host_name, parse_endpoint
 from rtunnel.counts import StreamCounts
-from rtunnel.logs import get_logger
+from rtunnel.logs import Throttle, get_logger
 from rtunnel.net import listening_socket
 from rtunnel.registry import Registry, RegistryUnavailable, Tuple
 from rtunnel.registry.routes import Mirror, RouteTable
@@ -40,8 +40,6 @@ MAX_MISSES: Final = 4096
 FOLLOW_WAIT: Final = 1.0
 #: Between two tries to follow a registry that can't be reached.
 RETRY_SECONDS: Final = 0.5
-#: Who is shut out before a word is told in one line for so long: a flood must not become a flood of lines.
-SHUT_OUT_SECONDS: Final = 10.0
 
 
 @dataclass
@@ -80,7 +78,7 @@ class Gateway:
         self._asking: dict[tuple[str, str], list[Client]] = {}
         self._listener: Listener | None = None
         self._log = get_logger("gateway").bind()
-        self._shut_out: dict[Refusal, tuple[float, int]] = {}  # when it was told, and how many came since
+        self._throttle = Throttle()
         self.limits = Limits(gateway.limits)
         self.access = Access(gateway, self.relay, self._log, self._review)
         self.anchor = self._make_anchor() if gateway.ca else None
@@ -182,13 +180,9 @@ class Gateway:
         """Close it without an answer: nothing is known of what it speaks."""
         self.counts.refuse(code)
         sock.close()
-        now = self.relay.loop.now
-        told, count = self._shut_out.get(code, (-SHUT_OUT_SECONDS, 0))
-        if now < told + SHUT_OUT_SECONDS:
-            self._shut_out[code] = told, count + 1
-        else:
-            self._shut_out[code] = now, 0
-            self._log.warning("shut_out", code=code.value, client=peer, reason=code.telling.text, others_since=count)
+        others = self._throttle.others(code.value, self.relay.loop.now)
+        if others is not None:
+            self._log.warning("shut_out", code=code.value, client=peer, reason=code.telling.text, others_since=others)
 
     def _review(self) -> None:
         """Rules or users have changed, or an agent or broker is revoked: what is open and no longer allowed ends."""

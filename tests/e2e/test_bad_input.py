@@ -57,6 +57,7 @@ from rtunnel.wire.messages import (
 )
 from rtunnel_broker import node as node_module
 from rtunnel_broker import registrar, session
+from rtunnel_broker.node import STRANGERS_LINES
 from support.cluster import Cluster, Part, SocksRefused, Target, in_thread, read_line, running_cluster
 from support.logs import Events, named
 from support.plumbing import free_range, kept, refusing_port, reset
@@ -1752,6 +1753,32 @@ async def test_connections_without_a_dial_make_room(here: Path, monkeypatch: pyt
         await cluster.until(lambda: not node.counts.waiting)
         for attacker in idle:
             attacker.sock.close()
+
+
+async def test_strangers_write_few_lines(here: Path, secrets: Path) -> None:
+    """Probes make no line; garbage, bad proofs and bad Dials make some, and metrics count all of them."""
+    async with running_cluster(here) as cluster:
+        await cluster.start(brokers=1)
+        target = Target("127.1.0.1")
+        node, guarded = cluster.brokers["b1"].node, ("127.0.0.1", session_of(cluster).port)
+        many = STRANGERS_LINES + 20
+        bad = encode(Dial(body=b"?", mac=bytes(32), key="gateway-1"))
+
+        def attack() -> None:
+            for _ in range(many):
+                for address, words in ((node.bound, b""), (node.bound, b"garbage!"), (guarded, bad)):
+                    attacker = Attacker(address)
+                    attacker.say(words)
+                    if words:
+                        attacker.hear_out()
+                    attacker.sock.close()
+
+        async with unharmed(cluster, target) as logs:
+            await in_thread(attack)
+            await cluster.until(lambda: node.links_lost == {"probe": many, "broken": many})
+        assert node.counts.refused["bad_mac"] == many
+        lines = {event: len(named(logs, event)) for event in ("link_lost", "dial_refused")}
+        assert lines == dict.fromkeys(lines, STRANGERS_LINES)
 
 
 async def test_a_broker_full_of_sessions_refuses_others_and_not_its_own(here: Path, secrets: Path) -> None:

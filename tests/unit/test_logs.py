@@ -337,3 +337,13 @@ def test_a_forked_child_logs_too() -> None:
     )
     events = [json.loads(line)["event"] for line in run(code).stderr.splitlines()]
     assert sorted(events) == ["child", "parent"]
+
+
+def test_repeated_lines_are_few_and_counted() -> None:
+    """So many of each kind in a stretch; the next stretch's first line tells how many were withheld."""
+    throttle = logs.Throttle(10.0)
+    assert [throttle.others("a", 0.1 * n, 2) for n in range(5)] == [0, 0, None, None, None]
+    assert throttle.others("b", 0.5) == 0
+    assert throttle.others("a", 9.9, 2) is None
+    assert [throttle.others("a", 10.0, 2) for _ in range(3)] == [4, 0, None]
+    assert throttle.others("a", 30.0, 2) == 1
