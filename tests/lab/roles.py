@@ -44,9 +44,10 @@ _RTUNNEL = str(Path(sys.executable).with_name("rtunnel"))
 class Lab:
     """Start, stop and ask each part. `notes` are the measured values for the end of the run."""
 
-    def __init__(self, net: Topology, directory: Path) -> None:
+    def __init__(self, net: Topology, directory: Path, label: str = "") -> None:
         self.net = net
         self.directory = directory
+        self.label = label  # in front of the parts' names, so that two systems have logs of their own
         self.parts: dict[str, Process] = {}
         self.notes: list[tuple[str, str]] = []
         self._pki = directory / "pki"
@@ -81,7 +82,7 @@ class Lab:
             redis_server(),
             *("--bind", host.ip, "--port", str(REDIS_PORT), "--protected-mode", "no"),
             *("--save", "", "--appendonly", "no", "--dir", str(self.directory)),
-            name="redis",
+            name=f"{self.label}redis",
         )
         wait_for("redis answers", self._redis_answers, 10, every=0.02)
 
@@ -90,8 +91,8 @@ class Lab:
         keys = {"directory": str(self._pki), "listen": f"0.0.0.0:{AUTHORITY_PORT}"}
         self._start(self.net["authority"], "authority", {"authority": {**keys, "admin": f"127.0.0.1:{ADMIN_PORT}"}})
 
-    def start_broker(self, name: str) -> None:
-        """One broker node; `wait_ready` tells when it serves."""
+    def start_broker(self, name: str, **keys: object) -> None:
+        """One broker node, with these keys of [broker] changed; `wait_ready` tells when it serves."""
         host = self.net[name]
         self._start(
             host,
@@ -110,13 +111,15 @@ class Lab:
                     "trust": str(self.directory / f"{name}.trust"),
                     "authority": self._authority,
                     "admin": f"127.0.0.1:{ADMIN_PORT}",
+                    **keys,
                 },
                 "broker.open_ports": {"range": "30000-30099", "allow": ["10.9.0.0/24"]},
             },
         )
 
-    def start_gateway(self) -> None:
-        """The gateway, for the clients of all VPCs; `wait_ready` tells when it serves."""
+    def start_gateway(self, **keys: object) -> None:
+        """The gateway, for the clients of all VPCs, with these keys of [gateway] changed; `wait_ready` tells when it
+        serves."""
         policy = self.directory / "policy.toml"
         policy.write_text('[[rule]]\naction = "allow"\n')
         self._start(
@@ -132,6 +135,7 @@ class Lab:
                     "authority": self._authority,
                     "policy": str(policy),
                     "admin": f"127.0.0.1:{ADMIN_PORT}",
+                    **keys,
                 }
             },
         )
@@ -198,7 +202,9 @@ class Lab:
         registry = {"registry": {"url": self._redis_url}} if role in ("broker", "gateway") else {}
         path = self.config(host.name)
         path.write_text(_toml({"log": {"format": "json"}, **registry, **sections}))
-        self.parts[host.name] = host.spawn(_RTUNNEL, role, "--config", str(path), name=f"{role}@{host.name}")
+        self.parts[host.name] = host.spawn(
+            _RTUNNEL, role, "--config", str(path), name=f"{self.label}{role}@{host.name}"
+        )
 
     def config(self, name: str) -> Path:
         """The TOML file of a part."""
