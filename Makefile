@@ -25,9 +25,10 @@ lint: .venv/.ready ## ruff, mypy --strict, import contracts
 	$(BIN)/mypy tests
 	$(BIN)/lint-imports --no-cache
 
-fuzz: .venv/.ready ## coverage-guided, FUZZ_SECONDS (30) a target; findings stay in tests/fuzz/cases and are tried by `make test`
+fuzz: .venv/.ready ## coverage-guided, FUZZ_SECONDS (30) a target, then SCHEDULES (100000) on the hostile kernel; findings stay in tests/fuzz/cases
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m fuzz.schedules $(SCHEDULES)
 
 lab: .venv/.ready ## isolated VPCs in network namespaces (root)
 	$(BIN)/python -m pytest tests/lab -v --timeout 300

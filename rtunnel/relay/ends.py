@@ -185,18 +185,20 @@ class SocketEnd:
         return out
 
     def _event(self, mask: int) -> None:
-        if mask & HUP:
+        if mask & (HUP | LOST):
             self.hup = True
         if mask & (IN | HUP | LOST):
             self.readable = True
         if mask & OUT and self._out:
             self._flush()
         if self._dying:
+            # HUP is no loss here: it comes when the peer's FIN meets ours, with our last words still on their way.
             self._die_later()
-        elif self._reading:
+            return
+        if self._reading:
             self._read()  # first: a peer's last words may stand before its reset
-        if mask & LOST:
-            self._lose("reset")
+        if mask & LOST and not self._dying and self.loop.handlers.get(self.fd) == self._event:
+            self._lose("reset")  # still ours: the talker may have closed or joined it in that read
 
     def _read(self) -> None:
         for _ in range(READS_A_TURN):

@@ -20,7 +20,7 @@ from enum import StrEnum
 from typing import Final, Protocol
 
 from rtunnel.relay.ends import SocketEnd, reset_on_close
-from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
+from rtunnel.relay.loop import HUP, IN, LOST, OUT, URGENT, Loop, Timer
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.relay.transport import Scratch
 from rtunnel.wire.refusal import Refused
@@ -152,6 +152,8 @@ class Pair:
         account = self.account
         account.ended = self.loop.now
         account.ending = ending
+        account.up = max(0, account.up)
+        account.down = max(0, account.down)
         self.on_end(account)
 
     def _idle_check(self) -> None:
@@ -241,6 +243,8 @@ class _Flow:
 
     def _read(self) -> int:
         """Take from the source; the number of bytes; -1 when the flow or the pair has ended."""
+        if self._pipe is not None and not self._may_splice:
+            self._release_pipe()
         if self._pipe is not None:
             size = os.splice(self.source.fd, self._pipe[1], PIPE_BYTES, flags=_SPLICE)
             self._in_pipe = size
@@ -311,6 +315,10 @@ class _Flow:
                 self._pair.lost(self.sink)
         return -1
 
+    def copy_only(self) -> None:
+        """Urgent data is there: splice(2) stops in front of it, and never gets past (tcp_splice_read)."""
+        self._may_splice = False
+
     def _release_pipe(self) -> None:
         """A quiet flow gives its pipe back: pipes are for those who move much."""
         if self._pipe is not None and not self._in_pipe:
@@ -353,6 +361,9 @@ class SocketPair(Pair):
         self.overrun = False
         for_target = target.hand_over(self._target_event)
         for_client = client.hand_over(self._client_event)
+        # Words of our own that are still to go out are counted like the others: they begin below zero.
+        self.account.up -= len(for_target)
+        self.account.down -= len(for_client)
         self.upward = _Flow(self, client, target, for_target + up, gate)
         self.downward = _Flow(self, target, client, for_client + down, None)
         self.upward.run()
@@ -375,6 +386,8 @@ class SocketPair(Pair):
             reads.readable = True
             if mask & HUP:
                 reads.hup = True
+                if mask & URGENT:
+                    reads.copy_only()
             reads.run()
         if mask & OUT and writes.holds and not self.done:
             writes.run()
@@ -451,7 +464,12 @@ class StreamPair(Pair):
         self._waits = False  # in the link's line
         self._queued = False
         unread = stream.hand_over(self)
-        self._held = bytearray(end.hand_over(self._event) + back)  # not the window's: consumed already
+        words = end.hand_over(self._event)  # of our own: they are counted like the others, so they begin below zero
+        if socket_is_client:
+            self.account.down -= len(words)
+        else:
+            self.account.up -= len(words)
+        self._held = bytearray(words + back)  # not the window's: consumed already
         self._stream_bytes_first(unread)
         if out and not self.done:
             stream.link.write(stream.frame(out))

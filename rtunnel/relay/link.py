@@ -180,18 +180,17 @@ class Link(WindowedSession):
         """Send a frame, in order. Large ones only while not `blocked`."""
         if self.over:
             return
-        out = self._out
         if len(data) > COALESCE_BYTES and not self.blocked and self.up:
-            if out:
-                self._flush()
-            if not self.blocked and not self.over:
+            if self._out:
+                self._flush()  # replaces `_out`, and may block the link: no alias of either lives across it
+            if not self.blocked:
                 self._push(data)
                 return
-        out += data
+        self._out += data
         if not self._flushing and not self.blocked:
             self._flushing = True
             self.loop.soon(self._flush)
-        elif len(out) > MAX_BACKLOG:
+        elif len(self._out) > MAX_BACKLOG:
             self.loop.soon(lambda: self.kill("the peer takes no bytes"))
 
     def _flush(self) -> None:
@@ -283,6 +282,8 @@ class Link(WindowedSession):
                 if self._unread:
                     break
                 data = transport.receive(self.scratch, READ_BYTES if self.allowance is None else UNPROVEN_READ_BYTES)
+                if transport.pending:
+                    self.blocked = True  # an answer to a key update: later frames go behind it
                 if data:
                     self._heard = self.loop.now
                     self._take(data)

@@ -17,13 +17,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from itertools import count
-from typing import Final
+from typing import Final, Protocol
 
 IN: Final = select.EPOLLIN
 OUT: Final = select.EPOLLOUT
-HUP: Final = select.EPOLLRDHUP | select.EPOLLHUP
+#: A short read has not drained the socket: a FIN is behind it, or urgent data, in front of which reads stop (tcp(7)).
+URGENT: Final = select.EPOLLPRI
+HUP: Final = select.EPOLLRDHUP | select.EPOLLHUP | URGENT
 LOST: Final = select.EPOLLHUP | select.EPOLLERR
-_READING: Final = IN | select.EPOLLRDHUP | select.EPOLLET
+_READING: Final = IN | select.EPOLLRDHUP | URGENT | select.EPOLLET
 _EVERYTHING: Final = _READING | OUT
 
 #: What takes long is done in so few pieces a turn: a TLS handshake with a certificate takes a millisecond, and after
@@ -31,6 +33,22 @@ _EVERYTHING: Final = _READING | OUT
 LONG_A_TURN: Final = 2
 
 Handler = Callable[[int], None]
+
+
+class Poller(Protocol):
+    """What a loop needs of `select.epoll`."""
+
+    def register(self, fd: int, mask: int, /) -> None:
+        """Watch a descriptor."""
+
+    def modify(self, fd: int, mask: int, /) -> None:
+        """Watch it for something else; what is there already is an event."""
+
+    def poll(self, timeout: float, most: int, /) -> list[tuple[int, int]]:
+        """Wait up to `timeout` seconds; up to `most` events (descriptor, mask)."""
+
+    def close(self) -> None:
+        """Watch no more."""
 
 
 class Timer:
@@ -52,11 +70,12 @@ class Timer:
 class Loop:
     """See the module. Only `call` may be used from another thread."""
 
-    def __init__(self, on_crash: Callable[[BaseException], None]) -> None:
+    def __init__(self, on_crash: Callable[[BaseException], None], poller: Poller | None = None) -> None:
+        """`on_crash` gets what a handler raises. `poller`: None is an epoll of the kernel's."""
         self.now = time.monotonic()  # of this turn
         self.handlers: dict[int, Handler] = {}
         self._on_crash = on_crash
-        self._epoll = select.epoll()
+        self._epoll: Poller = select.epoll() if poller is None else poller
         self._ready: deque[Callable[[], None]] = deque()
         self._long: deque[Callable[[], None]] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
@@ -128,26 +147,31 @@ class Loop:
     def run(self) -> None:
         """Turn until `stop`."""
         self._thread = threading.get_ident()
-        poll, handlers, ready = self._epoll.poll, self.handlers, self._ready
+        poll, turn = self._epoll.poll, self.turn
         while not self.stopped:
             events = poll(self._patience(), 256)
-            self.now = time.monotonic()
-            for fd, mask in events:
-                handler = handlers.get(fd)
-                if handler is not None:
-                    try:
-                        handler(mask)
-                    except Exception as crash:
-                        self._on_crash(crash)
-            if self._timers and self._timers[0][0] <= self.now:
-                self._run_timers()
-            for _ in range(len(ready)):
-                self._guarded(ready.popleft())
-            for _ in range(min(LONG_A_TURN, len(self._long))):
-                self._guarded(self._long.popleft())
-            if self._graves:
-                self._bury()
+            turn(events, time.monotonic())
         self._shut()
+
+    def turn(self, events: list[tuple[int, int]], now: float) -> None:
+        """One turn: these events (descriptor, mask), then the timers that are due, the run queue and the line."""
+        self.now = now
+        handlers, ready = self.handlers, self._ready
+        for fd, mask in events:
+            handler = handlers.get(fd)
+            if handler is not None:
+                try:
+                    handler(mask)
+                except Exception as crash:
+                    self._on_crash(crash)
+        if self._timers and self._timers[0][0] <= now:
+            self._run_timers()
+        for _ in range(len(ready)):
+            self._guarded(ready.popleft())
+        for _ in range(min(LONG_A_TURN, len(self._long))):
+            self._guarded(self._long.popleft())
+        if self._graves:
+            self._bury()
 
     def stop(self) -> None:
         """Leave `run` after this turn; every watched descriptor's owner must have let go by then."""

@@ -13,7 +13,7 @@ from typing import Final
 from rtunnel.relay.ends import End, SocketEnd, reset_on_close
 from rtunnel.relay.join import Account, Ending, Gate, OnEnd, Pair, Pipes, SocketPair, StreamPair
 from rtunnel.relay.link import Link, LinkOwner
-from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
+from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Poller, Timer
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.relay.tls import TlsEnd, TlsSocket
 from rtunnel.relay.transport import Scratch
@@ -84,7 +84,9 @@ class Listener:
         self.sock = sock
         self.closed = False
         sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what it accepts inherits this at no cost
+        # What it accepts inherits these at no cost.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # else recv leaves urgent bytes out (tcp(7))
         if client_speaks:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_SECONDS)
         loop.add(sock.fileno(), self._event, out=False)
@@ -257,6 +259,7 @@ class Attempt:
             return
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # keep-alive: see Relay._watch_over
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
             code = sock.connect_ex((self._host, self._port))
             if code == errno.EINPROGRESS:
                 # On one host, where an agent's targets are, the handshake is over by now: no event to wait for.
@@ -345,9 +348,9 @@ class Attempt:
 class Relay:
     """One thread, one loop. `report(event, fields)` gets what should be logged; it must not block."""
 
-    def __init__(self, report: Report, name: str = "relay") -> None:
+    def __init__(self, report: Report, name: str = "relay", poller: Poller | None = None) -> None:
         self._report = report
-        self.loop = Loop(self._crashed)
+        self.loop = Loop(self._crashed, poller)
         self.scratch = Scratch()
         self.pipes = Pipes()
         self.windows = Windows()

@@ -257,8 +257,8 @@ class TlsSocket(socket.socket):
 
     def _say_bye(self) -> None:
         # OpenSSL looks for the peer's close_notify at once, and drops data that it finds in its place: so read that
-        # before. There is not more than a piece of it.
-        while self._incoming.pending and not self.eof:
+        # before, also the rest of a record that was read in part. There is not more than a piece of it.
+        while (self._incoming.pending or self._tls.pending()) and not self.eof:
             room = bytearray(PIECE + RECORD_BYTES)
             size = self._decrypt(memoryview(room))
             if not size:

@@ -55,6 +55,7 @@ from rtunnel.trust.tls import certificate_der, client_context, server_context
 from rtunnel.wire import http, http_body, messages, socks5, yamux
 from rtunnel.wire.messages import ControlMessage, Decoder, Dial, DialAnswer, Follow, MessageError
 from rtunnel.wire.refusal import Refusal
+from support import hostile
 
 _DER: Final = serialization.Encoding.DER
 #: Longer inputs find little more, and cost more.
@@ -881,3 +882,12 @@ def tls_handshake(data: bytes) -> None:
         except OSError:
             return
         transport.receive(Scratch())
+
+
+# --- the relay on a hostile kernel ------------------------------------------------------------------------------------
+
+
+@target(lambda: [hostile.tape_of(seed)[:600] for seed in range(64)])
+def hostile_kernel(data: bytes) -> None:
+    """A schedule: no byte is lost, whatever the kernel, the peers and the network do (tests/support/hostile.py)."""
+    hostile.play(data)

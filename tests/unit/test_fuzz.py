@@ -18,7 +18,10 @@ from fuzz.targets import MAX_INPUT, TARGETS, Target
 
 CASES = Path(targets.__file__).with_name("cases")
 #: About a second for each target.
-EXAMPLES = {"admin_request": 60, "trust_list": 100, "certificate": 150, "policy_file": 100, "tls_handshake": 60}
+EXAMPLES = {
+    "admin_request": 60, "certificate": 150, "hostile_kernel": 100, "policy_file": 100, "tls_handshake": 60,
+    "trust_list": 100,
+}  # fmt: skip
 
 
 def changed(seeds: list[bytes]) -> st.SearchStrategy[bytes]:

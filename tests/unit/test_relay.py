@@ -119,6 +119,31 @@ def test_bytes_pass_both_ways_and_are_counted(hop: Hop) -> None:
     assert account.seconds >= 0
 
 
+def test_urgent_data_stays_in_its_place(hop: Hop) -> None:
+    """A byte sent by MSG_OOB arrives in line, where it was sent, in both directions."""
+    client, served = hop.through()
+    for sender, receiver in ((client, served), (served, client)):
+        sender.sendall(b"AB")
+        sender.send(b"U", socket.MSG_OOB)
+        sender.sendall(b"CD")
+        assert read_exactly(receiver, 5) == b"ABUCD"
+
+
+def test_urgent_data_stops_no_bulk_stream(hop: Hop) -> None:
+    """Reads stop in front of urgent data, and splice never gets past it: the stream goes on all the same."""
+    client, served = hop.through()
+    block = os.urandom(4 << 20)
+    received: list[bytes] = []
+    reader = threading.Thread(target=lambda: received.append(read_all(served)))
+    reader.start()
+    for _ in range(3):
+        client.sendall(block)
+        client.send(b"!", socket.MSG_OOB)
+    client.shutdown(socket.SHUT_WR)
+    reader.join(PATIENCE)
+    assert received == [(block + b"!") * 3]
+
+
 def test_half_close_is_kept(hop: Hop) -> None:
     """A client that shuts its sending side still gets the whole answer, however late it comes."""
     client, served = hop.through()
