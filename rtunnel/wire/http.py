@@ -50,6 +50,7 @@ _LATER_VERSION = re.compile(rb"[^\r\n]* HTTP/1\.(?=[2-9]\r\n)")
 _ABSOLUTE = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?]*)(/[^?]*)?(\?.*)?")
 # RFC 3986 section 3.2.2 without percent-encoding: two spellings of one host help nobody but attackers.
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]*\]|[A-Za-z0-9._~!$&'()*+,;=-]*)(?::([0-9]{0,5}))?")
+_HEALTH = re.compile(rb"(GET|HEAD) /healthz HTTP/1\.[0-9]\r\n")
 _TOKEN = re.compile(r"[A-Za-z*][A-Za-z0-9!#$%&'*+.^_`|~:/-]*")
 
 
@@ -76,6 +77,13 @@ class Forward:
     body: Body = field(compare=False, repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Health:
+    """`GET /healthz` or HEAD: a load balancer asks whether this gateway can serve."""
+
+    of_head: bool
+
+
 class HttpError(Refused):
     """The client broke the protocol, or asks for what is not offered: send `reply` and close."""
 
@@ -93,7 +101,7 @@ class HttpError(Refused):
 class HttpServer:
     """Reads one client's one request: any split or coalescing of the same bytes gives the same event.
 
-    `receive` bytes until there is a Tunnel or a Forward. Then `rest` is what the client sent behind the
+    `receive` bytes until there is a Tunnel, a Forward or a Health. Then `rest` is what the client sent behind the
     head: of a Tunnel the start of the stream; of a Forward bytes for its body gate. Bytes after an error
     are dropped.
     """
@@ -109,7 +117,7 @@ class HttpServer:
         self._read = False
         self._over = False
 
-    def receive(self, data: bytes | bytearray | memoryview) -> Tunnel | Forward | None:
+    def receive(self, data: bytes | bytearray | memoryview) -> Tunnel | Forward | Health | None:
         """Take bytes; data is not kept. Raises HttpError."""
         if self._over:
             return None
@@ -145,7 +153,7 @@ class HttpServer:
         if len(self._buffer) > self._max_early:
             raise HttpError(f"more than {self._max_early} bytes before the answer", HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
 
-    def _read_head(self) -> Tunnel | Forward | None:
+    def _read_head(self) -> Tunnel | Forward | Health | None:
         buffer = self._buffer
         if buffer.startswith(b"\r\n"):
             empty = _EMPTY_LINES.match(buffer)
@@ -178,6 +186,26 @@ def response_refused(code: Refusal, text: str = "", *, proxy: str = "rtunnel", o
     `of_head`: to a HEAD, whose answer ends with the head (RFC 9110 section 9.3.2).
     """
     return _response(code.telling.http, code, _printable(text or code.telling.text), proxy, of_head=of_head)
+
+
+def response_health(ready: bool, *, of_head: bool = False) -> bytes:
+    """Return the answer to a Health. Strangers may ask, so the reasons stand on the admin endpoint only."""
+    status = "200 ready" if ready else "503 not ready"
+    body = "ready\n" if ready else "not ready: /readyz on the admin endpoint says why\n"
+    return (
+        f"HTTP/1.1 {status}\r\n"
+        "Content-Type: text/plain\r\n"
+        "Cache-Control: no-store\r\n"
+        f"Content-Length: {len(body)}\r\n"
+        "Connection: close\r\n"
+        f"\r\n{'' if of_head else body}"
+    ).encode("ascii")
+
+
+def health_probe(data: bytes) -> Health | None:
+    """Return the probe that begins with these bytes: for a connection that there is no place for."""
+    found = _HEALTH.match(data)
+    return Health(of_head=found[1] == b"HEAD") if found else None
 
 
 def basic_credentials(authorization: str) -> tuple[str, str] | None:
@@ -220,7 +248,7 @@ def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _read_request(head: bytes) -> Tunnel | Forward:
+def _read_request(head: bytes) -> Tunnel | Forward | Health:
     # RFC 9112 section 5.2; h11 would unfold it.
     if _FOLD.search(head):
         raise HttpError("a folded field line")
@@ -242,6 +270,8 @@ def _read_request(head: bytes) -> Tunnel | Forward:
     length = _body_length(request)
     if request.method == b"CONNECT":
         return _tunnel(request, length)
+    if request.target == b"/healthz" and request.method in (b"GET", b"HEAD"):
+        return Health(of_head=request.method == b"HEAD")
     return _forward(request, Chunked() if length is None else Sized(length))
 
 

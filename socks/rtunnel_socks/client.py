@@ -35,6 +35,10 @@ class ClientOwner(Protocol):
     def counts(self) -> StreamCounts:
         """What is counted."""
 
+    @property
+    def ready(self) -> bool:
+        """Whether a load balancer may send clients here."""
+
     def new_dial(self, client: Client, target: Target) -> TargetDial:
         """A dial that reports to `client.dialled`."""
 
@@ -149,8 +153,13 @@ class Client:
                 self._admit()
             self._go()
 
-    def _take_http(self, event: http.Tunnel | http.Forward | None) -> None:
+    def _take_http(self, event: http.Tunnel | http.Forward | http.Health | None) -> None:
         if event is None:
+            return
+        if isinstance(event, http.Health):  # of nobody, to nowhere: neither a login nor a limit nor a line
+            self._end.say(http.response_health(self._gateway.ready, of_head=event.of_head))
+            self._end.close()
+            self._leave()
             return
         if isinstance(event, http.Forward):
             self._request = event

@@ -24,6 +24,7 @@ from rtunnel.relay.relay import Listener, Relay
 from rtunnel.trust.identity import Roots
 from rtunnel.trust.keys import load_gateway_key
 from rtunnel.trust.tls import dial_client_context
+from rtunnel.wire import http
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_socks.access import Access
 from rtunnel_socks.client import Client, Joined
@@ -40,6 +41,8 @@ MAX_MISSES: Final = 4096
 FOLLOW_WAIT: Final = 1.0
 #: Between two tries to follow a registry that can't be reached.
 RETRY_SECONDS: Final = 0.5
+#: Bytes of a load balancer's probe, head and all.
+PROBE_BYTES: Final = 4096
 
 
 @dataclass
@@ -177,12 +180,27 @@ class Gateway:
             end.talk(Client(self, end), self.handshake_timeout)
 
     def _shut(self, sock: socket.socket, peer: str, code: Refusal) -> None:
-        """Close it without an answer: nothing is known of what it speaks."""
+        """Close it without an answer: nothing is known of what it speaks. A load balancer's probe is answered."""
+        if self._answer_probe(sock):
+            return
         self.counts.refuse(code)
         sock.close()
         others = self._throttle.others(code.value, self.relay.loop.now)
         if others is not None:
             self._log.warning("shut_out", code=code.value, client=peer, reason=code.telling.text, others_since=others)
+
+    def _answer_probe(self, sock: socket.socket) -> bool:
+        """Answer and close a connection that takes no place, if it is a probe and its request is there: most are."""
+        try:
+            probe = http.health_probe(sock.recv(PROBE_BYTES, socket.MSG_PEEK))
+            if probe is None:
+                return False
+            sock.recv(PROBE_BYTES)  # unread bytes would turn the end into a reset
+            sock.send(http.response_health(self.ready, of_head=probe.of_head))
+        except OSError:
+            return False
+        sock.close()
+        return True
 
     def _review(self) -> None:
         """Rules or users have changed, or an agent or broker is revoked: what is open and no longer allowed ends."""
@@ -282,6 +300,11 @@ class Gateway:
     async def answered(self) -> None:
         """See rtunnel.pulse.Part."""
         await self.bridge.answered()
+
+    @property
+    def ready(self) -> bool:
+        """See ClientOwner."""
+        return not self.reasons()
 
     @property
     def routes_age(self) -> float | None:

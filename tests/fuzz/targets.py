@@ -389,7 +389,7 @@ def socks_client(data: bytes) -> None:
 
 def _talk_http(parts: Sequence[bytes]) -> tuple[object, bytes, object, object]:
     server = http.HttpServer(max_early=_EARLY)
-    event: http.Tunnel | http.Forward | None = None
+    event: http.Tunnel | http.Forward | http.Health | None = None
     try:
         for part in parts:
             found = server.receive(part)
@@ -435,7 +435,7 @@ def _http_seeds() -> list[bytes]:
         b"POST http://[fd00::7]/ HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabcGET http://b/ HTTP/1.1\r\n",
         b"PUT http://a/ HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nX: y\r\n\r\nnext",
         b"OPTIONS http://a HTTP/1.0\r\nHost: a\r\nMax-Forwards: 3\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n",
         b"GET http://a/ HTTP/1.1\r\nHost: a\r\nX: a\r\n b\r\n\r\n",
         b"GET http://a/ HTTP/1.1\nHost: a\n\n",
     ]
@@ -448,6 +448,9 @@ def http_client(data: bytes) -> None:
     assert _talk_http(pieces(data)) == whole
     event = whole[0]
     if event is None:
+        return
+    if isinstance(event, http.Health):
+        assert data.lstrip(b"\r\n").startswith((b"GET /healthz HTTP/1.", b"HEAD /healthz HTTP/1."))
         return
     assert isinstance(event, http.Tunnel | http.Forward)
     _check_place(event.host, event.port, event.is_name)

@@ -20,11 +20,14 @@ from rtunnel.wire.http import (
     MAX_REASON,
     MAX_TEXT,
     Forward,
+    Health,
     HttpError,
     HttpServer,
     Tunnel,
     basic_credentials,
+    health_probe,
     response_connected,
+    response_health,
     response_refused,
 )
 from rtunnel.wire.http_body import MAX_CHUNK_LINE, MAX_TRAILER_FIELDS, MAX_TRAILERS, Chunked, FramingError, Sized
@@ -59,7 +62,7 @@ def coalesced(data: bytes) -> list[bytes]:
 class Play:
     """What a client's bytes came to."""
 
-    events: list[Tunnel | Forward] = field(default_factory=list)
+    events: list[Tunnel | Forward | Health] = field(default_factory=list)
     rest: bytes = b""
     error: tuple[Refusal, str, bytes] | None = None
     most: int = 0  # bytes that were held at any time
@@ -319,6 +322,44 @@ def test_authorization_stays_out_of_logs() -> None:
     assert text == "malformed HTTP: illegal header line"
     twice = (b"Proxy-Authorization: Basic c2VjcmV0",) * 2
     assert refused(get(b"http://10.1.0.7/", *twice)) == (400, "more than one Proxy-Authorization")
+
+
+# Health
+
+
+@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+@pytest.mark.parametrize("split", [trickle, coalesced])
+def test_health(method: bytes, version: bytes, split: Split) -> None:
+    """The one request in origin form that the proxy answers itself; its first bytes tell it, too."""
+    data = get(b"/healthz", method=method, version=version)
+    assert play(split(data)).events == [Health(of_head=method == b"HEAD")]
+    assert health_probe(data) == Health(of_head=method == b"HEAD")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"GET /health",
+        get(b"/healthz", method=b"POST"),
+        get(b"/healthz?x"),
+        get(b"/healthz/"),
+        get(b"http://10.1.0.7/healthz"),
+        get(b"/healthz", version=b"2.0"),
+    ],
+)
+def test_what_is_no_health(data: bytes) -> None:
+    """Anything else is a request as ever."""
+    assert not any(isinstance(event, Health) for event in play([data]).events)
+    assert health_probe(data) is None
+
+
+@pytest.mark.parametrize(("ready", "status"), [(True, 200), (False, 503)])
+def test_health_responses(ready: bool, status: int) -> None:
+    """Whole responses, to a HEAD without the body; nothing of the reasons, which are not for strangers."""
+    assert parse_response(response_health(ready))[0] == status
+    assert parse_response(response_health(ready, of_head=True), "HEAD")[::2] == (status, "")
 
 
 # Bodies
