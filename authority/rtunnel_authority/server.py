@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import ssl
 import time
 from collections import Counter
@@ -15,8 +16,9 @@ import trio
 
 import rtunnel
 from rtunnel.config import AuthorityConfig, format_endpoint, parse_endpoint
-from rtunnel.logs import get_logger
-from rtunnel.net import listening_socket
+from rtunnel.logs import Throttle, get_logger
+from rtunnel.net import listening_socket, source_of
+from rtunnel.strangers import Place, Strangers
 from rtunnel.trust.authority import Authority, Granted, claimed
 from rtunnel.trust.certificates import DAY, Ca, authority_certificate, key_pem, new_key, pem
 from rtunnel.trust.keys import TrustError
@@ -29,14 +31,22 @@ _T = TypeVar("_T")
 
 #: From one whole message to the next, and for a TLS handshake.
 DEADLINE: Final = 10.0
-#: A broker or gateway process has one connection, and up to 8 in a storm of new agents.
+#: Clients begin with their ClientHello at once: a connection without a first byte ends after so many seconds.
+FIRST_BYTES: Final = 3.0
+#: A broker or gateway process has one connection, and up to 8 in a storm of new agents. Each costs 64 KiB at most:
+#: 128 MiB in all.
 MAX_CONNECTIONS: Final = 2048
 MAX_OF_SOURCE: Final = 512
+#: One read from a connection: OpenSSL's buffers stay as large as the largest piece was.
+READ_BYTES: Final = 4 * 1024
+#: Bytes that a client may send in the TLS handshake; OpenSSL alone would keep a ClientHello of 128 KiB, twice.
+HANDSHAKE_BYTES: Final = 32 * 1024
+#: Lines in ten seconds about messages that can't be read, and about requests that are refused for one reason.
+REFUSED_LINES: Final = 32
 #: What `rtunnel pki` changed is seen after this; together with a follower's own pause it is far below 5 s.
 LOOK_SECONDS: Final = 0.5
 #: The authority's own certificate; it makes another one when half of the time is over.
 OWN_DAYS: Final = 7
-_LOG_PAUSE: Final = 10.0
 
 
 class Server:
@@ -46,21 +56,27 @@ class Server:
         """Raises TrustError when the directory can't be used."""
         self.directory = Directory(Path(config.directory))
         self.authority = Authority(self.directory, renew_unknown=config.renew == "all")
-        self.connections = 0
         self.counts: Counter[str] = Counter()  # of certificates, by how they were had
         self.refused: Counter[str] = Counter()  # by code word
         self.bound = ("", 0)
         self._listen = config.listen
         self._log = get_logger("authority").bind()
         self._one = trio.CapacityLimiter(1)  # SQLite's transactions are one after another anyway
-        self._sources: Counter[str] = Counter()
-        self._full_logged = float("-inf")
+        self._visitors: Strangers[_Visitor] = Strangers(
+            MAX_CONNECTIONS, MAX_OF_SOURCE, lambda visitor: not visitor.spoke, silent_grace=0.0
+        )
+        self._throttle = Throttle()
         self._fault = ""
         # What Follow is answered from.
         self._number = self.directory.number
         self._generation = self.directory.roots.generation
         self._signed = self.directory.signed
         self._tls = _Tls(self.directory.issuing)
+
+    @property
+    def connections(self) -> int:
+        """How many there are now."""
+        return len(self._visitors)
 
     def close(self) -> None:
         """After `run`."""
@@ -142,32 +158,60 @@ class Server:
             peer = format_endpoint(*tcp.socket.getpeername()[:2])
         except OSError:  # it has gone already
             return
-        if self.connections >= MAX_CONNECTIONS or self._sources[source] >= MAX_OF_SOURCE:
+        visitor = _Visitor(tcp)
+        if not self._admit(source_of(source), visitor):
             self._full(peer)
             return
-        self.connections += 1
-        self._sources[source] += 1
         try:
-            await self._converse(trio.SSLStream(tcp, self._tls.context, server_side=True, https_compatible=True), peer)
+            with visitor.scope:
+                if await visitor.speaks():
+                    tls = trio.SSLStream(visitor, self._tls.context, server_side=True, https_compatible=True)
+                    await self._converse(tls, peer)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
         except Exception:
             self._log.exception("connection_failed", peer=peer)
         finally:
-            self.connections -= 1
-            self._sources[source] -= 1
-            if not self._sources[source]:
-                del self._sources[source]
+            self._leave(visitor)
+
+    def _admit(self, source: str, visitor: _Visitor) -> bool:
+        """Give it a place, if need be that of a connection which is silent or the oldest of the largest source.
+
+        A broker or gateway whose connection ends so asks again on another one.
+        """
+        now = trio.current_time()
+        if not self._visitors.has_room(source):
+            weakest = self._visitors.weakest(source, now)
+            if weakest is None:
+                return False
+            self._leave(weakest)
+            weakest.scope.cancel()
+        visitor.place = self._visitors.enter(source, visitor, now)
+        return True
+
+    def _leave(self, visitor: _Visitor) -> None:
+        place, visitor.place = visitor.place, None
+        if place is not None:
+            self._visitors.leave(place)
 
     def _full(self, peer: str) -> None:
         self.refused[Refusal.OVERLOADED.value] += 1
-        if trio.current_time() > self._full_logged + _LOG_PAUSE:
-            self._full_logged = trio.current_time()
-            self._log.warning("too_many_connections", peer=peer, limit=MAX_CONNECTIONS, of_one_source=MAX_OF_SOURCE)
+        self._warn("too_many_connections", "", 1, peer=peer, limit=MAX_CONNECTIONS, of_one_source=MAX_OF_SOURCE)
 
-    async def _converse(self, stream: trio.SSLStream[trio.SocketStream], peer: str) -> None:
+    def _warn(self, event: str, kind: str, lines: int, **fields: object) -> None:
+        """Log a warning that anybody can cause: so many lines of each kind in ten seconds."""
+        others = self._throttle.others(f"{event} {kind}", trio.current_time(), lines)
+        if others is not None:
+            self._log.warning(event, **fields, **({"others_since": others} if others else {}))
+
+    async def _converse(self, stream: trio.SSLStream[_Visitor], peer: str) -> None:
         """Until the peer has nothing more to say, or says it too slowly or wrongly."""
         decoder = Decoder(Enrol | Follow)
+        with trio.move_on_after(DEADLINE) as shaking:
+            await stream.do_handshake()
+        if shaking.cancelled_caught:
+            return
+        stream.transport_stream.is_up = True
         while True:
             with trio.move_on_after(DEADLINE) as waiting:
                 try:
@@ -179,7 +223,7 @@ class Server:
                     answer = await self._answer(question, peer)
                 except MessageError as fault:
                     code = Refusal.VERSION if fault.other_version else Refusal.PROTOCOL_ERROR
-                    self._log.warning("bad_message", peer=peer, reason=str(fault))
+                    self._warn("bad_message", code.value, REFUSED_LINES, peer=peer, reason=str(fault))
                     await stream.send_all(encode(Refuse(code, str(fault)[:512])))
                     return
                 await stream.send_all(encode(answer))
@@ -218,8 +262,10 @@ class Server:
     def _refuse(self, question: Enrol, code: Refusal, text: str, peer: str) -> Refuse:
         self.refused[code.value] += 1
         asked = claimed(question)
-        self._log.warning(
+        self._warn(
             "enrol_refused",
+            code.value,
+            REFUSED_LINES,
             code=code,
             reason=text,
             token=question.token_id,
@@ -228,6 +274,48 @@ class Server:
             peer=peer,
         )
         return Refuse(code, text[:512])
+
+
+class _Visitor(trio.abc.Stream):
+    """One connection, and how much it may cost before its TLS handshake is done."""
+
+    def __init__(self, tcp: trio.SocketStream) -> None:
+        self.scope = trio.CancelScope()
+        self.place: Place[_Visitor] | None = None
+        self.spoke = False  # its first byte has come
+        self.is_up = False  # the TLS handshake is done
+        self._tcp = tcp
+        self._shaken = 0  # bytes before that
+
+    async def speaks(self) -> bool:
+        """Wait for the first byte, so that silence costs no TLS; False when there is none in time."""
+        with trio.move_on_after(FIRST_BYTES):
+            try:
+                self.spoke = bool(await self._tcp.socket.recv(1, socket.MSG_PEEK))
+            except OSError:
+                return False
+        return self.spoke
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        """See trio.abc.Stream."""
+        data = await self._tcp.receive_some(min(max_bytes or READ_BYTES, READ_BYTES))
+        if not self.is_up:
+            self._shaken += len(data)
+            if self._shaken > HANDSHAKE_BYTES:
+                raise trio.BrokenResourceError(f"the client's TLS handshake is over {HANDSHAKE_BYTES} bytes")
+        return data
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """See trio.abc.Stream."""
+        await self._tcp.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """See trio.abc.Stream."""
+        await self._tcp.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        """See trio.abc.Stream."""
+        await self._tcp.aclose()
 
 
 class _Tls:

@@ -631,6 +631,45 @@ async def test_one_source_cant_take_all_connections(made: Path, monkeypatch: pyt
             assert isinstance(await ask(stream, Follow(VERSION)), Trust)
 
 
+async def test_silent_connections_make_room(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All places are taken, by connections that say nothing or stall: one of them ends for a broker's."""
+    monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 3)
+    async with authority(made) as server:
+        held = [await trio.open_tcp_stream(*server.bound) for _ in range(3)]
+        with trio.fail_after(10):
+            while server.connections < 3:
+                await trio.sleep(0.01)
+        async with await dialled(server, made) as stream:
+            assert isinstance(await ask(stream, Follow(VERSION)), Trust)
+        with trio.fail_after(10):
+            assert await held[0].receive_some() == b""
+        for tcp in held:
+            await tcp.aclose()
+
+
+async def test_silence_and_huge_handshakes_end_soon(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first byte comes soon or never, and a ClientHello above 32 KiB is not waited for."""
+    monkeypatch.setattr(server_module, "FIRST_BYTES", 0.1)
+    monkeypatch.setattr(server_module, "DEADLINE", 60.0)
+    async with authority(made) as server:
+        mute, huge = [await trio.open_tcp_stream(*server.bound) for _ in range(2)]
+        body = b"\x01" + (120_000).to_bytes(3, "big") + b"\x03\x03" + bytes(16_000)
+        record = b"\x16\x03\x01" + len(body).to_bytes(2, "big") + body
+        rest = b"\x16\x03\x01" + (16_000).to_bytes(2, "big") + bytes(16_000)
+        with trio.fail_after(10):
+            await huge.send_all(record + rest)
+            try:
+                await huge.send_all(rest)
+                assert await huge.receive_some() == b""
+            except trio.BrokenResourceError:
+                pass  # a reset: it closed with bytes unread
+            assert await mute.receive_some() == b""
+            while server.connections:
+                await trio.sleep(0.01)
+        await mute.aclose()
+        await huge.aclose()
+
+
 async def test_everything_is_written_down_and_no_secret(made: Path) -> None:
     """enrolled, renewed, enrol_refused: who, which addresses, by which token, from where."""
     by = token(made, id="web")
