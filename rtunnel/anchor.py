@@ -17,6 +17,7 @@ import trio
 from structlog.typing import FilteringBoundLogger
 
 from rtunnel.config import parse_endpoint
+from rtunnel.relay.link import certificate_fault
 from rtunnel.trust.certificates import AUTHORITY_NAME
 from rtunnel.trust.files import PUBLIC, replace
 from rtunnel.trust.identity import Roots
@@ -269,7 +270,7 @@ def _reason(fault: BaseException) -> str:
         fault = below.exceptions[0] if isinstance(below, BaseExceptionGroup) else below
         below = fault.__cause__ or fault.__context__
     if isinstance(fault, ssl.SSLCertVerificationError):
-        return f"its certificate is not good: {fault.verify_message}"
+        return f"its certificate is not good: {certificate_fault(fault)}"
     if isinstance(fault, OSError):
         return (fault.strerror or str(fault)).lower()
     return str(fault) or "the connection broke"

@@ -195,6 +195,15 @@ SERIES: Final = (
         "rtunnel_proof_failures_total", "Answers to Dials that were not proved to be the target's agent's, by code",
         _at("proof_failures"), "code", _UNPROVEN,
     ),
+    Series(
+        "rtunnel_dials_expired_total", "Dials that were refused as expired: the clocks of gateway and broker differ",
+        _at("clock", "expired"),
+    ),
+    Series(
+        "rtunnel_clock_offset_seconds", "Own clock minus the other side's, when a Dial was last refused as "
+        "expired; 0 while clocks agree",
+        _at("clock", "offset"),
+    ),
     # Sessions.
     Series("rtunnel_sessions", "Sessions; those of a node that drains are draining", _sessions, "state"),
     Series("rtunnel_sessions_wanted", "Sessions that the agent is to have (agent.redundancy)", _at("sessions_wanted")),

@@ -30,6 +30,7 @@ from cryptography.x509 import load_der_x509_certificate
 from msgspec.structs import replace as replace_fields
 from structlog.typing import FilteringBoundLogger
 
+from rtunnel.clock import CHECK_CLOCK, utc
 from rtunnel.config import AgentConfig
 from rtunnel.trust.certificates import ENROL_LABEL, agent_request, key_pem, new_key, pem, sign_renewal
 from rtunnel.trust.files import SECRET, replace
@@ -264,7 +265,7 @@ class Credentials:
             return "there is no certificate yet"
         who, roots = self.identity.who, self._roots
         if time.time() >= who.ends:
-            return "the certificate has expired"
+            return f"the certificate has expired: it ended {utc(who.ends)} ({CHECK_CLOCK})"
         if self._void:
             return "the certificate is revoked"
         if roots is None or roots.is_revoked(who):

@@ -14,6 +14,7 @@ import trio
 import rtunnel
 from rtunnel.anchor import Anchor
 from rtunnel.bridge import Bridge, running
+from rtunnel.clock import ClockWatch, registry_offset
 from rtunnel.config import BrokerConfig, Config, default_address, format_endpoint, host_name, parse_endpoint
 from rtunnel.logs import Throttle, get_logger
 from rtunnel.net import bound_socket, listen, source_of
@@ -40,6 +41,10 @@ SWEEP_SECONDS: Final = 1.0
 STRANGERS_LINES: Final = 32
 
 
+#: The registry's clock is asked for this often, so that it is known when a gateway's clock differs.
+MEASURE_SECONDS: Final = 60.0
+
+
 class Node:
     """One broker node. `run` is its life; `keeper` attributes are what sessions ask for."""
 
@@ -47,6 +52,7 @@ class Node:
         broker = config.broker
         self.config: BrokerConfig = broker
         self.heartbeat = config.registry.heartbeat
+        self._registry_ttl = config.registry.ttl
         self.node = broker.node_id or host_name()
         self.host = broker.host or host_name()
         self.ip = broker.advertise_ip or default_address()
@@ -71,8 +77,11 @@ class Node:
         self.relay = Relay(self.report, f"relay-{self.node}")
         self.bridge: Bridge
         dial_keys = DialKeys(load_cluster_keys(broker.cluster_key))
+        self._registry_offset: float | None = None  # this machine's clock minus the registry's
+        self._measured_at = -MEASURE_SECONDS
+        self.clock = ClockWatch("this broker", self.report, lambda: self._registry_offset)
         self._standing = Standing(self, broker, self._log)
-        checker = DialChecker(self.node, dial_keys, broker.dial_window, self._standing.is_revoked)
+        checker = DialChecker(self.node, dial_keys, broker.dial_window, self._standing.is_revoked, self.clock)
         self._registrar = Registrar(self, registry, config.registry.quarantine, checker, self._log)
         self._links: Listener | None = None
 
@@ -303,6 +312,8 @@ class Node:
         reasons = []
         if self.registry_down:
             reasons.append(f"registry: {self.registry_down}")
+        if wrong := self.clock.reason(time.monotonic()):
+            reasons.append(wrong)
         if self.draining:
             reasons.append("draining")
         return reasons
@@ -343,6 +354,7 @@ class Node:
             beat = await self.bridge.registry(self._registry.beat, self.record(), registrations)
         except RegistryUnavailable as error:
             self._registry_is_down(error)
+            self._registry_offset = None
             return
         except Superseded:
             self._log.error("node_superseded", node=self.node, reason="another broker started under this node_id")
@@ -358,6 +370,16 @@ class Node:
             await self.bridge.run(lambda: self._registrar.end_lost(beat.lost))
         for registration in left:
             await self.bridge.registry_tries(self._registry.unregister, registration)
+        await self._measure_clock()
+
+    async def _measure_clock(self) -> None:
+        """Compare this clock with the registry's: seldom, and at each beat while Dials are refused as expired."""
+        now = time.monotonic()
+        if not self.clock.suspicious and now < self._measured_at + MEASURE_SECONDS:
+            return
+        self._measured_at = now
+        nodes = await self.bridge.registry_tries(self._registry.nodes) or []
+        self._registry_offset = registry_offset((node.beat for node in nodes), self._registry_ttl, time.time())
 
     def _registry_is_down(self, error: RegistryUnavailable) -> None:
         if not self.registry_down or self.registry_down == "not contacted yet":

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from rtunnel.clock import ClockWatch
 from rtunnel.config import format_endpoint
 from rtunnel.counts import StreamCounts
 from rtunnel.net import source_of
@@ -93,12 +94,15 @@ class PortCounts(StreamCounts):
 class DialChecker:
     """What a Dial must be before it may reach an agent (docs/wire.md, "Dial")."""
 
-    def __init__(self, node: str, keys: DialKeys, window: float, is_revoked: Callable[[str], bool]) -> None:
-        """`is_revoked` is asked with the id of a gateway's key."""
+    def __init__(
+        self, node: str, keys: DialKeys, window: float, is_revoked: Callable[[str], bool], clock: ClockWatch
+    ) -> None:
+        """`is_revoked` is asked with the id of a gateway's key; `clock` hears of Dials by another clock."""
         self._node = node
         self._keys = keys
         self._window = window
         self.is_revoked = is_revoked
+        self._clock = clock
         self._nonces = NonceWindow(2 * window)
 
     def authentic(self, dial: Dial) -> DialBody:
@@ -110,15 +114,18 @@ class DialChecker:
             raise Refused(Refusal.REVOKED, f"the gateway's key {dial.key} is revoked")
         return decode_body(dial.body)
 
-    def check(self, body: DialBody, session: Session) -> None:
-        """Raises Refused unless the Dial is fresh, and for exactly this session."""
+    def check(self, body: DialBody, session: Session, key: str) -> None:
+        """Raises Refused unless the Dial is fresh, and for exactly this session. `key`: the id of the gateway's key."""
         if body.version != messages.VERSION:
             text = f"the gateway speaks protocol version {body.version}, this broker {messages.VERSION}"
             raise Refused(Refusal.VERSION, text)
         age = time.time() - body.time / 1000
         if abs(age) > self._window:
+            self._clock.differs(f"gateway {key}", age, time.monotonic())
             off = f"{age:.1f} s old" if age > 0 else f"{-age:.1f} s ahead"
             raise Refused(Refusal.EXPIRED, f"the Dial is {off} by this broker's clock: check both clocks")
+        if self._clock.suspicious:
+            self._clock.agrees(f"gateway {key}", time.monotonic())
         if body.node != self._node:
             raise Refused(Refusal.STALE_NODE, f"this is {self._node}, the Dial is for {body.node}")
         hello = session.hello
@@ -185,7 +192,7 @@ class GuardedConnection:
             if frame is None:
                 return
             self._body = body = port.checker.authentic(frame[0])
-            port.checker.check(body, port.session)
+            port.checker.check(body, port.session, frame[0].key)
             if full := port.session.full:
                 raise full
         except MessageError as error:
@@ -277,7 +284,8 @@ class GuardedPort:
             self.session.keeper.log_stranger("dial_refused", refused.code.value, **fields)
         else:
             self.session.keeper.log("dial_refused", **fields)
-        end.say(encode(Refuse(code=refused.code.value, text=refused.text[:512])))
+        clock = int(time.time() * 1000) if refused.code is Refusal.EXPIRED else 0
+        end.say(encode(Refuse(code=refused.code.value, text=refused.text[:512], time=clock)))
         end.close()
 
 

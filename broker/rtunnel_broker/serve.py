@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import trio
 
 import rtunnel
@@ -49,6 +51,7 @@ def status(node: Node) -> dict[str, object]:
         "session_refusals": dict(node.session_refusals),
         "links_lost": dict(node.links_lost),
         "dials_lost": dict(counts.lost),
+        "clock": node.clock.status(time.monotonic()),
         "certificate_ends": node.certificate_ends,
         "trust": node.anchor.shown() if node.anchor is not None else None,
         "waiting": counts.waiting,

@@ -15,6 +15,7 @@ import ssl
 from collections import deque
 from typing import Final, Protocol
 
+from rtunnel.clock import CHECK_CLOCK
 from rtunnel.relay.ends import SocketEnd, Talker, reset_on_close
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
 from rtunnel.relay.stream import StreamEnd
@@ -421,15 +422,23 @@ def _tune(sock: socket.socket) -> None:
         pass  # the peer is gone already: the first read tells
 
 
+def certificate_fault(error: ssl.SSLCertVerificationError) -> str:
+    """Say what is wrong with the peer's certificate, and that it may be the clock here."""
+    hint = f" ({CHECK_CLOCK})" if error.verify_code in _OF_TIME else ""
+    return f"{error.verify_message}{hint}"
+
+
 def reason_of(error: OSError) -> str:
     """In words, without the library's own."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"certificate not accepted: {error.verify_message}"
+        return f"certificate not accepted: {certificate_fault(error)}"
     if isinstance(error, ssl.SSLError):
         guess = "; the peer does not seem to speak TLS" if error.reason == "WRONG_VERSION_NUMBER" else ""
         return f"TLS: {(error.reason or str(error)).replace('_', ' ').lower()}{guess}"
     return error.strerror or str(error)
 
 
+#: X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED (openssl/x509_vfy.h).
+_OF_TIME: Final = (9, 10)
 #: Not in Python's socket module before 3.12 (linux/tcp.h).
 TCP_NOTSENT_LOWAT_OPTION: Final = 25

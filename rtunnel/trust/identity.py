@@ -28,6 +28,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from rtunnel.clock import CHECK_CLOCK, utc
 from rtunnel.trust.keys import TrustError
 from rtunnel.trust.tls import certificate_der
 from rtunnel.wire.messages import MAX_LIST
@@ -279,9 +280,12 @@ class Roots:
                 self._known[der] = identity
         moment = now()
         if moment >= identity.ends:
-            raise TrustError(f"the certificate of {identity.subject} has expired")
+            ended = utc(identity.ends)
+            raise TrustError(f"the certificate of {identity.subject} has expired: it ended {ended} ({CHECK_CLOCK})")
         if moment < identity.issued - BACKDATE.total_seconds():
-            raise TrustError(f"the certificate of {identity.subject} is not valid yet: check the clock")
+            begins = utc(identity.issued)
+            text = f"the certificate of {identity.subject} is not valid yet: it is of {begins}"
+            raise TrustError(f"{text} ({CHECK_CLOCK})")
         if self.is_revoked(identity):
             raise Revoked(f"the certificate of {identity.subject} is revoked")
         return identity

@@ -190,6 +190,7 @@ class Refuse(Message, tag="refused", frozen=True):
     certificate: Certificate = b""
     exchange: Exchange = b""
     signature: Signature = b""
+    time: Unsigned64 = 0  # with `expired`: ms since 1970 by the broker's clock
 
 
 class Update(Message, tag="update", frozen=True):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from rtunnel.clock import ClockWatch
 from rtunnel.registry import NodeRecord, Tuple
 from rtunnel.registry.routes import RouteTable
 from rtunnel.relay.ends import SocketEnd
@@ -36,6 +37,8 @@ from rtunnel_socks.proof import Known, Proofs
 SUSPECT_SECONDS: Final = 10.0
 #: More tuples than redundancy and a node or two in transition there can't be.
 MAX_ATTEMPTS: Final = 6
+#: What is no fault of the paths to an agent, so that a client is told this and not `agent_unavailable`.
+_NOT_THE_PATHS: Final = frozenset({Refusal.TOO_MANY_STREAMS, Refusal.EXPIRED})
 #: An agent says it once.
 MAX_DIALLINGS: Final = 64
 
@@ -114,6 +117,7 @@ class DialOwner(Protocol):
     dial_tls: ssl.SSLContext | None  # to guarded ports; None: plain
     name: str
     hedging: Hedging
+    clock: ClockWatch
     dial_timeout: float
 
     def forget(self, stale: Tuple) -> None:
@@ -185,9 +189,9 @@ class TargetDial:
                 self._hedge_after(self.owner.hedging.delay(attempt.path))
             attempt.start()
         elif not self._alive:
-            # Full everywhere is no fault of the paths.
-            full = self._codes == {Refusal.TOO_MANY_STREAMS}
-            code = Refusal.TOO_MANY_STREAMS if full else Refusal.AGENT_UNAVAILABLE
+            # Some causes are no fault of the paths: where all say the same, the client is told that.
+            alike = self._codes & _NOT_THE_PATHS if len(self._codes) == 1 else ()
+            code = next(iter(alike), Refusal.AGENT_UNAVAILABLE)
             self._fail(Refused(code, f"no path works: {'; '.join(self._failures)}"))
 
     def _hedge_after(self, seconds: float) -> None:
@@ -251,7 +255,7 @@ class TargetDial:
         )  # fmt: skip
         if told is Next.FORGET:
             self.owner.forget(attempt.used)
-        elif code in (Refusal.BROKER_UNREACHABLE, Refusal.DIAL_TIMEOUT):
+        elif code in (Refusal.BROKER_UNREACHABLE, Refusal.DIAL_TIMEOUT, Refusal.EXPIRED):
             self.owner.paths.suspect(attempt.used.node, self.owner.relay.loop.now)
         self._next()
 
@@ -405,6 +409,9 @@ class Attempt:
 
     def _refused(self, answer: Refuse) -> None:
         code = Refusal.parse(answer.code)
+        if code is Refusal.EXPIRED:
+            offset = time.time() - answer.time / 1000 if answer.time else None
+            self.dial.owner.clock.differs(f"broker {self.used.node}", offset, time.monotonic())
         if code.telling.next is Next.STOP:
             self._proof(answer)  # or a broken broker could keep clients from all agents that have a session there
         self._fail(code, answer.text or code.telling.text)
@@ -416,6 +423,8 @@ class Attempt:
             self._fail(Refusal.REVOKED, fault)
             return
         identity = self._proof(answer)
+        if dial.owner.clock.suspicious:
+            dial.owner.clock.agrees(f"broker {self.used.node}", time.monotonic())
         end, self._end = self._end, None
         assert end is not None
         end.pause()

@@ -13,6 +13,7 @@ import trio
 
 from rtunnel.anchor import Anchor
 from rtunnel.bridge import Bridge, running
+from rtunnel.clock import ClockWatch, registry_offset
 from rtunnel.config import Config, GatewayConfig, canonical_ip, format_endpoint, host_name, parse_endpoint
 from rtunnel.counts import StreamCounts
 from rtunnel.logs import Throttle, get_logger
@@ -61,6 +62,8 @@ class Gateway:
         self.config: GatewayConfig = gateway
         self.name = gateway.name or host_name()
         self.namespace = gateway.namespace
+        self._registry_ttl = config.registry.ttl
+        self.clock = ClockWatch("this gateway", self.report, self._registry_offset)
         self.hedging = Hedging(gateway.hedge_delay)
         self.dial_timeout = gateway.dial_timeout
         self.idle_timeout = gateway.idle_timeout
@@ -293,6 +296,8 @@ class Gateway:
         reasons = []
         if self.registry_down == "not contacted yet" or (self.registry_down and not self._mirror.synced):
             reasons.append(f"registry: {self.registry_down}")
+        if wrong := self.clock.reason(time.monotonic()):
+            reasons.append(wrong)
         if self.draining:
             reasons.append("draining")
         return reasons
@@ -300,6 +305,13 @@ class Gateway:
     async def answered(self) -> None:
         """See rtunnel.pulse.Part."""
         await self.bridge.answered()
+
+    def _registry_offset(self) -> float | None:
+        """This machine's clock minus the registry's; None while the route table is not fresh."""
+        followed = self._followed
+        if followed is None or time.monotonic() - followed > self._registry_ttl:
+            return None
+        return registry_offset((n.beat for n in self.table.nodes.values()), self._registry_ttl, time.time())
 
     @property
     def ready(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import trio
 
 import rtunnel
@@ -48,6 +50,7 @@ def status(gateway: Gateway) -> dict[str, object]:
         "registry": gateway.registry_down or "ok",
         "clients": counts.clients,
         **counts.shown(),
+        "clock": gateway.clock.status(time.monotonic()),
         "hedges": {"sent": gateway.hedging.sent, "held": gateway.hedging.held},
         "proof_failures": dict(counts.unproven),
         "pairs": len(gateway.relay.pairs),

@@ -13,6 +13,7 @@ import pytest
 import trio
 from cryptography import x509
 
+from rtunnel.clock import CHECK_CLOCK
 from rtunnel.config import RegistryConfig
 from rtunnel.registry import connect
 from rtunnel.relay.relay import Relay
@@ -168,7 +169,7 @@ async def test_a_certificate_of_no_use_ends_the_handshake_and_says_why(tmp_path:
         assert told.code is Refusal.BAD_CERTIFICATE and "shows no certificate" in told.why
         await cluster.until(lambda: len(named(events, "link_lost")) == 2)
         assert [line["reason"] for line in named(events, "link_lost")] == [
-            "handshake: certificate not accepted: certificate has expired",
+            f"handshake: certificate not accepted: certificate has expired ({CHECK_CLOCK})",
             "handshake: certificate not accepted: unable to get local issuer certificate",
         ]
 

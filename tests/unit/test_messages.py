@@ -101,8 +101,8 @@ EXAMPLES: list[tuple[dict[str, Any], Message]] = [
         ),
     ),
     (
-        {"t": "refused", "code": "stale_epoch", "text": "über", **UNPROVEN, "mac": MAC},
-        Refuse(code="stale_epoch", text="über", mac=MAC),
+        {"t": "refused", "code": "stale_epoch", "text": "über", **UNPROVEN, "mac": MAC, "time": 1_800_000_000_000},
+        Refuse(code="stale_epoch", text="über", mac=MAC, time=1_800_000_000_000),
     ),
     (
         {"t": "update", "exposes": ["22"], "certificate": b"c", "signature": b"s"},
@@ -129,7 +129,7 @@ OPTIONAL: dict[str, dict[str, Any]] = {
     "trust": {"signed": b""},
     "challenge": {"version": 1},
     "welcome": {"open_ports": [], "notices": [], "software": ""},
-    "refused": {"text": "", **UNPROVEN},
+    "refused": {"text": "", **UNPROVEN, "time": 0},
     "update": {"certificate": b"", "signature": b""},
     "bye": {"reason": ""},
     "dial": {"mac": b"", "key": ""},
@@ -358,6 +358,7 @@ CAPS: list[tuple[str, str, tuple[Any, ...], tuple[Any, ...]]] = [
     ("welcome", "software", *TEXTS),
     ("refused", "code", *WORDS),
     ("refused", "text", *TEXTS),
+    ("refused", "time", (-1,), (0, 2**64 - 1)),
     ("update", "exposes", (["22"] * 257, [""]), ([], ["x" * 128] * 256)),
     ("update", "certificate", *CERTIFICATES),
     ("update", "signature", *SIGNATURES),
