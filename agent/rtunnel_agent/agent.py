@@ -24,7 +24,6 @@ from rtunnel.config import (
     Config,
     ConfigError,
     changed,
-    default_address,
     host_name,
     parse_endpoint,
     parse_exposes,
@@ -41,6 +40,7 @@ from rtunnel.watch import Watched, watch
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Bye, Enrol, Enrolled, Hello, Publish, Refuse
 from rtunnel.wire.refusal import Refusal, Refused
+from rtunnel_agent.addresses import OwnAddresses
 from rtunnel_agent.brokers import Brokers
 from rtunnel_agent.handshake import AgentSession, Enrolment, new_nonce
 from rtunnel_agent.identity import AgentIdentity, Credentials
@@ -64,6 +64,9 @@ LONG_DRAIN_GRACE: Final = 10.0
 BACKOFF_FIRST: Final = 0.25
 #: Without a certificate no slot dials; each looks so often whether there is one by now.
 LOOK_SECONDS: Final = 1.0
+#: So many seconds after a change of this host's addresses the agent tells its brokers again at each look: the host
+#: that had a new address may give it back later.
+ASK_AGAIN: Final = 60.0
 #: Between two trust lists of one broker.
 NEWS_PAUSE: Final = 1.0
 #: A session that lasted so many seconds has proved the path: backoff starts anew. After a shorter one the
@@ -115,19 +118,19 @@ class Agent:
         self._whole = config
         self.config: AgentConfig = agent
         self.agent_id = agent.agent_id or host_name()
-        self.addresses = tuple(agent.addresses) or (default_address(),)
+        self._own = OwnAddresses(agent.addresses)
         self.slots = [Slot(number) for number in range(agent.redundancy)]
         self.draining: dict[AgentSession, float] = {}  # since when (monotonic)
         self.relay = Relay(self.report, f"relay-{self.agent_id}")
         self._log = get_logger("agent").bind()
         self.targets = Targets(
-            self.relay, agent.namespace, frozenset(self.addresses), exposed(agent), agent.target_timeout, self._log
+            self.relay, agent.namespace, frozenset(self._own.present), exposed(agent), agent.target_timeout, self._log
         )
         self._publish = [_publish(entry.target, entry.port, entry.allow) for entry in agent.publish]
         self._token: Token | None = load_token(Path(agent.join_token)) if agent.join_token else None
         self._watches: dict[AgentSession, Watch] = {}
         self.credentials = Credentials(
-            agent, self.agent_id, self.addresses, ask=self._ask, put=self._put_identity, log=self._log
+            agent, self.agent_id, self._own.wanted, ask=self._ask, put=self._put_identity, log=self._log
         )
         self._instance = new_nonce()
         self._dialling = trio.Lock()
@@ -135,6 +138,16 @@ class Agent:
         self._stopping = False
         self._one_host = ""  # told in the log
         self.bridge: Bridge
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Those that the agent answers for at present."""
+        return self._own.present
+
+    @property
+    def lost_addresses(self) -> tuple[str, ...]:
+        """Those that it should answer for, and this host does not have."""
+        return self._own.lost
 
     @property
     def identity(self) -> AgentIdentity | None:
@@ -210,8 +223,8 @@ class Agent:
         if self._left_revoked_broker(session):
             return
         watch = self._watches[session]
-        if session.hello.exposes != self.targets.exposed.ports:  # they changed meanwhile
-            self.bridge.relay.call(lambda: session.expose(self.targets.exposed.ports))
+        if session.hello.exposes != self.targets.exposed.ports or session.hello.addresses != list(self.addresses):
+            self._tell_update([session])  # they changed meanwhile
         if self.identity is not None and self.identity is not watch.shown:
             self._go_over(session, self.identity)
         watch.outcome = outcome
@@ -249,6 +262,7 @@ class Agent:
                 nursery.start_soon(self._keep, slot)
             nursery.start_soon(self._leave_draining_nodes)
             nursery.start_soon(self._leave_revoked_brokers)
+            nursery.start_soon(self._follow_addresses)
             nursery.start_soon(self.credentials.run)
             if self._whole.file:
                 nursery.start_soon(watch, [self._watched_file()], self._log)
@@ -279,7 +293,9 @@ class Agent:
         """Why it is not ready; empty when it is."""
         missing = self.credentials.missing
         identity = [f"identity: {missing}"] if missing else []
-        return identity + [f"session {slot.number + 1}: {slot.reason}" for slot in self.slots if slot.session is None]
+        lost = [f"address {address}: this host does not have it" for address in self._own.lost]
+        empty = [f"session {slot.number + 1}: {slot.reason}" for slot in self.slots if slot.session is None]
+        return identity + lost + empty
 
     async def answered(self) -> None:
         """See rtunnel.pulse.Part."""
@@ -300,7 +316,7 @@ class Agent:
 
     async def _keep(self, slot: Slot) -> None:
         while True:
-            while missing := self.credentials.missing:
+            while missing := self._own.missing or self.credentials.missing:
                 slot.reason = missing
                 await self.credentials.changed(LOOK_SECONDS)
             async with self._dialling:
@@ -515,15 +531,54 @@ class Agent:
         now = exposed(self.config)
         sessions = list(self._watches)
 
-        def put() -> int:
-            ended = self.targets.expose(now)
-            for session in sessions:
-                session.expose(now.ports)
-            return ended
-
-        ended = await self.bridge.run(put)
+        ended = await self.bridge.run(lambda: self.targets.expose(now))
+        self._tell_update(sessions)
         said: dict[str, object] = {"exposes": self.config.exposes, "streams_ended": ended}
         return said | {"needs_restart": others} if others else said
+
+    def _tell_update(self, sessions: list[AgentSession]) -> None:
+        """Tell the brokers what the agent exposes and answers for now."""
+        ports, addresses = self.targets.exposed.ports, list(self.addresses)
+
+        def tell() -> None:
+            for session in sessions:
+                session.expose(ports, addresses)
+
+        self.bridge.relay.call(tell)
+
+    # The host's addresses.
+
+    async def _follow_addresses(self) -> None:
+        """Look whether this host still has its addresses, and whether lost ones are back."""
+        ask_until = 0.0
+        while True:
+            await trio.sleep(self.config.address_check)
+            before = self.addresses
+            if self._own.look():
+                ask_until = trio.current_time() + ASK_AGAIN
+                await self._put_addresses(before)
+            elif trio.current_time() < ask_until and self.addresses:
+                self._tell_update(list(self._watches))
+
+    async def _put_addresses(self, before: tuple[str, ...]) -> None:
+        """Give lost addresses back and take new ones up, with the brokers and in the certificate."""
+        now = self.addresses
+        ended = await self.bridge.run(lambda: self.targets.answer_for(frozenset(now)))
+        for address in before:
+            if address not in now:
+                self._log.warning(
+                    "address_lost", agent=self.agent_id, address=address, streams_ended=ended,
+                    reason="this host does not have it any more: it is given back",
+                )  # fmt: skip
+        for address in now:
+            if address not in before:
+                self._log.info("address_found", agent=self.agent_id, address=address)
+        self.credentials.answer_for(self._own.wanted)
+        sessions = list(self._watches)
+        if set(before) & set(now):
+            self._tell_update(sessions)
+        else:  # nothing of what these sessions stand for is left
+            await self.bridge.run(lambda: _say_goodbye(sessions, "the agent's addresses have changed"))
 
     # Revoked brokers.
 
@@ -551,10 +606,10 @@ class Agent:
                     await self.bridge.run(lambda s=session: _say_goodbye([s]))  # type: ignore[misc]
 
 
-def _say_goodbye(sessions: list[AgentSession]) -> None:
+def _say_goodbye(sessions: list[AgentSession], why: str = "the agent leaves") -> None:
     for session in sessions:
-        session.tell(Bye(reason="the agent leaves"))
-        session.end("the agent leaves")
+        session.tell(Bye(reason=why))
+        session.end(why)
 
 
 def _publish(target: str, port: int, allow: list[str]) -> Publish:

@@ -171,10 +171,10 @@ class AgentSession:
         self._decoder.limit = messages.MAX_MESSAGE
         self._control_say(encode(Proof(mac=mac)))
 
-    def expose(self, exposes: list[str]) -> None:
-        """Other ports are exposed from now on."""
+    def expose(self, exposes: list[str], addresses: list[str]) -> None:
+        """Other ports are exposed, or the agent answers for other addresses, from now on."""
         if self.welcome is not None:
-            self.tell(Update(exposes=exposes))
+            self.tell(Update(exposes=exposes, addresses=addresses))
 
     def go_over(self, exposes: list[str], certificate: bytes, key: PrivateKey) -> None:
         """The agent has another certificate than the one that the link has shown."""

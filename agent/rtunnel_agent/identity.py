@@ -228,6 +228,11 @@ class Credentials:
         self._tell()
         self._log.info("trust_loaded", number=self._roots.number, generation=self._roots.generation)
 
+    def answer_for(self, addresses: Sequence[str]) -> None:
+        """The agent has other addresses: a certificate that does not name them is replaced."""
+        self._addresses = tuple(addresses)
+        self._tell()
+
     async def run(self) -> None:
         """Keep everything up to date."""
         async with trio.open_nursery() as nursery:
@@ -268,6 +273,8 @@ class Credentials:
             return f"the certificate has expired: it ended {utc(who.ends)} ({CHECK_CLOCK})"
         if self._void:
             return "the certificate is revoked"
+        if foreign := [address for address in self._addresses if address not in who.addresses]:
+            return f"the certificate does not name {foreign[0]}, which is this host's address now"
         if roots is None or roots.is_revoked(who):
             return ""  # the broker says it better
         try:

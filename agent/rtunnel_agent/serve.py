@@ -42,6 +42,7 @@ def status(agent: Agent) -> dict[str, object]:
         "agent_id": agent.agent_id,
         "namespace": agent.config.namespace,
         "addresses": agent.addresses,
+        "addresses_lost": agent.lost_addresses,
         "exposes": agent.config.exposes,
         "state": agent.state,
         "redundancy": agent.redundancy,

@@ -77,14 +77,22 @@ class Targets:
     def expose(self, exposed: Exposed) -> int:
         """From now on this; streams to what is not exposed any more end. How many did."""
         self.exposed = exposed
-        void = [
-            pair
-            for pair in self.relay.pairs
-            if isinstance(pair.on_end, Served) and exposed.way(pair.on_end.ip, pair.on_end.port) != pair.on_end.way
-        ]
+        return self._end_void()
+
+    def answer_for(self, addresses: frozenset[str]) -> int:
+        """Answer for these addresses from now on. Ends the streams to others; returns how many did."""
+        self.addresses = addresses
+        return self._end_void()
+
+    def _end_void(self) -> int:
+        void = [pair for pair in self.relay.pairs if isinstance(pair.on_end, Served) and not self.leads(pair.on_end)]
         for pair in void:
             pair.abort(Ending.REVOKED)
         return len(void)
+
+    def leads(self, served: Served) -> bool:
+        """Whether its stream may go on: the address is this agent's, and the port is exposed by the same way."""
+        return served.ip in self.addresses and self.exposed.way(served.ip, served.port) == served.way
 
     def check(self, body: DialBody, session: AgentSession) -> str:
         """The address to connect to. Raises Refused unless this Dial is for us, for this session, and for something
@@ -164,7 +172,9 @@ class IncomingStream:
         self._served = Served(self._targets, self._session, body.ip, body.port, way, body.who)
         relay = self._targets.relay
         self._late = relay.loop.after(DIALLING_AFTER, self._say_dialling)
-        self._attempt = relay.connect(way, body.port, self._targets.timeout, self._connected)
+        # From the target's own address: a host that has lost it must not dial the one that has it now.
+        source = way if way == body.ip else ""
+        self._attempt = relay.connect(way, body.port, self._targets.timeout, self._connected, source=source)
 
     def _say_dialling(self) -> None:
         self._stream.say(_DIALLING)
@@ -176,9 +186,9 @@ class IncomingStream:
             return
         served = self._served
         assert served is not None
-        if self._targets.exposed.way(served.ip, served.port) != served.way:
+        if not self._targets.leads(served):
             target.abort()
-            self._refuse(Refusal.NOT_EXPOSED, f"the agent does not expose port {served.port} any more")
+            self._refuse(Refusal.NOT_EXPOSED, f"the agent does not expose {served.ip}, port {served.port} any more")
             return
         self._targets.counts.began()
         self._session.streams += 1

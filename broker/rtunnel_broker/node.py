@@ -15,7 +15,16 @@ import rtunnel
 from rtunnel.anchor import Anchor
 from rtunnel.bridge import Bridge, running
 from rtunnel.clock import ClockWatch, registry_offset
-from rtunnel.config import BrokerConfig, Config, default_address, format_endpoint, host_name, parse_endpoint
+from rtunnel.config import (
+    BrokerConfig,
+    Config,
+    ConfigError,
+    Problem,
+    default_address,
+    format_endpoint,
+    host_name,
+    parse_endpoint,
+)
 from rtunnel.logs import Throttle, get_logger
 from rtunnel.net import bound_socket, listen, source_of
 from rtunnel.registry import NodeRecord, Registration, Registry, RegistryUnavailable, Superseded
@@ -56,6 +65,10 @@ class Node:
         self.node = broker.node_id or host_name()
         self.host = broker.host or host_name()
         self.ip = broker.advertise_ip or default_address()
+        if not self.ip:
+            reason = "this host has no default route, so its address is not known"
+            fix = "write the address at which gateways reach this node's ports"
+            raise ConfigError([Problem("", "broker.advertise_ip", reason, fix)])
         self.handshake_timeout = broker.handshake_timeout
         self.tokens: Mapping[str, bytes] = load_tokens(broker.join_token) if broker.join_token else {}
         self.draining = False
@@ -138,6 +151,13 @@ class Node:
 
     def updated(self, session: Session) -> None:
         """See SessionKeeper."""
+        assert session.hello is not None
+        rule = self._admission.rule(session.hello.namespace, session.addresses)
+        if rule is None:
+            text = f"no rule of broker.admit is for {session.owner} with the addresses that it has now"
+            session.refuse(Refusal.NOT_AUTHORISED, text)
+            return
+        session.rule = rule
         self.bridge.spawn(self._registrar.republish, session)
 
     def refused(self, code: Refusal) -> None:

@@ -114,7 +114,8 @@ class Registrar:
                 guarded = await self._take_port(session)
                 leased.append(guarded)
                 granted, notices = await self._take_open_ports(session, leased)
-                session.registration = self._registration(session, guarded, leased, granted)
+                session.granted = granted
+                session.registration = self._registration(session, tuple(port.lease for port in leased))
                 await self._node.bridge.registry(self._registry.register, session.registration)
             except (Refused, RegistryUnavailable, AddressTaken, PortsExhausted, OSError) as error:
                 await self._give_back(leased)
@@ -224,9 +225,8 @@ class Registrar:
     def _bind(self, port: int) -> socket.socket:
         return listening_socket(self._bind_host, port)
 
-    def _registration(
-        self, session: Session, guarded: Leased, leased: list[Leased], granted: list[tuple[Publish, int]]
-    ) -> Registration:
+    def _registration(self, session: Session, leases: tuple[PortLease, ...]) -> Registration:
+        """What the registry shall hold of the session now. The first lease is that of the guarded port."""
         hello = session.hello
         assert hello is not None
 
@@ -243,28 +243,68 @@ class Registrar:
                 exposes=",".join(session.exposes),
             )
 
-        tuples = [entry(ip, 0, guarded.lease.port) for ip in hello.addresses]
-        tuples += [entry(publish.ip, publish.target_port, port) for publish, port in granted]
-        return Registration(session.epoch, tuple(tuples), tuple(port.lease for port in leased))
+        # The relay's thread replaces the set, so this must be one look.
+        addresses = session.addresses
+        tuples = [entry(ip, 0, leases[0].port) for ip in sorted(addresses)]
+        tuples += [entry(p.ip, p.target_port, port) for p, port in session.granted if p.ip in addresses]
+        return Registration(session.epoch, tuple(tuples), leases)
 
     async def republish(self, session: Session) -> None:
-        """One at a time, with the latest: two calls to the registry may overtake each other."""
+        """Tell the registry what the agent's last Update said.
+
+        One at a time, with the latest: two calls to the registry may overtake each other.
+        """
         async with self._owner_lock(session.owner):
-            session.update_due = False  # before `exposes` is read: what comes later is told later
-            registration = session.registration
-            if registration is None or self.sessions.get(session.owner) is not session:
+            session.update_due = False  # before the session is read: what comes later is told later
+            before = session.registration
+            if before is None or self.sessions.get(session.owner) is not session:
                 return
-            exposes = ",".join(session.exposes)
-            tuples = tuple(
-                Tuple(**{**{f: getattr(t, f) for f in t.__struct_fields__}, "exposes": exposes})
-                for t in registration.tuples
-            )
-            session.registration = Registration(registration.epoch, tuples, registration.leases)
+            now = session.registration = self._registration(session, before.leases)
+            await self._give_addresses_back(before, now)
             try:
-                await self._node.bridge.registry_tries(self._registry.register, session.registration)
+                await self._node.bridge.registry_tries(self._registry.register, now)
             except AddressTaken as error:
-                lost = {session.epoch: error}
-                await self._node.bridge.run(lambda: self.end_lost(lost))
+                if not await self._keep_addresses(session, before, now, error):
+                    lost = {session.epoch: error}
+                    await self._node.bridge.run(lambda: self.end_lost(lost))
+
+    async def _give_addresses_back(self, before: Registration, now: Registration) -> None:
+        """Remove the tuples of addresses that the agent has lost; the ports stay the session's."""
+        stay = {(entry.agent_ip, entry.agent_port) for entry in now.tuples}
+        gone = tuple(entry for entry in before.tuples if (entry.agent_ip, entry.agent_port) not in stay)
+        if not gone:
+            return
+        left = Registration(before.epoch, gone, ())
+        if self.left_during_beat is not None:
+            self.left_during_beat.append(left)
+        await self._node.bridge.registry_tries(self._registry.unregister, left)
+        self._log.info(
+            "addresses_given_back", node=self._node.node, agent=gone[0].agent_id, namespace=gone[0].namespace,
+            epoch=str(before.epoch), addresses=sorted({entry.agent_ip for entry in gone}),
+        )  # fmt: skip
+
+    async def _keep_addresses(
+        self, session: Session, before: Registration, now: Registration, taken: AddressTaken
+    ) -> bool:
+        """Go on without a new address that another agent has: the agent asks again. False: it is not a new one."""
+        had = {entry.agent_ip for entry in before.tuples}
+        if taken.ip in had:
+            return False
+        kept = tuple(entry for entry in now.tuples if entry.agent_ip in had)
+        session.registration = Registration(now.epoch, kept, now.leases)
+        addresses = frozenset(entry.agent_ip for entry in kept)
+
+        def keep() -> None:
+            if not session.update_due:  # else a later Update has said more
+                session.addresses = addresses
+
+        await self._node.bridge.run(keep)
+        await self._node.bridge.registry_tries(self._registry.register, session.registration)
+        self._log.warning(
+            "address_not_taken_up", node=self._node.node, agent=session.hello.agent_id if session.hello else "",
+            address=taken.ip, reason=str(taken), hint="the agent asks again for a while",
+        )  # fmt: skip
+        return True
 
     # Leaving.
 

@@ -39,6 +39,7 @@ from rtunnel.wire.messages import (
     Hello,
     MessageError,
     Proof,
+    Publish,
     Refuse,
     Trust,
     Update,
@@ -79,7 +80,7 @@ class SessionKeeper(Protocol):
         """The link is gone."""
 
     def updated(self, session: Session) -> None:
-        """The agent's exposed ports changed."""
+        """The agent's exposed ports or addresses changed: tell the registry, or refuse the session."""
 
     def refused(self, code: Refusal) -> None:
         """Count it."""
@@ -109,8 +110,9 @@ class Session:
     hello: Hello | None = None
     epoch: int = 0
     registration: Registration | None = None
+    granted: list[tuple[Publish, int]] = field(default_factory=list)  # open ports, with their numbers
     exposes: tuple[str, ...] = ()
-    update_due: bool = False  # the registry is to be told of `exposes`
+    update_due: bool = False  # the registry is to be told of `exposes` and `addresses`
     addresses: frozenset[str] = frozenset()
     listeners: list[Listener] = field(default_factory=list)
     handshaking: bool = True  # until it is proven
@@ -324,11 +326,28 @@ class Session:
             self.refuse(Refusal.BAD_REQUEST, str(fault))
             return
         self._go_over()
-        if update.exposes != list(self.exposes):
-            self.exposes = tuple(update.exposes)
+        addresses = frozenset(update.addresses) or self.addresses
+        if addresses != self.addresses and (refused := self._addresses_fault(addresses)):
+            self.refuse(refused.code, refused.text)
+            return
+        if update.exposes != list(self.exposes) or addresses != self.addresses:
+            self.exposes, self.addresses = tuple(update.exposes), addresses
             if not self.update_due:
                 self.update_due = True
                 self.keeper.updated(self)
+
+    def _addresses_fault(self, addresses: frozenset[str]) -> Refused | None:
+        """Why the agent can't have these from now on; None when it can."""
+        try:
+            odd = [address for address in addresses if canonical_ip(address) != address]
+        except ValueError as fault:
+            return Refused(Refusal.BAD_REQUEST, str(fault))
+        if odd:
+            return Refused(Refusal.BAD_REQUEST, f"{odd[0]!r} is not the canonical form of an IP address")
+        if self.identity is not None and (foreign := addresses - self.identity.addresses):
+            text = f"{min(foreign)} is not in the certificate of {self.identity.subject}"
+            return Refused(Refusal.BAD_CERTIFICATE, text)
+        return None
 
     def _go_over(self) -> None:
         """To the certificate that the agent has by now. One that can't be judged yet (of a CA to come) may be later."""

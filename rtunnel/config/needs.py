@@ -137,8 +137,8 @@ def _agent_needs(config: Config) -> Iterator[Problem]:
         yield from _need(config, "agent.join_token", "brokers ask for a certificate or a token", fix)
     if agent.security == "tls" or agent.identity:
         yield from _need(config, "agent.ca", "brokers and certificates are known by it", "the cluster's ca.pem file")
-    if not agent.addresses:
-        yield from check_publish(config, [default_address()])
+    if not agent.addresses and (address := default_address()):
+        yield from check_publish(config, [address])
 
 
 def _gateway_needs(config: Config) -> Iterator[Problem]:

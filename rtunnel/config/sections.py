@@ -274,6 +274,7 @@ class AgentConfig(Section):
     agent_id: A[str, _id("outlives restarts; default: the host's name")] = ""
     namespace: A[str, _NAMESPACE] = "default"
     addresses: A[list[str], Key(_ADDRESSES_HELP, check_addresses, "IPs")] = []
+    address_check: A[float, _seconds("it looks so often whether this host still has its addresses")] = 5.0
     exposes: A[list[str], _EXPOSES] = []
     publish: A[list[PublishConfig], _PUBLISH] = []
     redundancy: A[int, _count("sessions, each on another node", 8)] = 2

@@ -181,7 +181,7 @@ def host_name() -> str:
 
 
 def default_address() -> str:
-    """The address that the default route leaves from; 127.0.0.1 where there is none. Nothing is sent."""
+    """Return the address that the default route leaves from; "" where there is none. Sends nothing."""
     # Documentation addresses: connecting a UDP socket only asks the kernel for the route.
     for family, probe in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
         try:
@@ -192,7 +192,7 @@ def default_address() -> str:
             continue
         if not ipaddress.ip_address(address).is_unspecified:
             return address
-    return "127.0.0.1"
+    return ""
 
 
 def looks_like_ip(host: str) -> bool:

@@ -186,7 +186,7 @@ def _finds_source(host: str) -> bool:
     return True
 
 
-def _bind_address(sock: socket.socket, source: str) -> int:
+def bind_address(sock: socket.socket, source: str) -> int:
     """Let the socket connect from this local address and any port; return 0 or the errno."""
     try:
         sock.setsockopt(socket.IPPROTO_IP, _BIND_ADDRESS_NO_PORT, 1)
@@ -253,7 +253,7 @@ class Attempt:
             return
         self._sock = sock
         sock.setblocking(False)
-        if source and (code := _bind_address(sock, source)):
+        if source and (code := bind_address(sock, source)):
             self._drop()
             self._loop.soon(lambda: self._tell(*_bind_refusal(code, source, self.where)))
             return

@@ -194,11 +194,14 @@ class Refuse(Message, tag="refused", frozen=True):
 
 
 class Update(Message, tag="update", frozen=True):
-    """Agent -> broker: the exposed ports changed, or the agent has another certificate (`identity.prove_session`)."""
+    """Agent -> broker: the exposed ports or the addresses changed, or the agent has another certificate
+    (`identity.prove_session`).
+    """
 
     exposes: Annotated[list[Word], msgspec.Meta(max_length=256)]
     certificate: Certificate = b""
     signature: Signature = b""
+    addresses: Annotated[list[Address], msgspec.Meta(max_length=64)] = []  # all that it has now; empty: as before
 
 
 class Drain(Message, tag="drain", frozen=True):

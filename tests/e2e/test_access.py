@@ -149,7 +149,7 @@ async def reset_comes(sock: socket.socket) -> None:
 async def test_without_rules_strangers_are_denied(tmp_path: Path, logs: Events) -> None:
     """A client from this machine's network address is no loopback client: refused, truthfully, in both protocols."""
     stranger = default_address()
-    if stranger.startswith("127."):
+    if not stranger:
         pytest.skip("this machine has only loopback")
     async with running_cluster(tmp_path) as cluster:
         await cluster.start(brokers=1)
