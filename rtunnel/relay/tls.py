@@ -162,8 +162,8 @@ class TlsSocket(socket.socket):
             self._ahead = self._ahead[filled:]
         while filled < wanted and not self.eof:
             filled += self._decrypt(view[filled:])
-            if filled == wanted or self.eof or drained:
-                break
+            if filled == wanted or self.eof or (drained and filled):
+                break  # with nothing filled, a FIN may stand behind a part of a record: it has no edge of its own
             if spent > wanted + PIECE:  # nothing but key updates, or tiny records: others want their turn
                 self._loop.soon(self._tell_again)
                 break

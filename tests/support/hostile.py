@@ -53,6 +53,8 @@ _MOST_ROUNDS: Final = 400_000
 
 
 _OPENSSL: Final = ctypes.CDLL(_ssl.__file__)
+#: Frames of a link's turn: as it is, and so few that they often wait for the next one.
+_FRAMES: Final = (link_module.FRAMES_A_TURN, link_module.FRAMES_A_TURN, 2)
 _SSL_AT: Final = 24  # in CPython's PySSLSocket: behind its head, and a reference to the socket
 
 
@@ -196,7 +198,7 @@ class Way:
     accounts: list[Account] = field(default_factory=list)
     gate: Gate | None = None
     allowed: int = 1 << 30  # by the gate
-    failed: bool = False  # before it reached the target
+    reached: bool = False  # the target
     refused: bool = False  # the last relay says the target's content itself, and closes; the target hears nothing
 
     def refuse(self, words: bytes) -> None:
@@ -344,14 +346,10 @@ class World:
             end.close()
             return
         if not hops:
-            target = self._end(relay, way.target_side)
-            if answer:
-                end.say(answer)
-            self._join(way, relay, end, target, up=up, gate=way.gate)
+            self._reach_target(way, end, relay, up, answer)
             return
 
         def fail() -> None:
-            way.failed = True
             end.abort()
             onward.abort()
 
@@ -363,10 +361,25 @@ class World:
         end.talk(Waits(fail))
         end.pause()
         if isinstance(hops[0], LinkHop) and hops[0].link.over:  # as a broker: the session is gone
-            way.failed = True
             end.abort()
             return
         onward = self._dial(way, relay, hops, Hears(1, accepted, fail))
+
+    def _reach_target(self, way: Way, end: End, relay: SimRelay, up: bytes, answer: bytes) -> None:
+        """Join this end with the target, at once or after some turns: what comes meanwhile waits in the end."""
+
+        def later(turns: int) -> None:
+            if turns:
+                relay.loop.soon(lambda: later(turns - 1))
+            elif not end.closed:
+                way.reached = True
+                if answer:
+                    end.say(answer)
+                self._join(way, relay, end, self._end(relay, way.target_side), up=up, gate=way.gate)
+
+        end.talk(Waits(lambda: None))
+        end.pause()
+        later((0, 0, 1, 4)[self.choices.below(4)])
 
     def _join(self, way: Way, relay: SimRelay, client: End, target: End, **options: Any) -> None:
         way.pairs += 1
@@ -424,7 +437,7 @@ class World:
         sides = [*self._tls_sides, *(self._link_sides if self.links else ())]
         if sides:
             self.cut = True
-            sides[self.choices.below(len(sides))].fin = True
+            sides[self.choices.below(len(sides))].forge_fin()
 
     # Time passes.
 
@@ -531,7 +544,7 @@ class World:
             assert len(way.accounts) == way.pairs, f"way {way.number}: {way.pairs - len(way.accounts)} pairs live on"
             for peer in (way.client, way.target):
                 told = peer.saw_fin or peer.saw_reset or peer.left
-                told = told or (peer is way.target and (way.failed or way.refused))
+                told = told or (peer is way.target and not way.reached)
                 assert told, f"way {way.number}: nobody told the {'client' if peer is way.client else 'target'}"
             for account in way.accounts:
                 assert len(way.target.read) <= account.up <= way.client.written, f"way {way.number}: {account}"
@@ -559,7 +572,7 @@ class World:
         links = [link for link in self.links if not link.over]
         for link in links:
             assert not link.streams and not link.waiting and not link._out
-        lost = {way.target_side.fd for way in self.ways if way.failed or way.refused}
+        lost = {way.target_side.fd for way in self.ways if not way.reached}
         left = set(self.kernel.by_fd) - {link.sock.fileno() for link in links} - lost
         assert not left, f"sockets are left: {[self.kernel.by_fd[fd] for fd in left]}"
 
@@ -604,7 +617,12 @@ def tape_of(seed: int) -> bytes:
 def play(tape: bytes) -> None:
     """Build a world, let the tape rule, let everything end, and look. Raises AssertionError for a broken promise."""
     world = World(tape)
-    with world.kernel.installed(), mock.patch.object(link_module, "random", random.Random(0)):
+    frames = _FRAMES[world.choices.below(len(_FRAMES))]
+    with (
+        world.kernel.installed(),
+        mock.patch.object(link_module, "random", random.Random(0)),
+        mock.patch.object(link_module, "FRAMES_A_TURN", frames),
+    ):
         try:
             world.build()
             while not world.choices.over:

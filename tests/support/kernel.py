@@ -163,10 +163,10 @@ class Side:
         other = self.other
         if self.rst:
             return True
-        if other.dead or self.dead:
+        if self.dead or (other.dead and not self.sent):
             return False
         if self.sent:
-            return other.closed or len(other.unread) < other.capacity
+            return other.dead or other.closed or len(other.unread) < other.capacity
         return self.fin and not self.fin_delivered
 
     def deliver(self, most: int = 1 << 30) -> None:
@@ -175,8 +175,8 @@ class Side:
         if self.rst:
             self.rst = False
             other.was_reset()
-        elif self.sent and not other.dead:
-            if other.closed:
+        elif self.sent and not self.dead:
+            if other.dead or other.closed:
                 other.dead = True
                 other.sent.clear()
                 self.was_reset()
@@ -205,6 +205,14 @@ class Side:
     def writable(self) -> bool:
         """A third is free (sk_stream_is_writeable)."""
         return (self.capacity - len(self.sent)) * 3 >= self.capacity
+
+    def forge_fin(self) -> None:
+        """Somebody on the way sends FIN to the other end in this one's name, and ends this one."""
+        other = self.other
+        if not (self.dead or other.dead or other.saw_fin):
+            other.saw_fin = True
+            other.wake()
+            self.was_reset()
 
     def was_reset(self) -> None:
         """RST has come."""
