@@ -483,12 +483,13 @@ class StreamPair(Pair):
         return (self._socket.sock,)
 
     def _stream_bytes_first(self, unread: bytes) -> None:
+        """Our own words, then what came before the join, then the FIN if it is there: one queue, so one order."""
         if self._held:
             self._stream.consumed(-len(self._held))  # our own words, not the stream's: they are no window
+        self._held += unread
+        if self._held:
             self.flush()
-        if unread and not self.done:
-            self.stream_data(memoryview(unread))
-        if self._stream.eof and not self.done:
+        elif self._stream.eof:
             self.stream_fin()
 
     # Out: socket -> stream.

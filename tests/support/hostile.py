@@ -354,9 +354,15 @@ class World:
             onward.abort()
 
         def accepted(_: bytes, down: bytes) -> None:
-            if answer:
-                end.say(answer)
-            self._join(way, relay, end, onward, up=up, down=down)
+            onward.talk(Waits(fail))
+            onward.pause()
+            self._later(relay, lambda: join(down))
+
+        def join(down: bytes) -> None:
+            if not (end.closed or onward.closed):
+                if answer:
+                    end.say(answer)
+                self._join(way, relay, end, onward, up=up, down=down)
 
         end.talk(Waits(fail))
         end.pause()
@@ -368,10 +374,8 @@ class World:
     def _reach_target(self, way: Way, end: End, relay: SimRelay, up: bytes, answer: bytes) -> None:
         """Join this end with the target, at once or after some turns: what comes meanwhile waits in the end."""
 
-        def later(turns: int) -> None:
-            if turns:
-                relay.loop.soon(lambda: later(turns - 1))
-            elif not end.closed:
+        def join() -> None:
+            if not end.closed:
                 way.reached = True
                 if answer:
                     end.say(answer)
@@ -379,7 +383,19 @@ class World:
 
         end.talk(Waits(lambda: None))
         end.pause()
-        later((0, 0, 1, 4)[self.choices.below(4)])
+        self._later(relay, join)
+
+    def _later(self, relay: SimRelay, call: Callable[[], None]) -> None:
+        """At once, or after some turns: what comes meanwhile waits in the ends."""
+        turns = (0, 0, 1, 4)[self.choices.below(4)]
+
+        def count(left: int) -> None:
+            if left:
+                relay.loop.soon(lambda: count(left - 1))
+            else:
+                call()
+
+        count(turns)
 
     def _join(self, way: Way, relay: SimRelay, client: End, target: End, **options: Any) -> None:
         way.pairs += 1
