@@ -204,6 +204,10 @@ SERIES: Final = (
         "expired; 0 while clocks agree",
         _at("clock", "offset"),
     ),
+    Series(
+        "rtunnel_shortages_total", "Connects to brokers that failed for want of something of this machine",
+        _at("shortages"), "what", ("source_ports", "descriptors"),
+    ),
     # Sessions.
     Series("rtunnel_sessions", "Sessions; those of a node that drains are draining", _sessions, "state"),
     Series("rtunnel_sessions_wanted", "Sessions that the agent is to have (agent.redundancy)", _at("sessions_wanted")),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from rtunnel.config.checks import MAX_ADDRESSES
 from rtunnel.config.loading import MAX_FILE, Flag, changed, load, reread
-from rtunnel.config.needs import ROLES, check_role, is_memory, role_sections, warnings
+from rtunnel.config.needs import ROLES, check_role, client_room, is_memory, role_sections, warnings
 from rtunnel.config.sections import (
     KEYS,
     SECTIONS,
@@ -70,6 +70,7 @@ __all__ = [
     "check_network",
     "check_role",
     "check_word",
+    "client_room",
     "default_address",
     "format_endpoint",
     "host_name",

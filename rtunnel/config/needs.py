@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+import resource
+import socket
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Final
 from urllib.parse import urlsplit
 
 from rtunnel.config.consistency import BROKER_RANGES, check_ports, check_publish
@@ -70,11 +74,41 @@ def _warnings(config: Config, role: str) -> Iterator[Problem]:
         yield from _ephemeral_overlaps(config)
     if "gateway" in sections:
         yield from _open_doors(config)
+    yield from _descriptors(config, sections)
     if role == "broker" and is_memory(config):
         reason = f"{_ONE_PROCESS}: no gateway and no other broker will see this node"
         yield config.problem("registry.url", reason, _SHARE)
     if role == "agent" and not (config.agent.exposes or config.agent.publish):
         yield config.problem("agent.exposes", "is empty: nothing can be reached through this agent")
+
+
+#: A client holds its own socket and one to a broker, a session its link and the socket of its port (docs/deploy.md).
+_DESCRIPTORS_EACH: Final = 2
+#: Beside them: pipes of bulk streams (96), connections to the registry and of the admin endpoint, hedges.
+OTHER_DESCRIPTORS: Final = 256
+
+
+def client_room(limit: int) -> int:
+    """How many clients, or sessions, a process with so many descriptors can hold."""
+    return max(1, (limit - OTHER_DESCRIPTORS) // _DESCRIPTORS_EACH)
+
+
+def descriptor_limit() -> int:
+    """How many descriptors a role will have: it raises its soft limit to the hard one at its start."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return sys.maxsize if hard == resource.RLIM_INFINITY else hard
+
+
+def _descriptors(config: Config, sections: tuple[str, ...]) -> Iterator[Problem]:
+    limit = descriptor_limit()
+    for section, key in (("broker", "broker.max_sessions"), ("gateway", "gateway.max_clients")):
+        if section not in sections:
+            continue
+        count, room = config.get(key), client_room(limit)
+        if count > room:
+            need = count * _DESCRIPTORS_EACH + OTHER_DESCRIPTORS
+            reason = f"{count} need {need} descriptors, and this process may have {limit}: {room} fit"
+            yield config.problem(key, reason, f"LimitNOFILE={need} (ulimit -Hn), or {key.partition('.')[2]} = {room}")
 
 
 def _open_doors(config: Config) -> Iterator[Problem]:
@@ -142,12 +176,24 @@ def _agent_needs(config: Config) -> Iterator[Problem]:
 
 
 def _gateway_needs(config: Config) -> Iterator[Problem]:
+    for address in config.gateway.source_addresses:
+        if not _is_own(address):
+            yield config.problem("gateway.source_addresses", f"{address} is not an address of this machine")
     yield from _need(config, "gateway.key", "Dials are signed with it", "`rtunnel pki issue gateway` makes one")
     if config.gateway.proof == "required":
         fix = 'give the cluster\'s ca.pem, or write proof = "off" to believe registry and brokers'
         yield from _need(config, "gateway.ca", "agents' proofs are checked with it (gateway.proof = required)", fix)
     elif config.gateway.dial_security == "tls":
         yield from _need(config, "gateway.ca", "brokers are known by it", "the cluster's ca.pem file")
+
+
+def _is_own(address: str) -> bool:
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
+            sock.bind((address, 0))
+    except OSError:
+        return False
+    return True
 
 
 def _authority_needs(config: Config) -> Iterator[Problem]:

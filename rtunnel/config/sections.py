@@ -157,6 +157,11 @@ _DRAIN = _seconds("at SIGTERM streams may finish for so long", low=0)
 _HEDGE_DELAY = _seconds(
     "the next tuple is tried beside one that is silent for so long, while its usual time is not known", low=0
 )
+_SOURCE_ADDRESSES = Key(
+    "of this machine, from which brokers are dialled in turn, for more source ports; default: the kernel's choice",
+    check_addresses,
+    "IPs",
+)
 _LAME_DUCK = _seconds("at SIGTERM /readyz is 503, and new clients are served for so long, before the drain", low=0)
 _LEVEL = _choice("the least level that is written: debug, info, warning or error", "debug", "info", "warning", "error")
 _FORMAT = _choice("json, console, or auto: console on a terminal", "auto", "json", "console")
@@ -325,6 +330,7 @@ class GatewayConfig(Section):
     idle_timeout: A[float, _seconds("a silent stream is closed; 0: never", 0)] = 0.0
     max_clients: A[int, _count("connections at once")] = 20000
     max_head: A[int, Key("of one HTTP head: request line and fields", between(4096, 1 << 20), "bytes")] = 65536
+    source_addresses: A[list[str], _SOURCE_ADDRESSES] = []
     lame_duck: A[float, _LAME_DUCK] = 5.0
     drain: A[float, _DRAIN] = 30.0
     workers: A[int, _GATEWAY_WORKERS] = 1

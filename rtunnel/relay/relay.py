@@ -230,7 +230,7 @@ def _is_self_connected(sock: socket.socket, port: int) -> bool:
 class Attempt:
     """A connect under way; `cancel` drops it without a call."""
 
-    __slots__ = ("_done", "_host", "_loop", "_port", "_sock", "_timer", "where")
+    __slots__ = ("_done", "_host", "_loop", "_port", "_sock", "_timer", "errno", "where")
 
     def __init__(self, loop: Loop, host: str, port: int, done: Connected) -> None:
         self._loop = loop
@@ -239,6 +239,7 @@ class Attempt:
         self._done: Connected | None = done
         self._sock: socket.socket | None = None
         self._timer: Timer | None = None
+        self.errno = 0  # of the connect that failed
         self.where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def begin(self, timeout: float, source: str) -> None:
@@ -325,6 +326,7 @@ class Attempt:
 
     def _fail(self, code: int) -> None:
         self._drop()
+        self.errno = code
         if self._done is not None:
             self._tell(*_connect_refusal(code, self._host, self.where))
 

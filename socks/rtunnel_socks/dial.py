@@ -8,6 +8,7 @@ was tried.
 
 from __future__ import annotations
 
+import errno
 import random
 import secrets
 import ssl
@@ -32,13 +33,17 @@ from rtunnel.wire.messages import Accepted, Decoder, Dial, DialAnswer, DialBody,
 from rtunnel.wire.refusal import Next, Refusal, Refused
 from rtunnel_socks.hedge import Hedging, Path
 from rtunnel_socks.proof import Known, Proofs
+from rtunnel_socks.resources import Sources
 
 #: A node that did not answer goes behind the others for so long (seconds).
 SUSPECT_SECONDS: Final = 10.0
 #: More tuples than redundancy and a node or two in transition there can't be.
 MAX_ATTEMPTS: Final = 6
 #: What is no fault of the paths to an agent, so that a client is told this and not `agent_unavailable`.
-_NOT_THE_PATHS: Final = frozenset({Refusal.TOO_MANY_STREAMS, Refusal.EXPIRED})
+_NOT_THE_PATHS: Final = frozenset({Refusal.TOO_MANY_STREAMS, Refusal.EXPIRED, Refusal.OVERLOADED})
+#: A connect that fails so lacks something of this gateway: a source port, a descriptor, or (STALE_TARGET) a source
+#: address that this host has lost. No node is suspect for it.
+_FAILS_HERE: Final = (Refusal.OVERLOADED, Refusal.STALE_TARGET)
 #: An agent says it once.
 MAX_DIALLINGS: Final = 64
 
@@ -118,6 +123,7 @@ class DialOwner(Protocol):
     name: str
     hedging: Hedging
     clock: ClockWatch
+    sources: Sources | None  # None: the kernel chooses
     dial_timeout: float
 
     def forget(self, stale: Tuple) -> None:
@@ -125,6 +131,9 @@ class DialOwner(Protocol):
 
     def log(self, event: str, **fields: object) -> None:
         """A log line."""
+
+    def connect_failed_here(self, code: int) -> None:
+        """A connect to a broker failed with this errno, for want of something of this gateway: count it."""
 
     def not_proven(self, code: Refusal, fields: dict[str, object]) -> None:
         """Somebody who is not the target's agent has answered: count it, and say it where it is read soon."""
@@ -338,7 +347,9 @@ class Attempt:
         """Connect to the guarded port."""
         # No time limit of its own: the dial has one.
         self.began = self.dial.owner.relay.loop.now
-        self._connecting = self.dial.owner.relay.connect(self.used.ps_ip, self.used.ps_port, 0.0, self._connected)
+        owner, ip = self.dial.owner, self.used.ps_ip
+        source = "" if owner.sources is None else owner.sources.next(ip)
+        self._connecting = owner.relay.connect(ip, self.used.ps_port, 0.0, self._connected, source=source)
 
     def cancel(self) -> None:
         """Reset it; nothing is told."""
@@ -347,12 +358,18 @@ class Attempt:
         if self._end is not None:
             self._end.abort()
 
-    def _connected(self, end: SocketEnd | None, _code: Refusal, why: str) -> None:
-        self._connecting = None
-        if end is None:
-            self.dial.failed(self, Refusal.BROKER_UNREACHABLE, why)
-            return
+    def _connected(self, end: SocketEnd | None, code: Refusal, why: str) -> None:
+        connecting, self._connecting = self._connecting, None
         owner = self.dial.owner
+        if end is None:
+            if code in _FAILS_HERE:
+                number = connecting.errno if connecting is not None else 0
+                owner.connect_failed_here(number)
+                begin = "this gateway has" if number == errno.EADDRNOTAVAIL else "this gateway can't connect:"
+                self.dial.failed(self, Refusal.OVERLOADED, f"{begin} {why}")
+            else:
+                self.dial.failed(self, Refusal.BROKER_UNREACHABLE, why)
+            return
         if owner.dial_tls is not None:
             end = owner.relay.secure(end, owner.dial_tls, server_name=BROKER_NAME)
         self._end = end

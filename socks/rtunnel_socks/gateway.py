@@ -33,6 +33,7 @@ from rtunnel_socks.dial import Paths, Target, TargetDial
 from rtunnel_socks.hedge import Hedging
 from rtunnel_socks.limits import Limits
 from rtunnel_socks.proof import Proofs
+from rtunnel_socks.resources import Room, Sources, shortage
 
 #: A target that the registry does not know is not asked for again so soon.
 MISS_SECONDS: Final = 1.0
@@ -52,6 +53,7 @@ class GatewayCounts(StreamCounts):
 
     clients: int = 0  # negotiating
     unproven: dict[str, int] = field(default_factory=dict)  # answers that were not believed, by code word
+    shortages: dict[str, int] = field(default_factory=dict)  # connects that failed for want of something here
 
 
 class Gateway:
@@ -71,6 +73,7 @@ class Gateway:
         self.max_head = gateway.max_head
         self.key = load_gateway_key(gateway.key)
         self.paths = Paths()
+        self.sources = Sources(gateway.source_addresses) if gateway.source_addresses else None
         self.counts = GatewayCounts()
         self.draining = False
         self.registry_down = "not contacted yet"
@@ -85,6 +88,7 @@ class Gateway:
         self._listener: Listener | None = None
         self._log = get_logger("gateway").bind()
         self._throttle = Throttle()
+        self._room = Room(self.relay.loop, lambda: self.counts.clients + self.counts.streams, self._log.warning)
         self.limits = Limits(gateway.limits)
         self.access = Access(gateway, self.relay, self._log, self._review)
         self.anchor = self._make_anchor() if gateway.ca else None
@@ -181,6 +185,14 @@ class Gateway:
             counts.clients += 1
             end = self.relay.end(sock, peer, spoken=True)
             end.talk(Client(self, end), self.handshake_timeout)
+            self._room.check()
+
+    def connect_failed_here(self, code: int) -> None:
+        """See DialOwner."""
+        what = shortage(code)
+        self.counts.shortages[what] = self.counts.shortages.get(what, 0) + 1
+        if what == "descriptors":
+            self._room.hold()
 
     def _shut(self, sock: socket.socket, peer: str, code: Refusal) -> None:
         """Close it without an answer: nothing is known of what it speaks. A load balancer's probe is answered."""
@@ -270,6 +282,7 @@ class Gateway:
                 self._listener = await self.bridge.run(
                     lambda: self.relay.listen(sock, self._accept, client_speaks=True)
                 )
+                self._room.listener = self._listener
                 self._log.info(
                     "gateway_ready",
                     listen=format_endpoint(*self.bound),

@@ -51,6 +51,7 @@ def status(gateway: Gateway) -> dict[str, object]:
         "clients": counts.clients,
         **counts.shown(),
         "clock": gateway.clock.status(time.monotonic()),
+        "shortages": dict(gateway.counts.shortages),
         "hedges": {"sent": gateway.hedging.sent, "held": gateway.hedging.held},
         "proof_failures": dict(counts.unproven),
         "pairs": len(gateway.relay.pairs),

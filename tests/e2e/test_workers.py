@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -343,9 +344,18 @@ def test_systemd_hears_of_the_supervisor_alone(
             speakers.add(int.from_bytes(credentials[2][:4], sys.byteorder))
             told.extend(data.decode().split("\n"))
 
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with workers_site(tmp_path, redis_server.url) as here:
-        gateway = here.gateway(*TWO)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        try:
+            gateway = here.gateway(*TWO)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         hear("READY=1")
+        limits = {
+            resource.prlimit(pid, resource.RLIMIT_NOFILE) for pid in (gateway.process.pid, *pids(gateway).values())
+        }
+        assert limits == {(hard, hard)}, "each raises its own"
         until(lambda: len(gateway.lines("gateway_ready")) == 2, what="the log")
         assert told[0] == "WATCHDOG=1" and any(line.startswith("EXTEND_TIMEOUT_USEC=") for line in told)
         hear("STATUS=ready")

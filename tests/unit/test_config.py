@@ -24,6 +24,12 @@ from rtunnel.wire.messages import MAX_HELLO, Decoder, Enrol, Hello, encode
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
+@pytest.fixture(autouse=True)
+def _descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the units give, whatever this machine has."""
+    monkeypatch.setattr(needs, "descriptor_limit", lambda: 1048576)
+
+
 def write(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "rtunnel.toml"
     path.write_text(text)
@@ -712,3 +718,23 @@ def test_the_pages_examples_load() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loading, "_read_toml", lambda path, block=block: tomllib.loads(block))
             load(Path("/etc/rtunnel.toml"), {}, {})
+
+
+def test_counts_that_need_more_descriptors_than_there_are_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both figures, and both ways out."""
+    monkeypatch.setattr(needs, "descriptor_limit", lambda: 1024)
+    for role, key in (("gateway", "max_clients"), ("broker", "max_sessions")):
+        config = load(None, {}, {f"{role}.{key}": 1000})
+        (note,) = [note for note in needs.warnings(config, role) if note.key == f"{role}.{key}"]
+        assert note.reason == "1000 need 2256 descriptors, and this process may have 1024: 384 fit"
+        assert note.fix == f"LimitNOFILE=2256 (ulimit -Hn), or {key} = 384"
+        config = load(None, {}, {f"{role}.{key}": 384})
+        assert not [note for note in needs.warnings(config, role) if note.key == f"{role}.{key}"]
+
+
+def test_a_source_address_is_one_of_this_machine() -> None:
+    keys: dict[str, object] = {"gateway.source_addresses": ["127.0.0.9", "192.0.2.1"]}
+    with pytest.raises(ConfigError) as caught:
+        needs.check_role(load(None, {}, keys), "gateway")
+    assert "gateway.source_addresses: 192.0.2.1 is not an address of this machine" in str(caught.value)
+    assert "127.0.0.9" not in str(caught.value)

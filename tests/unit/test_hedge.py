@@ -144,6 +144,7 @@ class Scene:
     dial_timeout: float = 15.0
     name: str = "g"
     proofs: None = None
+    sources: None = None
     roots: None = None
     dial_tls: None = None
 
@@ -173,7 +174,7 @@ class Scene:
     def log(self, *_: Any, **__: Any) -> None:
         pass
 
-    def connect(self, host: str, port: int, timeout: float, done: Callable[..., None]) -> Connecting:
+    def connect(self, host: str, port: int, timeout: float, done: Callable[..., None], source: str) -> Connecting:
         self.attempts += 1
         node = host
         end = End()
