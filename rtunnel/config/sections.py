@@ -162,6 +162,7 @@ _SOURCE_ADDRESSES = Key(
     check_addresses,
     "IPs",
 )
+_KEEP_ALIVE = "an HTTP client may wait so long with its next request in absolute form; 0: one request a connection"
 _LAME_DUCK = _seconds("at SIGTERM /readyz is 503, and new clients are served for so long, before the drain", low=0)
 _LEVEL = _choice("the least level that is written: debug, info, warning or error", "debug", "info", "warning", "error")
 _FORMAT = _choice("json, console, or auto: console on a terminal", "auto", "json", "console")
@@ -329,6 +330,7 @@ class GatewayConfig(Section):
     dial_timeout: A[float, _seconds("all tuples together")] = 15.0
     idle_timeout: A[float, _seconds("a silent stream is closed; 0: never", 0)] = 0.0
     max_clients: A[int, _count("connections at once")] = 20000
+    keep_alive: A[float, _seconds(_KEEP_ALIVE, 0)] = 60.0
     max_head: A[int, Key("of one HTTP head: request line and fields", between(4096, 1 << 20), "bytes")] = 65536
     source_addresses: A[list[str], _SOURCE_ADDRESSES] = []
     lame_duck: A[float, _LAME_DUCK] = 5.0

@@ -184,6 +184,15 @@ class SocketEnd:
         out, self._out = self._out, b""
         return out
 
+    def take_back(self, *, hup: bool) -> None:
+        """The inverse of `hand_over`: talk or close again. Everything that the join had to send is sent.
+
+        `hup`: a FIN may be under way, or read already.
+        """
+        self.loop.handlers[self.fd] = self._event
+        self.readable = True  # whatever edge there was, the join may have had it
+        self.hup = hup
+
     def _event(self, mask: int) -> None:
         if mask & (HUP | LOST):
             self.hup = True

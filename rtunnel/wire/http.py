@@ -1,12 +1,11 @@
-"""HTTP/1.1, a proxy's half, sans-I/O (RFC 9110, 9112): CONNECT and absolute-form, one request a connection.
+"""HTTP/1.1, a proxy's half, sans-I/O (RFC 9110, 9112): a client's requests, CONNECT and absolute-form.
 
 h11 reads the grammar. Here is what makes it a proxy's: one limit on the head, the strictness that leaves a
 next reader nothing to read otherwise, where the request goes, and the head as the target gets it. Answers
-other than our own refusals are the target's, passed on raw.
+other than our own refusals are the target's (`http_response.py`).
 
-`Upgrade` in absolute form is dropped like every hop-by-hop field (RFC 9110 section 7.8 lets it be ignored),
-so that the target answers an ordinary request: a WebSocket wants CONNECT, which is how its clients use a
-proxy (RFC 6455 section 4.1).
+A connection may serve several requests, each to its own target. `Upgrade` is passed on (a WebSocket in absolute form),
+but not h2c: its other field, HTTP2-Settings, is hop-by-hop, and the target may answer as ever (RFC 9110 section 7.8).
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ MAX_REASON: Final = 200
 #: Fields that end here (RFC 9110 section 7.6.1), beside those that Connection names. Transfer-Encoding ends
 #: here too by the book, but the body is passed on as it is coded. Trailer stays for the same reason.
 _HOP_BY_HOP = frozenset((b"connection", b"proxy-connection", b"keep-alive", b"te", b"upgrade"))
+_IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 #: Fields that this proxy reads itself, or writes anew.
 _OURS = frozenset((b"host", b"proxy-authorization"))
 #: Fields that no Connection field can take away: the target would find another end of the body than we do.
@@ -73,6 +73,11 @@ class Forward:
     is_name: bool
     authorization: str = field(repr=False)
     method: bytes
+    keep: bool  # the client may send another request behind this one
+    upgrade: bool  # another protocol is offered
+    #: It may be sent once more when a connection that was in use already ends without an answer (RFC 9110 section
+    #: 9.2.2): the method is idempotent, and no body is gone by then.
+    replayable: bool
     head: bytes
     body: Body = field(compare=False, repr=False)
 
@@ -99,17 +104,19 @@ class HttpError(Refused):
 
 
 class HttpServer:
-    """Reads one client's one request: any split or coalescing of the same bytes gives the same event.
+    """Reads one request of a client: any split or coalescing of the same bytes gives the same event.
 
     `receive` bytes until there is a Tunnel, a Forward or a Health. Then `rest` is what the client sent behind the
     head: of a Tunnel the start of the stream; of a Forward bytes for its body gate. Bytes after an error
     are dropped.
     """
 
-    __slots__ = ("_buffer", "_max_early", "_max_head", "_over", "_read", "_scanned")
+    __slots__ = ("_buffer", "_keep", "_max_early", "_max_head", "_over", "_read", "_scanned")
 
-    def __init__(self, *, max_head: int = MAX_HEAD, max_early: int = MAX_EARLY_DATA) -> None:
-        """Take limits in bytes: of the head, and of what may follow it before the answer."""
+    def __init__(self, *, keep: bool = False, max_head: int = MAX_HEAD, max_early: int = MAX_EARLY_DATA) -> None:
+        """Take whether another request may follow, and limits in bytes: of the head, and of what comes behind it
+        before the answer."""
+        self._keep = keep
         self._max_head = max_head
         self._max_early = max_early
         self._buffer = bytearray()
@@ -131,6 +138,11 @@ class HttpServer:
             self._end()
             raise
         return None
+
+    @property
+    def begun(self) -> bool:
+        """Something of a request has come; empty lines do not count."""
+        return self._read or self._over or len(self._buffer) > 0
 
     def rest(self) -> bytes:
         """Take out what the client sent behind the head. Raises HttpError when it is over the limit."""
@@ -168,7 +180,7 @@ class HttpServer:
             return None
         if len(found[0]) == 1:
             raise HttpError("a line ends with LF alone")
-        event = _read_request(bytes(buffer[: found.end()]))
+        event = _read_request(bytes(buffer[: found.end()]), self._keep)
         self._read = True
         # One byte over the limit is kept, as the sign of more: the event comes first in any split.
         self._buffer = buffer[found.end() : found.end() + self._max_early + 1]
@@ -248,7 +260,7 @@ def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _read_request(head: bytes) -> Tunnel | Forward | Health:
+def _read_request(head: bytes, keep: bool) -> Tunnel | Forward | Health:
     # RFC 9112 section 5.2; h11 would unfold it.
     if _FOLD.search(head):
         raise HttpError("a folded field line")
@@ -272,7 +284,7 @@ def _read_request(head: bytes) -> Tunnel | Forward | Health:
         return _tunnel(request, length)
     if request.target == b"/healthz" and request.method in (b"GET", b"HEAD"):
         return Health(of_head=request.method == b"HEAD")
-    return _forward(request, Chunked() if length is None else Sized(length))
+    return _forward(request, Chunked() if length is None else Sized(length), keep)
 
 
 def _body_length(request: h11.Request) -> int | None:
@@ -294,7 +306,7 @@ def _tunnel(request: h11.Request, length: int | None) -> Tunnel:
     return Tunnel(host, port, is_name, _authorization(request))
 
 
-def _forward(request: h11.Request, body: Body) -> Forward:
+def _forward(request: h11.Request, body: Body, keep: bool) -> Forward:
     if request.target[:1] in (b"/", b"*"):
         raise HttpError("this is a proxy, not a web server: set it as the proxy of a client (HTTP or SOCKS5)")
     parts = _ABSOLUTE.fullmatch(request.target)
@@ -308,18 +320,39 @@ def _forward(request: h11.Request, body: Body) -> Forward:
     host, port, is_name = _host_and_port(authority, 80)
     # RFC 9112 section 3.2.4: the last proxy turns OPTIONS without a path into the asterisk form.
     target = path + query if path else b"*" if request.method == b"OPTIONS" and not query else b"/" + query
-    head = _rewritten(request, target, authority)
-    return Forward(host, port, is_name, _authorization(request), request.method, head, body)
+    options = {name.strip() for value in _values(request, b"connection") for name in value.lower().split(b",")}
+    # RFC 9112 section 9.3: a proxy keeps no connection with an HTTP/1.0 client.
+    keep = keep and request.http_version == b"1.1" and b"close" not in options
+    upgrade = _offered(request) if b"upgrade" in options and request.http_version == b"1.1" else b""
+    head = _rewritten(request, target, authority, options, _connection_lines(keep, upgrade))
+    replayable = request.method in _IDEMPOTENT and body.done
+    return Forward(
+        host, port, is_name, _authorization(request), request.method, keep, bool(upgrade), replayable, head, body
+    )
 
 
-def _rewritten(request: h11.Request, target: bytes, authority: bytes) -> bytes:
-    """The head as the target gets it.
+def _offered(request: h11.Request) -> bytes:
+    """Return the protocols that the client offers to go on with, but for h2c."""
+    offers = [offer.strip() for value in _values(request, b"upgrade") for offer in value.split(b",")]
+    return b", ".join(offer for offer in offers if offer and offer.lower() != b"h2c")
 
-    It keeps the client's version, which is also that of Via: the answer is passed on raw, and an HTTP/1.0
-    client must not get a chunked one.
+
+def _connection_lines(keep: bool, upgrade: bytes) -> list[bytes]:
+    """Return the fields of our own connection with the target."""
+    options = ([b"Upgrade"] if upgrade else []) + ([] if keep else [b"close"])
+    lines = [b"Upgrade: " + upgrade] if upgrade else []
+    return [*lines, b"Connection: " + b", ".join(options)] if options else lines
+
+
+def _rewritten(
+    request: h11.Request, target: bytes, authority: bytes, options: set[bytes], connection: list[bytes]
+) -> bytes:
+    """The head as the target gets it: without the fields of the client's connection (`options`), and with ours.
+
+    It keeps the client's version, which is also that of Via: bodies are passed on as they are coded, and an
+    HTTP/1.0 client must not get a chunked one.
     """
-    named = {name.strip() for value in _values(request, b"connection") for name in value.lower().split(b",")}
-    dropped = (named | _HOP_BY_HOP | _OURS) - _FRAMING
+    dropped = (options | _HOP_BY_HOP | _OURS) - _FRAMING
     lines = [b"%s %s HTTP/%s" % (request.method, target, request.http_version), b"Host: " + authority]
     for raw_name, value in request.headers.raw_items():
         name = raw_name.lower()
@@ -327,7 +360,7 @@ def _rewritten(request: h11.Request, target: bytes, authority: bytes) -> bytes:
             value = _one_hop_less(value)
         if name not in dropped:
             lines.append(b"%s: %s" % (raw_name, value))
-    lines += (b"Via: %s rtunnel" % request.http_version, b"Connection: close", b"", b"")
+    lines += (b"Via: %s rtunnel" % request.http_version, *connection, b"", b"")
     return b"\r\n".join(lines)
 
 

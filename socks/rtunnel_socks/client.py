@@ -1,39 +1,36 @@
-"""One client of the gateway: SOCKS5 or HTTP on the same port, until it is joined. In the relay's thread."""
+"""One client of the gateway: SOCKS5 or HTTP on the same port, until it is joined. In the relay's thread.
+
+A client that sends requests in absolute form comes back after each answer, and asks anew.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
-from rtunnel.config import format_endpoint
-from rtunnel.counts import StreamCounts
 from rtunnel.registry import Tuple
 from rtunnel.relay.ends import SocketEnd
-from rtunnel.relay.join import Account, Gate
-from rtunnel.relay.relay import Relay
-from rtunnel.trust.policy import Question
+from rtunnel.relay.join import Account, Ending
+from rtunnel.relay.loop import Timer
 from rtunnel.trust.users import Hash
 from rtunnel.wire import http, socks5
 from rtunnel.wire.refusal import Refusal, Refused
-from rtunnel_socks.access import Access
-from rtunnel_socks.dial import Paths, Reached, Target, TargetDial
-from rtunnel_socks.limits import Limits
+from rtunnel_socks.audit import Asked, Auditor, Joined
+from rtunnel_socks.dial import Reached, Target, TargetDial
+from rtunnel_socks.forward import Forwarding
 
 
-class ClientOwner(Protocol):
+class ClientOwner(Auditor, Protocol):
     """The gateway, as its clients see it."""
 
-    relay: Relay
-    paths: Paths
-    access: Access
-    limits: Limits
-    namespace: str
     idle_timeout: float  # seconds
     handshake_timeout: float  # seconds
-    max_head: int  # bytes of an HTTP request's head
+    max_head: int  # bytes of an HTTP head
+    waiting: set[Client]  # those that may send another request, and have not begun to
 
     @property
-    def counts(self) -> StreamCounts:
-        """What is counted."""
+    def keep_alive(self) -> float:
+        """Seconds that a client may wait with its next request; 0: there is none."""
 
     @property
     def ready(self) -> bool:
@@ -48,54 +45,44 @@ class ClientOwner(Protocol):
     def client_over(self, client: Client) -> None:
         """Negotiation is over: joined or closed."""
 
-    def log(self, event: str, **fields: object) -> None:
-        """A log line."""
+    def client_back(self, client: Client) -> bool:
+        """Negotiation begins again: whether there is a place for it."""
 
 
 class Client:
     """The talker of a client's socket."""
 
     __slots__ = (
+        "_ahead",
         "_claims",
-        "_counted",
         "_dial",
         "_end",
-        "_entry",
+        "_forwarding",
         "_gateway",
         "_http",
-        "_is_name",
-        "_judged",
         "_logging_in",
-        "_reply_http",
         "_request",
-        "_rule",
         "_socks",
-        "_started",
         "_unproven",
+        "_wait",
+        "asked",
         "over",
-        "target",
-        "user",
     )
 
     def __init__(self, gateway: ClientOwner, end: SocketEnd) -> None:
         self._gateway = gateway
         self._end = end
-        self._started = gateway.relay.loop.now
+        self.asked = Asked(end.peer, gateway.relay.loop.now)
         self._socks: socks5.Socks5Server | None = None
         self._http: http.HttpServer | None = None
         self._request: http.Forward | None = None
-        self._reply_http = False
+        self._ahead = b""  # came behind the head of that, and was read with the request before
         self._dial: TargetDial | None = None
+        self._forwarding: Forwarding | None = None  # parked: of the request before
+        self._wait: Timer | None = None  # for another request
         self._claims = ""  # the known user that it says it is, until that is proved
         self._logging_in = False  # a SOCKS5 login waits for its answer
-        self._entry: Hash | None = None  # of `user`, as it was checked
-        self._is_name = False
-        self._judged = -1  # the version of the rules that allowed it
-        self._rule = ""  # that rule, or the one that did not
         self._unproven = ""  # why somebody who answered was not believed
-        self._counted = False  # among the streams of its source and user
-        self.target: Target | None = None
-        self.user: str | None = None
         self.over = False
 
     @property
@@ -113,29 +100,37 @@ class Client:
             if self._socks is not None:
                 self._take_socks(self._socks, self._socks.receive(data))
             elif self._http is not None:
-                self._take_http(self._http.receive(data))
+                self._take_http(self._http, self._http.receive(data))
         except Refused as refused:
             self._turn_away(refused)
 
     def finished(self) -> None:
         """See Talker."""
-        self._turn_away(Refused(Refusal.BAD_REQUEST, "the client ended before its request was whole"), told=False)
+        if self._wait is not None:
+            self.close_waiting()
+        else:
+            text = "the client ended before its request was whole"
+            self._turn_away(Refused(Refusal.BAD_REQUEST, text), told=False)
 
     def lost(self, why: str) -> None:
         """See Talker: before the request was whole, or while it was being dialled."""
         if self._dial is not None:
             self._dial.cancel()
-        self._log("client_lost", reason=why)
+        if self._wait is None:
+            self.asked.log(self._gateway, "client_lost", reason=why)
         self._leave()
 
     def _begin(self, first_byte: int) -> None:
         if socks5.sniff(first_byte) is socks5.Protocol.HTTP:
-            self._http = http.HttpServer(max_head=self._gateway.max_head)
-            self._reply_http = True
+            self.asked.via = "http"
+            self._http = self._new_http()
         else:
             access = self._gateway.access
             anonymous = access.anonymous(self.peer)
             self._socks = socks5.Socks5Server(no_auth=anonymous, user_password=access.users is not None)
+
+    def _new_http(self) -> http.HttpServer:
+        return http.HttpServer(keep=self._gateway.keep_alive > 0, max_head=self._gateway.max_head)
 
     def _take_socks(self, server: socks5.Socks5Server, event: socks5.Authenticate | socks5.Connect | None) -> None:
         out = server.to_send()
@@ -149,11 +144,14 @@ class Client:
         elif event is not None:
             self._end.pause()
             self._wants(event.host, event.port, event.is_name)
-            if self.user is None:
+            if self.asked.user is None:
                 self._admit()
             self._go()
 
-    def _take_http(self, event: http.Tunnel | http.Forward | http.Health | None) -> None:
+    def _take_http(self, server: http.HttpServer, event: http.Tunnel | http.Forward | http.Health | None) -> None:
+        if self._wait is not None and server.begun:
+            self._stop_waiting()
+            self._end.talk(self, self._gateway.handshake_timeout)
         if event is None:
             return
         if isinstance(event, http.Health):  # of nobody, to nowhere: neither a login nor a limit nor a line
@@ -161,9 +159,8 @@ class Client:
             self._end.close()
             self._leave()
             return
-        if isinstance(event, http.Forward):
-            self._request = event
         self._end.pause()
+        self._request = event if isinstance(event, http.Forward) else None
         self._wants(event.host, event.port, event.is_name)
         self._admit()
         access = self._gateway.access
@@ -178,8 +175,8 @@ class Client:
             raise Refused(Refusal.AUTHENTICATION_REQUIRED)
 
     def _wants(self, host: str, port: int, is_name: bool) -> None:
-        self.target = Target(self._gateway.namespace, host, port)
-        self._is_name = is_name
+        self.asked.target = Target(self._gateway.namespace, host, port)
+        self.asked.is_name = is_name
 
     # Whether it may.
 
@@ -200,7 +197,7 @@ class Client:
         try:
             if isinstance(entry, Refused):
                 raise entry
-            self.user, self._entry, self._claims = name, entry, ""
+            self.asked.user, self.asked.entry, self._claims = name, entry, ""
             if self._socks is not None:
                 self._logging_in = False
                 event = self._socks.authenticated(True)
@@ -212,55 +209,52 @@ class Client:
         except Refused as refused:
             self._turn_away(refused)
 
-    def judge(self) -> bool:
-        """Whether it may reach its target by what is in force now."""
-        assert self.target is not None
-        access, target = self._gateway.access, self.target
-        verdict = access.judge(Question(self.user, self.peer, target.namespace, target.ip, target.port), self._entry)
-        self._judged = access.version
-        self._rule = verdict.rule
-        return verdict.allowed
-
     def _must_be_allowed(self) -> None:
-        if self._judged != self._gateway.access.version and not self.judge():
-            who = f"{self.user} from {self.peer}" if self.user else self.peer
-            raise Refused(Refusal.NOT_AUTHORISED, f"the policy does not let {who} reach {self.target}")
+        access, asked = self._gateway.access, self.asked
+        if asked.judged != access.version and not asked.judge(access):
+            who = f"{asked.user} from {self.peer}" if asked.user else self.peer
+            raise Refused(Refusal.NOT_AUTHORISED, f"the policy does not let {who} reach {asked.target}")
 
     # The way to the target. It is never dialled from here: a gateway connects to (PS IP, PS port) of tuples only, so
     # that no target can be the gateway itself, a broker, or something beside them.
 
     def _go(self) -> None:
-        assert self.target is not None
-        gateway, now = self._gateway, self._gateway.relay.loop.now
-        if self.user is not None and (refused := gateway.limits.logged_in(self.user, now)):
+        asked, gateway = self.asked, self._gateway
+        assert asked.target is not None
+        if asked.user is not None and (refused := gateway.limits.logged_in(asked.user, gateway.relay.loop.now)):
             raise refused
-        if self._is_name:
-            raise Refused(Refusal.NAME_NOT_SUPPORTED, f"{self.target.ip!r} is a name; dial the target's original IP")
+        if asked.is_name:
+            raise Refused(Refusal.NAME_NOT_SUPPORTED, f"{asked.target.ip!r} is a name; dial the target's original IP")
         self._must_be_allowed()
-        if refused := gateway.limits.open(self.peer, self.user, now):
+        if self._forwarding is None or not self._reuse(self._forwarding):
+            self._look_up(asked.target)
+
+    def _look_up(self, target: Target) -> None:
+        gateway, asked = self._gateway, self.asked
+        if refused := gateway.limits.open(self.peer, asked.user, gateway.relay.loop.now):
             raise refused
-        self._counted = True
-        tuples = gateway.lookup(self, self.target)
+        asked.counted = True
+        tuples = gateway.lookup(self, target)
         if tuples:
-            self._start(tuples)
+            self._start(target, tuples)
 
     def found(self, tuples: tuple[Tuple, ...]) -> None:
         """What the registry knows of a target that the route table does not have."""
-        if self.over or self.target is None:
+        target = self.asked.target
+        if self.over or target is None:
             return
         if tuples:
-            self._start(tuples)
+            self._start(target, tuples)
         else:
-            self._turn_away(Refused(Refusal.UNKNOWN_TARGET, f"no agent answers for {self.target.ip}"))
+            self._turn_away(Refused(Refusal.UNKNOWN_TARGET, f"no agent answers for {target.ip}"))
 
     def failed(self, refused: Refused) -> None:
         """The registry could not be asked."""
         if not self.over:
             self._turn_away(refused)
 
-    def _start(self, tuples: tuple[Tuple, ...]) -> None:
-        assert self.target is not None
-        self._dial = self._gateway.new_dial(self, self.target)
+    def _start(self, target: Target, tuples: tuple[Tuple, ...]) -> None:
+        self._dial = self._gateway.new_dial(self, target)
         self._dial.start(tuples)
 
     def dialled(self, reached: Reached | None, refused: Refused | None) -> None:
@@ -278,108 +272,157 @@ class Client:
             self._join(reached)
 
     def _join(self, reached: Reached) -> None:
+        gateway = self._gateway
         try:
             self._must_be_allowed()  # the rules may have changed meanwhile
-            up, gate = self._early()
+            early = self._early()
         except Refused as refused:
             reached.end.abort()
             self._turn_away(refused)
             return
-        if self._request is None:
-            self._end.say(http.response_connected() if self._reply_http else socks5.reply_ok())
-        self._gateway.paths.opened(reached.used)
-        self._gateway.counts.began()
+        joined = Joined(gateway, self.asked, reached)
+        joined.begin()
+        if self._request is not None:
+            self._forward(self._request, reached, joined, early)
+            return
+        self._end.say(http.response_connected() if self._socks is None else socks5.reply_ok())
         self._leave(joined=True)
-        setup = self._gateway.relay.loop.now - self._started
-        self._gateway.relay.join(
-            self._end,
-            reached.end,
-            up=up,
-            down=reached.rest,
-            idle=self._gateway.idle_timeout,
-            gate=gate,
-            on_end=Joined(self, reached, setup),
+        gateway.relay.join(
+            self._end, reached.end, up=early, down=reached.rest, idle=gateway.idle_timeout, on_end=joined
         )
 
-    def _early(self) -> tuple[bytes, Gate | None]:
-        """What the client sent already, and for a forwarded request its head in front and the gate of its body."""
-        if self._socks is not None:
-            return self._socks.rest(), None
-        assert self._http is not None
-        early = self._http.rest()
-        request = self._request
-        if request is None:
-            return early, None
-        return request.head + early[: request.body.feed(early)], request.body
+    def _early(self) -> bytes:
+        """What the client sent already behind its request."""
+        server = self._socks or self._http
+        assert server is not None
+        early, self._ahead = self._ahead + server.rest(), b""
+        return early
 
-    # Ends: one line for each stream and each refusal says who, from where, to what, which way, and why it ended.
+    # Requests in absolute form, one after the other.
 
-    def ended(self, account: Account, joined: Joined) -> None:
-        """The pair is over."""
-        gateway, used, identity = self._gateway, joined.used, joined.identity
-        gateway.paths.closed(used)
-        gateway.counts.ended(account)
-        gateway.limits.close(self.peer, self.user, gateway.relay.loop.now)
-        self._log(
-            "stream_ended", reason=account.ending.value, bytes_up=account.up, bytes_down=account.down,
-            seconds=round(account.seconds, 3), setup_ms=round(joined.setup * 1000, 2), attempts=joined.attempts,
-            node=used.node, epoch=str(used.epoch), ps=format_endpoint(used.ps_ip, used.ps_port), agent=used.agent_id,
-            proof="ok" if identity else "off", certificate=identity.subject if identity else "",
+    def _forward(self, request: http.Forward, reached: Reached, joined: Joined, early: bytes) -> None:
+        gateway, target = self._gateway, reached.end
+        self._leave(joined=True)
+        if self._end.broken or target.closed or target.broken:
+            self._end.abort()
+            target.abort()
+            now = gateway.relay.loop.now
+            joined(Account(now, ended=now, ending=Ending.CLIENT_RESET if self._end.broken else Ending.TARGET_RESET))
+            return
+        self._forwarding = Forwarding(
+            gateway.relay, self, target, reached.rest,
+            idle=gateway.idle_timeout, max_head=gateway.max_head, on_end=joined,
         )  # fmt: skip
+        joined.requests = 1
+        self._forwarding.exchange(request, self._end, early)
+
+    def _reuse(self, forwarding: Forwarding) -> bool:
+        """Send the request over the connection of the one before; False when it wants another target, or is another
+        user's."""
+        before = forwarding.on_end
+        assert isinstance(before, Joined)
+        request, asked = self._request, self.asked
+        is_same = (before.asked.target, before.asked.user) == (asked.target, asked.user)
+        if request is None or not forwarding.parked or not is_same:
+            self._drop_forwarding()
+            return False
+        before.requests += 1
+        before.asked.entry = asked.entry
+        early = self._early()
+        self._leave(joined=True)
+        forwarding.exchange(request, self._end, early)
+        return True
+
+    def answered(self, rest: bytes) -> None:
+        """See Exchanger."""
+        gateway = self._gateway
+        if not gateway.keep_alive or not gateway.client_back(self):
+            self._drop_forwarding()
+            self._end.close()
+            return
+        self.over = False
+        self.asked = Asked(self.peer, gateway.relay.loop.now, "http")
+        self._unproven = ""
+        self._request = None
+        self._http = self._new_http()
+        self._wait = gateway.relay.loop.after(gateway.keep_alive, self.close_waiting)
+        gateway.waiting.add(self)
+        self._end.talk(self)
+        if rest:
+            self.received(rest)
+
+    def unanswered(self, rest: bytes) -> None:
+        """See Exchanger."""
+        self._forwarding = None
+        if not self._gateway.client_back(self):
+            self._end.close()
+            return
+        self.over = False
+        self.asked = replace(self.asked, counted=False)
+        self._ahead = rest
+        self._end.talk(self)
+        self._end.pause()
+        assert self.asked.target is not None
+        try:
+            self._look_up(self.asked.target)
+        except Refused as refused:
+            self._turn_away(refused)
+
+    def broken(self, refused: Refused) -> None:
+        """See Exchanger."""
+        self._turn_away(refused)
+
+    def close_waiting(self) -> None:
+        """There will be no other request."""
+        self._end.close()
+        self._leave()
+
+    def _stop_waiting(self) -> None:
+        if self._wait is not None:
+            self._wait.cancel()
+            self._wait = None
+            self._gateway.waiting.discard(self)
+
+    def _drop_forwarding(self) -> None:
+        forwarding, self._forwarding = self._forwarding, None
+        if forwarding is not None:
+            forwarding.close()
+
+    # Ends: one line for each stream (see Joined) and each refusal says who, from where, to what, and why it ended.
 
     def _turn_away(self, refused: Refused, *, told: bool = True) -> None:
-        reply = self._answer(refused) if told or self.target is not None else b""
+        reply = self._answer(refused) if told or self.asked.target is not None else b""
         self._gateway.counts.refuse(refused.code)
         more = {"claims": self._claims} if self._claims else {}
         if self._unproven:
             more["proof"] = self._unproven
-        self._log("refused", code=refused.code.value, reason=refused.text, **more)
+        self.asked.log(self._gateway, "refused", code=refused.code.value, reason=refused.text, **more)
         if reply:
             self._end.say(reply)
         self._end.close()
         self._leave()
 
     def _answer(self, refused: Refused) -> bytes:
-        """No, in words that the client understands by now."""
+        """Return the refusal in the words that the client understands by now."""
         if isinstance(refused, socks5.Socks5Error | http.HttpError):
             return refused.reply
         if self._logging_in and self._socks is not None:
             self._socks.authenticated(False)  # RFC 1929 has one word for every no
             return self._socks.to_send()
-        if self.target is None:
+        if self.asked.target is None:
             return b""
-        if self._reply_http:
+        if self._http is not None:
             of_head = self._request is not None and self._request.method == b"HEAD"
             return http.response_refused(refused.code, refused.text, of_head=of_head)
         return socks5.reply_refused(refused.code)
 
-    def _log(self, event: str, **fields: object) -> None:
-        target = self.target
-        self._gateway.log(
-            event, client=self.peer, user=self.user or "", target=str(target) if target else "",
-            namespace=self._gateway.namespace, via="http" if self._reply_http else "socks5", rule=self._rule, **fields,
-        )  # fmt: skip
-
     def _leave(self, *, joined: bool = False) -> None:
-        if not self.over:
-            self.over = True
-            if self._counted and not joined:
-                self._gateway.limits.close(self.peer, self.user, self._gateway.relay.loop.now)
-            self._gateway.client_over(self)
-
-
-class Joined:
-    """What the pair's end is told to; also the sign by which the gateway knows a client's pair."""
-
-    __slots__ = ("attempts", "certificate", "client", "identity", "setup", "used")
-
-    def __init__(self, client: Client, reached: Reached, setup: float) -> None:
-        self.client = client
-        self.used = reached.used
-        self.attempts = reached.attempts
-        self.identity = reached.identity  # whose proof it was
-        self.certificate = reached.certificate  # of the broker
-        self.setup = setup
-
-    def __call__(self, account: Account) -> None:
-        self.client.ended(account, self)
+        if self.over:
+            return
+        self.over = True
+        self._stop_waiting()
+        if not joined:
+            self._drop_forwarding()
+            if self.asked.counted:
+                self._gateway.limits.close(self.peer, self.asked.user, self._gateway.relay.loop.now)
+        self._gateway.client_over(self)

@@ -28,7 +28,8 @@ from rtunnel.trust.tls import dial_client_context
 from rtunnel.wire import http
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_socks.access import Access
-from rtunnel_socks.client import Client, Joined
+from rtunnel_socks.audit import Joined
+from rtunnel_socks.client import Client
 from rtunnel_socks.dial import Paths, Target, TargetDial
 from rtunnel_socks.hedge import Hedging
 from rtunnel_socks.limits import Limits
@@ -76,6 +77,7 @@ class Gateway:
         self.sources = Sources(gateway.source_addresses) if gateway.source_addresses else None
         self.counts = GatewayCounts()
         self.draining = False
+        self.waiting: set[Client] = set()
         self.registry_down = "not contacted yet"
         self._followed: float | None = None  # when the route table was true to the registry (monotonic)
         self.table = RouteTable(grace=config.registry.heartbeat + 1.0)  # a wiped registry is whole again by then
@@ -148,7 +150,8 @@ class Gateway:
 
     def new_dial(self, client: Client, target: Target) -> TargetDial:
         """See ClientOwner."""
-        who = f"{client.user}@{client.peer}" if client.user else client.peer
+        user = client.asked.user
+        who = f"{user}@{client.peer}" if user else client.peer
         return TargetDial(self, target, f"{self.name}:{who}", client.dialled)
 
     def forget(self, stale: Tuple) -> None:
@@ -163,6 +166,22 @@ class Gateway:
         """See ClientOwner."""
         self.counts.clients -= 1
         self.limits.left(client.peer, self.relay.loop.now)
+
+    def client_back(self, client: Client) -> bool:
+        """See ClientOwner."""
+        if not self.limits.arrived(client.peer, self.relay.loop.now):
+            return False
+        self.counts.clients += 1
+        return True
+
+    @property
+    def keep_alive(self) -> float:
+        """See ClientOwner."""
+        return 0.0 if self.draining else self.config.keep_alive
+
+    def _close_waiting(self) -> None:
+        for client in list(self.waiting):
+            client.close_waiting()
 
     def not_proven(self, code: Refusal, fields: dict[str, object]) -> None:
         """See DialOwner."""
@@ -234,7 +253,7 @@ class Gateway:
                 return False
             if roots.fault_of(joined.certificate):
                 return False
-        return joined.client.judge()
+        return joined.asked.judge(self.access)
 
     @staticmethod
     def _guarded(tuples: tuple[Tuple, ...]) -> tuple[Tuple, ...]:
@@ -362,6 +381,7 @@ class Gateway:
             await self.bridge.run(listener.accept_silent)
             await trio.sleep(self.config.lame_duck)
         await self.bridge.run(lambda: self.relay.unlisten(listener, serve_queue=True))
+        await self.bridge.run(self._close_waiting)
         self._log.info("draining", streams=self.counts.streams)
         with trio.move_on_after(self.config.drain):
             while self.counts.streams or self.counts.clients:

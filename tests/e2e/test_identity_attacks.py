@@ -14,7 +14,7 @@ from rtunnel.trust import pki
 from rtunnel.trust.certificates import key_pem, new_key
 from rtunnel.wire.messages import Trust
 from rtunnel_authority.server import Server
-from rtunnel_socks.client import Joined
+from rtunnel_socks.audit import Joined
 from support.authority import address, authority, change, renewal, token
 from support.cluster import Cluster, SocksRefused, Target, in_thread, read_line, running_cluster
 from support.files import put

@@ -288,13 +288,51 @@ def test_bad_targets(target: bytes, hint: str) -> None:
     assert hint in text
 
 
-def test_upgrade_is_dropped() -> None:
-    """An upgrade does not pass: the target sees an ordinary request."""
-    head = forward(
-        get(b"http://10.1.0.7/", b"Connection: Upgrade", b"Upgrade: websocket", b"Sec-WebSocket-Key: x")
-    ).head
-    assert b"pgrade" not in head
-    assert b"Sec-WebSocket-Key: x\r\n" in head
+@pytest.mark.parametrize(
+    ("fields", "version", "passed"),
+    [
+        ((b"Connection: Upgrade", b"Upgrade: websocket"), b"1.1", b"websocket"),
+        ((b"Connection: keep-alive, upgrade", b"Upgrade: h2c, websocket", b"Upgrade: x/2"), b"1.1", b"websocket, x/2"),
+        ((b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AA"), b"1.1", b""),
+        ((b"Upgrade: websocket",), b"1.1", b""),
+        ((b"Connection: Upgrade", b"Upgrade: websocket"), b"1.0", b""),
+    ],
+)
+def test_upgrade(fields: tuple[bytes, ...], version: bytes, passed: bytes) -> None:
+    """An offer passes when Connection names it; h2c does not, nor an offer of HTTP/1.0."""
+    event = forward(get(b"http://10.1.0.7/", *fields, b"Sec-WebSocket-Key: x", version=version))
+    assert event.upgrade is bool(passed)
+    lines = event.head.split(b"\r\n")
+    assert (b"Upgrade: " + passed in lines) == (b"Connection: Upgrade, close" in lines) == bool(passed)
+    assert b"Sec-WebSocket-Key: x" in lines and b"HTTP2" not in event.head
+
+
+@pytest.mark.parametrize(
+    ("data", "keep"),
+    [
+        (get(), True),
+        (get(b"http://a/", b"Connection: keep-alive"), True),
+        (get(b"http://a/", b"Connection: x, CLOSE"), False),
+        (get(version=b"1.0"), False),
+        (get(b"http://a/", b"Connection: keep-alive", version=b"1.0"), False),
+    ],
+)
+def test_whether_another_request_may_follow(data: bytes, keep: bool) -> None:
+    """RFC 9112 section 9.3: not behind close, nor from an HTTP/1.0 client; and the caller may want none."""
+    event = HttpServer(keep=True).receive(data)
+    assert isinstance(event, Forward)
+    assert event.keep is keep
+    assert (b"Connection: close" not in event.head) is keep
+    assert not forward(data).keep
+
+
+@pytest.mark.parametrize(
+    ("method", "line", "replayable"),
+    [(b"GET", b"", True), (b"HEAD", b"", True), (b"POST", b"", False), (b"GET", b"Content-Length: 1", False)],
+)
+def test_what_may_be_sent_twice(method: bytes, line: bytes, replayable: bool) -> None:
+    """RFC 9110 section 9.2.2, and no body."""
+    assert forward(get(b"http://a/", *([line] if line else []), method=method)).replayable is replayable
 
 
 def test_http_1_0_stays_1_0() -> None:
@@ -819,6 +857,6 @@ def test_text_can_not_inject(text: str, proxy: str) -> None:
     token = r"[A-Za-z*][!#$%&'*+.^_`|~0-9A-Za-z:/-]*"
     assert re.fullmatch(f"(?:{token}|{quoted}); error=connection_refused; details={quoted}", got["proxy-status"])
     reason = reason_of(response_refused(Refusal.TARGET_REFUSED, text, proxy=proxy))
-    assert reason.startswith("target_refused: ") and reason.isprintable() and len(reason) <= MAX_REASON
+    assert reason.startswith("target_refused:") and reason.isprintable() and len(reason) <= MAX_REASON
     assert body.count("\n") == 1
     assert len(body) <= len("rtunnel: target_refused: \n") + MAX_TEXT

@@ -1,0 +1,211 @@
+"""A target's answer to one forwarded request, sans-I/O (RFC 9112): its head rewritten, its body as it is coded.
+
+What can not be read as HTTP/1.1 (no status line, a broken field, too large a head) passes raw until the target ends it,
+as through a tunnel: a proxy should not lose the answer of an odd target. Then the connection serves no other request.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from .http_body import Body, Chunked, Data, Endless, Sized
+from .refusal import Refusal, Refused
+
+#: 1xx answers in front of the final one: 100, some 102 or 103. Each is a head to read.
+MAX_INTERIM: Final = 16
+#: Fields of one head that are read; a head with more passes raw.
+MAX_FIELDS: Final = 200
+
+#: Fields that end here (RFC 9110 section 7.6.1), beside those that Connection names. The coding of the body stays.
+_HOP_BY_HOP: Final = frozenset((b"connection", b"proxy-connection", b"keep-alive", b"te", b"upgrade"))
+_FRAMING: Final = frozenset((b"content-length", b"transfer-encoding"))
+_START: Final = b"HTTP/1."
+_HEAD_END: Final = re.compile(rb"\r?\n\r?\n")
+_STATUS_LINE: Final = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9]{2})((?: [\t -~\x80-\xff]*)?)")
+_FIELD: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
+_LENGTH: Final = re.compile(rb"[0-9]{1,18}")
+
+_SWITCHING: Final = 101
+_UPGRADE_REQUIRED: Final = 426
+_BODILESS: Final = (204, 304)
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """A target's head, read."""
+
+    status: int
+    minor: int  # of the version 1.x
+    reason: bytes  # with the space in front
+    fields: list[tuple[bytes, bytes, bytes]]  # name in lower case, value, the whole line
+
+    def tokens(self, name: bytes) -> list[bytes]:
+        """Return the elements of a list field, in lower case."""
+        values = (value.lower().split(b",") for known, value, _ in self.fields if known == name)
+        return [stripped for value in values for token in value if (stripped := token.strip())]
+
+
+class ResponseReader:
+    """Reads what the target sends for one request; what `feed` and `end` return goes to the client.
+
+    When `done`, `keeps_client` and `keeps_target` say which of the two connections may serve another request.
+    """
+
+    __slots__ = (
+        "_held",
+        "_interim",
+        "_is_head",
+        "_keep",
+        "_max_head",
+        "_scanned",
+        "_upgrade",
+        "begun",
+        "body",
+        "done",
+        "in_head",
+        "keeps_client",
+        "keeps_target",
+        "upgraded",
+    )
+
+    def __init__(self, *, is_head: bool, keep: bool, upgrade: bool, max_head: int) -> None:
+        """`is_head`: to a HEAD request. `keep`: the client may send another request. `upgrade`: the request offered
+        another protocol. `max_head`: bytes of a head that is read."""
+        self._is_head = is_head
+        self._keep = keep
+        self._upgrade = upgrade
+        self._max_head = max_head
+        self.in_head = True  # of the final answer, or one before it
+        self._held = bytearray()  # of a head that is not whole
+        self._scanned = 0
+        self._interim = 0
+        self.body: Body = Sized(0)  # what is left of the final answer's
+        self.begun = False  # the target has sent something
+        self.done = False
+        self.keeps_client = False
+        self.keeps_target = False
+        self.upgraded = False  # the connection is a tunnel now, in both directions
+
+    def feed(self, data: Data) -> list[Data]:
+        """Return what goes to the client. Bytes behind the end of the answer are left out.
+
+        Raises Refused when the coding of the body is broken, or 1xx answers do not end.
+        """
+        self.begun = True
+        out: list[Data] = []
+        while self.in_head:
+            self._held += data
+            data = self._read_head(out)
+            if not data:
+                break
+        if not self.in_head and data:
+            size = self.body.feed(data)
+            if size:
+                out.append(data[:size])
+            self.done = self.body.done
+            if size < len(data):
+                self.keeps_target = False  # it says what nobody has asked for
+        return out
+
+    def end(self) -> bytes:
+        """The target has ended its side: return what was held back. An answer that is not `done` now is cut short."""
+        held = bytes(self._held)
+        self.done = self.done or self.in_head or isinstance(self.body, Endless)
+        self.keeps_target = False
+        return held
+
+    def _read_head(self, out: list[Data]) -> bytes:
+        """Read the next head, if it is there; return the bytes behind it."""
+        held = self._held
+        if not (held.startswith(_START) or _START.startswith(held[: len(_START)])):
+            return self._pass_raw()
+        found = _HEAD_END.search(held, max(0, self._scanned - 3), self._max_head)
+        if found is None:
+            self._scanned = len(held)
+            return self._pass_raw() if len(held) >= self._max_head else b""
+        head = _read(bytes(held[: found.start()]))
+        if head is None or (head.status == _SWITCHING and not self._upgrade):
+            return self._pass_raw()
+        rest = bytes(held[found.end() :])
+        held.clear()
+        self._scanned = 0
+        out.append(self._take(head))
+        return rest
+
+    def _pass_raw(self) -> bytes:
+        """Read no more: all belongs to the answer until the target ends it."""
+        held = bytes(self._held)
+        self._held.clear()
+        self.in_head = False
+        self.body = Endless()
+        return held
+
+    def _take(self, head: _Head) -> bytes:
+        if head.status == _SWITCHING:
+            self.in_head = False
+            self.body = Endless()
+            self.upgraded = True
+            return _written(head, [b"Upgrade"])
+        if head.status < 200:
+            self._interim += 1
+            if self._interim > MAX_INTERIM:
+                raise Refused(Refusal.PROTOCOL_ERROR, f"the target sent more than {MAX_INTERIM} 1xx answers")
+            return _written(head, [])
+        self.in_head = False
+        return self._final(head)
+
+    def _final(self, head: _Head) -> bytes:
+        self.body = body = self._framing(head)
+        self.done = body.done
+        is_delimited = not isinstance(body, Endless)
+        tokens = head.tokens(b"connection")
+        persists = b"close" not in tokens and (head.minor > 0 or b"keep-alive" in tokens)
+        two_framings = isinstance(body, Chunked) and bool(head.tokens(b"content-length"))
+        self.keeps_client = self._keep and is_delimited
+        # RFC 9112 section 6.3: both framings may be an attempt to smuggle. The coding wins, and nothing follows.
+        self.keeps_target = persists and is_delimited and not two_framings
+        options = [b"Upgrade"] if head.status == _UPGRADE_REQUIRED else []
+        options.append(b"keep-alive" if self.keeps_client else b"close")
+        return _written(head, options, drop=b"content-length" if two_framings else b"")
+
+    def _framing(self, head: _Head) -> Body:
+        """RFC 9112 section 6.3, as far as it is about responses."""
+        if self._is_head or head.status in _BODILESS:
+            return Sized(0)
+        codings = head.tokens(b"transfer-encoding")
+        if codings:
+            is_chunked = codings[-1] == b"chunked" and codings.count(b"chunked") == 1 and head.minor > 0
+            return Chunked() if is_chunked else Endless()
+        lengths = set(head.tokens(b"content-length"))
+        length = lengths.pop() if len(lengths) == 1 else b""
+        return Sized(int(length)) if _LENGTH.fullmatch(length) else Endless()
+
+
+def _read(head: bytes) -> _Head | None:
+    """Return the head without its empty line, read; None when it can not be read."""
+    first, *lines = head.split(b"\r\n", MAX_FIELDS + 1)
+    status = _STATUS_LINE.fullmatch(first)
+    if status is None or len(lines) > MAX_FIELDS:
+        return None
+    fields = []
+    for line in lines:
+        field = _FIELD.fullmatch(line)
+        if field is None:
+            return None
+        fields.append((field[1].lower(), field[2].strip(b" \t"), line))
+    return _Head(int(status[2]), int(status[1]), status[3], fields)
+
+
+def _written(head: _Head, options: list[bytes], *, drop: bytes = b"") -> bytes:
+    """The head as the client gets it; `options` are those of our connection with it."""
+    dropped = (_HOP_BY_HOP | set(head.tokens(b"connection"))) - _FRAMING | {drop}
+    if b"Upgrade" in options:
+        dropped -= {b"upgrade"}
+    lines = [b"HTTP/1.1 %d%s" % (head.status, head.reason or b" ")]
+    lines += (line for name, _, line in head.fields if name not in dropped)
+    if options:
+        lines += (b"Via: 1.%d rtunnel" % min(head.minor, 1), b"Connection: " + b", ".join(options))
+    lines += (b"", b"")
+    return b"\r\n".join(lines)

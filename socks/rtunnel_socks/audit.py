@@ -1,0 +1,99 @@
+"""What a client asked for, what came of it, and the log line that says so. In the relay's thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from rtunnel.config import format_endpoint
+from rtunnel.counts import StreamCounts
+from rtunnel.relay.join import Account
+from rtunnel.relay.relay import Relay
+from rtunnel.trust.policy import Question
+from rtunnel.trust.users import Hash
+from rtunnel_socks.access import Access
+from rtunnel_socks.dial import Paths, Reached, Target
+from rtunnel_socks.limits import Limits
+
+
+class Auditor(Protocol):
+    """The gateway, as a stream that ends sees it."""
+
+    relay: Relay
+    paths: Paths
+    access: Access
+    limits: Limits
+    namespace: str
+
+    @property
+    def counts(self) -> StreamCounts:
+        """What is counted."""
+
+    def log(self, event: str, **fields: object) -> None:
+        """A log line."""
+
+
+@dataclass(eq=False, slots=True)
+class Asked:
+    """One request: where to, on whose behalf, and what was decided. It stays with the stream that comes of it."""
+
+    peer: str  # the client's IP
+    started: float  # in the loop's seconds
+    via: str = "socks5"
+    target: Target | None = None
+    user: str | None = None
+    entry: Hash | None = None  # of `user`, as it was checked
+    rule: str = ""  # that allowed it, or the one that did not
+    judged: int = -1  # the version of the rules when it was asked for
+    is_name: bool = False
+    counted: bool = False  # among the streams of its source and user
+
+    def judge(self, access: Access) -> bool:
+        """Whether it may reach its target by what is in force now."""
+        target = self.target
+        assert target is not None
+        verdict = access.judge(Question(self.user, self.peer, target.namespace, target.ip, target.port), self.entry)
+        self.judged = access.version
+        self.rule = verdict.rule
+        return verdict.allowed
+
+    def log(self, auditor: Auditor, event: str, **fields: object) -> None:
+        """Write a line about it."""
+        auditor.log(
+            event, client=self.peer, user=self.user or "", target=str(self.target) if self.target else "",
+            namespace=auditor.namespace, via=self.via, rule=self.rule, **fields,
+        )  # fmt: skip
+
+
+class Joined:
+    """What the pair's end is told to; also the sign by which the gateway knows a client's pair."""
+
+    __slots__ = ("asked", "attempts", "auditor", "certificate", "identity", "requests", "setup", "used")
+
+    def __init__(self, auditor: Auditor, asked: Asked, reached: Reached) -> None:
+        self.auditor = auditor
+        self.asked = asked
+        self.used = reached.used
+        self.attempts = reached.attempts
+        self.identity = reached.identity  # whose proof it was
+        self.certificate = reached.certificate  # of the broker
+        self.setup = auditor.relay.loop.now - asked.started
+        self.requests = 0  # that were forwarded; 0: it is a tunnel
+
+    def begin(self) -> None:
+        """Count it: the pair is about to be made."""
+        self.auditor.paths.opened(self.used)
+        self.auditor.counts.began()
+
+    def __call__(self, account: Account) -> None:
+        auditor, asked, used, identity = self.auditor, self.asked, self.used, self.identity
+        auditor.paths.closed(used)
+        auditor.counts.ended(account)
+        auditor.limits.close(asked.peer, asked.user, auditor.relay.loop.now)
+        requests = {"requests": self.requests} if self.requests else {}
+        asked.log(
+            auditor, "stream_ended", reason=account.ending.value, bytes_up=account.up, bytes_down=account.down,
+            seconds=round(account.seconds, 3), setup_ms=round(self.setup * 1000, 2), attempts=self.attempts,
+            node=used.node, epoch=str(used.epoch), ps=format_endpoint(used.ps_ip, used.ps_port), agent=used.agent_id,
+            proof="ok" if identity else "off", certificate=identity.subject if identity else "", **requests,
+        )  # fmt: skip

@@ -1,0 +1,458 @@
+"""Requests in absolute form: a client's and a target's connection, one exchange after another. In the relay's thread.
+
+Unlike the pairs of `relay/join.py` this one knows where a request and its answer end. So the answer's head can be
+rewritten, nothing behind a request reaches its target, and both connections can serve another request: the client's
+goes back to its `Client` after each answer, and the target's is parked, a few seconds at most, for the next one to it.
+
+A client's bytes behind its request stay in the kernel, but for a piece that is kept for the next one: they can't harm
+the answer. An orderly end and a reset are passed on as such, in both directions.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from rtunnel.relay.ends import SocketEnd, reset_on_close
+from rtunnel.relay.join import PIECE, QUANTUM, Ending, OnEnd, Pair
+from rtunnel.relay.loop import HUP, IN, LOST, OUT, Timer
+from rtunnel.relay.relay import Relay
+from rtunnel.wire.http import Forward
+from rtunnel.wire.http_body import Body, Chunked, Data, Endless, Sized
+from rtunnel.wire.http_response import ResponseReader
+from rtunnel.wire.refusal import Refused
+
+#: A target's connection waits so long for another request of its client. Node and Apache close theirs after 5 s: a
+#: request on its way just then would be lost.
+PARK_SECONDS: Final = 4.0
+#: The piece of a coded body; a chunk costs as much as the copy of so many bytes (1.2 us).
+CODED_PIECE: Final = 16 * 1024
+CHUNK_COST: Final = 2048
+#: What is read ahead of the client's next request, to learn of its FIN.
+AHEAD: Final = 16 * 1024
+
+
+class Exchanger(Protocol):
+    """The client, as its forwarding sees it. Each of these gives its end back, which talks to nobody."""
+
+    def answered(self, rest: bytes) -> None:
+        """The answer is whole, and another request may come. `rest` the client has sent already."""
+
+    def unanswered(self, rest: bytes) -> None:
+        """The target had ended a connection that was in use already: dial again for the same request."""
+
+    def broken(self, refused: Refused) -> None:
+        """The request's body is broken, and the target has not answered."""
+
+
+class _Lost(Exception):
+    """A socket failed."""
+
+    def __init__(self, side: _Side) -> None:
+        super().__init__()
+        self.side = side
+
+
+class _Side:
+    """One of the two sockets. Reads and writes raise _Lost."""
+
+    __slots__ = ("end", "eof", "held", "hup", "readable", "shut")
+
+    def __init__(self, end: SocketEnd, handler: Callable[[int], None]) -> None:
+        self.held: bytes | memoryview = end.hand_over(handler)  # to be written
+        self.end = end
+        self.readable = True  # until a read says no
+        self.hup = end.hup
+        self.eof = False
+        self.shut = False  # our FIN is sent
+
+    def read(self, view: memoryview) -> int:
+        """Return how many bytes were read; 0 when there are none now, or no more (`eof`)."""
+        try:
+            size = self.end.sock.recv_into(view)
+        except BlockingIOError:
+            self.readable = False
+            return 0
+        except OSError:
+            raise _Lost(self) from None
+        if not size:
+            self.eof = True
+        if not size or (size < len(view) and not self.hup):
+            self.readable = False  # epoll(7): a short read has drained the socket
+        return size
+
+    def write(self, data: Data) -> int:
+        """Send, or hold what the kernel does not take; returns how many bytes it took."""
+        if self.held:
+            self.held = bytes(self.held) + bytes(data)
+            return 0
+        try:
+            sent = self.end.sock.send(data) if data else 0
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            raise _Lost(self) from None
+        if sent < len(data):
+            self.held = memoryview(bytes(data[sent:]))
+            self.end.await_room()
+        return sent
+
+    def flush(self) -> int:
+        """Send what is held; returns how many bytes the kernel took."""
+        held, self.held = self.held, b""
+        return self.write(held)
+
+    def finish(self) -> None:
+        """Send FIN, once and behind what is held."""
+        if self.held or self.shut:
+            return
+        self.shut = True
+        try:
+            self.end.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            raise _Lost(self) from None
+
+    def quiet(self, view: memoryview) -> bool:
+        """Whether nothing came: neither a byte nor FIN."""
+        return not self.eof and not (self.readable and (self.read(view[:1]) or self.eof))
+
+    def release(self) -> SocketEnd:
+        """Give the end back."""
+        self.end.take_back(hup=self.hup or self.eof)
+        return self.end
+
+    def reset(self) -> None:
+        """Close it at once."""
+        reset_on_close(self.end.sock)
+        self.bury()
+
+    def bury(self) -> None:
+        """Close it, both directions having ended."""
+        self.end.closed = True
+        self.end.loop.close(self.end.sock)
+
+
+class Forwarding(Pair):
+    """One dialled target's connection, and the client whose requests it serves."""
+
+    __slots__ = (
+        "_answer",
+        "_body",
+        "_client",
+        "_cut",
+        "_down",
+        "_max_head",
+        "_owner",
+        "_parking",
+        "_queued",
+        "_request",
+        "_rest",
+        "_scratch",
+        "_target",
+        "requests",
+    )
+
+    def __init__(
+        self, relay: Relay, owner: Exchanger, target: SocketEnd, down: bytes, *,
+        idle: float, max_head: int, on_end: OnEnd,
+    ) -> None:  # fmt: skip
+        """`down` was read from the target already. `idle` seconds without a byte end it (0: never); an answer's head
+        may have `max_head` bytes."""
+        super().__init__(relay.loop, relay.pairs, idle, on_end)
+        self._scratch = relay.scratch.upload
+        self._owner = owner
+        self._max_head = max_head
+        self._target = _Side(target, self._target_event)
+        self.account.up -= len(self._target.held)  # our own words, not the client's
+        self._client: _Side | None = None  # during an exchange
+        self._request: Forward
+        self._body: Body  # what is left of the request's
+        self._answer: ResponseReader
+        self._down = down
+        self._rest = b""  # the client's bytes behind its request
+        self._cut = False  # the exchange ends with this answer: it, or the request, is not whole
+        self._queued = False
+        self._parking: Timer | None = None
+        self.requests = 0
+
+    @property
+    def sockets(self) -> tuple[socket.socket, ...]:
+        """See Pair."""
+        sides = (self._target,) if self._client is None else (self._client, self._target)
+        return tuple(side.end.sock for side in sides)
+
+    @property
+    def parked(self) -> bool:
+        """It waits for another request, and can take one."""
+        return self._parking is not None
+
+    def exchange(self, request: Forward, client: SocketEnd, early: bytes) -> None:
+        """Serve a request; `early` came behind its head. Owner or `on_end` may be called before this returns."""
+        self._stop_parking()
+        self.requests += 1
+        self._client = _Side(client, self._client_event)
+        self._request, self._body, self._cut = request, request.body, False
+        self._answer = ResponseReader(
+            is_head=request.method == b"HEAD", keep=request.keep, upgrade=request.upgrade, max_head=self._max_head
+        )
+        self._guarded(lambda: self._begin(early))
+
+    def _begin(self, early: bytes) -> None:
+        self._count_up(self._target.write(self._request.head))
+        self._pass_up(early)
+        down, self._down = self._down, b""
+        if down:
+            self._pass_down(down)
+        self._run()
+
+    # Events.
+
+    def _client_event(self, mask: int) -> None:
+        client = self._client
+        if client is not None:
+            self._event(mask, client)
+
+    def _target_event(self, mask: int) -> None:
+        self._event(mask, self._target)
+
+    def _event(self, mask: int, side: _Side) -> None:
+        if mask & (IN | HUP | LOST):
+            side.readable = True
+            if mask & HUP:
+                side.hup = True
+        if self._client is None:
+            self._look_at_parked()
+            return
+        self._guarded(lambda: self._step(mask, side))
+
+    def _step(self, mask: int, side: _Side) -> None:
+        if mask & OUT and side.held:
+            sent = side.flush()
+            if side is self._target:
+                self._count_up(sent)
+            else:
+                self._count_down(sent)
+        self._run()
+        # HUP alone comes when both sides have sent FIN.
+        is_ours = side in (self._client, self._target) and not self.done
+        if mask & LOST and is_ours and side.end.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise _Lost(side)
+
+    def _guarded(self, step: Callable[[], None]) -> None:
+        """Do a step of an exchange. A socket that fails ends it, and so does a body whose coding is broken."""
+        try:
+            step()
+        except _Lost as lost:
+            self._lost(lost.side)
+        except _BrokenRequest as broken:
+            self._stop_request(broken.refused)
+        except Refused:
+            self.abort(Ending.TARGET_RESET)  # the client must not take a part for the whole
+
+    def _again(self) -> None:
+        self._queued = False
+        if self._client is not None:
+            self._guarded(self._run)
+
+    def _run(self) -> None:
+        """Move until each side has enough, or the quantum is used up."""
+        is_up_left, is_down_left = self._run_up(), self._run_down()
+        self._settle()
+        if (is_up_left or is_down_left) and self._client is not None and not self._queued:
+            self._queued = True
+            self.loop.soon(self._again)
+
+    # The request.
+
+    def _run_up(self) -> bool:
+        """Move the request's body; then read ahead. True when there is more to do."""
+        client, target, budget = self._client, self._target, QUANTUM
+        assert client is not None
+        while client.readable and not target.held and not self._body.done:
+            if budget <= 0:
+                return True
+            view = self._scratch[: _piece(self._body)]
+            size = client.read(view)
+            budget -= self._pass_up(view[:size])
+        while client.readable and self._body.done and len(self._rest) < AHEAD:
+            size = client.read(self._scratch[: AHEAD - len(self._rest)])
+            self._rest += self._scratch[:size]
+        if client.eof and not (self._body.done and self._rest.strip(b"\r\n")):
+            target.finish()  # nothing follows
+        return False
+
+    def _pass_up(self, data: Data) -> int:
+        """Give the target what belongs to the request; returns what that has cost, in bytes."""
+        body = self._body
+        lines = _lines(body)
+        try:
+            taken = body.feed(data)
+        except Refused as refused:
+            raise _BrokenRequest(refused) from None
+        self._rest = bytes(data[taken:])
+        self._count_up(self._target.write(data[:taken]))
+        return taken + CHUNK_COST * (_lines(body) - lines)
+
+    def _stop_request(self, refused: Refused) -> None:
+        """The client's coding is broken: no more of it goes up. An answer that has begun may end."""
+        if self._answer.begun:
+            self._cut = True
+            self._body = Sized(0)
+            self._guarded(self._give_up_request)
+            return
+        self._end_exchange(Ending.OVERRUN, reset=True)
+        self._owner.broken(refused)
+
+    def _give_up_request(self) -> None:
+        self._target.finish()
+        self._settle()
+
+    # The answer.
+
+    def _run_down(self) -> bool:
+        """Move the answer. True when there is more to do."""
+        client, target, answer, budget = self._client, self._target, self._answer, QUANTUM
+        assert client is not None
+        while target.readable and not client.held and not answer.done and not self._cut:
+            if budget <= 0:
+                return True
+            view = self._scratch[: CODED_PIECE if answer.in_head else _piece(answer.body)]
+            size = target.read(view)
+            if size:
+                budget -= self._pass_down(view[:size])
+            elif target.eof:
+                self._count_down(client.write(answer.end()))
+                self._cut = not answer.done
+        return False
+
+    def _pass_down(self, data: Data) -> int:
+        """Give the client what belongs to the answer; returns what that has cost, in bytes."""
+        client, answer = self._client, self._answer
+        assert client is not None
+        lines = _lines(answer.body)
+        for piece in answer.feed(data):
+            self._count_down(client.write(piece))
+        if answer.upgraded and not isinstance(self._body, Endless):
+            self._body = Endless()  # from here on it is a tunnel
+            rest, self._rest = self._rest, b""
+            self._pass_up(rest)
+        return len(data) + CHUNK_COST * (_lines(answer.body) - lines)
+
+    # Ends.
+
+    def _settle(self) -> None:
+        """End the exchange, if it is over."""
+        client, target, answer = self._client, self._target, self._answer
+        if client is None or client.held or not (answer.done or self._cut):
+            return
+        if answer.upgraded:
+            client.finish()
+            if target.shut:
+                self._client = None
+                client.bury()
+                target.bury()
+                self._finish(Ending.CLOSED)
+            return
+        if not answer.begun and self.requests > 1 and self._request.replayable:
+            self._dial_again()
+            return
+        is_whole = self._body.done and not target.held and not self._cut
+        keeps_client = is_whole and answer.keeps_client
+        rest = self._rest
+        if keeps_client and answer.keeps_target and not target.shut and target.quiet(self._scratch):
+            self._client = None
+            client.release()
+            self._parking = self.loop.after(PARK_SECONDS, self.close)
+        else:
+            # A target that has answered before the request's end waits for the rest of it.
+            self._end_exchange(Ending.CLOSED, reset=not is_whole and not target.eof)
+        if keeps_client:
+            self._owner.answered(rest)
+        else:
+            client.end.close()
+
+    def _end_exchange(self, ending: Ending, *, reset: bool) -> None:
+        """The target's connection is over; the client's end is its own again."""
+        client, self._client = self._client, None
+        assert client is not None
+        if reset:
+            self._target.reset()
+        else:
+            self._target.release().close()
+        self._finish(ending)
+        client.release()
+
+    def close(self) -> None:
+        """End a parked one, in order."""
+        self._stop_parking()
+        if not self.done and self._client is None:
+            self._target.release().close()
+            self._finish(Ending.CLOSED)
+
+    def _look_at_parked(self) -> None:
+        """A target that ends while nobody asks, or says what nobody asked for, gets no other request."""
+        if self.done:
+            return
+        try:
+            is_quiet = self._target.quiet(self._scratch)
+        except _Lost:
+            self.abort(Ending.CLOSED)
+        else:
+            if not is_quiet:
+                self.close()
+
+    def _lost(self, side: _Side) -> None:
+        if side is not self._target:
+            self.abort(Ending.CLIENT_RESET)
+        elif not self._answer.begun and self.requests > 1 and self._request.replayable:
+            self._dial_again()
+        else:
+            self.abort(Ending.TARGET_RESET)
+
+    def _dial_again(self) -> None:
+        rest = self._rest
+        self._end_exchange(Ending.CLOSED, reset=True)
+        self._owner.unanswered(rest)
+
+    def abort(self, ending: Ending) -> None:
+        """See Pair. A client whose answer is whole lives on."""
+        self._stop_parking()
+        if self.done:
+            return
+        client, self._client = self._client, None
+        if client is not None:
+            client.reset()
+        self._target.reset()
+        self._finish(ending)
+
+    def _stop_parking(self) -> None:
+        if self._parking is not None:
+            self._parking.cancel()
+            self._parking = None
+
+    def _count_up(self, size: int) -> None:
+        self.moved = self.loop.now
+        self.account.up += size
+
+    def _count_down(self, size: int) -> None:
+        self.moved = self.loop.now
+        self.account.down += size
+
+
+class _BrokenRequest(Exception):
+    """The coding of the request's body is broken."""
+
+    def __init__(self, refused: Refused) -> None:
+        super().__init__()
+        self.refused = refused
+
+
+def _lines(body: Body) -> int:
+    return body.lines if isinstance(body, Chunked) else 0
+
+
+def _piece(body: Body) -> int:
+    """How many bytes of it to read at once: nothing behind a body of known length, little of a coded one."""
+    reach = body.reach
+    return CODED_PIECE if isinstance(body, Chunked) else PIECE if reach is None else min(PIECE, reach)
