@@ -24,8 +24,9 @@ from rtunnel.config import load, parse_endpoint, parse_range, slice_of
 from rtunnel.trust import pki
 from rtunnel.workers import Supervisor
 from support.cluster import Target, in_thread, read_line, running_cluster
-from support.plumbing import FIRST_PORT, free_port, kept
+from support.plumbing import free_port, free_range, kept
 from support.polling import until
+from support.ports import as_text, guarded_ports
 from support.redis_server import RedisServer
 from support.site import DRAIN, Process, Site, fetch, health, ready, site
 
@@ -113,7 +114,7 @@ def check_one_host(here: Site, agent: Process, status: dict[str, Any]) -> None:
     """Each session is on a port of its worker's part; that both are on one host is told."""
     assert {session["node"] for session in status["sessions"]} == {"b1.1", "b1.2"}
     for session in status["sessions"]:
-        first, last = parse_range(slice_of(f"{FIRST_PORT + 200}-{FIRST_PORT + 399}", int(session["node"][-1]), 2))
+        first, last = parse_range(slice_of(as_text(guarded_ports(1)), int(session["node"][-1]), 2))
         assert first <= int(session["ps"].rpartition(":")[2]) <= last
     assert (status["redundancy"], status["state"], status["one_host"]) == ("2/2", "ready", "b1")
     assert agent.wait_for("on_one_host")["host"] == "b1"
@@ -244,7 +245,7 @@ async def test_a_fixed_open_port_is_had_on_whichever_node_of_the_host(tmp_path: 
         (first,) = has_it()
         assert agent.one_host == "b"
         cluster.brokers.pop(first).kill()
-        await cluster.start_broker("b.3", host="b", port_range=f"{FIRST_PORT + 4000}-{FIRST_PORT + 4099}", **open_ports)
+        await cluster.start_broker("b.3", host="b", port_range=free_range(100), **open_ports)
         await cluster.until(lambda: agent.state == "ready" and has_it() == ["b.3"])
         sock = await in_thread(lambda: kept(socket.create_connection(("127.0.0.1", fixed), timeout=15)))
         await in_thread(lambda: sock.sendall(b"hello\n"))

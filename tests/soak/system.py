@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import signal
 import socket
 import time
@@ -20,6 +19,7 @@ from bench.procs import Process, Processes
 from soak.aborts import Ground, Slow
 from soak.figures import Watched
 from soak.vip import Vip
+from support.plumbing import free_ports
 from support.polling import until
 
 _FORK: Final = get_context("fork")
@@ -98,11 +98,6 @@ class System:
         return found
 
 
-def _ports(count: int) -> int:
-    """The first of so many TCP ports below the kernel's own range."""
-    return random.randrange(10000, 32000 - count)
-
-
 def _fleet(pki: Path, port: int, count: int, board: Board) -> NoReturn:
     become_a_load_process()
     Fleet(pki, port, count, board).start()
@@ -133,9 +128,9 @@ def running(directory: Path, fleet_size: int) -> Iterator[System]:
 def _build(site: Site, stack: contextlib.ExitStack, fork: Callable[..., None], fleet_size: int) -> System:
     redis: dict[str, object] = {"url": site.need_redis().url, "prefix": PREFIX, **REGISTRY}
     assert site.redis is not None
-    admins = _ports(4)
+    admins = free_ports(6)[0]
     links = admins + 4
-    first = _ports(400)
+    first = free_ports(350)[0]
     broker = start_role(
         site,
         "broker",

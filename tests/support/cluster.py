@@ -26,7 +26,8 @@ from rtunnel.trust import pki
 from rtunnel_agent.agent import Agent
 from rtunnel_broker.node import Node
 from rtunnel_socks.gateway import Gateway
-from support.plumbing import FIRST_PORT, kept
+from support.plumbing import kept
+from support.ports import as_text, guarded_ports
 
 _T = TypeVar("_T")
 PATIENCE = 15.0
@@ -164,7 +165,6 @@ class Cluster:
 
     async def start_broker(self, node: str = "b1", **keys: object) -> Part:
         """A broker, behind the VIP."""
-        first = FIRST_PORT + 300 * (len(self.brokers) % 15)
         part = await self._start(
             "broker",
             {
@@ -172,7 +172,7 @@ class Cluster:
                 "broker.advertise_ip": "127.0.0.1",
                 "broker.node_id": node,
                 "broker.host": node,
-                "broker.port_range": f"{first}-{first + 299}",
+                "broker.port_range": as_text(guarded_ports(len(self.brokers))),
                 **dotted("broker", keys),
             },
         )

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import random
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from rtunnel.relay.ends import SocketEnd, Talker
 from rtunnel.relay.join import Account
 from rtunnel.relay.link import Link
 from rtunnel.relay.relay import Relay
 from rtunnel.relay.stream import StreamEnd
+from support.ports import as_text, loose_ports
 
 _T = TypeVar("_T")
 PATIENCE = 10.0
-
-#: Two test processes beside each other (`pytest -n 2`) have ports of their own, below those that the kernel gives out:
-_WORKER: Final = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-#: brokers' guarded ones,
-FIRST_PORT: Final = 21000 + 4500 * _WORKER
-#: and those of `free_ports`, which begins anywhere in there: other runs on this machine have the same.
-_LOOSE_PORTS: Final = range(11000 + 5000 * _WORKER, 16000 + 5000 * _WORKER)
 
 
 class TestRelay(Relay):
@@ -94,28 +86,34 @@ def close_kept() -> None:
         _made.pop().close()
 
 
-_next_loose = random.randrange(len(_LOOSE_PORTS))
+_next_loose = 0
 
 
 def free_ports(count: int = 1) -> range:
-    """So many ports in a row that nobody has, for whoever must know them beforehand. The next call gives others."""
+    """Return so many ports in a row that nothing is bound to, for a test that must know them beforehand.
+
+    The next call returns others, until all of the process's own have had their turn.
+    """
     global _next_loose
-    for _ in range(len(_LOOSE_PORTS)):
-        first = _LOOSE_PORTS.start + _next_loose
-        ports = range(first, first + count)
-        _next_loose = (_next_loose + count) % (len(_LOOSE_PORTS) - 100)
-        probes: list[socket.socket] = []
+    loose = loose_ports()
+    for _ in range(len(loose)):
+        if _next_loose + count > len(loose):
+            _next_loose = 0
+        ports = loose[_next_loose : _next_loose + count]
+        if len(ports) == count and all(map(_is_free, ports)):
+            _next_loose += count
+            return ports
+        _next_loose += 1
+    raise AssertionError(f"no {count} ports in a row are free in {as_text(loose)}")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
         try:
-            for port in ports:
-                probes.append(socket.socket())
-                probes[-1].bind(("", port))
+            probe.bind(("", port))
         except OSError:
-            continue
-        finally:
-            for probe in probes:
-                probe.close()
-        return ports
-    raise AssertionError(f"no {count} ports in a row are free")
+            return False
+    return True
 
 
 def free_port() -> int:
@@ -124,9 +122,8 @@ def free_port() -> int:
 
 
 def free_range(count: int) -> str:
-    """The same as configurations have it."""
-    ports = free_ports(count)
-    return f"{ports[0]}-{ports[-1]}"
+    """Return `free_ports` as configurations have them."""
+    return as_text(free_ports(count))
 
 
 def refusing_port(ip: str) -> int:

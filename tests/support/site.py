@@ -21,8 +21,9 @@ from click.testing import CliRunner
 
 from rtunnel.cli import cli
 from rtunnel.trust import pki
-from support.plumbing import FIRST_PORT, free_port
+from support.plumbing import free_port
 from support.polling import until
+from support.ports import as_text, guarded_ports
 from support.secrecy import heard
 
 DRAIN = 20.0
@@ -170,14 +171,13 @@ class Site:
 
     def broker(self, node: str, number: int, *flags: str) -> Process:
         """Each node has an IP of its own, as on machines of their own, and is named like its host."""
-        first = FIRST_PORT + 200 * number
         text = f"""
             [broker]
             listen = "127.0.0.{number}:0"
             advertise_ip = "127.0.0.{number}"
             node_id = "{node}"
             host = "{node}"
-            port_range = "{first}-{first + 199}"
+            port_range = "{as_text(guarded_ports(number))}"
             certificate = "pki/broker.pem"
             key = "pki/broker.key"
             cluster_key = "pki/cluster.key"
