@@ -36,6 +36,7 @@ lab: .venv/.ready ## isolated VPCs in network namespaces (root)
 soak: .venv/.ready ## a long life in minutes, then everything as before; RTUNNEL_SOAK_SHORT=1 for under one
 	$(BIN)/python -m pytest tests/soak -s --timeout 1200
 
+# Before and after in one run: make bench ARGS="--against REV" (with --quick: bench-quick).
 bench: .venv/.ready ## side by side with every peer on PATH or in RTUNNEL_BENCH_PEERS; ARGS="--only 'rtunnel-*,frp-tls'"
 	PYTHONPATH=tests $(BIN)/python -m bench $(ARGS)
 

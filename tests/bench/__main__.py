@@ -17,9 +17,21 @@ import click
 from rich.console import Console
 
 from bench import fleet, report
-from bench.deployments import DEPLOYMENTS, LONG_WAY, OPEN, QUICK, Site, System, start_all, version
+from bench.deployments import (
+    DEPLOYMENTS,
+    LONG_WAY,
+    OPEN,
+    QUICK,
+    Deployment,
+    Site,
+    System,
+    of_revision,
+    start_all,
+    version,
+)
 from bench.procs import BenchError, Processes, memory
 from bench.report import Row, Run, median_row
+from bench.revision import base_name, short_name, unpack
 from bench.workloads import (
     METRICS,
     QUICK_WORKLOADS,
@@ -47,9 +59,10 @@ _Key = tuple[str, str, str]
 @click.option("--out", type=click.Path(path_type=Path), default=ROOT / "build/bench.json", show_default=True)
 @click.option("--render", type=click.Path(path_type=Path, exists=True), help="Only write docs/benchmarks.md from it.")
 @click.option("--list", "listing", is_flag=True, help="Only name all systems and workloads.")
+@click.option("--against", default="", metavar="REV", help="Beside rtunnel of another revision, in the same rounds.")
 def main(
     quick: bool, only: str, rounds: int | None, seconds: float | None, agents: int | None, out: Path,
-    render: Path | None, listing: bool,
+    render: Path | None, listing: bool, against: str,
 ) -> None:  # fmt: skip
     """rtunnel and its peers side by side. Peers: on PATH, or in the directories that RTUNNEL_BENCH_PEERS names."""
     if listing:
@@ -59,12 +72,17 @@ def main(
     if render is not None:
         click.echo(report.write_page(Run.load(render), ROOT / "docs"))
         return
-    systems, workloads = choose(only, quick=quick)
+    try:
+        against = against and short_name(against)
+    except BenchError as fault:
+        raise click.UsageError(str(fault)) from None
+    systems, workloads = choose(only, quick=quick, against=against)
     rounds = (3 if quick else 5) if rounds is None else rounds
     seconds = seconds or (0.6 if quick else 1.5)
     if agents is None:
-        agents = 0 if quick or only else 5000
-    bench = Bench(systems if rounds else frozenset(), workloads, rounds, seconds, 0.25 if quick else 0.4)
+        agents = 0 if quick or only or against else 5000
+    warm_up = 0.25 if quick else 0.4
+    bench = Bench(systems if rounds else frozenset(), workloads, rounds, seconds, warm_up, against)
     run = bench.run(agents)
     run.save(out)
     plots = report.write_plots(run, out.parent / "plots")
@@ -72,10 +90,16 @@ def main(
     click.echo(f"{out}, and {plots} plots beside it")
 
 
-def choose(only: str, *, quick: bool) -> tuple[frozenset[str], list[Workload]]:
-    """What to start, and what to do: each word is a pattern of systems or of workloads."""
+def choose(only: str, *, quick: bool, against: str = "") -> tuple[frozenset[str], list[Workload]]:
+    """What to start, and what to do: each word is a pattern of systems or of workloads.
+
+    `against` is the short name of a revision: then its systems run beside those of this one, and the peers
+    only when they are named.
+    """
     all_names = [name for deployment in DEPLOYMENTS for name in deployment.systems]
     names = list(QUICK) if quick else all_names
+    if against:
+        names = [name for name in names if name.startswith("rtunnel")]
     workloads = [workload for workload in WORKLOADS if not quick or workload.name in QUICK_WORKLOADS]
     wanted: set[str] = set()
     work: list[Workload] = []
@@ -86,15 +110,25 @@ def choose(only: str, *, quick: bool) -> tuple[frozenset[str], list[Workload]]:
             raise click.UsageError(f"{word!r} is neither a system nor a workload: see --list")
         wanted.update(systems)
         work += loads
-    return frozenset(wanted or names), work or workloads
+    found = wanted or set(names)
+    if against:
+        found |= {f"{name}@{against}" for name in found if name.startswith("rtunnel")}
+    return frozenset(found), work or workloads
 
 
 class Bench:
     """One run."""
 
     def __init__(
-        self, wanted: frozenset[str], workloads: list[Workload], rounds: int, seconds: float, warm_up: float
+        self,
+        wanted: frozenset[str],
+        workloads: list[Workload],
+        rounds: int,
+        seconds: float,
+        warm_up: float,
+        against: str = "",
     ) -> None:
+        self.against = against
         self.wanted = wanted
         self.workloads = workloads
         self.rounds = rounds
@@ -114,7 +148,7 @@ class Bench:
         fleet_rows: list[Row] = []
         try:
             self._say("starting systems")
-            systems = start_all(site, self.wanted, self._left_out)
+            systems = self._start(site)
             idle = [*self._idle_memory(systems), *self._stalled_memory(site, systems)]
             for number in range(self.rounds):
                 self._round(site, systems, number)
@@ -129,9 +163,19 @@ class Bench:
             "took_seconds": round(time.monotonic() - began),
             "long_way_ms": LONG_WAY * 1000,
             "fleet": agents,
+            "against": self.against,
             "versions": _versions(systems),
         }
         return Run(about, [*self._rows(systems), *idle, *fleet_rows], self.missing)
+
+    def _start(self, site: Site) -> list[System]:
+        """All systems; one of another revision comes right after ours, so that both meet the same moment."""
+        deployments: tuple[Deployment, ...] = DEPLOYMENTS
+        if self.against:
+            deployments += of_revision(unpack(self.against, site.directory / self.against))
+        systems = start_all(site, self.wanted, self._left_out, deployments)
+        order = {system.name: number for number, system in enumerate(systems)}
+        return sorted(systems, key=lambda system: (order.get(base_name(system.name), 0), "@" in system.name))
 
     def _round(self, site: Site, systems: list[System], number: int) -> None:
         for workload in self.workloads:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import getpass
 import json
 import os
-import random
 import re
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.context import ForkProcess
@@ -29,7 +28,10 @@ from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 from bench import load
 from bench.load import Address, Board, Way
 from bench.procs import BenchError, Process, Processes, accepts, free_port, wait_for, with_children
+from bench.revision import OURS, Code
 from rtunnel.trust import pki
+from support.plumbing import free_ports
+from support.ports import lease
 from support.redis_server import RedisServer
 
 OPEN: Final = "open port"
@@ -101,7 +103,8 @@ class Site:
         """What an agent's configuration says of its certificate, which is made when there is none."""
         made = self.directory / "pki"
         if not (made / f"{agent}.pem").exists():
-            pki.issue_agent(made, agent, agent_id=agent, namespace="default", addresses=[address])
+            # Each deployment is a cluster of its own with the same target; they only share the CA.
+            pki.issue_agent(made, agent, agent_id=agent, namespace="default", addresses=[address], take_over=True)
         return {"certificate": str(made / f"{agent}.pem"), "key": str(made / f"{agent}.key")}
 
     def write(self, name: str, text: str) -> str:
@@ -110,10 +113,13 @@ class Site:
         path.write_text(text)
         return str(path)
 
-    def start(self, name: str, command: Sequence[str], port: int = 0) -> Process:
-        """Start a process, and wait until it listens on `port` (if that is given)."""
+    def start(self, name: str, command: Sequence[str], port: int = 0, more: Mapping[str, str] | None = None) -> Process:
+        """Start a process, and wait until it listens on `port` (if that is given).
+
+        `more`: variables for its environment.
+        """
         environ = {"RUST_LOG": "error", "http_proxy": "", "https_proxy": "", "all_proxy": ""}
-        process = self.processes.start(name, command, environ)
+        process = self.processes.start(name, command, {**environ, **(more or {})})
         if port:
             wait_for(lambda: _alive(process) and accepts(port), f"{name} to listen on {port}\n{process.tail()}")
         return process
@@ -166,25 +172,26 @@ def none_long(site: Site) -> Iterator[System]:
     yield System("none-long", "none", "-", LONG, way, ())
 
 
-def rtunnel(site: Site, security: str) -> Iterator[System]:
+def rtunnel(site: Site, security: str, code: Code = OURS) -> Iterator[System]:
     """Broker, agent, gateways and a real Redis; the open port leads through the first two only.
 
     A gateway wants proofs, as it does by default; for TLS there is one more that does not: what a proof costs.
     """
-    broker, links = start_broker(site, f"rtunnel-{security}", security)
-    agent, port = _start_agent(site, f"rtunnel-{security}", security, links)
+    name = f"rtunnel-{security}{code.word}"
+    broker, links = start_broker(site, name, security, code=code)
+    agent, port = _start_agent(site, name, security, links, code)
     two = (broker.pid, agent.pid)
     way = Way(("127.0.0.1", port), site.target)
-    yield System(f"rtunnel-{security}", "rtunnel", security, OPEN, way, two, f"frp-{security}")
+    yield System(code.named(f"rtunnel-{security}"), "rtunnel", security, OPEN, way, two, f"frp-{security}")
     for proof, suffix in (("required", ""), ("off", "-noproof")):
         if security == "tls" or not suffix:
-            gateway, socks = _start_gateway(site, f"rtunnel-{security}", proof)
+            gateway, socks = _start_gateway(site, name, proof, code)
             way, three = Way(("127.0.0.1", socks), site.target, socks=True), (gateway.pid, *two)
-            name = f"rtunnel-{security}-socks{suffix}"
-            yield System(name, "rtunnel", security, SOCKS, way, three, f"frp-{security}-socks")
+            shown = code.named(f"rtunnel-{security}-socks{suffix}")
+            yield System(shown, "rtunnel", security, SOCKS, way, three, f"frp-{security}-socks")
 
 
-def _start_gateway(site: Site, name: str, proof: str) -> tuple[Process, int]:
+def _start_gateway(site: Site, name: str, proof: str, code: Code) -> tuple[Process, int]:
     """A gateway of this deployment; the process and its port."""
     socks = free_port()
     keys: dict[str, object] = {
@@ -196,28 +203,33 @@ def _start_gateway(site: Site, name: str, proof: str) -> tuple[Process, int]:
         "admin": "",
     }
     sections = {"registry": _registry(site, name), "gateway": keys}
-    return start_role(site, f"{name}-gateway-{proof}", "gateway", sections, socks), socks
+    return start_role(site, f"{name}-gateway-{proof}", "gateway", sections, socks, code), socks
 
 
-def rtunnel_long(site: Site) -> Iterator[System]:
+def rtunnel_long(site: Site, code: Code = OURS) -> Iterator[System]:
     """The same with a long way between agent and broker."""
-    name = "rtunnel-tls-long"
-    broker, links = start_broker(site, name, "tls")
-    agent, port = _start_agent(site, name, "tls", site.delay(("127.0.0.1", links), LONG_WAY / 2))
+    name = f"rtunnel-tls-long{code.word}"
+    broker, links = start_broker(site, name, "tls", code=code)
+    agent, port = _start_agent(site, name, "tls", site.delay(("127.0.0.1", links), LONG_WAY / 2), code)
     way = Way(("127.0.0.1", port), site.target)
-    yield System(name, "rtunnel", "tls", LONG, way, (broker.pid, agent.pid), "frp-tls-long")
+    shown = code.named("rtunnel-tls-long")
+    yield System(shown, "rtunnel", "tls", LONG, way, (broker.pid, agent.pid), "frp-tls-long")
 
 
-def start_role(site: Site, name: str, role: str, keys: dict[str, dict[str, object]], port: int = 0) -> Process:
+def start_role(
+    site: Site, name: str, role: str, keys: dict[str, dict[str, object]], port: int = 0, code: Code = OURS
+) -> Process:
     """One rtunnel process."""
-    path = site.write(f"{name}.toml", _toml({"log": {"format": "json"}, **keys}))
-    return site.start(name, [sys.executable, "-m", "rtunnel.cli", role, "--config", path], port)
+    path = site.write(f"{name}.toml", _toml({"log": {"format": "json"}, **code.fitting(keys)}))
+    command = [sys.executable, "-m", "rtunnel.cli", role, "--config", path]
+    return site.start(name, command, port, code.environ)
 
 
-def start_broker(site: Site, name: str, security: str, ports: int = 50) -> tuple[Process, int]:
+def start_broker(site: Site, name: str, security: str, ports: int = 50, code: Code = OURS) -> tuple[Process, int]:
     """A broker with so many guarded ports, and the port for links."""
     links = free_port()
-    first = random.randrange(10000, 32000 - ports - 50)
+    # A whole fleet needs blocks of its own.
+    first = (free_ports(ports + 50) if ports <= 100 else lease(ports + 50))[0]
     keys: dict[str, object] = {
         "node_id": name,
         "listen": f"127.0.0.1:{links}",
@@ -234,10 +246,10 @@ def start_broker(site: Site, name: str, security: str, ports: int = 50) -> tuple
         "admin": "",
     }
     sections = {"registry": _registry(site, name), "broker": keys}
-    return start_role(site, f"{name}-broker", "broker", sections, links), links
+    return start_role(site, f"{name}-broker", "broker", sections, links, code), links
 
 
-def _start_agent(site: Site, name: str, security: str, links: int) -> tuple[Process, int]:
+def _start_agent(site: Site, name: str, security: str, links: int, code: Code) -> tuple[Process, int]:
     """An agent with one open port; the process and that port."""
     host, port = site.target
     keys: dict[str, object] = {
@@ -253,7 +265,7 @@ def _start_agent(site: Site, name: str, security: str, links: int) -> tuple[Proc
         "admin": "",
         "publish": [{"target": f"{host}:{port}"}],
     }
-    process = start_role(site, f"{name}-agent", "agent", {"agent": keys})
+    process = start_role(site, f"{name}-agent", "agent", {"agent": keys}, code=code)
     wait_for(lambda: _alive(process) and bool(_open_port(process)), f"{name}'s open port\n{process.tail()}")
     return process, _open_port(process)
 
@@ -495,7 +507,7 @@ class Deployment:
     """The systems that one call starts, and the binaries that it needs; the first one tells its version."""
 
     systems: tuple[str, ...]
-    start: Callable[[Site], Iterator[System]]
+    start: Callable[..., Iterator[System]]
     needs: tuple[str, ...] = ()
 
     @property
@@ -521,6 +533,8 @@ DEPLOYMENTS: Final = (
     Deployment(("rtunnel-tls-long",), rtunnel_long),
     Deployment(("frp-tls-long",), frp_long, ("frps", "frpc")),
 )
+#: The rtunnel ones in there, which another revision's are measured beside.
+RTUNNEL: Final = tuple(d for d in DEPLOYMENTS if d.systems[0].startswith("rtunnel"))
 QUICK: Final = (
     "none", "rtunnel-tls", "rtunnel-plain", "rtunnel-tls-socks", "rtunnel-plain-socks",
     "frp-tls", "frp-plain", "frp-tls-socks", "frp-plain-socks",
@@ -549,10 +563,22 @@ def echo_works(way: Way) -> bool:
         return False
 
 
-def start_all(site: Site, wanted: frozenset[str], say: Callable[[str], None]) -> list[System]:
-    """Start whatever is needed for the wanted systems; those that can't be started are named, and left out."""
+def of_revision(code: Code) -> tuple[Deployment, ...]:
+    """The rtunnel deployments with the code of another revision."""
+    return tuple(
+        replace(d, systems=tuple(map(code.named, d.systems)), start=partial(d.start, code=code)) for d in RTUNNEL
+    )
+
+
+def start_all(
+    site: Site,
+    wanted: frozenset[str],
+    say: Callable[[str], None],
+    deployments: Sequence[Deployment] = DEPLOYMENTS,
+) -> list[System]:
+    """Start all that the wanted systems need; those that can't be started are named, and left out."""
     systems: list[System] = []
-    for deployment in DEPLOYMENTS:
+    for deployment in deployments:
         if wanted.isdisjoint(deployment.systems):
             continue
         if deployment.missing:

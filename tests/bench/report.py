@@ -179,6 +179,7 @@ def show(run: Run, console: Console) -> None:
         for line in fleet[1]:
             table.add_row(*line)
         console.print(table)
+    _show_changes(run, console)
     for note in run.missing:
         console.print(f"[yellow]left out:[/] {note}")
     _show_verdicts(run, console)
@@ -203,6 +204,89 @@ def _show_verdicts(run: Run, console: Console) -> None:
     for verdict in verdicts:
         colour = {"pass": "green", "fail": "red"}.get(verdict.word, "yellow")
         table.add_row(*_words(verdict)[:-1], f"[{colour}]{verdict.word}[/]")
+    console.print(table)
+
+
+# --- against another revision ------------------------------------------------------------------------------------
+
+
+#: A change of less than this share is none.
+NOTABLE: Final = 0.05
+
+
+@dataclass(frozen=True)
+class Change:
+    """One figure of a system beside the same one of another revision. `ratios` are ours by theirs, round by round."""
+
+    name: str
+    workload: str
+    metric: str
+    before: Row
+    after: Row
+    ratios: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """The median."""
+        return statistics.median(self.ratios)
+
+    @property
+    def word(self) -> str:
+        """better, worse, or same: a notable change must show in every round."""
+        more = self.metric in METRICS and METRICS[self.metric][2]
+        gains = [ratio if more else 1 / ratio for ratio in self.ratios]
+        if min(gains) > 1 and statistics.median(gains) >= 1 + NOTABLE:
+            return "better"
+        if max(gains) < 1 and statistics.median(gains) <= 1 / (1 + NOTABLE):
+            return "worse"
+        return "same"
+
+
+def changes(run: Run) -> Iterator[Change]:
+    """Every figure that both revisions have."""
+    revision = run.about.get("against")
+    for after in run.rows if revision else ():
+        before = run.find(f"{after.name}@{revision}", after.workload, after.metric)
+        if before is None or after.metric in (*_ALONE, "load", "others"):
+            continue
+        pairs = list(zip(after.rounds, before.rounds, strict=False))
+        if len(after.rounds) == len(before.rounds) and all(new > 0 and old > 0 for new, old in pairs):
+            ratios = tuple(new / old for new, old in pairs)
+            yield Change(after.name, after.workload, after.metric, before, after, ratios)
+
+
+def change_lines(run: Run) -> Iterator[list[str]]:
+    """The table's lines: system, workload, metric, theirs, ours, ratio with its least and largest round, word."""
+    for change in changes(run):
+        low, high = min(change.ratios), max(change.ratios)
+        yield [
+            change.name,
+            change.workload,
+            f"{change.metric} {change.after.unit}".strip(),
+            cell(change.before),
+            cell(change.after),
+            f"{change.ratio:.2f} [{low:.2f}..{high:.2f}] x",
+            change.word,
+        ]
+
+
+_CHANGE_HEADINGS: Final = ("system", "workload", "metric", "before", "after", "after/before", "")
+
+
+def _change_title(run: Run) -> str:
+    return f"Against {run.about.get('against')}, round by round"
+
+
+def _show_changes(run: Run, console: Console) -> None:
+    lines = list(change_lines(run))
+    if not lines:
+        return
+    table = Table(title=_change_title(run), title_justify="left", pad_edge=False)
+    for heading in _CHANGE_HEADINGS:
+        table.add_column(heading, no_wrap=True)
+    for line in lines:
+        colour = {"better": "green", "worse": "red"}.get(line[-1], "default")
+        table.add_row(*line[:-1], f"[{colour}]{line[-1]}[/]")
     console.print(table)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from bench import load
+from bench.__main__ import choose
 from bench.deployments import Site, System, none, none_long
 from bench.load import UNITS
-from bench.procs import Processes
-from bench.report import Row, Run, judge, write_page
+from bench.procs import BenchError, Processes
+from bench.report import Row, Run, changes, judge, median_row, write_page
+from bench.revision import ROOT, short_name, unpack
 from bench.workloads import WORKLOADS, Measurement, Worker, Workload, between, jain, percentiles
 
 # The load is forked, and other tests may have left threads behind: they hold nothing that the load uses.
@@ -59,6 +62,55 @@ def test_percentiles_and_fairness() -> None:
     assert percentiles([0.1, 0.2, 0.3]) == {"p50": 2e5, "p99": 3e5, "p999": 3e5}
     assert jain([5, 5, 5]) == 1
     assert jain([9, 0, 0]) == pytest.approx(1 / 3)
+
+
+def rounds_of(name: str, metric: str, *rounds: float) -> Row:
+    who = {"name": name, "system": "rtunnel", "mode": "tls", "path": "open port", "workload": "up"}
+    return median_row(who, metric, "x", rounds)
+
+
+@pytest.mark.parametrize(
+    ("metric", "before", "after", "word"),
+    [
+        ("rate", (4, 5, 6), (3, 4, 5), "worse"),
+        ("rate", (4, 5, 6), (5, 6, 7), "better"),
+        ("cpu_gb", (1.0, 1.2, 1.4), (1.2, 1.4, 1.6), "worse"),
+        ("cpu_gb", (1.0, 1.2, 1.4), (0.8, 1.0, 1.2), "better"),
+        ("cpu_gb", (1.0, 1.2, 1.4), (1.2, 1.4, 1.3), "same"),
+        ("cpu_gb", (1.0, 1.0, 1.0), (1.04, 1.04, 1.04), "same"),
+    ],
+)
+def test_a_change_is_one_only_if_every_round_shows_it(
+    metric: str, before: tuple[float, ...], after: tuple[float, ...], word: str
+) -> None:
+    """More is better of a rate, less of CPU time; 5 % is the least that counts."""
+    rows = [rounds_of("rtunnel-tls", metric, *after), rounds_of("rtunnel-tls@1234567", metric, *before)]
+    (change,) = changes(Run({"against": "1234567"}, rows, []))
+    assert change.word == word
+    assert not list(changes(Run({"against": ""}, rows, [])))
+
+
+def test_systems_of_another_revision_are_chosen_beside_ours() -> None:
+    names, _ = choose("", quick=True, against="1234567")
+    assert {"rtunnel-tls", "rtunnel-tls@1234567"} <= names
+    assert not [name for name in names if not name.startswith("rtunnel")]
+    assert choose("rtunnel-tls,none", quick=False, against="1234567")[0] == {
+        "rtunnel-tls",
+        "rtunnel-tls@1234567",
+        "none",
+    }
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="no git repository")
+def test_another_revision_is_unpacked_and_found_before_ours(tmp_path: Path) -> None:
+    """Its files, not those of the installed rtunnel; an unknown one is a clear error."""
+    code = unpack("HEAD", tmp_path / "other")
+    assert code.named("rtunnel-tls") == f"rtunnel-tls@{code.revision}"
+    assert (tmp_path / "other/rtunnel/cli.py").exists()
+    fitting = code.fitting({"broker": {"listen": "127.0.0.1:0", "of_tomorrow": 1}})
+    assert fitting == {"broker": {"listen": "127.0.0.1:0"}}
+    with pytest.raises(BenchError, match="no-such-revision"):
+        short_name("no-such-revision")
 
 
 def test_a_run_survives_its_file_and_becomes_a_page(tmp_path: Path) -> None:
