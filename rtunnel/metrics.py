@@ -233,6 +233,7 @@ SERIES: Final = (
     Series(
         "rtunnel_window_budget_bytes", "What is left of the budget by which windows grow", _at("window_budget"),
     ),
+    Series("rtunnel_held_bytes", "Bytes of streams that wait for somebody who does not take them", _at("held")),
     # Registry.
     Series(
         "rtunnel_registry_up", "1 when the last heartbeat (broker) or look (gateway) at the registry worked",

@@ -33,6 +33,7 @@ from rtunnel.config import (
 from rtunnel.logs import get_logger
 from rtunnel.relay.ends import SocketEnd, Talker
 from rtunnel.relay.link import Link, LinkOwner
+from rtunnel.relay.memory import START_WINDOW
 from rtunnel.relay.relay import Relay
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.trust.keys import Token, TrustError, load_token
@@ -121,7 +122,7 @@ class Agent:
         self._own = OwnAddresses(agent.addresses)
         self.slots = [Slot(number) for number in range(agent.redundancy)]
         self.draining: dict[AgentSession, float] = {}  # since when (monotonic)
-        self.relay = Relay(self.report, f"relay-{self.agent_id}")
+        self.relay = Relay(self.report, f"relay-{self.agent_id}", memory=agent.stream_memory << 20)
         self._log = get_logger("agent").bind()
         self.targets = Targets(
             self.relay, agent.namespace, frozenset(self._own.present), exposed(agent), agent.target_timeout, self._log
@@ -511,6 +512,7 @@ class Agent:
             holds_hosts=sorted(hosts),
             software=f"rtunnel {rtunnel.__version__}",
             trust=self.credentials.generation,
+            start_window=START_WINDOW,
         )
 
     # The configuration file: what it exposes may change.

@@ -37,6 +37,7 @@ from rtunnel.wire.messages import (
     encode,
 )
 from rtunnel.wire.refusal import Refusal
+from rtunnel.wire.yamux import INITIAL_WINDOW
 
 
 class SessionOwner(Protocol):
@@ -140,6 +141,10 @@ class AgentSession:
         elif isinstance(message, Welcome):
             if self._deadline is not None:
                 self._deadline.cancel()
+            if message.start_window not in (INITIAL_WINDOW, self.hello.start_window):
+                raise MessageError(f"the broker's start_window {message.start_window} is not the Hello's")
+            assert self.link is not None
+            self.link.start_window = message.start_window
             self.welcome = message
             self._decoder.expect(Trust | Drain | Bye | Refuse)
             self.owner.session_up(self)

@@ -66,6 +66,7 @@ def status(agent: Agent) -> dict[str, object]:
             if (session := slot.session) is not None and session.welcome is not None
         ],
         "draining": [session.node for session in agent.draining],
+        "held": agent.relay.memory.held,
         **counts.shown(),
     }
 

@@ -106,6 +106,10 @@ class Targets:
         welcome = session.welcome
         if welcome is None or body.epoch != welcome.epoch or body.node != welcome.node:
             raise Refused(Refusal.STALE_EPOCH, "the Dial is for another session of this agent")
+        memory = self.relay.memory
+        if memory.full:
+            text = f"the agent holds {memory.held >> 20} MiB for streams that stall, its limit (agent.stream_memory)"
+            raise Refused(Refusal.OVERLOADED, text)
         way = self.exposed.way(body.ip, body.port)
         if way is None:
             raise Refused(Refusal.NOT_EXPOSED, f"the agent does not expose port {body.port}")

@@ -87,7 +87,7 @@ class Node:
         self._beating = trio.Lock()
         self._log = get_logger("broker").bind()
         self._admission = Admission(broker.admit)
-        self.relay = Relay(self.report, f"relay-{self.node}")
+        self.relay = Relay(self.report, f"relay-{self.node}", memory=broker.stream_memory << 20)
         self.bridge: Bridge
         dial_keys = DialKeys(load_cluster_keys(broker.cluster_key))
         self._registry_offset: float | None = None  # this machine's clock minus the registry's

@@ -53,6 +53,10 @@ from rtunnel_broker.admit import EVERYTHING, Rule
 UNPROVEN_BYTES: Final = messages.MAX_HELLO + messages.MAX_UNAUTHENTICATED
 
 
+#: Streams of one agent may hold such a part of `broker.stream_memory`.
+HELD_PART: Final = 4
+
+
 class SessionKeeper(Protocol):
     """The node, as its sessions see it. Called in the relay's thread."""
 
@@ -377,6 +381,9 @@ class Session:
             return
         self.state = "live"
         self._stop_deadline()
+        if self.hello is not None and self.link is not None:
+            self.link.start_window = self.hello.start_window
+            welcome = msgspec.structs.replace(welcome, start_window=self.hello.start_window)
         self._say(encode(welcome))
         roots = self.keeper.roots
         if roots is not None and self.hello is not None and self.hello.trust < roots.generation:
@@ -448,7 +455,17 @@ class Session:
         if self.rule.streams and self.streams >= self.rule.streams:
             text = f"the agent has {self.streams} streams on {self.keeper.node}, its limit there"
             return Refused(Refusal.TOO_MANY_STREAMS, text)
-        return None
+        return self._too_much_held()
+
+    def _too_much_held(self) -> Refused | None:
+        """Streams whose readers stall fill this process: one agent's may have a part of the memory for all."""
+        link = self.link
+        if link is None or (not link.memory.full and link.held <= link.memory.budget // HELD_PART):
+            return None
+        whose = f"{self.keeper.node} holds {link.memory.held >> 20} MiB for streams that stall"
+        if not link.memory.full:
+            whose = f"streams of the agent that stall hold {link.held >> 20} MiB on {self.keeper.node}"
+        return Refused(Refusal.OVERLOADED, f"{whose}, its limit (broker.stream_memory)")
 
     def tell(self, message: messages.Message) -> None:
         """Send a control message."""

@@ -169,6 +169,7 @@ _FORMAT = _choice("json, console, or auto: console on a terminal", "auto", "json
 _URL = Key("memory://, redis://, rediss://, unix://, redis+sentinel://host,host/service/db", check_registry_url, "URL")
 _ADVERTISE = "the PS IP, where gateways reach this node's ports; default: the address of the default route"
 _WORKERS = _count("processes on one port, each a node of its own with its part of the ranges", MAX_WORKERS)
+_STREAM_MEMORY = Key("held for streams that stall; above it new ones are refused", between(16, 1 << 20), "MiB")
 _GATEWAY_WORKERS = _count("processes on one port", MAX_WORKERS)
 _OPEN_ALLOW = "networks that may connect; an agent's own list can only narrow it"
 _NO_AUTH = "networks whose clients need not log in, though there is a file of users"
@@ -260,6 +261,7 @@ class BrokerConfig(Section):
     max_sessions: A[int, _count("agents on this node")] = 60000
     max_handshakes: A[int, _count("links without Welcome, and guarded connections without Dial, each")] = 1024
     source_handshakes: A[int, _at_most(_SOURCE_HANDSHAKES)] = 256
+    stream_memory: A[int, _STREAM_MEMORY] = 256
     drain: A[float, _DRAIN] = 30.0
     workers: A[int, _WORKERS] = 1
     admin: A[str, _ADMIN] = "127.0.0.1:7070"
@@ -295,6 +297,7 @@ class AgentConfig(Section):
     handshake_timeout: A[float, _seconds("for a link until Welcome")] = 20.0
     target_timeout: A[float, _seconds("to a target")] = 10.0
     backoff_cap: A[float, _seconds("longest pause between two dials")] = 10.0
+    stream_memory: A[int, _STREAM_MEMORY] = 128
     drain: A[float, _DRAIN] = 30.0
     admin: A[str, _ADMIN] = "127.0.0.1:7071"
 
@@ -331,6 +334,7 @@ class GatewayConfig(Section):
     idle_timeout: A[float, _seconds("a silent stream is closed; 0: never", 0)] = 0.0
     max_clients: A[int, _count("connections at once")] = 20000
     keep_alive: A[float, _seconds(_KEEP_ALIVE, 0)] = 60.0
+    stream_memory: A[int, _STREAM_MEMORY] = 256
     max_head: A[int, Key("of one HTTP head: request line and fields", between(4096, 1 << 20), "bytes")] = 65536
     source_addresses: A[list[str], _SOURCE_ADDRESSES] = []
     lame_duck: A[float, _LAME_DUCK] = 5.0

@@ -172,6 +172,7 @@ class _Flow:
         "_held",
         "_in_pipe",
         "_may_splice",
+        "_memory",
         "_pair",
         "_pipe",
         "_queued",
@@ -192,6 +193,8 @@ class _Flow:
         self._gate = gate
         self._may_splice = gate is None and source.can_splice and sink.can_splice
         self._held: bytes | memoryview = first  # read, not yet written
+        self._memory = pair.scratch.memory
+        self._memory.hold(len(first))
         self._pipe: tuple[int, int] | None = None
         self._in_pipe = 0
         self._queued = False
@@ -250,7 +253,7 @@ class _Flow:
             self._in_pipe = size
             wanted = PIPE_BYTES
         else:
-            wanted = PIECE if self._gate is None else GATED_PIECE
+            wanted = PIECE if self._gate is None and not self._memory.full else GATED_PIECE
             view = self._pair.scratch.upload[:wanted]
             size = self.source.sock.recv_into(view)
             if size:
@@ -283,12 +286,14 @@ class _Flow:
             return
         self._count_out(sent)
         self._held = bytes(data[sent:])
+        self._memory.hold(len(self._held))
 
     def _write(self) -> bool:
         """Give the sink what is held; False when it takes no more."""
         if self._held:
             sent = self.sink.sock.send(self._held)
             self._held = memoryview(self._held)[sent:]
+            self._memory.release(sent)
             self._count_out(sent)
             return not self._held
         if self._pipe is not None:
@@ -330,6 +335,7 @@ class _Flow:
         if self._pipe is not None:
             self._pair.pipes.give(self._pipe, empty=not self._in_pipe)
             self._pipe = None
+        self._memory.release(len(self._held))
         self._held = b""
 
 
@@ -470,6 +476,7 @@ class StreamPair(Pair):
         else:
             self.account.up -= len(words)
         self._held = bytearray(words + back)  # not the window's: consumed already
+        stream.link.hold(len(self._held))
         self._stream_bytes_first(unread)
         if out and not self.done:
             stream.link.write(stream.frame(out))
@@ -554,6 +561,7 @@ class StreamPair(Pair):
         """See StreamJoin."""
         if self._held:
             self._held += data
+            self._stream.link.hold(len(data))
             return
         try:
             sent = self._socket.sock.send(data)
@@ -566,6 +574,7 @@ class StreamPair(Pair):
             self._count_back(sent)
         if sent < len(data):
             self._held += data[sent:]
+            self._stream.link.hold(len(data) - sent)
             self._socket.await_room()
 
     def flush(self) -> None:
@@ -578,6 +587,7 @@ class StreamPair(Pair):
             self._socket_lost()
             return
         del self._held[:sent]
+        self._stream.link.release(sent)
         self._count_back(sent)
         if self._held:
             self._socket.await_room()
@@ -660,6 +670,7 @@ class StreamPair(Pair):
             self._over(ending)
 
     def _over(self, ending: Ending) -> None:
+        self._stream.link.release(len(self._held))
         self._held.clear()
         self._socket.closed = True
         self._stream.pair = None

@@ -20,7 +20,7 @@ from rtunnel.relay.ends import SocketEnd, Talker, reset_on_close
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.relay.transport import READ_BYTES, UNPROVEN_READ_BYTES, Scratch, TlsTransport, Transport
-from rtunnel.relay.windows import WindowedSession, Windows
+from rtunnel.relay.windows import WindowedSession
 from rtunnel.wire import yamux
 
 #: Frames up to this size wait for the end of the turn, to share a system call (and a TLS record).
@@ -89,9 +89,8 @@ class Link(WindowedSession):
         handshake_timeout: float = 10.0,
         watched: bool = False,
         live: set[Link],
-        windows: Windows,
     ) -> None:
-        super().__init__(loop, windows, client=client)
+        super().__init__(loop, scratch.memory, client=client)
         self.scratch = scratch
         self.sock = sock
         self.peer = peer

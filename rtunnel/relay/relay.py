@@ -14,10 +14,10 @@ from rtunnel.relay.ends import End, SocketEnd, reset_on_close
 from rtunnel.relay.join import Account, Ending, Gate, OnEnd, Pair, Pipes, SocketPair, StreamPair
 from rtunnel.relay.link import Link, LinkOwner
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Poller, Timer
+from rtunnel.relay.memory import BUDGET, Memory, trim
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.relay.tls import TlsEnd, TlsSocket
 from rtunnel.relay.transport import Scratch
-from rtunnel.relay.windows import Windows
 from rtunnel.wire.refusal import Refusal
 
 #: Connections accepted from one listener before others get their turn.
@@ -32,6 +32,8 @@ ACCEPT_PAUSE: Final = 0.5
 DEFER_SECONDS: Final = 1
 #: Pairs that live longer get TCP keep-alive on both sides: four calls that a short connection never earns back.
 WATCH_SECONDS: Final = 30.0
+#: So often it is looked whether there is memory to give back.
+TRIM_SECONDS: Final = 10.0
 #: Pairs that are judged anew before others get their turn: a millisecond or two.
 REVIEWS_A_TURN: Final = 100
 #: A dead peer is then noticed after 60 + 4 * 15 s of silence.
@@ -350,12 +352,15 @@ class Attempt:
 class Relay:
     """One thread, one loop. `report(event, fields)` gets what should be logged; it must not block."""
 
-    def __init__(self, report: Report, name: str = "relay", poller: Poller | None = None) -> None:
+    def __init__(
+        self, report: Report, name: str = "relay", poller: Poller | None = None, *, memory: int = BUDGET
+    ) -> None:
+        """`memory`: the budget of bytes for its streams (`rtunnel.relay.memory`)."""
         self._report = report
         self.loop = Loop(self._crashed, poller)
-        self.scratch = Scratch()
+        self.scratch = Scratch(Memory(memory))
         self.pipes = Pipes()
-        self.windows = Windows()
+        self.memory = self.scratch.memory
         self.pairs: set[Pair] = set()
         self.listeners: set[Listener] = set()
         self.links: set[Link] = set()
@@ -368,6 +373,7 @@ class Relay:
         # The interpreter's 5 ms would be added to a round trip whenever the control plane computes.
         sys.setswitchinterval(0.0005)
         self.call(self._watch_over)
+        self.call(self._trim)
         self._thread.start()
 
     def call(self, call: Callable[[], None]) -> None:
@@ -451,7 +457,6 @@ class Relay:
             handshake_timeout=handshake_timeout,
             watched=watched,
             live=self.links,
-            windows=self.windows,
         )
 
     def join(
@@ -511,6 +516,12 @@ class Relay:
                 for sock in pair.sockets:
                     _keep_alive(sock)
         self.loop.after(WATCH_SECONDS, self._watch_over)
+
+    def _trim(self) -> None:
+        """After a large fall freed memory goes back to the kernel: an agent kept 518 MiB after a flood of uploads."""
+        if self.memory.fell():
+            threading.Thread(target=trim, name="trim", daemon=True).start()
+        self.loop.after(TRIM_SECONDS, self._trim)
 
     def _end_all(self) -> None:
         for listener in list(self.listeners):

@@ -31,13 +31,17 @@ class StreamJoin(Protocol):
 class StreamEnd(yamux.Stream):
     """See the module, and End."""
 
-    __slots__ = ("_deadline", "_reading", "_talker", "backlog", "closed", "eof", "given", "granted", "link", "pair")
+    __slots__ = (
+        "_deadline", "_reading", "_talker", "_widened", "backlog", "closed", "eof", "given", "granted", "link", "pair",
+        "start",
+    )  # fmt: skip
     session: Link
     broken = False  # see End: a stream's failure is its link's, and comes as a reset
 
     def __init__(self, link: Link) -> None:
         super().__init__(link)
         self.link = link
+        self.start = link.start_window  # the window with which it began, beside the budget
         self.eof = False
         self.closed = False
         self.granted = link.loop.now  # when the rate was looked at last,
@@ -46,6 +50,7 @@ class StreamEnd(yamux.Stream):
         self.backlog = bytearray()  # came while nobody was reading; at most the window
         self._talker: Talker | None = None
         self._reading = False
+        self._widened = False  # it was looked at once, with our first words
         self._deadline: Timer | None = None
 
     def talk(self, talker: Talker, deadline: float | None = None) -> None:
@@ -59,7 +64,13 @@ class StreamEnd(yamux.Stream):
     def say(self, data: bytes) -> None:
         """See End."""
         if not self.gone:
-            self.link.write(self.frame(data))
+            frame = self.frame(data)
+            if self.receive_window < yamux.INITIAL_WINDOW and not self._widened:
+                self._widened = True
+                more = self.link.memory.widen(yamux.INITIAL_WINDOW - self.receive_window)
+                if more:
+                    frame += self.widened(more)
+            self.link.write(frame)
 
     def pause(self) -> None:
         """See End."""
@@ -91,8 +102,7 @@ class StreamEnd(yamux.Stream):
         self._stop_deadline()
         self._talker = None
         self.pair = pair
-        backlog, self.backlog = self.backlog, bytearray()
-        return bytes(backlog)
+        return self._take_backlog()
 
     # Hooks of yamux.Stream.
 
@@ -109,6 +119,7 @@ class StreamEnd(yamux.Stream):
             self._talker.received(bytes(data))
         else:
             self.backlog += data
+            self.link.hold(len(data))
 
     def on_fin(self) -> None:
         """See yamux.Stream."""
@@ -132,7 +143,7 @@ class StreamEnd(yamux.Stream):
         if self._talker is None or not self._reading or self.closed:
             return
         if self.backlog:
-            data, self.backlog = bytes(self.backlog), bytearray()
+            data = self._take_backlog()
             self.consumed(len(data))
             self._talker.received(data)
         if self.eof and self._reading and self._talker is not None and not self.backlog:
@@ -154,8 +165,15 @@ class StreamEnd(yamux.Stream):
         self.closed = True
         self._talker = None
         self.pair = None
-        self.backlog = bytearray()
+        self._take_backlog()
         self._stop_deadline()
+
+    def _take_backlog(self) -> bytes:
+        if not self.backlog:
+            return b""
+        backlog, self.backlog = self.backlog, bytearray()
+        self.link.release(len(backlog))
+        return bytes(backlog)
 
     def _stop_deadline(self) -> None:
         if self._deadline is not None:

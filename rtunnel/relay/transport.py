@@ -12,6 +12,8 @@ import socket
 import ssl
 from typing import Final
 
+from rtunnel.relay.memory import Memory
+
 #: One read from a link's socket; beyond 256 KiB the gain is gone.
 READ_BYTES: Final = 256 * 1024
 #: One read from a peer that has not proved itself. OpenSSL's buffers stay as large as the largest piece was, and each
@@ -27,9 +29,10 @@ RECORD_BYTES: Final = 16 * 1024
 class Scratch:
     """Buffers that all links and pairs of one loop share: their content never outlives a call."""
 
-    __slots__ = ("cipher", "plain", "upload")
+    __slots__ = ("cipher", "memory", "plain", "upload")
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Memory | None = None) -> None:
+        self.memory = memory or Memory()  # shared like the buffers, and for what does outlive a call
         self.plain = memoryview(bytearray(READ_BYTES))
         self.cipher = memoryview(bytearray(READ_BYTES))
         self.upload = memoryview(bytearray(READ_BYTES))

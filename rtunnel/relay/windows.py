@@ -1,10 +1,11 @@
-"""How much a link's peer may send ahead: windows grow and shrink with their streams, from one budget per process."""
+"""How much a link's peer may send ahead: windows grow and shrink with their streams, from one budget (`memory`)."""
 
 from __future__ import annotations
 
 from typing import Final
 
 from rtunnel.relay.loop import Loop
+from rtunnel.relay.memory import Memory
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.wire import yamux
 
@@ -23,30 +24,31 @@ NEAR_RTT: Final = 0.001
 FAR_GIVE_BACK: Final = 8
 #: 1 Gbit/s over 50 ms is 6 MiB under way, and half a window again until it is given back.
 MAX_STREAM_WINDOW: Final = 16 * 1024 * 1024
-WINDOW_BUDGET: Final = 256 * 1024 * 1024
-
-
-class Windows:
-    """What the windows of all streams of a process may grow by, together. Used up, they stay as they are."""
-
-    __slots__ = ("left",)
-
-    def __init__(self, budget: int = WINDOW_BUDGET) -> None:
-        self.left = budget
 
 
 class WindowedSession(yamux.Session):
     """A yamux session of `StreamEnd`s whose windows follow what they move."""
 
-    __slots__ = ("_least_rtt", "_windows", "loop", "speaker", "spoke_another")
+    __slots__ = ("_least_rtt", "held", "loop", "memory", "speaker", "spoke_another")
 
-    def __init__(self, loop: Loop, windows: Windows, *, client: bool) -> None:
+    def __init__(self, loop: Loop, memory: Memory, *, client: bool) -> None:
         super().__init__(client=client)
         self.loop = loop
         self.speaker = 0  # the stream that spoke last,
         self.spoke_another = loop.now  # and when it was another one
         self._least_rtt = 0.0  # 0: none yet
-        self._windows = windows
+        self.memory = memory
+        self.held = 0  # bytes of its streams that wait in this process
+
+    def hold(self, size: int) -> None:
+        """So many bytes of its streams wait from now on for somebody who does not take them."""
+        self.held += size
+        self.memory.hold(size)
+
+    def release(self, size: int) -> None:
+        """So many of them are gone."""
+        self.held -= size
+        self.memory.release(size)
 
     def measured(self, rtt: float) -> None:
         """A round trip on this link took so many seconds."""
@@ -62,15 +64,20 @@ class WindowedSession(yamux.Session):
         if seconds < RATE_SECONDS:
             return 0
         given, stream.granted, stream.given = stream.given, now, 0
-        window = stream.receive_window
-        if self._least_rtt < NEAR_RTT and now - self.spoke_another < ALONE_SECONDS:
-            more = -min(stream.owed, window - yamux.INITIAL_WINDOW)
+        window, memory = stream.receive_window, self.memory
+        wanted = int(2 * given / seconds * max(self._least_rtt, LEAST_RTT))
+        shares = self._least_rtt < NEAR_RTT and now - self.spoke_another < ALONE_SECONDS
+        if shares:
+            wanted = min(wanted, yamux.INITIAL_WINDOW)
+        if wanted > window:
+            more = max(0, min(wanted - window, window, MAX_STREAM_WINDOW - window, memory.left))
         else:
-            wanted = int(2 * given / seconds * max(self._least_rtt, LEAST_RTT))
-            more = max(0, min(wanted - window, window, MAX_STREAM_WINDOW - window, self._windows.left))
-        self._windows.left -= more
+            floor = stream.start if memory.tight else yamux.INITIAL_WINDOW if shares else window
+            more = -min(stream.owed, max(0, window - max(wanted, floor)))
+        memory.left -= more
         return more
 
     def gave_up(self, stream: yamux.Stream) -> None:
         """See yamux.Session."""
-        self._windows.left += stream.receive_window - yamux.INITIAL_WINDOW
+        assert isinstance(stream, StreamEnd)
+        self.memory.left += stream.receive_window - stream.start

@@ -16,6 +16,8 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
+from rtunnel.wire.yamux import INITIAL_WINDOW
+
 VERSION = 1
 #: ALPN of a TLS link, and of TLS to a guarded port.
 ALPN = "rtunnel/1"
@@ -57,6 +59,7 @@ Certificate = Annotated[bytes, msgspec.Meta(max_length=MAX_CERTIFICATE)]
 Signature = Annotated[bytes, msgspec.Meta(max_length=128)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 PortOrAny = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+StartWindow = Annotated[int, msgspec.Meta(ge=4096, le=INITIAL_WINDOW)]
 Unsigned64 = Annotated[int, msgspec.Meta(ge=0)]  # MessagePack has no larger ones
 
 
@@ -114,6 +117,7 @@ class Hello(Message, tag="hello", frozen=True):
     holds_hosts: Annotated[list[Word], msgspec.Meta(max_length=MAX_HOLDS)] = []  # hosts on which it wants no other
     software: Text = ""
     trust: Unsigned64 = 0  # the generation of the trust list that it has
+    start_window: StartWindow = INITIAL_WINDOW  # with which its streams can begin
 
 
 class Enrol(Message, tag="enrol", frozen=True):
@@ -176,6 +180,7 @@ class Welcome(Message, tag="welcome", frozen=True):
     open_ports: list[OpenPort] = []
     notices: list[Text] = []  # what was asked for and not granted
     software: Text = ""
+    start_window: StartWindow = INITIAL_WINDOW  # with which the session's streams begin, both ways
 
 
 class Refuse(Message, tag="refused", frozen=True):

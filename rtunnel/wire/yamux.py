@@ -92,9 +92,9 @@ class Stream:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.id = 0
-        self.send_window = INITIAL_WINDOW
-        self.receive_window = INITIAL_WINDOW
-        self._allowance = INITIAL_WINDOW  # what the peer may still send
+        self.send_window = session.start_window
+        self.receive_window = session.start_window
+        self._allowance = session.start_window  # what the peer may still send
         self.owed = 0  # consumed here, not yet given back to the peer
         self._pending_flags = 0  # SYN or ACK, on the next frame
         self.fin_sent = False
@@ -162,6 +162,12 @@ class Stream:
             flags, self._pending_flags = self._pending_flags, 0
             self.session.emit(HEADER.pack(0, WINDOW_UPDATE, flags, self.id, delta))
 
+    def widened(self, more: int) -> bytes:
+        """Allow the peer `more` bytes; returns the frame that tells it, to be sent behind the stream's first frame."""
+        self.receive_window += more
+        self._allowance += more
+        return HEADER.pack(0, WINDOW_UPDATE, 0, self.id, more)
+
     # Called by the session.
 
     def _fin_sent(self) -> None:
@@ -186,12 +192,13 @@ class Session:
 
     __slots__ = (
         "_client", "_fin_after", "_into", "_left", "_next_id", "_partial", "_passed_over", "_peer_last_id",
-        "give_back", "going_away", "over", "streams",
+        "give_back", "going_away", "over", "start_window", "streams",
     )  # fmt: skip
 
     def __init__(self, *, client: bool) -> None:
         self.streams: dict[int, Stream] = {}
         self.over = False
+        self.start_window = INITIAL_WINDOW  # of new streams, both ways: other than this when both ends agree on it
         self.give_back = 2  # a window is given back when this part of it (a half, a third, ...) is owed
         self.going_away: GoAwayCode | None = None  # what the peer said
         self._client = client

@@ -81,7 +81,7 @@ class Gateway:
         self.registry_down = "not contacted yet"
         self._followed: float | None = None  # when the route table was true to the registry (monotonic)
         self.table = RouteTable(grace=config.registry.heartbeat + 1.0)  # a wiped registry is whole again by then
-        self.relay = Relay(self.report, "relay-gateway")
+        self.relay = Relay(self.report, "relay-gateway", memory=gateway.stream_memory << 20)
         self.bridge: Bridge
         self._registry = registry
         self._mirror = Mirror(registry, self.table, reconcile=config.registry.reconcile)
@@ -196,7 +196,7 @@ class Gateway:
         if ":" in peer:  # IPv4 on a socket for both, or an address with its zone
             peer = canonical_ip(peer.partition("%")[0])
         counts = self.counts
-        if counts.clients + counts.streams >= self.config.max_clients:
+        if counts.clients + counts.streams >= self.config.max_clients or self.relay.memory.full:
             self._shut(sock, peer, Refusal.OVERLOADED)
         elif not self.limits.arrived(peer, self.relay.loop.now):
             self._shut(sock, peer, Refusal.TOO_MANY_HANDSHAKES)

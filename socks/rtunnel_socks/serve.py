@@ -55,6 +55,7 @@ def status(gateway: Gateway) -> dict[str, object]:
         "hedges": {"sent": gateway.hedging.sent, "held": gateway.hedging.held},
         "proof_failures": dict(counts.unproven),
         "pairs": len(gateway.relay.pairs),
+        "held": gateway.relay.memory.held,
         "access": gateway.access.shown(),
         "proof": gateway.config.proof,
         "trust": gateway.anchor.shown() if gateway.anchor is not None else None,

@@ -34,6 +34,7 @@ from rtunnel import admin
 from rtunnel.config import parse_endpoint, parse_exposes
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.registry.redis import RedisRegistry
+from rtunnel.relay.memory import START_WINDOW
 from rtunnel.trust import pki
 from rtunnel.trust.keys import gateway_key, load_gateway_key, load_token, new_token, token_mac
 from rtunnel.trust.tls import certificate_der, certificate_fingerprint, server_context
@@ -58,6 +59,7 @@ from rtunnel.wire.messages import (
 from rtunnel_broker import node as node_module
 from rtunnel_broker import registrar, session
 from rtunnel_broker.node import STRANGERS_LINES
+from rtunnel_broker.session import HELD_PART
 from support.cluster import Cluster, Part, SocksRefused, Target, in_thread, read_line, running_cluster
 from support.logs import Events, named
 from support.plumbing import free_range, kept, refusing_port, reset
@@ -1753,6 +1755,43 @@ async def test_connections_without_a_dial_make_room(here: Path, monkeypatch: pyt
         await cluster.until(lambda: not node.counts.waiting)
         for attacker in idle:
             attacker.sock.close()
+
+
+@pytest.mark.parametrize("who", ["agent", "broker", "one agent at the broker"])
+async def test_who_holds_too_much_takes_no_new_streams(here: Path, who: str) -> None:
+    """Above its memory for streams a process refuses new ones as overloaded, and says so; below it serves again."""
+    async with running_cluster(here) as cluster:
+        await cluster.start(brokers=1)
+        target = Target("127.1.0.1")
+        node, agent = cluster.brokers["b1"].node, cluster.agents["a1"].agent
+        link, own = node.sessions["default/a1"].link, next(iter(agent.relay.links))
+        assert link is not None
+        assert link.start_window == own.start_window == START_WINDOW
+        relay = agent.relay if who == "agent" else node.relay
+        hold, release, size = relay.memory.hold, relay.memory.release, relay.memory.budget + 1
+        if who == "one agent at the broker":
+            hold, release, size = link.hold, link.release, relay.memory.budget // HELD_PART + 1
+        with capture_logs() as logs:
+            relay.call(lambda: hold(size))
+            with pytest.raises(SocksRefused):
+                await cluster.socks(target.ip, target.port)
+            relay.call(lambda: release(size))
+            assert await cluster.ask(target.ip, target.port) == b"127.1.0.1:hello"
+        (failed,) = named(logs, "tuple_failed")
+        assert failed["code"] == "overloaded" and "that stall" in failed["reason"]
+        assert "stream_memory" in failed["reason"]
+
+
+async def test_an_agent_that_knows_no_small_windows_gets_large_ones(here: Path, secrets: Path) -> None:
+    """A Hello without `start_window` is answered as ever."""
+    async with running_cluster(here) as cluster:
+        await cluster.start(brokers=1)
+        node = cluster.brokers["b1"].node
+        wire, welcome = await in_thread(lambda: enrol(node.bound, secrets))
+        assert welcome.start_window == yamux.INITIAL_WINDOW
+        link = node.sessions["default/raw"].link
+        assert link is not None and link.start_window == yamux.INITIAL_WINDOW
+        wire.close()
 
 
 async def test_strangers_write_few_lines(here: Path, secrets: Path) -> None:

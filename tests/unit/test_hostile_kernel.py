@@ -241,7 +241,6 @@ def test_a_large_frame_behind_a_flush_that_blocks_is_sent() -> None:
     """50, 5000 and 50 bytes on a link whose socket is full: all of them come out, in order."""
     from rtunnel.relay.loop import Loop
     from rtunnel.relay.transport import Scratch
-    from rtunnel.relay.windows import Windows
 
     class Owner:
         def link_up(self, link: Link) -> None: ...
@@ -251,7 +250,7 @@ def test_a_large_frame_behind_a_flush_that_blocks_is_sent() -> None:
     ours, theirs = map(kept, socket.socketpair())
     ours.setblocking(False)
     loop = Loop(lambda crash: None)
-    made = Link(loop, Scratch(), ours, Owner(), peer="x", client=True, live=set(), windows=Windows())
+    made = Link(loop, Scratch(), ours, Owner(), peer="x", client=True, live=set())
 
     def turn() -> None:
         loop.turn(loop._epoll.poll(0, 16), loop.now)

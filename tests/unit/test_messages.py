@@ -69,12 +69,14 @@ EXAMPLES: list[tuple[dict[str, Any], Message]] = [
             "exposes": ["22", "8000-8100"],
             "publish": [{"ip": "10.1.0.7", "target_port": 9100, "port": 30001, "allow": ["10.9.0.0/16"]}],
             "holds": ["b1"], "holds_hosts": ["h1"], "software": "other 2", "trust": 2**64 - 1,
+            "start_window": 16384,
         },
         Hello(
             version=1, agent_id="host-7", instance=NONCE, namespace="default", addresses=["10.1.0.7", "fd00::7"],
             nonce=NONCE[::-1], token_id="ops", exposes=["22", "8000-8100"],
             publish=[Publish(ip="10.1.0.7", target_port=9100, port=30001, allow=["10.9.0.0/16"])],
             holds=["b1"], holds_hosts=["h1"], software="other 2", trust=2**64 - 1,
+            start_window=16384,
         ),
     ),
     (
@@ -94,10 +96,12 @@ EXAMPLES: list[tuple[dict[str, Any], Message]] = [
             "t": "welcome", "node": "b1", "host": "h1", "epoch": 2**64 - 1, "ip": "10.0.0.1", "port": 65535,
             "heartbeat": 2.5,
             "open_ports": [{"port": 30001, "ip": "10.1.0.7", "target_port": 9100}], "notices": ["no"], "software": "s",
+            "start_window": 16384,
         },
         Welcome(
             node="b1", host="h1", epoch=2**64 - 1, ip="10.0.0.1", port=65535, heartbeat=2.5,
             open_ports=[OpenPort(port=30001, ip="10.1.0.7", target_port=9100)], notices=["no"], software="s",
+            start_window=16384,
         ),
     ),
     (
@@ -122,13 +126,14 @@ IDS = [str(example["t"]) for example, _ in EXAMPLES]
 OPTIONAL: dict[str, dict[str, Any]] = {
     "hello": {
         "token_id": "", "exposes": [], "publish": [], "holds": [], "holds_hosts": [], "software": "", "trust": 0,
+        "start_window": 262144,
     },
     "enrol": {"token_id": "", "mac": b"", "certificate": b"", "signature": b""},
     "enrolled": {"trust": b""},
     "follow": {"number": 0},
     "trust": {"signed": b""},
     "challenge": {"version": 1},
-    "welcome": {"open_ports": [], "notices": [], "software": ""},
+    "welcome": {"open_ports": [], "notices": [], "software": "", "start_window": 262144},
     "refused": {"text": "", **UNPROVEN, "time": 0},
     "update": {"certificate": b"", "signature": b"", "addresses": []},
     "bye": {"reason": ""},
@@ -309,6 +314,7 @@ PORTS = (0, 65536, -1), (1, 65535)
 NONCES = (b"", NONCE[1:], NONCE + b"x"), (NONCE,)
 MACS = (b"", MAC[1:], MAC + b"x"), (MAC,)
 IDENTIFIERS = ("x" * 129,), ("", "x" * 128, "ü" * 128)
+WINDOWS = (4095, 2**18 + 1), (4096, 2**18)
 UNSIGNED = (-1,), (0, 2**64 - 1)
 MACS_OR_NONE = (MAC + b"x",), (b"", MAC)
 CERTIFICATES = (b"x" * (MAX_CERTIFICATE + 1),), (b"", b"x" * MAX_CERTIFICATE)
@@ -336,6 +342,8 @@ CAPS: list[tuple[str, str, tuple[Any, ...], tuple[Any, ...]]] = [
     ("hello", "holds_hosts", (["h"] * 17, [""], ["h" * 129]), (["h" * 128] * 16,)),
     ("hello", "software", *TEXTS),
     ("hello", "trust", *UNSIGNED),
+    ("hello", "start_window", *WINDOWS),
+    ("welcome", "start_window", *WINDOWS),
     ("enrol", "request", *CERTIFICATES),
     ("enrol", "token_id", *IDENTIFIERS),
     ("enrol", "mac", *MACS_OR_NONE),

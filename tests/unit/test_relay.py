@@ -18,6 +18,7 @@ from rtunnel.relay.ends import READS_A_TURN, TALK_BYTES, SocketEnd
 from rtunnel.relay.join import Account, Ending, StreamPair
 from rtunnel.relay.link import FRAMES_A_TURN, UNPROVEN_FRAMES_A_TURN
 from rtunnel.relay.loop import LONG_A_TURN, Loop
+from rtunnel.relay.memory import START_WINDOW
 from rtunnel.relay.relay import WATCH_SECONDS
 from rtunnel.relay.windows import LEAST_RTT, MAX_STREAM_WINDOW
 from rtunnel.trust import pki
@@ -623,6 +624,87 @@ class TestUnproven:
             assert tunnel.downs[:1] == ["protocol error: too many bytes before the peer proved itself"]
 
 
+class TestMemory:
+    """What stalls is counted, for as long as it waits, and stays within the budget."""
+
+    @staticmethod
+    def fill(client: socket.socket, most: int = 1 << 26) -> int:
+        """Send until nothing moves any more; how many bytes went in."""
+        client.setblocking(False)
+        sent = 0
+        while sent < most and select.select([], [client], [], 0.2)[1]:
+            try:
+                sent += client.send(bytes(1 << 16))
+            except BlockingIOError:
+                pass
+        client.setblocking(True)
+        return sent
+
+    def test_what_is_held_is_counted_and_released(self, hop: Hop) -> None:
+        """A reader that sleeps: bytes are held. It wakes up, or resets: none are."""
+        relay = relay_of(hop)
+        relays = [hop.near, hop.far] if isinstance(hop, Tunnel) else [relay]
+
+        def held() -> int:
+            return sum(each.memory.held for each in relays)
+
+        (client, served), (other, silent) = hop.through(), hop.through()
+        sent = self.fill(client), self.fill(other)
+        assert all(sent)
+        assert held() > 0 or isinstance(hop, SocketHop)  # a bulk flow between sockets waits in the kernel
+        assert len(read_exactly(served, sent[0])) == sent[0]
+        reset(silent)
+        relay.settle(lambda: held() == 0)
+        client.close()
+
+    def test_a_small_start_is_widened_out_of_the_budget(self) -> None:
+        """Streams of a link that begins small may send 256 KiB while there is budget, and 16 KiB when there is none."""
+        with running_relay() as near, running_relay() as far:
+            tunnel = Tunnel(near, far)
+            near.do(lambda: setattr(tunnel.near_link, "start_window", START_WINDOW))
+            far.do(lambda: setattr(tunnel.far_link, "start_window", START_WINDOW))
+            budget = near.memory.left
+            client, served = tunnel.through()
+            served.sendall(b"!")
+            assert read_exactly(client, 1) == b"!"
+            (stream,) = near.do(lambda: list(tunnel.near_link.streams.values()))
+            assert stream.receive_window == INITIAL_WINDOW
+            assert near.memory.left == budget - (INITIAL_WINDOW - START_WINDOW)
+            near.do(lambda: setattr(near.memory, "left", 0))
+            poor, rich = tunnel.through()
+            rich.sendall(b"!")
+            assert read_exactly(poor, 1) == b"!"
+            (_, second) = near.do(lambda: list(tunnel.near_link.streams.values()))
+            assert second.receive_window == START_WINDOW
+            rich.sendall(bytes(1 << 20))  # and bytes go on
+            assert len(read_exactly(poor, 1 << 20)) == 1 << 20
+            for sock in (client, served, poor, rich):
+                sock.close()
+            near.settle(lambda: near.memory.left == INITIAL_WINDOW - START_WINDOW)  # what the first one had
+
+    def test_stalled_streams_hold_no_more_than_the_budget_allows(self) -> None:
+        """Uploads whose targets read nothing: the far end holds the budget, and 16 KiB for each, at most."""
+        with running_relay() as near, running_relay() as far:
+            tunnel = Tunnel(near, far)
+            near.do(lambda: setattr(tunnel.near_link, "start_window", START_WINDOW))
+            far.do(lambda: setattr(tunnel.far_link, "start_window", START_WINDOW))
+            budget, streams = 128 << 10, 6
+            far.memory.budget = far.memory.left = budget
+            tunnel.target.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            clients = [tunnel.through() for _ in range(streams)]
+            for client, served in clients:
+                served.sendall(b"!")
+                assert read_exactly(client, 1) == b"!"
+            for client, _ in clients:
+                self.fill(client)
+            held = far.do(lambda: far.memory.held)
+            assert streams * START_WINDOW // 2 <= held <= budget + streams * START_WINDOW
+            for client, served in clients:
+                reset(client)
+                served.close()
+            far.settle(lambda: far.memory.held == 0 and far.memory.left == budget)
+
+
 class TestWindows:
     """Windows grow for those who use them, from one budget."""
 
@@ -646,37 +728,37 @@ class TestWindows:
         """64 MiB through a link: the window has grown; when the stream is gone the budget is whole again."""
         with running_relay() as near, running_relay() as far:
             tunnel = self.long_way(near, far)
-            budget = far.windows.left
+            budget = far.memory.left
             client, served = tunnel.through()
             self.push(client, served, 64 << 20)
             (stream,) = far.do(lambda: list(tunnel.far_link.streams.values()))
             assert INITIAL_WINDOW < stream.receive_window <= MAX_STREAM_WINDOW
-            assert far.windows.left == budget - (stream.receive_window - INITIAL_WINDOW)
+            assert far.memory.left == budget - (stream.receive_window - INITIAL_WINDOW)
             client.close()
             served.close()
-            far.settle(lambda: far.windows.left == budget)
+            far.settle(lambda: far.memory.left == budget)
 
     def test_a_used_up_budget_stops_growth_and_nothing_else(self) -> None:
         """With nothing left every window stays as it began, and bytes go on."""
         with running_relay() as near, running_relay() as far:
             tunnel = self.long_way(near, far)
-            far.windows.left = 100_000
+            far.memory.left = 100_000
             client, served = tunnel.through()
             self.push(client, served, 32 << 20)
             (stream,) = far.do(lambda: list(tunnel.far_link.streams.values()))
             assert stream.receive_window == INITIAL_WINDOW + 100_000
-            assert far.windows.left == 0
+            assert far.memory.left == 0
 
     def test_a_dead_link_gives_its_budget_back(self) -> None:
         """Grown windows of streams that die with their link are free again."""
         with running_relay() as near, running_relay() as far:
             tunnel = self.long_way(near, far)
-            budget = far.windows.left
+            budget = far.memory.left
             client, served = tunnel.through()
             self.push(client, served, 32 << 20)
-            assert far.windows.left < budget
+            assert far.memory.left < budget
             far.do(lambda: tunnel.far_link.kill("test"))
-            assert far.windows.left == budget
+            assert far.memory.left == budget
 
     def test_a_short_path_needs_no_window(self) -> None:
         """Over a path of microseconds a window of 16 MiB would only fill buffers: it keeps to what the path needs."""
@@ -692,7 +774,7 @@ class TestWindows:
         """On a near path a window that grew while its stream was alone shrinks when another one speaks as well."""
         with running_relay() as near, running_relay() as far:
             tunnel = self.long_way(near, far)
-            budget = far.windows.left
+            budget = far.memory.left
             client, served = tunnel.through()
             self.push(client, served, 32 << 20)
             (stream,) = far.do(lambda: list(tunnel.far_link.streams.values()))
@@ -706,7 +788,7 @@ class TestWindows:
                 if stream.receive_window == INITIAL_WINDOW:
                     break
             assert stream.receive_window == INITIAL_WINDOW
-            assert far.windows.left == budget
+            assert far.memory.left == budget
             self.push(client, served, 8 << 20)  # and bytes go on
 
     def test_a_stalled_stream_holds_no_more_than_its_window(self) -> None:
