@@ -3,6 +3,7 @@
 - `handshake`: the control stream of one link, in the relay's thread.
 - `brokers`: which broker address is dialled next. trio.
 - `addresses`: which of its addresses this host has.
+- `race`: links that are dialled beside each other. trio.
 - `targets`: Dials in, connections to targets out, in the relay's thread.
 - `agent`: keeps the wanted number of sessions. trio.
 - `serve`: the role.

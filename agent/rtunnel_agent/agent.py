@@ -1,7 +1,8 @@
 """The agent keeps `redundancy` sessions on different nodes and hosts behind a VIP that gives it no choice of either.
 
 Each slot dials; a broker on whose node, or host, the agent already sits refuses with `duplicate_node`, and the slot
-redials at once from a new source port. One slot dials at a time, so that what the Hello says about held ones is true.
+redials at once from a new source port. Connections and TLS are made beside each other, so that a silent address keeps
+nobody from another; one slot says its Hello at a time, so that what the Hello says about held nodes is true.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import random
 import ssl
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +25,7 @@ from rtunnel.config import (
     Config,
     ConfigError,
     changed,
+    format_endpoint,
     host_name,
     parse_endpoint,
     parse_exposes,
@@ -46,6 +48,7 @@ from rtunnel_agent.brokers import Brokers
 from rtunnel_agent.handshake import AgentSession, Enrolment, new_nonce
 from rtunnel_agent.identity import AgentIdentity, Credentials
 from rtunnel_agent.proof import Prover
+from rtunnel_agent.race import Asked, Outcome, Race, Watch
 from rtunnel_agent.targets import Exposed, IncomingStream, Targets
 
 #: A VIP picks the node, so finding another one takes some dials: each may lead to a node that is held
@@ -76,16 +79,6 @@ NEWS_PAUSE: Final = 1.0
 STABLE: Final = 60.0
 
 
-@dataclass
-class Outcome:
-    """How one attempt to get a session ended."""
-
-    session: AgentSession | None = None
-    code: Refusal | None = None
-    why: str = ""
-    unreached: bool = False  # there was no connection
-
-
 @dataclass(eq=False)
 class Slot:
     """One wanted session."""
@@ -98,17 +91,6 @@ class Slot:
     up_at: float = 0.0  # the same by the monotonic clock
     searches: int = 0  # dials that led to a node or host that is held, dead or draining, since the last session
     backoff: float = BACKOFF_FIRST
-
-
-@dataclass(eq=False)
-class Watch:
-    """trio's side of one AgentSession."""
-
-    outcome: Outcome = field(default_factory=Outcome)
-    shown: AgentIdentity | None = None  # of the link's certificate
-    settled: trio.Event = field(default_factory=trio.Event)  # Welcome, refused or failed
-    retire: trio.Event = field(default_factory=trio.Event)  # down, or its node is draining
-    down: trio.Event = field(default_factory=trio.Event)
 
 
 class Agent:
@@ -134,7 +116,7 @@ class Agent:
             agent, self.agent_id, self._own.wanted, ask=self._ask, put=self._put_identity, log=self._log
         )
         self._instance = new_nonce()
-        self._dialling = trio.Lock()
+        self._greeting = trio.Lock()  # from a Hello until its answer
         self._brokers = Brokers(agent.brokers, self._log)
         self._stopping = False
         self._one_host = ""  # told in the log
@@ -167,6 +149,10 @@ class Agent:
             self.relay.call(lambda: session.go_over(self.targets.exposed.ports, identity.certificate, identity.key))
 
     # What sessions call, in the relay's thread.
+
+    def session_ready(self, session: AgentSession) -> None:
+        """See SessionOwner."""
+        self.bridge.post(self._ready, session)
 
     def session_up(self, session: AgentSession) -> None:
         """See SessionOwner."""
@@ -220,16 +206,22 @@ class Agent:
 
     # The same, arrived in trio's thread.
 
+    def _ready(self, session: AgentSession) -> None:
+        if session in self._watches:
+            self._watches[session].tell()
+
     def _settle(self, session: AgentSession, outcome: Outcome) -> None:
         if self._left_revoked_broker(session):
             return
         watch = self._watches[session]
-        if session.hello.exposes != self.targets.exposed.ports or session.hello.addresses != list(self.addresses):
+        hello = session.hello
+        assert hello is not None
+        if hello.exposes != self.targets.exposed.ports or hello.addresses != list(self.addresses):
             self._tell_update([session])  # they changed meanwhile
         if self.identity is not None and self.identity is not watch.shown:
             self._go_over(session, self.identity)
         watch.outcome = outcome
-        watch.settled.set()
+        watch.settle()
 
     def _left_revoked_broker(self, session: AgentSession) -> bool:
         fault = self.credentials.fault_of(session.certificate)
@@ -244,8 +236,9 @@ class Agent:
             self.credentials.revoked()
         if watch is not None:
             watch.outcome = outcome
-            for event in (watch.settled, watch.retire, watch.down):
-                event.set()
+            watch.retire.set()
+            watch.down.set()
+            watch.settle()
 
     def _retire(self, session: AgentSession) -> None:
         watch = self._watches.get(session)
@@ -320,15 +313,13 @@ class Agent:
             while missing := self._own.missing or self.credentials.missing:
                 slot.reason = missing
                 await self.credentials.changed(LOOK_SECONDS)
-            async with self._dialling:
-                if self._stopping:
-                    return
-                watch = await self._dial(slot)
-                if watch.outcome.session is not None:
-                    self._fill(slot, watch.outcome.session)
-            if slot.session is None:
+            watch = await self._dial(slot)
+            if self._stopping:
+                return
+            if watch.outcome.session is None:
                 await self._wait(slot, watch.outcome)
                 continue
+            self._fill(slot, watch.outcome.session)
             await watch.retire.wait()
             self._empty(slot, watch)
             if trio.current_time() - slot.up_at >= STABLE:
@@ -406,48 +397,86 @@ class Agent:
     # One dial.
 
     async def _dial(self, slot: Slot) -> Watch:
+        """Dial until there is a session, or no link is under way any more; return the last one that was over.
+
+        Beside an address that is silent the next one is dialled.
+        """
+        race = Race[Watch]()
+        try:
+            watch = await self._begin(race)
+            while race:
+                news = await race.next()
+                if news is None:
+                    slot.reason = "the brokers that were dialled are silent"
+                    if not race.full:
+                        watch = await self._begin(race)
+                    continue
+                watch = news
+                if not watch.settled.is_set():
+                    await self._greet(slot, watch)
+                if watch.outcome.session is not None:
+                    break
+            return watch
+        finally:
+            race.end()
+
+    async def _begin(self, race: Race[Watch]) -> Watch:
+        """Dial the next address for this race."""
         watch = Watch()
+        if self._stopping:
+            return watch
         try:
             host, port = await self._brokers.next()
         except OSError as error:
-            watch.outcome.why = str(error)
+            watch.outcome = Outcome(why=str(error))
             return watch
         secret = b"" if self.credentials.by_certificate or self._token is None else self._token.secret
-        session = AgentSession(self, self._hello(slot), secret, self.config.handshake_timeout)
+        session = watch.session = AgentSession(self, None, secret, self.config.handshake_timeout)
         self._watches[session] = watch
         watch.shown = self.identity
+        race.add(watch, lambda: self.bridge.relay.call(lambda: session.end("another broker was faster")))
         tls = self.credentials.context
 
-        def connected(link: Link | None, why: str) -> None:
-            session.link = link
-            if link is None:
-                self.bridge.post(self._gone, session, Outcome(why=why, unreached=True))
+        def failed(why: str) -> None:
+            self.bridge.post(self._gone, session, Outcome(why=why, unreached=True))
 
+        self.bridge.relay.call(lambda: self._connect(session, host, port, tls, failed))
+        return watch
+
+    async def _greet(self, slot: Slot, watch: Watch) -> None:
+        """Say the Hello and wait for its answer. No other slot does so meanwhile."""
+        session = watch.session
+        assert session is not None
         try:
-            await self.bridge.run(lambda: self._connect(session, host, port, tls, connected))
-            await watch.settled.wait()
+            async with self._greeting:
+                if missing := "the agent stops" if self._stopping else self._own.missing:
+                    self.bridge.relay.call(lambda: session.end(missing))
+                else:
+                    hello = self._hello(slot)
+                    self.bridge.relay.call(lambda: session.greet(hello))
+                await watch.settled.wait()
         except BaseException:
             self.bridge.relay.call(lambda: session.end("the agent stops"))
             raise
-        return watch
 
     def _connect(
         self,
-        owner: LinkOwner,
+        owner: AgentSession | Enrolment,
         host: str,
         port: int,
         tls: ssl.SSLContext | None,
-        done: Callable[[Link | None, str], None],
+        failed: Callable[[str], None],
     ) -> None:
-        """In the relay's thread: a link for this owner; `done` gets it, or why there is none."""
+        """In the relay's thread: a link for this owner; `failed` gets why there is none."""
 
         def connected(end: SocketEnd | None, code: Refusal, why: str) -> None:
+            owner.attempt = None
             if end is None:
-                done(None, f"broker: {why}")
+                failed(f"broker: {why}")
             else:
-                done(self._make_link(owner, end, tls), "")
+                owner.link = self._make_link(owner, end, tls)
 
-        self.relay.connect(host, port, self.config.connect_timeout, connected)
+        owner.attempt = self.relay.connect(host, port, self.config.connect_timeout, connected)
 
     def _make_link(self, owner: LinkOwner, end: SocketEnd, tls: ssl.SSLContext | None) -> Link:
         return self.relay.link(
@@ -462,34 +491,57 @@ class Agent:
         )
 
     async def _ask(self, request: Enrol) -> Enrolled:
-        """Send a request for a certificate by whatever broker comes next. Raises Refused, or OSError with a text."""
-        host, port = await self._brokers.next()
-        answers: list[Enrolled | Refuse | str] = []
-        answered = trio.Event()
+        """Ask the first broker that takes a link for a certificate. Raises Refused, or OSError with a text.
 
-        def done(answer: Enrolled | Refuse | str) -> None:
-            self.bridge.post(answers.append, answer)
-            self.bridge.post(answered.set)
-
-        def connected(link: Link | None, why: str) -> None:
-            enrolment.link = link
-            if link is None:
-                done(why)
-
-        enrolment = Enrolment(request, done, self.config.handshake_timeout)
-        tls = self.credentials.anonymous
+        Beside an address that is silent the next one is dialled.
+        """
+        race = Race[Asked]()
         try:
-            await self.bridge.run(lambda: self._connect(enrolment, host, port, tls, connected))
-            await answered.wait()
-        except BaseException:
-            self.bridge.relay.call(lambda: enrolment.end("the agent stops"))
-            raise
-        (answer,) = answers
+            asked = await self._begin_to_ask(race, request)
+            while race and isinstance(asked.answer, str):
+                if (news := await race.next()) is not None:
+                    asked = await self._answered(news)
+                elif not race.full:
+                    asked = await self._begin_to_ask(race, request)
+        finally:
+            race.end()
+        answer = asked.answer
         if isinstance(answer, Refuse):
             raise Refused(Refusal.parse(answer.code), answer.text)
         if isinstance(answer, str):
-            raise OSError(f"broker {host}:{port}: {answer}")
+            raise OSError(f"broker {asked.broker}: {answer}")
         return answer
+
+    async def _begin_to_ask(self, race: Race[Asked], request: Enrol) -> Asked:
+        """Dial the next address for this request. Raises OSError when none is known."""
+        host, port = await self._brokers.next()
+        asked = Asked(broker=format_endpoint(host, port))
+
+        def done(answer: Enrolled | Refuse | str) -> None:
+            self.bridge.post(self._put_answer, asked, answer)
+
+        enrolment = Enrolment(request, lambda: self.bridge.post(asked.tell), done, self.config.handshake_timeout)
+        asked.enrolment = enrolment
+        race.add(asked, lambda: self.bridge.relay.call(lambda: enrolment.end("another broker was faster")))
+        tls = self.credentials.anonymous
+        self.bridge.relay.call(lambda: self._connect(enrolment, host, port, tls, done))
+        return asked
+
+    def _put_answer(self, asked: Asked, answer: Enrolled | Refuse | str) -> None:
+        asked.answer = answer
+        asked.settle()
+
+    async def _answered(self, asked: Asked) -> Asked:
+        """Send the request on a link that is up, and wait for the answer."""
+        enrolment = asked.enrolment
+        assert enrolment is not None
+        try:
+            self.bridge.relay.call(enrolment.ask)
+            await asked.settled.wait()
+        except BaseException:
+            self.bridge.relay.call(lambda: enrolment.end("the agent stops"))
+            raise
+        return asked
 
     def _hello(self, slot: Slot) -> Hello:
         nodes = {session.node for session in self._watches if session.welcome is not None}

@@ -11,11 +11,12 @@ import hmac
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from rtunnel.relay.ends import Talker
 from rtunnel.relay.link import Link
 from rtunnel.relay.loop import Timer
+from rtunnel.relay.relay import Attempt
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.trust.identity import PrivateKey, prove_session
 from rtunnel.trust.keys import AGENT_LABEL, BROKER_LABEL, token_mac
@@ -39,9 +40,15 @@ from rtunnel.wire.messages import (
 from rtunnel.wire.refusal import Refusal
 from rtunnel.wire.yamux import INITIAL_WINDOW
 
+#: A broker answers a Hello with a token by its Challenge at once: it asks nobody for that.
+CHALLENGE_SECONDS: Final = 2.0
+
 
 class SessionOwner(Protocol):
     """The agent, as a session sees it. Called in the relay's thread."""
+
+    def session_ready(self, session: AgentSession) -> None:
+        """The link is up, and the session has no Hello yet: `greet` it."""
 
     def session_up(self, session: AgentSession) -> None:
         """Welcome."""
@@ -64,9 +71,10 @@ class AgentSession:
     """One session; the link's owner and its control stream's talker."""
 
     owner: SessionOwner
-    hello: Hello
+    hello: Hello | None  # None: the owner has it when the link is up
     secret: bytes  # of the join token; empty: the link's certificate says who we are
     timeout: float  # from the link's TLS handshake until Welcome
+    attempt: Attempt | None = None  # while there is no link
     link: Link | None = None
     certificate: bytes | None = None  # the broker's
     welcome: Welcome | None = None
@@ -96,12 +104,33 @@ class AgentSession:
         """See LinkOwner."""
         self.link = link
         self.certificate = link.peer_certificate
-        self._frame = encode(self.hello)
-        self._deadline = link.loop.after(self.timeout, lambda: self.end("no Welcome within the handshake deadline"))
-        if not self.secret:
+        if self.hello is None:
+            self.owner.session_ready(self)
+        else:
+            self.greet(self.hello)
+
+    def greet(self, hello: Hello) -> None:
+        """Say the Hello. No effect when the link is gone."""
+        link = self.link
+        if link is None or link.over:
+            return
+        self.hello = hello
+        self._frame = encode(hello)
+        if self.secret:
+            # Without TLS this is the first that a silent address is asked.
+            self._wait_for("Challenge", min(self.timeout, CHALLENGE_SECONDS))
+        else:
             self._decoder.expect(Welcome | Refuse)
             self._decoder.limit = messages.MAX_MESSAGE
+            self._wait_for("Welcome", self.timeout)
         self._control = link.open(self, self._frame)
+
+    def _wait_for(self, word: str, seconds: float) -> None:
+        assert self.link is not None
+        if self._deadline is not None:
+            self._deadline.cancel()
+        why = f"no {word} within the handshake deadline ({seconds:g} s)"
+        self._deadline = self.link.loop.after(seconds, lambda: self.end(why))
 
     def link_stream(self, stream: StreamEnd) -> Talker | None:
         """See LinkOwner: the broker opens streams only on a live session."""
@@ -141,9 +170,9 @@ class AgentSession:
         elif isinstance(message, Welcome):
             if self._deadline is not None:
                 self._deadline.cancel()
+            assert self.link is not None and self.hello is not None
             if message.start_window not in (INITIAL_WINDOW, self.hello.start_window):
                 raise MessageError(f"the broker's start_window {message.start_window} is not the Hello's")
-            assert self.link is not None
             self.link.start_window = message.start_window
             self.welcome = message
             self._decoder.expect(Trust | Drain | Bye | Refuse)
@@ -174,6 +203,7 @@ class AgentSession:
         mac = token_mac(self.secret, AGENT_LABEL, self._frame, challenge.nonce, binding)
         self._decoder.expect(Welcome | Refuse)
         self._decoder.limit = messages.MAX_MESSAGE
+        self._wait_for("Welcome", self.timeout)
         self._control_say(encode(Proof(mac=mac)))
 
     def expose(self, exposes: list[str], addresses: list[str]) -> None:
@@ -192,10 +222,14 @@ class AgentSession:
         self._control_say(encode(message))
 
     def end(self, why: str) -> None:
-        """End the link in order."""
+        """End the link in order, or the connect."""
         self._why = self._why or why
         if self.link is not None:
             self.link.close(why)
+        elif self.attempt is not None:
+            attempt, self.attempt = self.attempt, None
+            attempt.cancel()
+            self.owner.session_down(self, None, self._why)
 
     def _control_say(self, data: bytes) -> None:
         if self._control is not None:
@@ -207,8 +241,10 @@ class Enrolment:
     """A link of its own for one request; its owner, and its control stream's talker."""
 
     request: Enrol
+    ready: Callable[[], None]  # called when the link is up: `ask` then
     done: Callable[[Enrolled | Refuse | str], None]  # called once, with the answer or with why there is none
     timeout: float
+    attempt: Attempt | None = None  # while there is no link
     link: Link | None = None
 
     _decoder: Decoder = field(default_factory=lambda: Decoder(Enrolled | Refuse, messages.MAX_MESSAGE))
@@ -217,8 +253,15 @@ class Enrolment:
 
     def link_up(self, link: Link) -> None:
         """See LinkOwner."""
-        self._deadline = link.loop.after(self.timeout, lambda: self.end("no answer within the handshake deadline"))
-        link.open(self, encode(self.request))
+        self.link = link
+        self.ready()
+
+    def ask(self) -> None:
+        """Send the request. No effect when the link is gone."""
+        link = self.link
+        if link is not None and not link.over:
+            self._deadline = link.loop.after(self.timeout, lambda: self.end("no answer within the handshake deadline"))
+            link.open(self, encode(self.request))
 
     def link_stream(self, stream: StreamEnd) -> Talker | None:
         """See LinkOwner."""
@@ -252,10 +295,14 @@ class Enrolment:
             self.end(f"control stream {why}")
 
     def end(self, why: str) -> None:
-        """End the link in order."""
+        """End the link in order, or the connect."""
         self._outcome = self._outcome or why
         if self.link is not None:
             self.link.close(why)
+        elif self.attempt is not None:
+            attempt, self.attempt = self.attempt, None
+            attempt.cancel()
+            self.done(self._outcome)
 
 
 def new_nonce() -> bytes:

@@ -83,6 +83,9 @@ class Fleet:
 
         self._relay.connect("127.0.0.1", self._port, _AGENT.connect_timeout, connected)
 
+    def session_ready(self, session: AgentSession) -> None:
+        """See SessionOwner: each has its Hello from the beginning."""
+
     def session_up(self, session: AgentSession) -> None:
         """See SessionOwner."""
         self._backoff[self._sessions[session]] = BACKOFF_FIRST

@@ -1170,10 +1170,10 @@ async def test_a_rogue_broker_gets_nothing(here: Path, secrets: Path, tls: bool)
     scripts: dict[str, tuple[Callable[[Wire], None], str]] = {
         "no secret": (without_secret, "the broker does not know our join token's secret"),
         "a Welcome at once": (welcoming, "protocol error: bad message: Invalid value 'welcome'"),
-        "a Dial at once": (dialling, "no Welcome within the handshake deadline"),
+        "a Dial at once": (dialling, "no Challenge within the handshake deadline"),
         "garbage": (lambda wire: wire.sock.sendall(b"\xff" * 100), "bad_version"),
         "an oversized message": (oversized, "over the limit of 4096"),
-        "silence": (lambda wire: None, "no Welcome within the handshake deadline"),
+        "silence": (lambda wire: None, "no Challenge within the handshake deadline"),
         "the end": (ending, "closed by peer"),
     }
     async with running_cluster(here, **FAST) as cluster:

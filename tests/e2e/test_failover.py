@@ -18,7 +18,7 @@ from rtunnel.net import listening_socket
 from rtunnel.registry import COUNTER_BITS, Beat, NodeRecord, Registration, Superseded, Tuple, connect, incarnation_of
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.wire.refusal import Refusal
-from rtunnel_agent.agent import Outcome
+from rtunnel_agent.race import Outcome
 from support.cluster import HEDGE_DELAY, Cluster, Part, SocksRefused, Target, in_thread, read_line, running_cluster
 from support.logs import Events, named
 from support.plumbing import dial, free_range, kept, read_all, reset, running_relay

@@ -194,7 +194,7 @@ async def test_an_agent_may_have_as_much_as_the_configuration_takes(tmp_path: Pa
         )
         await cluster.whole()
         session = part.agent.slots[0].session
-        assert session is not None and session.welcome is not None
+        assert session is not None and session.welcome is not None and session.hello is not None
         assert len(encode(session.hello)) > 3 * MAX_UNAUTHENTICATED / 2
         assert {port.ip for port in session.welcome.open_ports} == set(addresses)
         last = next(port.port for port in session.welcome.open_ports if port.ip == target.ip)

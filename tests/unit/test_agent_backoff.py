@@ -15,8 +15,9 @@ from rtunnel.config import load
 from rtunnel.trust import pki
 from rtunnel.wire.messages import Welcome
 from rtunnel_agent import agent as module
-from rtunnel_agent.agent import STABLE, Agent, Outcome, Slot, Watch
+from rtunnel_agent.agent import STABLE, Agent, Slot
 from rtunnel_agent.handshake import AgentSession
+from rtunnel_agent.race import Outcome, Watch
 
 CAP = 30.0
 #: Dials of a loop that never pauses: the test must end.
@@ -52,7 +53,7 @@ async def dials(agent: Agent, monkeypatch: pytest.MonkeyPatch, lasts: float, sec
         session = types.SimpleNamespace(
             node="b1", welcome=Welcome(node="b1", host="h1", epoch=1, ip="127.0.0.1", port=20000, heartbeat=5.0)
         )
-        watch = Watch(Outcome(cast(AgentSession, session)))
+        watch = Watch(outcome=Outcome(cast(AgentSession, session)))
 
         async def over() -> None:
             await trio.sleep(lasts)
