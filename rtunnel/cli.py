@@ -395,7 +395,8 @@ def resolve(target: str, namespace: str, config_file: Path | None, as_json: bool
     ip, port = _parse_target(target)
     with _open_registry(config_file, values) as registry:
         states = {node.node: node.state for node in registry.nodes()}
-        tuples = [_as_it_is(item, states) for item in registry.lookup(namespace, ip)]
+        found = registry.with_exposes(registry.lookup(namespace, ip))
+        tuples = [_as_it_is(item, states) for item in found]
         tuples.sort(key=lambda item: (item.state != "live", item.node))
     # The registry's clock is not to be had with a look-up: an age is as good as this machine's clock.
     now = time.time()

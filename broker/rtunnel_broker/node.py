@@ -158,7 +158,6 @@ class Node:
             session.refuse(Refusal.NOT_AUTHORISED, text)
             return
         session.rule = rule
-        self.bridge.spawn(self._registrar.republish, session)
 
     def refused(self, code: Refusal) -> None:
         """See SessionKeeper."""
@@ -367,7 +366,7 @@ class Node:
             await self._beat()
 
     async def _beat(self) -> None:
-        registrations = [s.registration for s in self.sessions.values() if s.registration is not None]
+        registrations = self._registrar.registrations()
         left: list[Registration] = []
         self._registrar.left_during_beat = left
         try:
@@ -390,6 +389,8 @@ class Node:
             await self.bridge.run(lambda: self._registrar.end_lost(beat.lost))
         for registration in left:
             await self.bridge.registry_tries(self._registry.unregister, registration)
+        for session in self._registrar.moved():
+            self.bridge.spawn(self._registrar.republish, session)
         await self._measure_clock()
 
     async def _measure_clock(self) -> None:

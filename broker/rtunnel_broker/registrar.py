@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
 
+import msgspec
 import trio
 from structlog.typing import FilteringBoundLogger
 
@@ -240,17 +241,38 @@ class Registrar:
                 node=self._node.node,
                 epoch=session.epoch,
                 agent_id=hello.agent_id,
-                exposes=",".join(session.exposes),
             )
 
         # The relay's thread replaces the set, so this must be one look.
         addresses = session.addresses
         tuples = [entry(ip, 0, leases[0].port) for ip in sorted(addresses)]
         tuples += [entry(p.ip, p.target_port, port) for p, port in session.granted if p.ip in addresses]
-        return Registration(session.epoch, tuple(tuples), leases)
+        before = session.registration
+        revision = before.revision + 1 if before is not None else 0
+        return Registration(session.epoch, tuple(tuples), leases, ",".join(session.exposes), revision)
+
+    def registrations(self) -> list[Registration]:
+        """What the next heartbeat keeps alive, with the exposed ports that each agent's last Update names.
+
+        So however many Updates an agent sends, the registry hears of one with each heartbeat.
+        """
+        found = []
+        for session in self.sessions.values():
+            registration = session.registration
+            if registration is None:
+                continue
+            if session.update_due and session.addresses == _addresses(registration):
+                session.update_due = False  # before `exposes` is read: what comes later is told later
+                registration = session.registration = self._registration(session, registration.leases)
+            found.append(registration)
+        return found
+
+    def moved(self) -> list[Session]:
+        """The sessions whose agents have other addresses than the registry was told: they are for `republish`."""
+        return [session for session in self.sessions.values() if session.update_due]
 
     async def republish(self, session: Session) -> None:
-        """Tell the registry what the agent's last Update said.
+        """Tell the registry which addresses the agent's last Update named.
 
         One at a time, with the latest: two calls to the registry may overtake each other.
         """
@@ -291,7 +313,7 @@ class Registrar:
         if taken.ip in had:
             return False
         kept = tuple(entry for entry in now.tuples if entry.agent_ip in had)
-        session.registration = Registration(now.epoch, kept, now.leases)
+        session.registration = msgspec.structs.replace(now, tuples=kept)
         addresses = frozenset(entry.agent_ip for entry in kept)
 
         def keep() -> None:
@@ -358,6 +380,11 @@ class Registrar:
         for session in list(self.sessions.values()):
             if session.epoch in lost and not session.answered:
                 session.refuse(Refusal.ADDRESS_TAKEN, str(lost[session.epoch]))
+
+
+def _addresses(registration: Registration) -> frozenset[str]:
+    """The addresses that the session answers for."""
+    return frozenset(entry.agent_ip for entry in registration.tuples if not entry.agent_port)
 
 
 class _OwnerLock:

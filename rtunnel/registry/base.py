@@ -9,6 +9,7 @@ Times are seconds since 1970 by the *registry's* clock, so that the clocks of no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Protocol
 
 import msgspec
@@ -73,7 +74,7 @@ class Tuple(msgspec.Struct, frozen=True, gc=False):
     epoch: Annotated[int, msgspec.Meta(ge=0)]
     agent_id: Id
     state: str = "live"  # or "draining"
-    exposes: str = ""  # for people: "22,9100,8000-8100"
+    exposes: str = ""  # for people: "22,9100,8000-8100"; only `Registry.with_exposes` sets it
     beat: float = 0.0  # heartbeat time, set by the registry
 
 
@@ -88,11 +89,17 @@ class PortLease(msgspec.Struct, frozen=True, gc=False):
 
 
 class Registration(msgspec.Struct, frozen=True):
-    """All that the registry holds of one session; what `register` and `beat` keep alive."""
+    """All that the registry holds of one session; what `register` and `beat` keep alive.
+
+    `exposes` is stored once, with the first lease (that of the guarded port). Who changes it counts `revision` up: a
+    call that comes late does not replace what is newer.
+    """
 
     epoch: int
     tuples: tuple[Tuple, ...]
     leases: tuple[PortLease, ...]
+    exposes: str = ""
+    revision: int = 0
 
 
 class Beat(msgspec.Struct, frozen=True):
@@ -169,7 +176,8 @@ class Registry(Protocol):
         """Publish a session's tuples (and keep its leases). Replaces this node's older tuples for the same key.
 
         A tuple of a newer epoch for the same (target, node, agent_port) stays. Registering the same epoch again changes
-        the tuples (state, exposes). Raises Superseded when a later incarnation has the node_id.
+        the tuples' state, and `exposes` if the revision is not older. Raises Superseded when a later incarnation has
+        the node_id.
 
         One address, one agent: raises AddressTaken, and has then written nothing, when one of its (namespace, agent_ip)
         has a live tuple of another agent_id on any node, this one included. Of two that come at once one wins.
@@ -179,7 +187,10 @@ class Registry(Protocol):
         """Remove exactly these tuples (by epoch) and quarantine the leases. A newer session's tuples stay."""
 
     def beat(self, record: NodeRecord, registrations: list[Registration]) -> Beat:
-        """Refresh the node, its tuples and its leases in batches; put back whatever is missing.
+        """Refresh the node, its tuples and its leases in batches; put back whatever is missing or of an older revision.
+
+        Undoes what earlier calls of this object may have left: a registration that failed and is not among these, a
+        removal that failed. So after one beat that worked the registry has these sessions of the node and no others.
 
         A session that ended while the beat was on its way (its port is quarantined by now) is not put back. Nor is a
         missing tuple whose address has a live one of another agent by now: who is there stays, and the caller must end
@@ -188,6 +199,9 @@ class Registry(Protocol):
 
     def lookup(self, namespace: str, ip: str) -> list[Tuple]:
         """The live tuples for an agent's IP, any agent_port. O(1)."""
+
+    def with_exposes(self, tuples: Sequence[Tuple]) -> list[Tuple]:
+        """The same tuples with `exposes` as their sessions say it; for people, dials need it not."""
 
     def snapshot(self) -> Snapshot:
         """Everything, with a cursor. A tuple that changes meanwhile may be seen twice; the changes after settle it."""

@@ -1,77 +1,160 @@
-"""The scripts that write to Redis, each one atomic step of the schema in docs/registry.md. For Redis 6.2 and later.
+"""The scripts that read and write Redis, each one atomic step of the schema in docs/registry.md. For Redis 6.2 on.
 
 Every script gets the same head of arguments (`HEAD`), then its own. Keys are made inside the scripts from the
 prefix, so that they can't be declared: Redis Cluster is out of scope. Names come percent-encoded: no space, newline,
 ':' or '@' is left in them. Epochs are decimal *strings* of up to 64 bits: a Lua number would round them.
+
+Three rules hold in all of them, and tests/unit/test_registry_model.py checks them against a real Redis:
+
+- A reply may be lost, and a call may run twice. So no script concludes from one key or field what another one holds.
+- A call that its caller has given up (NOT_AFTER) does nothing.
+- A key of another type, or with nonsense in it, costs its own row: the script goes on and returns the key's name.
+
+Each script returns `{answer, {key, ...}}`: its answer, and the keys that it had to leave alone.
 """
 
 from __future__ import annotations
 
 HEAD = """
 local P = ARGV[1] .. ':'
-local TOKEN, FEED_LENGTH = ARGV[2], ARGV[3]
-local TTL, LEASE, QUARANTINE, LAST = ARGV[4], ARGV[5], ARGV[6], ARGV[7]  -- milliseconds
-local at = 7
+local TOKEN, FEED_LENGTH, FEED_BYTES = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local TTL, LEASE, QUARANTINE, LAST = ARGV[5], ARGV[6], ARGV[7], ARGV[8]  -- milliseconds
+local NOT_AFTER = ARGV[9]  -- seconds by this server's clock; '': whenever it comes
+local at = 9
 local function arg() at = at + 1; return ARGV[at] end
 
 local time = redis.call('TIME')
 local now = string.format('%d.%03d', time[1], math.floor(time[2] / 1000))
-local dead = tonumber(now) - TTL / 1000
+if NOT_AFTER ~= '' and tonumber(now) > tonumber(NOT_AFTER) then return redis.error_reply('LATE call') end
 
+-- A heartbeat is from the future when the clock stepped back. Up to `ttl` that may pass for a sign of life (or each
+-- small step would silence everybody), beyond that it proves nothing.
+local oldest, newest = tonumber(now) - TTL / 1000, tonumber(now) + TTL / 1000
+local function alive(beat)
+  local seconds = tonumber(beat or '')
+  return seconds ~= nil and seconds > oldest and seconds <= newest
+end
+
+local MOST_TOLD = 16  -- keys to name in one answer: the log wants examples
+local faulty, told = {}, {}
+local function tell(key)
+  if not faulty[key] and #told < MOST_TOLD then told[#told + 1] = key end
+  faulty[key] = true
+end
+local function answered(answer) return {answer, told} end
+
+-- A command on one key. When that key is of another type, or holds no number where one must be, it is told and `false`
+-- comes back. Any other error (out of memory, read only) ends the script: nothing else would work either.
+local KEY_FAULTS = {'WRONGTYPE', 'not an integer', 'ID specified in XADD'}
+local function call(command, key, ...)
+  local reply = redis.pcall(command, key, ...)
+  if type(reply) ~= 'table' or not reply.err then return reply end
+  for _, fault in ipairs(KEY_FAULTS) do
+    if string.find(reply.err, fault, 1, true) then
+      tell(key)
+      return false
+    end
+  end
+  error(reply.err, 0)
+end
+
+-- Epochs and revisions: digits, or '0' for whatever else is there.
+local function digits(text) return text and string.match(text, '^%d+$') or '0' end
 local function older(a, b) return #a < #b or (#a == #b and a < b) end
 local function epoch_of(json) return string.match(json, '^{"epoch":"(%d+)"') or '0' end
 
--- The feed's id is new whenever the feed is: it tells a reader that its cursor is of a registry that was wiped.
+-- The feed's id is new whenever the feed is: it tells a reader that its cursor is of a registry that was wiped. It is
+-- looked for before it is made, so that a server that refuses writes can still be read.
+local FEED, CHANGES = P .. 'feed', P .. 'changes'
 local feeding = false
 local function ensure_feed()
-  if not feeding and redis.call('HSETNX', P .. 'feed', 'id', TOKEN .. '-' .. time[1] .. time[2]) == 1 then
-    redis.call('DEL', P .. 'changes')
-    redis.call('HSET', P .. 'feed', 'seq', '0')
+  if not feeding and call('HEXISTS', FEED, 'id') == 0 then
+    call('DEL', FEED)
+    call('DEL', CHANGES)
+    call('HSET', FEED, 'id', TOKEN .. '-' .. time[1] .. time[2], 'seq', '0')
   end
   feeding = true
+end
+
+-- Every so many entries the feed notes, as `at:SEQ`, the bytes that were written until then; `first` is the oldest such
+-- note. So the oldest entries can go when the bytes after them are over the limit.
+local MARK = 1024
+local function bound_bytes(seq, total)
+  local first = tonumber(call('HGET', FEED, 'first') or '')
+  local kept = first and first % MARK == 0 and first < seq and seq - first <= FEED_LENGTH + 2 * MARK
+  if not kept then first = seq end
+  call('HSET', FEED, 'at:' .. seq, total)
+  local from = first
+  while first < seq do
+    local before = tonumber(call('HGET', FEED, 'at:' .. first) or '') or 0
+    if total - before <= FEED_BYTES and seq - first <= FEED_LENGTH + MARK then break end
+    call('HDEL', FEED, 'at:' .. first)
+    first = first + MARK
+  end
+  call('HSET', FEED, 'first', first)
+  if first ~= from then call('XTRIM', CHANGES, 'MINID', first) end
 end
 
 -- Ids count 1-0, 2-0, ... without a hole, so that a reader sees at once when something was trimmed before it.
 local function emit(kind, json)
   ensure_feed()
-  local id = redis.call('HINCRBY', P .. 'feed', 'seq', 1) .. '-0'
-  redis.call('XADD', P .. 'changes', 'MAXLEN', '~', FEED_LENGTH, id, kind, json)
+  local seq = call('HINCRBY', FEED, 'seq', 1)
+  if not seq then return end
+  call('XADD', CHANGES, 'MAXLEN', '~', FEED_LENGTH, seq .. '-0', kind, json)
+  local total = call('HINCRBY', FEED, 'bytes', #json)
+  if total and seq % MARK == 0 then bound_bytes(seq, total) end
 end
 
--- Only the newest incarnation of a node may write. A wiped registry believes the first that comes, until a newer does.
+-- Only the newest incarnation of a node may write. A wiped registry believes the first that comes, until a newer does;
+-- what is no incarnation (other type, more than 32 bits) counts as wiped.
+local MOST_INCARNATION = 4294967295
+local function incarnation_in(text)
+  local number = tonumber(text or '')
+  if number and number >= 0 and number <= MOST_INCARNATION and number == math.floor(number) then return number end
+end
 local function superseded(node, incarnation)
   local key = P .. 'incarnation:' .. node
-  local taken = tonumber(redis.call('GET', key))
-  if taken and taken > tonumber(incarnation) then return redis.error_reply('SUPERSEDED by ' .. taken) end
+  local taken = incarnation_in(call('GET', key))
+  if taken and taken > tonumber(incarnation) then
+    return redis.error_reply(string.format('SUPERSEDED by %d', taken))
+  end
   if not taken or taken < tonumber(incarnation) then redis.call('SET', key, incarnation, 'PX', LAST) end
 end
 
 local indexed = {}
 local function index(set, member)
-  redis.call('SADD', set, member)
+  call('SADD', set, member)
   if not indexed[set] then
-    redis.call('PEXPIRE', set, LEASE)
+    call('PEXPIRE', set, LEASE)
     indexed[set] = true
   end
 end
 
--- A lease of a port for an owner. '' as mode: as asked for; 'keep': of a registration; 'back': of a beat.
-local function hold(mode, port, owner, last, epoch, node, raw_node)
+-- A lease of a port for an owner. '' as mode: as asked for; 'keep': of a registration; 'back': of a beat. The last two
+-- say what the session exposes, if this is its guarded port; of two revisions of one session the newer one counts.
+local function hold(mode, node, raw_node, port, owner, last, epoch, exposes, revision)
   local key = P .. 'port:' .. port
-  local held = redis.call('HMGET', key, 'owner', 'epoch', 'state', 'node')
+  local held = call('HMGET', key, 'owner', 'epoch', 'state', 'node', 'revision')
+  if not held then return 0 end
+  local same = held[1] and digits(held[2]) == epoch
   if held[1] then
     local mine = held[1] == owner
     -- An older lease of this very node is history (a registry that came back from an old dump).
-    local history = held[4] == raw_node and older(held[2], epoch)
+    local history = held[4] == raw_node and older(digits(held[2]), epoch)
     if mode == '' then
       if not mine then return 0 end
-    elseif not history and (not mine or older(epoch, held[2])) then
+    elseif not history and (not mine or older(epoch, digits(held[2]))) then
       return 0
-    elseif mode == 'back' and held[3] == 'quarantined' and held[2] == epoch then
+    elseif mode == 'back' and held[3] == 'quarantined' and same then
       return 0
     end
   end
   redis.call('HSET', key, 'owner', owner, 'epoch', epoch, 'state', 'leased', 'node', raw_node)
+  if mode == '' then
+    redis.call('HDEL', key, 'exposes', 'revision')
+  elseif not (same and older(revision, digits(held[5]))) then
+    redis.call('HSET', key, 'exposes', exposes, 'revision', revision)
+  end
   redis.call('PEXPIRE', key, LEASE)
   redis.call('SET', P .. 'last:' .. last, string.match(port, '%d+$'), 'PX', LAST)
   index(P .. 'ports:' .. node, port)
@@ -84,27 +167,31 @@ local function rest(key)
 end
 
 local function drop(target, field, json)
-  redis.call('HDEL', P .. 'target:' .. target, field, field .. '@' .. epoch_of(json))
+  call('HDEL', P .. 'target:' .. target, field, field .. '@' .. epoch_of(json))
   emit('gone', json)
 end
 
 -- Drop the fields whose node died: the key lives on with the agent's other sessions, so that no expiry takes them.
--- Then the live tuple of another agent than `agent` (a piece of JSON with its id), if there is one.
+-- Then the live tuple of another agent than `agent` (a piece of JSON with its id), if there is one that can be read.
 local function taken(target, agent)
-  local all = redis.call('HGETALL', P .. 'target:' .. target)
+  local all = call('HGETALL', P .. 'target:' .. target) or {}
   local found = {}
   for i = 1, #all, 2 do found[all[i]] = all[i + 1] end
   local other
   for beat, last in pairs(found) do
-    local field, epoch = string.match(beat, '^(.*)@(%d+)$')
+    local field, node, epoch = string.match(beat, '^(([^/@]*)/%d+)@(%d+)$')
     if field then
       local json = found[field]
       local means = json and epoch_of(json) == epoch
-      if (tonumber(last) or 0) >= dead then
-        if means and not string.find(json, agent, 1, true) then other = json end
+      if alive(last) then
+        if means and not string.find(json, agent, 1, true) then
+          local read, row = pcall(cjson.decode, json)
+          row = read and type(row) == 'table' and row or {}
+          if type(row.agent_id) == 'string' and type(row.node) == 'string' then other = row end
+        end
       elseif means then
         drop(target, field, json)
-        redis.call('SREM', P .. 'tuples:' .. string.match(field, '^(.*)/%d+$'), target .. ' ' .. field)
+        call('SREM', P .. 'tuples:' .. node, target .. ' ' .. field)
       else
         redis.call('HDEL', P .. 'target:' .. target, beat)
       end
@@ -115,47 +202,50 @@ end
 """
 
 # Write leases, then tuples, of sessions of one node, but none whose address another agent has: a registration ('keep')
-# is then refused as a whole, of a beat ('back') just that tuple. Returns how many tuples were not there in just this
-# form, then the number of each refused one and the tuple that stood in its way.
+# is then refused as a whole, of a beat ('back') just that tuple. Answers how many tuples were not there in just this
+# form, then of each refused one its number, and the agent and node that stood in its way.
 PUT = (
     HEAD
     + """
 local mode, node, raw_node, incarnation = arg(), arg(), arg(), arg()
 local refused = superseded(node, incarnation)
 if refused then return refused end
-redis.call('ZADD', P .. 'nodes', now, node)
+call('ZADD', P .. 'nodes', now, node)
 
 local tuples, answer = {}, {0}
 for n = 1, tonumber(arg()) do
   local target, agent, field, port, epoch, json = arg(), arg(), arg(), arg(), arg(), arg()
   local other = mode == 'keep' and taken(target, agent)
-  if other then return {0, n - 1, other} end
+  if other then return answered({0, n - 1, other.agent_id, other.node}) end
   tuples[n] = {target, agent, field, port, epoch, json}
 end
 
 for _ = 1, tonumber(arg()) do
-  local port, owner, last, epoch = arg(), arg(), arg(), arg()
-  hold(mode, port, owner, last, epoch, node, raw_node)
+  local port, owner, last, epoch, exposes, revision = arg(), arg(), arg(), arg(), arg(), arg()
+  hold(mode, node, raw_node, port, owner, last, epoch, exposes, revision)
 end
 
 for n, tuple in ipairs(tuples) do
   local target, agent, field, port, epoch, json = unpack(tuple)
   local key = P .. 'target:' .. target
   local other = mode == 'back' and taken(target, agent)
-  local present = redis.call('HGET', key, field)
+  local present = call('HGET', key, field)
   local wanted = not other
-  if other then
-    answer[#answer + 1] = n - 1
-    answer[#answer + 1] = other
+  if faulty[key] then
+    wanted = false
+  elseif other then
+    for _, word in ipairs({n - 1, other.agent_id, other.node}) do answer[#answer + 1] = word end
   elseif present then
     wanted = not older(epoch, epoch_of(present))
   elseif mode == 'back' then
     -- The session may have ended, and its port may serve another, since the beat was put together.
-    local held = redis.call('HMGET', P .. 'port:' .. port, 'epoch', 'state')
-    wanted = not held[1] or (held[1] == epoch and held[2] == 'leased')
+    local held = call('HMGET', P .. 'port:' .. port, 'epoch', 'state')
+    wanted = held and (not held[1] or (held[1] == epoch and held[2] == 'leased'))
   end
   if wanted then
-    if present and epoch_of(present) ~= epoch then redis.call('HDEL', key, field .. '@' .. epoch_of(present)) end
+    if present and epoch_of(present) ~= epoch then
+      redis.call('HDEL', key, field .. '@' .. epoch_of(present))
+    end
     redis.call('HSET', key, field, json, field .. '@' .. epoch, now)
     redis.call('PEXPIRE', key, TTL)
     index(P .. 'tuples:' .. node, target .. ' ' .. field)
@@ -163,16 +253,15 @@ for n, tuple in ipairs(tuples) do
       answer[1] = answer[1] + 1
       emit('put', '{"beat":' .. now .. ',' .. string.sub(json, 2))
     end
-  else
-    redis.call('HDEL', key, field .. '@' .. epoch)  -- what REFRESH may have left
   end
 end
-return answer
+return answered(answer)
 """
 )
 
-# The quiet beat, one batch of it: three calls a session, so that a million tuples cost half a core at 5 s. It writes
-# blindly and tells which lines were not there; PUT sees to those.
+# The quiet beat, one batch of it, five calls a session. It keeps alive what is there in just the form that the node
+# believes in, and answers which lines are not; PUT sees to those. It makes nothing: a heartbeat beside a tuple that is
+# gone would look like life to the next beat.
 REFRESH = (
     HEAD
     + """
@@ -180,40 +269,69 @@ local node, incarnation, record, tuples, ports = arg(), arg(), arg(), arg(), arg
 local refused = superseded(node, incarnation)
 if refused then return refused end
 redis.call('SET', P .. 'node:' .. node, '{"beat":' .. now .. ',' .. string.sub(record, 2), 'PX', TTL)
-redis.call('ZADD', P .. 'nodes', now, node)
-redis.call('PEXPIRE', P .. 'tuples:' .. node, LEASE)
-redis.call('PEXPIRE', P .. 'ports:' .. node, LEASE)
+call('ZADD', P .. 'nodes', now, node)
 
-local targets, leases, n = {}, {}, 0
-for target, beat in string.gmatch(tuples, '(%S+) (%S+)\\n') do
+-- The sets can have been lost as well: all members are added, in pieces that Lua's stack takes.
+local PIECE = 1000
+local function index_all(set, members)
+  for first = 1, #members, PIECE do
+    call('SADD', set, unpack(members, first, math.min(first + PIECE - 1, #members)))
+  end
+  call('PEXPIRE', set, LEASE)
+end
+
+local targets, there, n = {}, {}, 0
+for target, field, epoch in string.gmatch(tuples, '(%S+) (%S+) (%d+)\\n') do
   local key = P .. 'target:' .. target
-  if redis.call('HSET', key, beat, now) == 1 then targets[#targets + 1] = n end
-  redis.call('PEXPIRE', key, TTL)
+  local json = call('HGET', key, field)
+  if json and epoch_of(json) == epoch then
+    redis.call('HSET', key, field .. '@' .. epoch, now)
+    redis.call('PEXPIRE', key, TTL)
+    there[#there + 1] = target .. ' ' .. field
+  elseif not faulty[key] then
+    targets[#targets + 1] = n
+  end
   n = n + 1
 end
-n = 0
-for port in string.gmatch(ports, '(%S+)\\n') do
-  if redis.call('PEXPIRE', P .. 'port:' .. port, LEASE) == 0 then leases[#leases + 1] = n end
+index_all(P .. 'tuples:' .. node, there)
+
+local leases, held
+leases, there, n = {}, {}, 0
+for port, epoch, revision in string.gmatch(ports, '(%S+) (%d+) (%d+)\\n') do
+  local key = P .. 'port:' .. port
+  held = call('HMGET', key, 'epoch', 'revision')
+  if held and held[1] == epoch and held[2] == revision then
+    redis.call('PEXPIRE', key, LEASE)
+    there[#there + 1] = port
+  elseif held then
+    leases[#leases + 1] = n
+  end
   n = n + 1
 end
-return {targets, leases}
+index_all(P .. 'ports:' .. node, there)
+return answered({targets, leases})
 """
 )
 
-# Take the node_id: an incarnation greater than any before, also after a wipe. PURGE follows.
+# Take the node_id: an incarnation greater than any before, also after a wipe. PURGE follows. What can't be an
+# incarnation is refused: no number that is greater could be told.
 START = (
     HEAD
     + """
 local node, record = arg(), arg()
 local key = P .. 'incarnation:' .. node
-local incarnation = math.max(tonumber(redis.call('GET', key) or '0') + 1, tonumber(time[1]))
-redis.call('SET', key, string.format('%d', incarnation), 'PX', LAST)
-record = '{"beat":' .. now .. ',"incarnation":' .. string.format('%d', incarnation) .. ',' .. string.sub(record, 2)
+local stored = call('GET', key)
+local before = incarnation_in(stored or '0')
+if faulty[key] or not before or before == MOST_INCARNATION then return redis.error_reply('POISONED ' .. key) end
+local incarnation = string.format('%d', math.max(before + 1, tonumber(time[1])))
+redis.call('SET', key, incarnation, 'PX', LAST)
+record = '{"beat":' .. now .. ',"incarnation":' .. incarnation .. ',' .. string.sub(record, 2)
 redis.call('SET', P .. 'node:' .. node, record, 'PX', TTL)
-redis.call('ZREMRANGEBYSCORE', P .. 'nodes', '-inf', now - LEASE / 1000)
-redis.call('ZADD', P .. 'nodes', now, node)
+call('ZREMRANGEBYSCORE', P .. 'nodes', '-inf', now - LEASE / 1000)
+call('ZREMRANGEBYSCORE', P .. 'nodes', now + LEASE / 1000, '+inf')
+call('ZADD', P .. 'nodes', now, node)
 ensure_feed()
-return incarnation
+return answered(incarnation)
 """
 )
 
@@ -221,16 +339,16 @@ STOP = (
     HEAD
     + """
 local node, incarnation = arg(), arg()
-if superseded(node, incarnation) then return 0 end
+if superseded(node, incarnation) then return answered(0) end
 redis.call('DEL', P .. 'node:' .. node)
-redis.call('ZREM', P .. 'nodes', node)
-return 1
+call('ZREM', P .. 'nodes', node)
+return answered(1)
 """
 )
 
 # One batch of removing a node's tuples, and quarantining its leases, of epochs below `floor`. The first call sets the
 # node's sets aside under purge-*, where the next start finds them should this one die half-way. What is newer than
-# `floor` goes back into the live sets. Returns how many members were looked at; 0 is the end.
+# `floor` goes back into the live sets. Answers how many members were looked at; 0 is the end.
 PURGE = (
     HEAD
     + """
@@ -238,22 +356,18 @@ local node, raw_node, floor, count, first = arg(), arg(), arg(), arg(), arg()
 
 local function take(kind)
   local live, aside = P .. kind .. ':' .. node, P .. 'purge-' .. kind .. ':' .. node
-  if first == '1' and redis.call('EXISTS', live) == 1 then
-    if redis.call('EXISTS', aside) == 0 then
-      redis.call('RENAME', live, aside)
-    else
-      redis.call('SUNIONSTORE', aside, aside, live)
-      redis.call('DEL', live)
-    end
+  local there = first == '1' and call('SCARD', live)
+  if there and there > 0 and call('SUNIONSTORE', aside, aside, live) then
+    redis.call('DEL', live)
     redis.call('PEXPIRE', aside, LEASE)
   end
-  return redis.call('SPOP', aside, count), live
+  return call('SPOP', aside, count) or {}, live
 end
 
 local tuples, live = take('tuples')
 for _, member in ipairs(tuples) do
   local target, field = string.match(member, '^(%S+) (%S+)$')
-  local json = redis.call('HGET', P .. 'target:' .. target, field)
+  local json = target and call('HGET', P .. 'target:' .. target, field)
   if json then
     if older(epoch_of(json), floor) then drop(target, field, json) else index(live, member) end
   end
@@ -261,12 +375,12 @@ end
 local ports, leased = take('ports')
 for _, port in ipairs(ports) do
   local key = P .. 'port:' .. port
-  local held = redis.call('HMGET', key, 'node', 'epoch', 'state')
-  if held[1] == raw_node and held[3] == 'leased' then
-    if older(held[2], floor) then rest(key) else index(leased, port) end
+  local held = call('HMGET', key, 'node', 'epoch', 'state')
+  if held and held[1] == raw_node and held[3] == 'leased' then
+    if older(digits(held[2]), floor) then rest(key) else index(leased, port) end
   end
 end
-return #tuples + #ports
+return answered(#tuples + #ports)
 """
 )
 
@@ -277,7 +391,7 @@ local node, raw_node, incarnation = arg(), arg(), arg()
 local refused = superseded(node, incarnation)
 if refused then return refused end
 local port, owner, last, epoch = arg(), arg(), arg(), arg()
-return hold('', port, owner, last, epoch, node, raw_node)
+return answered(hold('', node, raw_node, port, owner, last, epoch))
 """
 )
 
@@ -289,23 +403,24 @@ local node, raw_node = arg(), arg()
 for _ = 1, tonumber(arg()) do
   local port, owner, epoch = arg(), arg(), arg()
   local key = P .. 'port:' .. port
-  local held = redis.call('HMGET', key, 'owner', 'epoch', 'state', 'node')
-  if not held[1] then redis.call('HSET', key, 'owner', owner, 'epoch', epoch, 'node', raw_node) end
-  -- The node too: those of one PS IP may give out equal epochs, and the owner may have moved to another.
-  if not held[1] or (held[1] == owner and held[2] == epoch and held[3] == 'leased' and held[4] == raw_node) then
-    rest(key)
-    redis.call('SREM', P .. 'ports:' .. node, port)
+  local held = call('HMGET', key, 'owner', 'epoch', 'state', 'node')
+  if held then
+    if not held[1] then redis.call('HSET', key, 'owner', owner, 'epoch', epoch, 'node', raw_node) end
+    -- The node too: those of one PS IP may give out equal epochs, and the owner may have moved to another.
+    local ours = held[4] == raw_node and digits(held[2]) == epoch
+    if not held[1] or (ours and held[1] == owner and held[3] == 'leased') then rest(key) end
+    if ours or held[4] ~= raw_node then call('SREM', P .. 'ports:' .. node, port) end
   end
 end
 for _ = 1, tonumber(arg()) do
   local target, field, epoch, json = arg(), arg(), arg(), arg()
-  local present = redis.call('HGET', P .. 'target:' .. target, field)
+  local present = call('HGET', P .. 'target:' .. target, field)
   if not present or epoch_of(present) == epoch then
     drop(target, field, present or json)
-    redis.call('SREM', P .. 'tuples:' .. node, target .. ' ' .. field)
+    call('SREM', P .. 'tuples:' .. node, target .. ' ' .. field)
   end
 end
-return 1
+return answered(1)
 """
 )
 
@@ -314,20 +429,22 @@ CURSOR = (
     HEAD
     + """
 ensure_feed()
-local feed = redis.call('HMGET', P .. 'feed', 'id', 'seq')
-return {feed[1], feed[2], now, redis.call('ZRANGEBYSCORE', P .. 'nodes', dead - TTL / 1000, '+inf')}
+local feed = call('HMGET', FEED, 'id', 'seq') or {}
+local nodes = call('ZRANGEBYSCORE', P .. 'nodes', oldest - TTL / 1000, '+inf') or {}
+return answered({feed[1], feed[2], now, nodes})
 """
 )
 
+# The nodes whose own record has a heartbeat; the sorted set is only where their names are.
 NODES = (
     HEAD
     + """
 local found = {}
-for _, node in ipairs(redis.call('ZRANGEBYSCORE', P .. 'nodes', dead, '+inf')) do
-  local record = redis.call('GET', P .. 'node:' .. node)
-  if record then found[#found + 1] = record end
+for _, node in ipairs(call('ZRANGEBYSCORE', P .. 'nodes', oldest - TTL / 1000, '+inf') or {}) do
+  local record = call('GET', P .. 'node:' .. node)
+  if record and alive(string.match(record, '^{"beat":([%d.]+)[,}]')) then found[#found + 1] = record end
 end
-return table.concat(found, '\\n')
+return answered(table.concat(found, '\\n'))
 """
 )
 
@@ -337,19 +454,17 @@ PAGE = (
     HEAD
     + """
 local node, cursor, count = arg(), arg(), arg()
-local page = redis.call('SSCAN', P .. 'tuples:' .. node, cursor, 'COUNT', count)
+local page = call('SSCAN', P .. 'tuples:' .. node, cursor, 'COUNT', count) or {'0', {}}
 local found = {}
 for _, member in ipairs(page[2]) do
   local target, field = string.match(member, '^(%S+) (%S+)$')
   local key = P .. 'target:' .. (target or '')
-  local json = target and redis.call('HGET', key, field)
+  local json = target and call('HGET', key, field)
   if json then
     local beat = redis.call('HGET', key, field .. '@' .. epoch_of(json))
-    if (tonumber(beat or 0) or 0) > dead then
-      found[#found + 1] = '{"beat":' .. beat .. ',' .. string.sub(json, 2)
-    end
+    if alive(beat) then found[#found + 1] = '{"beat":' .. beat .. ',' .. string.sub(json, 2) end
   end
 end
-return {page[1], table.concat(found, '\\n')}
+return answered({page[1], table.concat(found, '\\n')})
 """
 )

@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import msgspec
@@ -54,6 +54,8 @@ class _Port(msgspec.Struct, frozen=True):
     lease: PortLease
     quarantined: bool
     until: float
+    exposes: str = ""
+    revision: int = -1  # of `exposes`; -1: nothing was said
 
 
 class MemoryRegistry:
@@ -136,7 +138,7 @@ class MemoryRegistry:
                 self._ports[at] = _Port(port.lease, True, now + self.quarantine)
 
     def _alive(self, beat: float, now: float) -> bool:
-        return now - beat < self.ttl
+        return -self.ttl <= now - beat < self.ttl  # one from the future is no sign of life: the clock stepped back
 
     # ------------------------------------------------------------------ ports
 
@@ -162,8 +164,9 @@ class MemoryRegistry:
         port = self._ports.get((at.ip, at.port))
         return port if port is not None and port.until > now else None
 
-    def _hold(self, lease: PortLease, now: float) -> None:
-        self._ports[lease.ip, lease.port] = _Port(lease, False, now + self.ttl + self.quarantine)
+    def _hold(self, lease: PortLease, now: float, exposes: str = "", revision: int = -1) -> None:
+        until = now + self.ttl + self.quarantine
+        self._ports[lease.ip, lease.port] = _Port(lease, False, until, exposes, revision)
         self._last.pop((lease.node, lease.owner), None)
         self._last[lease.node, lease.owner] = lease.port
         if len(self._last) > LAST_PORTS:
@@ -175,8 +178,14 @@ class MemoryRegistry:
         if same and not (held is not None and held.quarantined):
             self._ports[lease.ip, lease.port] = _Port(lease, True, now + self.quarantine)
 
-    def _keep(self, lease: PortLease, now: float, *, back: bool) -> None:
-        """A lease of a registration: refresh it, or put it back, unless somebody else has the better right."""
+    def _keep(self, of: Registration, now: float, *, back: bool) -> None:
+        """The leases of a registration: refresh them, or put them back."""
+        for lease in of.leases:
+            first = lease is of.leases[0]
+            self._keep_one(lease, now, back, of.exposes if first else "", of.revision if first else 0)
+
+    def _keep_one(self, lease: PortLease, now: float, back: bool, exposes: str, revision: int) -> None:
+        """Unless somebody else has the better right."""
         held = self._port(lease, now)
         if held is not None:
             mine = held.lease.owner == lease.owner and held.lease.epoch <= lease.epoch
@@ -185,7 +194,9 @@ class MemoryRegistry:
             ended = back and held.quarantined and held.lease.epoch == lease.epoch
             if ended or not (mine or history):
                 return
-        self._hold(lease, now)
+            if held.lease == lease and held.revision > revision:
+                exposes, revision = held.exposes, held.revision
+        self._hold(lease, now, exposes, revision)
 
     # ------------------------------------------------------------------ tuples
 
@@ -197,8 +208,7 @@ class MemoryRegistry:
             for entry in registration.tuples:
                 if taken := self._taken(entry, now):
                     raise taken
-            for lease in registration.leases:
-                self._keep(lease, now, back=False)
+            self._keep(registration, now, back=False)
             for entry in registration.tuples:
                 self._put(entry, now, back=False)
 
@@ -220,8 +230,7 @@ class MemoryRegistry:
             back = 0
             lost: dict[int, AddressTaken] = {}
             for registration in registrations:
-                for lease in registration.leases:
-                    self._keep(lease, now, back=True)
+                self._keep(registration, now, back=True)
                 for entry in registration.tuples:
                     if taken := self._taken(entry, now):
                         lost[registration.epoch] = taken
@@ -235,7 +244,8 @@ class MemoryRegistry:
 
     def _put(self, entry: Tuple, now: float, *, back: bool) -> bool:
         """Write or refresh one tuple; whether it had to be written. `back`: by a beat, which may be late."""
-        entry = entry if entry.beat == 0.0 else msgspec.structs.replace(entry, beat=0.0)
+        if entry.beat or entry.exposes:
+            entry = msgspec.structs.replace(entry, beat=0.0, exposes="")
         live = self._live(entry)
         if live is not None:
             if live.tuple.epoch > entry.epoch:
@@ -277,6 +287,15 @@ class MemoryRegistry:
     def lookup(self, namespace: str, ip: str) -> list[Tuple]:
         with self._changed:
             return list(self._seen(self._targets.get((namespace, ip), {}).values(), self._clock()))
+
+    def with_exposes(self, tuples: Sequence[Tuple]) -> list[Tuple]:
+        with self._changed:
+            now = self._clock()
+            return [msgspec.structs.replace(entry, exposes=self._exposes(entry, now)) for entry in tuples]
+
+    def _exposes(self, entry: Tuple, now: float) -> str:
+        port = self._ports.get((entry.ps_ip, entry.ps_port))
+        return port.exposes if port is not None and port.until > now and port.lease.epoch == entry.epoch else ""
 
     def snapshot(self) -> Snapshot:
         with self._changed:

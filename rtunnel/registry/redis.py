@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
+import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, wraps
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
@@ -41,9 +43,11 @@ from rtunnel.registry.base import (
 )
 
 # The changes that a gateway may be behind before it has to take a snapshot: one node of 50,000 sessions that stops and
-# comes back elsewhere. About 35 MB in Redis when full.
+# comes back elsewhere. About 30 MB in Redis when full, with ordinary names.
 FEED_LENGTH = 100_000
-BATCH = 1000  # sessions in one call of the quiet beat: 3 ms of Redis, and 50 calls for 50,000 sessions
+# And their bytes, for names of the longest kind make a change ten times as long.
+FEED_BYTES = 32 * 1024 * 1024
+BATCH = 500  # sessions in one call of the quiet beat: 3 to 5 ms of Redis, and 100 calls for 50,000 sessions
 WRITE_BATCH = 250  # sessions in one call that writes them in full: 5 ms of Redis
 PAGE = 250  # tuples in one page of a snapshot or purge: 2 to 4 ms of Redis
 CHANGES_AT_ONCE = 1000
@@ -51,6 +55,13 @@ CHANGES_AT_ONCE = 1000
 # dump brought back.
 VERIFY_EVERY = 60
 LAST_PORT = 30 * 86400.0  # how long an owner's port, and a node's incarnation, are remembered
+# The server's clock is asked for again after so many seconds: until then two clocks drift apart by some milliseconds.
+CLOCK_SECONDS = 10.0
+# Sessions whose last write had no answer, to be seen to by the next beat. What is beyond that expires by itself.
+MAX_UNSURE = 10_000
+# Keys that were told to be of another type are not told again so soon (seconds), and so many are remembered.
+TELL_AGAIN = 60.0
+MAX_TOLD = 1000
 
 _SENTINEL = "redis+sentinel"
 _SCHEMES = ("redis", "rediss", "unix", _SENTINEL)
@@ -82,6 +93,14 @@ def _sensible(call: Callable[Concatenate[RedisRegistry, _P], _T]) -> Callable[Co
     return checked
 
 
+class _WrongType(RegistryUnavailable):
+    """A key is of another type than docs/registry.md says."""
+
+
+class _Late(Exception):
+    """The server found a call that is older than its caller's patience; it did nothing."""
+
+
 class _Script:
     """A script and the name under which Redis remembers it."""
 
@@ -111,6 +130,8 @@ class RedisRegistry:
         quarantine: float = 60.0,
         timeout: float = 1.0,
         feed_length: int = FEED_LENGTH,
+        feed_bytes: int = FEED_BYTES,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not prefix or any(c.isspace() or not c.isprintable() for c in prefix):
             raise ValueError(f"[registry] prefix {prefix!r} must be one printable word")
@@ -122,7 +143,12 @@ class RedisRegistry:
         self._beats = 0
         self._closed = False
         lifetimes = (ttl, ttl + quarantine, quarantine, LAST_PORT)
-        self._head = (prefix, uuid.uuid4().hex, feed_length, *(max(1, round(t * 1000)) for t in lifetimes))
+        feed = (uuid.uuid4().hex, feed_length, feed_bytes)
+        self._head = (prefix, *feed, *(max(1, round(t * 1000)) for t in lifetimes))
+        self._monotonic = clock
+        self._clock: tuple[float, float] | None = None  # ours, and the server's then or a little later
+        self._unsure = _Unsure()
+        self._told: dict[str, float] = {}  # keys of another type, until when they are not told again
 
     def ping(self) -> None:
         self._command("PING")
@@ -138,7 +164,7 @@ class RedisRegistry:
     @_sensible
     def start_node(self, record: NodeRecord) -> int:
         node = _quote(record.node)
-        incarnation = int(self._run(_START, node, _record(record, incarnation=False)))
+        incarnation = int(self._write(_START, node, _record(record, incarnation=False)))
         self._purge(record.node, incarnation << COUNTER_BITS)
         return incarnation
 
@@ -153,20 +179,24 @@ class RedisRegistry:
 
     def _purge(self, node: str, floor: int) -> None:
         first = 1
-        while self._run(_PURGE, _quote(node), node, floor, PAGE, first) or first:
+        while self._write(_PURGE, _quote(node), node, floor, PAGE, first) or first:
             first = 0
 
     # ------------------------------------------------------------------ ports
 
-    @_sensible
     def last_port(self, node: str, owner: str) -> int | None:
-        port = self._command("GET", f"{self._prefix}:last:{_last(node, owner)}")
-        return None if port is None else int(port)
+        key = f"{self._prefix}:last:{_last(node, owner)}"
+        try:
+            port = self._command("GET", key)
+        except _WrongType:
+            self._tell([key.encode()])
+            return None  # it was a wish: any other port will do
+        return int(port) if port is not None and port.isdigit() else None
 
     @_sensible
     def lease_port(self, lease: PortLease) -> bool:
         node = (_quote(lease.node), lease.node, incarnation_of(lease.epoch))
-        return bool(self._run(_LEASE, *node, *_lease_args(lease)))
+        return bool(self._write(_LEASE, *node, *_lease_args(lease)))
 
     def release_port(self, lease: PortLease) -> None:
         self._remove(lease.node, (), (lease,))
@@ -176,13 +206,21 @@ class RedisRegistry:
     @_sensible
     def register(self, registration: Registration) -> None:
         if node := _node(registration):
-            _, taken = self._put("keep", node, incarnation_of(registration.epoch), [registration])
+            try:
+                _, taken = self._put("keep", node, incarnation_of(registration.epoch), [registration])
+            except RegistryUnavailable:
+                self._unsure.add(node, registration, over=False)  # it may be there
+                raise
             for refused in taken.values():
                 raise refused
 
     def unregister(self, registration: Registration) -> None:
         if node := _node(registration):
-            self._remove(node, registration.tuples, registration.leases)
+            try:
+                self._remove(node, registration.tuples, registration.leases)
+            except RegistryUnavailable:
+                self._unsure.add(node, registration, over=True)
+                raise
 
     @_sensible
     def beat(self, record: NodeRecord, registrations: list[Registration]) -> Beat:
@@ -198,20 +236,38 @@ class RedisRegistry:
             written, taken = self._put("back", record.node, record.incarnation, batch)
             back += written
             lost |= taken
+        self._undo(record.node, registrations)
         return Beat(back, lost)
+
+    def _undo(self, node: str, registrations: list[Registration]) -> None:
+        """Remove what earlier calls without an answer may have left, but for what is in these registrations."""
+        doubts = self._unsure.of(node)
+        if not doubts:
+            return
+        unsure = {doubt.epoch for doubt in doubts}
+        there: set[object] = set()
+        for registration in registrations:
+            if registration.epoch in unsure:
+                there.update(map(_place, registration.tuples))
+                there.update(registration.leases)
+        for batch in _batches((doubt.without(there) for doubt in doubts), WRITE_BATCH):
+            tuples = tuple(entry for registration in batch for entry in registration.tuples)
+            leases = tuple(lease for registration in batch for lease in registration.leases)
+            self._remove(node, tuples, leases)
+        self._unsure.settle(node, doubts, there)
 
     def _refresh(self, record: NodeRecord, batch: list[Registration]) -> set[int]:
         """The heartbeat of one batch: which of its registrations Redis does not (wholly) have."""
         tuples, of_tuple, leases, of_lease = [], [], [], []
         for n, registration in enumerate(batch):
             for entry in registration.tuples:
-                tuples.append(f"{_target(entry)} {_field(entry)}@{entry.epoch}\n")
+                tuples.append(f"{_target(entry)} {_field(entry)} {entry.epoch}\n")
                 of_tuple.append(n)
-            for lease in registration.leases:
-                leases.append(f"{_at(lease.ip, lease.port)}\n")
+            for lease, (_, revision) in _said(registration):
+                leases.append(f"{_at(lease.ip, lease.port)} {lease.epoch} {revision}\n")
                 of_lease.append(n)
         node = (_quote(record.node), record.incarnation, _record(record, incarnation=True))
-        lost, unleased = self._run(_REFRESH, *node, "".join(tuples), "".join(leases))
+        lost, unleased = self._write(_REFRESH, *node, "".join(tuples), "".join(leases))
         return {of_tuple[n] for n in lost} | {of_lease[n] for n in unleased}
 
     def _put(
@@ -219,20 +275,21 @@ class RedisRegistry:
     ) -> tuple[int, dict[int, AddressTaken]]:
         """How many tuples were written; the epochs of sessions that lack an address because another agent has it."""
         args: list[Any] = [mode, _quote(node), node, incarnation]
-        leases = [lease for registration in batch for lease in registration.leases]
+        leases = [said for registration in batch for said in _said(registration)]
         tuples = [entry for registration in batch for entry in registration.tuples]
         args.append(len(tuples))
         for entry in tuples:
             port = _at(entry.ps_ip, entry.ps_port)
             args += (_target(entry), _agent(entry), _field(entry), port, entry.epoch, _static(entry))
         args.append(len(leases))
-        for lease in leases:
-            args += _lease_args(lease)
-        written, *refused = self._run(_PUT, *args)
+        for lease, said in leases:
+            args += (*_lease_args(lease), *said)
+        written, *refused = self._write(_PUT, *args)
         taken = {}
-        for number, json in zip(refused[::2], refused[1::2], strict=True):
-            ours, other = tuples[number], _read_tuple(json)
-            taken[ours.epoch] = AddressTaken(ours.namespace, ours.agent_ip, other.agent_id, other.node)
+        for number, agent, other in zip(refused[::3], refused[1::3], refused[2::3], strict=True):
+            ours = tuples[number]
+            who = (agent.decode(errors="replace"), other.decode(errors="replace"))
+            taken[ours.epoch] = AddressTaken(ours.namespace, ours.agent_ip, *who)
         return written, taken
 
     def _remove(self, node: str, tuples: tuple[Tuple, ...], leases: tuple[PortLease, ...]) -> None:
@@ -253,16 +310,28 @@ class RedisRegistry:
             ("TIME",), ("HGETALL", f"{self._prefix}:target:{_quote(namespace)}:{_quote_ip(ip)}")
         )
         # To the millisecond, as the scripts have it: what one reader calls dead the next must not call alive.
-        dead = float(f"{int(clock[0])}.{int(clock[1]) // 1000:03d}") - self.ttl
+        now = float(_seconds(clock))
         fields = dict(zip(flat[::2], flat[1::2], strict=True))
-        found = []
-        for field, json in fields.items():
-            if b"@" in field:
-                continue
-            for entry in _rows([json], _read_tuple):
-                beat = float(fields.get(b"%s@%d" % (field, entry.epoch), 0))
-                if beat > dead:
-                    found.append(msgspec.structs.replace(entry, beat=beat))
+
+        def read(field: bytes) -> Tuple:
+            entry = _read_tuple(fields[field])
+            return msgspec.structs.replace(entry, beat=float(fields.get(b"%s@%d" % (field, entry.epoch), 0)))
+
+        found = _rows((field for field in fields if b"@" not in field), read)
+        # One from the future is no sign of life: the clock stepped back.
+        return [entry for entry in found if now - self.ttl < entry.beat <= now + self.ttl]
+
+    @_sensible
+    def with_exposes(self, tuples: Sequence[Tuple]) -> list[Tuple]:
+        found: list[Tuple] = []
+        for first in range(0, len(tuples), CHANGES_AT_ONCE):
+            piece = tuples[first : first + CHANGES_AT_ONCE]
+            ports = [f"{self._prefix}:port:{_at(entry.ps_ip, entry.ps_port)}" for entry in piece]
+            replies = self._exchange(*(("HMGET", port, "epoch", "exposes") for port in ports))
+            for entry, (epoch, exposes) in zip(piece, replies, strict=True):
+                if exposes is not None and epoch == b"%d" % entry.epoch:
+                    entry = msgspec.structs.replace(entry, exposes=exposes.decode(errors="replace"))
+                found.append(entry)
         return found
 
     @_sensible
@@ -303,11 +372,47 @@ class RedisRegistry:
     def _command(self, *command: Any) -> Any:
         return self._exchange(command)[0]
 
-    def _run(self, script: _Script, *args: Any) -> Any:
+    def _write(self, script: _Script, *args: Any) -> Any:
+        """Run a script that does nothing when it begins after this caller has given up.
+
+        Commands wait in the buffers of a server that is frozen, also after their connection was closed. A START that
+        then comes last would take the node_id from the process that is at work.
+        """
+        for _ in range(2):
+            try:
+                return self._run(script, *args, not_after=f"{self._server_time() + self._timeout + 0.1:.3f}")
+            except _Late:
+                self._clock = None  # it stepped forward, or there is another server by now
+        text = f"its clock jumps, or calls take more than {self._timeout:g} s to reach it; see [registry] timeout"
+        raise RegistryUnavailable(f"registry {self.url}: {text}")
+
+    def _server_time(self) -> float:
+        """Seconds by the server's clock: never behind it, ahead by no more than one exchange takes."""
+        now = self._monotonic()
+        clock = self._clock
+        if clock is None or now - clock[0] > CLOCK_SECONDS:
+            clock = self._clock = now, float(_seconds(self._command("TIME")))
+        return clock[1] + self._monotonic() - clock[0]
+
+    def _run(self, script: _Script, *args: Any, not_after: str = "") -> Any:
+        args = (0, *self._head, not_after, *args)
         try:
-            return self._command("EVALSHA", script.sha, 0, *self._head, *args)
+            answer, faulty = self._command("EVALSHA", script.sha, *args)
         except errors.NoScriptError:  # a server that was restarted, or a failover
-            return self._command("EVAL", script.source, 0, *self._head, *args)
+            answer, faulty = self._command("EVAL", script.source, *args)
+        if faulty:
+            self._tell(faulty)
+        return answer
+
+    def _tell(self, faulty: list[bytes]) -> None:
+        """Log the keys that a script could not use, each from time to time."""
+        now = self._monotonic()
+        for key in (name.decode(errors="replace") for name in faulty):
+            if self._told.get(key, 0.0) <= now:
+                if len(self._told) >= MAX_TOLD:
+                    self._told.clear()
+                self._told[key] = now + TELL_AGAIN
+                _log.warning("registry_key_ignored", registry=self.url, key=key, reason=_WRONG_KEY)
 
     def _exchange(self, *commands: tuple[Any, ...], wait: float = 0.0) -> list[Any]:
         """Send the commands in one go and return their replies; `wait` is what the last may take beyond the timeout.
@@ -330,9 +435,7 @@ class RedisRegistry:
                 if attempt == 2 or isinstance(exc, (errors.AuthenticationError, errors.BusyLoadingError)):
                     raise self._unavailable(exc) from exc
             except errors.ResponseError as exc:
-                if str(exc).startswith("SUPERSEDED"):
-                    raise Superseded(f"this node was started again elsewhere ({exc})") from None
-                raise self._unavailable(exc) from exc
+                raise self._refused(str(exc)) or self._unavailable(exc) from exc
             except errors.RedisError as exc:
                 raise self._unavailable(exc) from exc
             finally:
@@ -341,7 +444,22 @@ class RedisRegistry:
                 self._pool.release(connection)
         raise AssertionError("unreachable")
 
+    def _refused(self, text: str) -> Exception | None:
+        """What a script of ours says with an error, if it is one of ours."""
+        if "SUPERSEDED" in text:
+            return Superseded(f"this node was started again elsewhere ({text})")
+        if "LATE call" in text:
+            return _Late(text)
+        if "POISONED" in text:
+            key = text.rpartition("POISONED ")[2]
+            fix = f'see that no other process has this node_id, then delete the key (redis-cli DEL "{key}")'
+            return RegistryUnavailable(f"registry {self.url}: the key {key} holds no incarnation (below 2^32); {fix}")
+        if "WRONGTYPE" in text:
+            return _WrongType(f"registry {self.url}: {_reason(errors.ResponseError(text), self._timeout)}")
+        return None
+
     def _unavailable(self, exc: Exception) -> RegistryUnavailable:
+        self._clock = None  # what answers next may be another server
         return RegistryUnavailable(f"registry {self.url}: {_reason(exc, self._timeout)}")
 
 
@@ -369,6 +487,16 @@ def _converse(connection: Any, commands: tuple[tuple[Any, ...], ...], wait: floa
     return replies
 
 
+#: What is wrong with a key that a script leaves alone, and what to do.
+_WRONG_KEY = "it is of another type, or has nonsense in it: see who writes there (docs/registry.md), then delete it"
+#: Errors of a server that answers reads and refuses writes, with what to do.
+_REFUSED_WRITES = {
+    "NOREPLICAS": "it takes no writes until enough replicas are connected: see min-replicas-to-write",
+    "MISCONF": "it takes no writes because it can't save to disk: see its log, its disk and its save configuration",
+    "WRONGTYPE": "a key " + _WRONG_KEY.removeprefix("it "),
+}
+
+
 def _reason(exc: Exception, timeout: float) -> str:
     """What went wrong, and what to do about it."""
     text = str(exc) or type(exc).__name__
@@ -382,6 +510,9 @@ def _reason(exc: Exception, timeout: float) -> str:
         return f"{text}; raise the server's maxmemory"
     if isinstance(exc, errors.ReadOnlyError) or "READONLY" in text:
         return f"{text}; [registry] url must name the master, or the sentinels"
+    for word, fix in _REFUSED_WRITES.items():
+        if word in text:
+            return f"{text}; {fix}"
     if isinstance(exc, errors.BusyLoadingError):
         return f"{text}; it answers once it has loaded its data"
     if isinstance(exc, (errors.ConnectionError, OSError)):
@@ -432,10 +563,18 @@ def _lease_args(lease: PortLease) -> tuple[Any, ...]:
     return _at(lease.ip, lease.port), lease.owner, _last(lease.node, lease.owner), lease.epoch
 
 
+def _said(registration: Registration) -> Iterator[tuple[PortLease, tuple[str, int]]]:
+    """The leases, each with the exposed ports and their revision that are stored with it."""
+    said = registration.exposes, registration.revision
+    for lease in registration.leases:
+        yield lease, said
+        said = "", 0
+
+
 def _static(entry: Tuple) -> bytes:
-    """A tuple as it is stored: its epoch first (scripts read it there) and as a string, without its heartbeat."""
+    """A tuple as it is stored: its epoch first (scripts read it there) and as a string, without what others set."""
     fields = msgspec.structs.asdict(entry)
-    del fields["beat"]
+    del fields["beat"], fields["exposes"]
     return _encode({"epoch": str(fields.pop("epoch")), **fields})
 
 
@@ -450,6 +589,11 @@ def _record(record: NodeRecord, *, incarnation: bool) -> bytes:
     if not incarnation:
         del fields["incarnation"]
     return _encode(fields)
+
+
+def _seconds(clock: list[bytes]) -> str:
+    """The reply to TIME in seconds, to the millisecond."""
+    return f"{int(clock[0])}.{int(clock[1]) // 1000:03d}"
 
 
 def _sequence(entry: list[Any]) -> int:
@@ -496,6 +640,64 @@ def _change(entry: list[Any]) -> Change:
     kind, json = entry
     of = _read_tuple(json)
     return Change(of.namespace, of.agent_ip, of.agent_port, of.node, of.epoch, of if kind == b"put" else None)
+
+
+_Place = tuple[str, str, int, int]
+
+
+def _place(entry: Tuple) -> _Place:
+    """Which of a node's tuples it is, whatever is said in it."""
+    return entry.namespace, entry.agent_ip, entry.agent_port, entry.epoch
+
+
+class _Doubt(msgspec.Struct, frozen=True):
+    """Parts of a session whose last write had no answer: it may have been made or not.
+
+    `over`: they were to be removed. A beat that was put together before may still name them.
+    """
+
+    epoch: int
+    tuples: dict[_Place, Tuple]
+    leases: frozenset[PortLease]
+    over: bool
+
+    def without(self, there: set[object]) -> Registration:
+        """The parts that are not there."""
+        tuples = tuple(entry for place, entry in self.tuples.items() if place not in there)
+        return Registration(self.epoch, tuples, tuple(lease for lease in self.leases if lease not in there))
+
+
+class _Unsure:
+    """The doubts of a client, by node and epoch. For any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._doubts: dict[tuple[str, int], _Doubt] = {}
+
+    def add(self, node: str, registration: Registration, *, over: bool) -> None:
+        """Beside what is unsure of the same session; the oldest session makes room."""
+        epoch = registration.epoch
+        with self._lock:
+            known = self._doubts.pop((node, epoch), None) or _Doubt(epoch, {}, frozenset(), False)
+            if len(self._doubts) >= MAX_UNSURE:
+                del self._doubts[next(iter(self._doubts))]
+            tuples = known.tuples | {_place(entry): entry for entry in registration.tuples}
+            leases = known.leases | set(registration.leases)
+            self._doubts[node, epoch] = _Doubt(epoch, tuples, leases, over or known.over)
+
+    def of(self, node: str) -> list[_Doubt]:
+        """All of a node."""
+        with self._lock:
+            return [doubt for (name, _), doubt in self._doubts.items() if name == node]
+
+    def settle(self, node: str, doubts: Iterable[_Doubt], there: set[object]) -> None:
+        """They were seen to, but what was added meanwhile, or is over and was still there."""
+        with self._lock:
+            for doubt in doubts:
+                key = (node, doubt.epoch)
+                stays = doubt.over and not there.isdisjoint([*doubt.tuples, *doubt.leases])
+                if self._doubts.get(key) is doubt and not stays:
+                    del self._doubts[key]
 
 
 def _batches(registrations: Iterable[Registration], most: int) -> Iterator[list[Registration]]:

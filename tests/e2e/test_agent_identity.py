@@ -832,7 +832,10 @@ async def test_ports_are_exposed_and_hidden_while_the_agent_runs(
         (session,) = cluster.brokers["b1"].node.sessions.values()
         await cluster.until(lambda: session.exposes == (str(two.port),))
         await cluster.until(
-            lambda: {t.exposes for t in cluster.registry.snapshot().tuples if t.agent_id == "a1"} == {str(two.port)}
+            lambda: (
+                [t.exposes for t in cluster.registry.with_exposes(cluster.registry.lookup("default", IP))]
+                == [str(two.port)]
+            )
         )
         await cluster.until(lambda: agent.targets.counts.endings["revoked"] == 1)
         await cluster.until(lambda: len(named(events, "config_loaded")) == 2)

@@ -19,7 +19,7 @@ import trio
 from click.testing import CliRunner, Result
 
 from rtunnel import cli, config, roles
-from rtunnel.registry import COUNTER_BITS, NodeRecord, Registration, Registry, RegistryUnavailable, Tuple
+from rtunnel.registry import COUNTER_BITS, NodeRecord, PortLease, Registration, Registry, RegistryUnavailable, Tuple
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.roles import Role
 from rtunnel.trust import pki
@@ -198,8 +198,10 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
     for index, (agent, ip, nodes) in enumerate(agents):
         for node in nodes:
             epoch = EPOCHS[node] + index
-            entry = Tuple("default", ip, 0, "10.0.0.1", 20000 + index, node, epoch, agent, exposes="22,8000-8100")
-            registry.register(Registration(epoch, (entry,), ()))
+            ps_ip, port = f"10.0.0.{node[1:]}", 20000 + index
+            entry = Tuple("default", ip, 0, ps_ip, port, node, epoch, agent)
+            lease = PortLease(ps_ip, port, f"default/{agent}", node, epoch)
+            registry.register(Registration(epoch, (entry,), (lease,), exposes="22,8000-8100"))
     monkeypatch.setattr(cli, "connect", lambda _: registry)
     monkeypatch.setenv("RTUNNEL_REGISTRY_URL", "redis://10.0.0.5/0")
     monkeypatch.setattr(registry, "close", lambda: None)

@@ -98,9 +98,9 @@ class Node:
         self, agent_ip: str = "10.1.0.7", port: int = 20001, *, agent: str = "a", namespace: str = "default"
     ) -> Registration:
         epoch = self.epoch()
-        entry = Tuple(namespace, agent_ip, 0, self.record.ip, port, self.name, epoch, agent, exposes="22,9100")
+        entry = Tuple(namespace, agent_ip, 0, self.record.ip, port, self.name, epoch, agent)
         lease = PortLease(self.record.ip, port, f"{namespace}/{agent}", self.name, epoch)
-        return Registration(epoch, (entry,), (lease,))
+        return Registration(epoch, (entry,), (lease,), exposes="22,9100")
 
     def start(self, *args: Any, **kwargs: Any) -> Registration:
         session = self.session(*args, **kwargs)
@@ -488,7 +488,70 @@ def test_ids_that_look_like_stored_ones_are_told_apart(store: Store) -> None:
                 assert caught.value.agent_id == agent
 
 
+def test_exposed_ports_are_told_once_and_an_older_revision_changes_nothing(store: Store) -> None:
+    registry = store.open()
+    node = Node(registry)
+    session = node.session()
+    more = msgspec.structs.replace(session.tuples[0], agent_ip="10.1.0.8")
+    session = msgspec.structs.replace(session, tuples=(*session.tuples, more))
+    registry.register(session)
+    cursor = registry.snapshot().cursor
+
+    def said() -> set[str]:
+        return {entry.exposes for entry in registry.with_exposes(registry.snapshot().tuples)}
+
+    assert said() == {"22,9100"}
+    newer = msgspec.structs.replace(session, exposes="80", revision=1)
+    assert node.beat(newer) == 0
+    assert said() == {"80"}
+    registry.register(session)  # a call that comes late
+    assert said() == {"80"}
+    assert drain(registry, cursor)[1] == []
+    store.wipe()
+    assert node.beat(newer) == 2
+    assert said() == {"80"}
+    again = node.start()
+    assert again.exposes == "22,9100"
+    assert {entry.exposes for entry in registry.with_exposes(again.tuples)} == {"22,9100"}
+
+
 # ---------------------------------------------------------------------- beats and silence
+
+
+def test_heartbeat_from_the_future_is_no_sign_of_life(redis_server: RedisServer) -> None:
+    """The clock of Redis stepped back; by less than the ttl nobody is silenced for it."""
+    registry = RedisRegistry(redis_server.url, ttl=15)
+    node = Node(registry)
+    session = node.start()
+    key, field = "rtunnel:target:default:10.1.0.7", f"broker-1/0@{session.epoch}"
+    with redis_server.client() as client:
+        record = client.get("rtunnel:node:broker-1")
+        for ahead, alive in ((10, True), (20, False), (3600, False)):
+            then = time.time() + ahead
+            client.hset(key, field, f"{then:.3f}")
+            beat = record.partition(",")[0]
+            client.set("rtunnel:node:broker-1", record.replace(beat, f'{{"beat":{then:.3f}'))
+            client.zadd("rtunnel:nodes", {"broker-1": then})
+            assert bool(registry.lookup("default", "10.1.0.7")) == alive, ahead
+            assert bool(everything(registry)) == alive, ahead
+            assert bool(registry.nodes()) == alive, ahead
+    other = Node(registry, "broker-2", "10.0.0.2")
+    registry.register(other.session(agent="b"))
+    with pytest.raises(AddressTaken):
+        registry.register(session)
+    registry.close()
+
+
+def test_memory_registry_knows_heartbeats_from_the_future_too() -> None:
+    now = [1000.0]
+    registry = MemoryRegistry(15, 60, lambda: now[0])
+    Node(registry).start()
+    now[0] -= 10
+    assert registry.nodes()
+    assert everything(registry)
+    now[0] -= 10
+    assert not registry.nodes()
+    assert not everything(registry)
 
 
 def test_silent_node_disappears_and_the_other_stays(store: Store) -> None:
@@ -723,6 +786,28 @@ def test_trimmed_feed_loses_the_cursor(store: Store) -> None:
     assert drain(registry, fresh) == (fresh, [])
 
 
+def test_feed_is_bounded_by_bytes_too(redis_server: RedisServer) -> None:
+    """Names of the longest kind make long changes. What is kept is read on without a gap."""
+    limit = 400_000
+    registry = RedisRegistry(redis_server.url, feed_bytes=limit)
+    session = Node(registry).session(agent="a" * 128)
+    [entry] = session.tuples
+    entries = [msgspec.structs.replace(entry, agent_ip=f"10.1.0.{n}") for n in range(64)]
+    with redis_server.client() as client:
+        for n in range(96):
+            state = "live" if n % 2 else "draining"
+            tuples = tuple(msgspec.structs.replace(entry, state=state) for entry in entries)
+            registry.register(msgspec.structs.replace(session, tuples=tuples))
+            assert client.memory_usage("rtunnel:changes", samples=0) < 3 * limit
+            if n == 90:
+                cursor = registry.snapshot().cursor
+        assert client.hget("rtunnel:feed", "seq") == str(96 * 64)
+        assert client.xlen("rtunnel:changes") <= 2 * 1024
+        assert len(client.hgetall("rtunnel:feed")) < 10
+    assert len(drain(registry, cursor)[1]) == 5 * 64
+    registry.close()
+
+
 def test_wiped_registry_loses_the_cursor_also_once_it_has_as_many_changes(store: Store) -> None:
     registry = store.open()
     node = Node(registry)
@@ -772,6 +857,8 @@ def test_lookup_with_the_documented_commands_only(redis_server: RedisServer) -> 
             "node": "broker-1",
             "epoch": str(session.epoch),
             "state": "leased",
+            "exposes": "22,9100",
+            "revision": "0",
         }
         assert 0 < client.pttl("rtunnel:target:default:10.1.0.7") <= 15_000
         assert 60_000 < client.pttl("rtunnel:port:10.0.0.1:20001") <= 75_000
@@ -910,6 +997,84 @@ def test_blocked_read_of_a_redis_that_freezes_gives_up(make_redis: MakeRedis) ->
     server.thaw()
     assert failures
     assert failures[0] < 1.0 + 0.3 + 0.5
+    registry.close()
+
+
+def test_beat_that_waits_in_a_frozen_redis_hides_nobody(make_redis: MakeRedis) -> None:
+    """The tuples expire before the thaw; the beat that its caller has given up must not look like life to the next."""
+    server = make_redis().start()
+    registry = RedisRegistry(server.url, ttl=0.3, quarantine=5.0, timeout=0.1)
+    node = Node(registry)
+    sessions = [node.start(f"10.1.0.{n}", 20000 + n, agent=f"a{n}") for n in range(5)]
+    server.freeze()
+    with pytest.raises(RegistryUnavailable):
+        node.beat(*sessions)
+    expired = time.monotonic() + registry.ttl
+    until(lambda: time.monotonic() > expired, what="the tuples to expire")
+    server.thaw()
+    until(lambda: _answers(registry), what="Redis to go on")
+    node.beat(*sessions)
+    assert everything(registry) == plain([entry for session in sessions for entry in session.tuples])
+    registry.close()
+
+
+def _answers(registry: Registry) -> bool:
+    try:
+        registry.ping()
+    except RegistryUnavailable:
+        return False
+    return True
+
+
+def test_call_that_comes_after_its_deadline_is_sent_anew_by_the_servers_clock(redis_server: RedisServer) -> None:
+    """Here our clock stands still; there the server's stepped forward, or another server took over."""
+    registry = RedisRegistry(redis_server.url, timeout=0.05, clock=lambda: 1000.0)
+    node = Node(registry)
+    redis_server.reset_calls()
+    learnt = time.monotonic()
+    until(lambda: time.monotonic() > learnt + 0.2, what="the deadline to pass")
+    session = node.start()
+    assert redis_server.calls("time") >= 1
+    assert everything(registry) == list(session.tuples)
+    registry.close()
+
+
+def test_what_a_failed_call_may_have_left_goes_with_the_next_beat(make_redis: MakeRedis) -> None:
+    """A session that its broker has refused, and one that it could not remove."""
+    server = make_redis().start()
+    registry = RedisRegistry(server.url, timeout=0.3)
+    node = Node(registry)
+    ended, lives = node.start(), node.start("10.1.0.8", 20002, agent="b")
+    server.freeze()
+    with pytest.raises(RegistryUnavailable):
+        registry.unregister(ended)
+    server.thaw()
+    registry.register(ended)  # as if the removal had never arrived
+    node.beat(lives)
+    assert everything(registry) == list(lives.tuples)
+    other = msgspec.structs.replace(ended.leases[0], owner="default/b", epoch=node.epoch())
+    assert not registry.lease_port(other), "its port rests"
+    registry.close()
+
+
+def test_removal_of_one_address_does_not_end_the_session(make_redis: MakeRedis) -> None:
+    """The agent has lost it, and takes it up again after the call that failed."""
+    server = make_redis().start()
+    registry = RedisRegistry(server.url, timeout=0.3)
+    node = Node(registry)
+    session = node.start()
+    more = msgspec.structs.replace(session.tuples[0], agent_ip="10.1.0.8")
+    both = msgspec.structs.replace(session, tuples=(*session.tuples, more))
+    registry.register(both)
+    server.freeze()
+    with pytest.raises(RegistryUnavailable):
+        registry.unregister(Registration(session.epoch, (more,), ()))
+    server.thaw()
+    node.beat(session)
+    assert everything(registry) == list(session.tuples)
+    registry.register(both)
+    node.beat(both)
+    assert everything(registry) == plain(list(both.tuples))
     registry.close()
 
 
