@@ -51,6 +51,10 @@ from rtunnel_broker.admit import EVERYTHING, Rule
 
 #: What a link may send before its Proof has come: the longest Hello, the Proof, and room for frames' headers and pings.
 UNPROVEN_BYTES: Final = messages.MAX_HELLO + messages.MAX_UNAUTHENTICATED
+#: Updates of one agent at once, and the seconds for each one more. An agent sends one when its file, its addresses or
+#: its certificate change. Each is up to 64 KiB to parse, so 3 MB/s of them are no configuration but a flood.
+UPDATES_AT_ONCE: Final = 60
+UPDATE_SECONDS: Final = 1.0
 
 
 #: Streams of one agent may hold such a part of `broker.stream_memory`.
@@ -84,7 +88,7 @@ class SessionKeeper(Protocol):
         """The link is gone."""
 
     def updated(self, session: Session) -> None:
-        """The agent's exposed ports or addresses changed: tell the registry, or refuse the session."""
+        """The agent's exposed ports or addresses changed: refuse the session, or let the next heartbeat tell it."""
 
     def refused(self, code: Refusal) -> None:
         """Count it."""
@@ -131,6 +135,7 @@ class Session:
     _deadline: Timer | None = None
     _renewed: Update | None = None  # with another certificate, which was not found good yet
     _update: Update | None = None  # the newest one, while it is in line
+    _updates_until: float = 0.0  # when none of its Updates will be held against it any more
 
     @property
     def owner(self) -> str:
@@ -312,8 +317,16 @@ class Session:
         self.keeper.wants(self)
 
     def _take_update(self, update: Update) -> None:
-        """The newest counts, and is looked at in its turn: there may be hundreds in one frame."""
+        """The newest counts, and is looked at in its turn: there may be many in one frame."""
         assert self.link is not None
+        if self.answered:
+            return  # refused; what was already under way does not count
+        now = self.link.loop.now
+        self._updates_until = max(now, self._updates_until) + UPDATE_SECONDS
+        if self._updates_until > now + UPDATES_AT_ONCE * UPDATE_SECONDS:
+            text = f"more than {UPDATES_AT_ONCE} updates at once, and then one in {UPDATE_SECONDS:g} s"
+            self.refuse(Refusal.PROTOCOL_ERROR, text)
+            return
         if update.certificate:
             self._renewed = update  # at once: the CA of the present one may leave meanwhile
         if self._update is None:
@@ -336,9 +349,8 @@ class Session:
             return
         if update.exposes != list(self.exposes) or addresses != self.addresses:
             self.exposes, self.addresses = tuple(update.exposes), addresses
-            if not self.update_due:
-                self.update_due = True
-                self.keeper.updated(self)
+            self.update_due = True
+            self.keeper.updated(self)
 
     def _addresses_fault(self, addresses: frozenset[str]) -> Refused | None:
         """Why the agent can't have these from now on; None when it can."""
