@@ -65,6 +65,7 @@ class Client:
         "_socks",
         "_unproven",
         "_wait",
+        "_was_answered",
         "asked",
         "over",
     )
@@ -80,6 +81,7 @@ class Client:
         self._dial: TargetDial | None = None
         self._forwarding: Forwarding | None = None  # parked: of the request before
         self._wait: Timer | None = None  # for another request
+        self._was_answered = False  # one before
         self._claims = ""  # the known user that it says it is, until that is proved
         self._logging_in = False  # a SOCKS5 login waits for its answer
         self._unproven = ""  # why somebody who answered was not believed
@@ -314,7 +316,7 @@ class Client:
             idle=gateway.idle_timeout, max_head=gateway.max_head, on_end=joined,
         )  # fmt: skip
         joined.requests = 1
-        self._forwarding.exchange(request, self._end, early)
+        self._forwarding.exchange(request, self._end, early, first=not self._was_answered)
 
     def _reuse(self, forwarding: Forwarding) -> bool:
         """Send the request over the connection of the one before; False when it wants another target, or is another
@@ -330,7 +332,7 @@ class Client:
         before.asked.entry = asked.entry
         early = self._early()
         self._leave(joined=True)
-        forwarding.exchange(request, self._end, early)
+        forwarding.exchange(request, self._end, early, first=False)
         return True
 
     def answered(self, rest: bytes) -> None:
@@ -341,6 +343,7 @@ class Client:
             self._end.close()
             return
         self.over = False
+        self._was_answered = True
         self.asked = Asked(self.peer, gateway.relay.loop.now, "http")
         self._unproven = ""
         self._request = None

@@ -47,17 +47,18 @@ class Exchanger(Protocol):
 
 
 class _Lost(Exception):
-    """A socket failed."""
+    """A socket failed, by a write or by a read."""
 
-    def __init__(self, side: _Side) -> None:
+    def __init__(self, side: _Side, *, writing: bool) -> None:
         super().__init__()
         self.side = side
+        self.writing = writing
 
 
 class _Side:
     """One of the two sockets. Reads and writes raise _Lost."""
 
-    __slots__ = ("end", "eof", "held", "hup", "readable", "shut")
+    __slots__ = ("deaf", "end", "eof", "held", "hup", "readable", "shut")
 
     def __init__(self, end: SocketEnd, handler: Callable[[int], None]) -> None:
         self.held: bytes | memoryview = end.hand_over(handler)  # to be written
@@ -66,6 +67,7 @@ class _Side:
         self.hup = end.hup
         self.eof = False
         self.shut = False  # our FIN is sent
+        self.deaf = False  # a write has failed: what it has said may still be read
 
     def read(self, view: memoryview) -> int:
         """Return how many bytes were read; 0 when there are none now, or no more (`eof`)."""
@@ -75,8 +77,10 @@ class _Side:
             self.readable = False
             return 0
         except OSError:
-            raise _Lost(self) from None
+            raise _Lost(self, writing=False) from None
         if not size:
+            if self.deaf:  # that write has taken the error, and this is no orderly end
+                raise _Lost(self, writing=False)
             self.eof = True
         if not size or (size < len(view) and not self.hup):
             self.readable = False  # epoll(7): a short read has drained the socket
@@ -92,7 +96,7 @@ class _Side:
         except BlockingIOError:
             sent = 0
         except OSError:
-            raise _Lost(self) from None
+            raise _Lost(self, writing=True) from None
         if sent < len(data):
             self.held = memoryview(bytes(data[sent:]))
             self.end.await_room()
@@ -111,7 +115,7 @@ class _Side:
         try:
             self.end.sock.shutdown(socket.SHUT_WR)
         except OSError:
-            raise _Lost(self) from None
+            raise _Lost(self, writing=True) from None
 
     def quiet(self, view: memoryview) -> bool:
         """Whether nothing came: neither a byte nor FIN."""
@@ -142,6 +146,8 @@ class Forwarding(Pair):
         "_client",
         "_cut",
         "_down",
+        "_is_first",
+        "_is_partial",
         "_max_head",
         "_owner",
         "_parking",
@@ -169,9 +175,11 @@ class Forwarding(Pair):
         self._request: Forward
         self._body: Body  # what is left of the request's
         self._answer: ResponseReader
+        self._is_first = True  # the client has no answer yet
         self._down = down
         self._rest = b""  # the client's bytes behind its request
-        self._cut = False  # the exchange ends with this answer: it, or the request, is not whole
+        self._cut = False  # the answer is not whole, and never will be
+        self._is_partial = False  # the same of the request
         self._queued = False
         self._parking: Timer | None = None
         self.requests = 0
@@ -187,12 +195,14 @@ class Forwarding(Pair):
         """It waits for another request, and can take one."""
         return self._parking is not None
 
-    def exchange(self, request: Forward, client: SocketEnd, early: bytes) -> None:
-        """Serve a request; `early` came behind its head. Owner or `on_end` may be called before this returns."""
+    def exchange(self, request: Forward, client: SocketEnd, early: bytes, *, first: bool) -> None:
+        """Serve a request, the client's `first` or a later one; `early` came behind its head. Owner or `on_end` may be
+        called before this returns."""
         self._stop_parking()
         self.requests += 1
         self._client = _Side(client, self._client_event)
-        self._request, self._body, self._cut = request, request.body, False
+        self._request, self._body, self._is_first = request, request.body, first
+        self._cut = self._is_partial = False
         self._answer = ResponseReader(
             is_head=request.method == b"HEAD", keep=request.keep, upgrade=request.upgrade, max_head=self._max_head
         )
@@ -237,16 +247,17 @@ class Forwarding(Pair):
         # HUP alone comes when both sides have sent FIN.
         is_ours = side in (self._client, self._target) and not self.done
         if mask & LOST and is_ours and side.end.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            raise _Lost(side)
+            raise _Lost(side, writing=False)
 
     def _guarded(self, step: Callable[[], None]) -> None:
         """Do a step of an exchange. A socket that fails ends it, and so does a body whose coding is broken."""
         try:
             step()
         except _Lost as lost:
-            self._lost(lost.side)
+            self._lost(lost)
         except _BrokenRequest as broken:
-            self._stop_request(broken.refused)
+            refused = broken.refused
+            self._guarded(lambda: self._stop_request(refused))
         except Refused:
             self.abort(Ending.TARGET_RESET)  # the client must not take a part for the whole
 
@@ -297,16 +308,23 @@ class Forwarding(Pair):
     def _stop_request(self, refused: Refused) -> None:
         """The client's coding is broken: no more of it goes up. An answer that has begun may end."""
         if self._answer.begun:
-            self._cut = True
+            self._is_partial = True
             self._body = Sized(0)
-            self._guarded(self._give_up_request)
+            self._target.finish()
+            self._run()
             return
         self._end_exchange(Ending.OVERRUN, reset=True)
         self._owner.broken(refused)
 
-    def _give_up_request(self) -> None:
-        self._target.finish()
-        self._settle()
+    def _hear_out(self) -> None:
+        """The target takes no more of the request. What it has said before may be an answer: 413, for example."""
+        target = self._target
+        self._is_partial = self._is_partial or not self._body.done or len(target.held) > 0
+        self._body = Sized(0)
+        target.deaf = target.shut = True
+        target.held = b""
+        target.readable = not self._answer.done
+        self._run()
 
     # The answer.
 
@@ -357,7 +375,7 @@ class Forwarding(Pair):
         if not answer.begun and self.requests > 1 and self._request.replayable:
             self._dial_again()
             return
-        is_whole = self._body.done and not target.held and not self._cut
+        is_whole = self._body.done and not target.held and not self._is_partial and not self._cut
         keeps_client = is_whole and answer.keeps_client
         rest = self._rest
         if keeps_client and answer.keeps_target and not target.shut and target.quiet(self._scratch):
@@ -402,11 +420,20 @@ class Forwarding(Pair):
             if not is_quiet:
                 self.close()
 
-    def _lost(self, side: _Side) -> None:
-        if side is not self._target:
+    def _lost(self, lost: _Lost) -> None:
+        client, answer, target = self._client, self._answer, self._target
+        if lost.side is not target:
             self.abort(Ending.CLIENT_RESET)
-        elif not self._answer.begun and self.requests > 1 and self._request.replayable:
+        elif client is None or answer.upgraded:
+            self.abort(Ending.TARGET_RESET)
+        elif not target.deaf and (lost.writing or answer.done):
+            self._guarded(self._hear_out)
+        elif not answer.begun and self.requests > 1 and self._request.replayable:
             self._dial_again()
+        elif not answer.begun and not self._is_first:
+            # A reset would overtake the answers before this one.
+            self._end_exchange(Ending.TARGET_RESET, reset=True)
+            client.end.close()
         else:
             self.abort(Ending.TARGET_RESET)
 

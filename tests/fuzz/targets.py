@@ -52,9 +52,9 @@ from rtunnel.trust.identity import (
 from rtunnel.trust.keys import TrustError
 from rtunnel.trust.proof import ACCEPTED, Exchange, is_signed, sign
 from rtunnel.trust.tls import certificate_der, client_context, server_context
-from rtunnel.wire import http, http_body, messages, socks5, yamux
+from rtunnel.wire import http, http_body, http_response, messages, socks5, yamux
 from rtunnel.wire.messages import ControlMessage, Decoder, Dial, DialAnswer, Follow, MessageError
-from rtunnel.wire.refusal import Refusal
+from rtunnel.wire.refusal import Refusal, Refused
 from support import hostile
 
 _DER: Final = serialization.Encoding.DER
@@ -467,6 +467,52 @@ def http_client(data: bytes) -> None:
         assert names.count(b"host") == 1
         assert not {b"proxy-authorization", b"proxy-connection"} & set(names)
         assert isinstance(reader.next_event(), h11.EndOfMessage) == event.body.done or whole[2]
+
+
+def _hear_target(parts: Sequence[bytes], is_head: bool, upgrade: bool) -> tuple[bytes, bool, bool, bool, str]:
+    reader = http_response.ResponseReader(is_head=is_head, keep=True, upgrade=upgrade, max_head=1024)
+    out = b""
+    try:
+        for part in parts:
+            out += b"".join(map(bytes, reader.feed(part)))
+            assert len(reader._held) <= 1024 + len(part)
+        out += reader.end()
+    except Refused as fault:
+        assert fault.text
+        return b"", False, False, False, fault.text
+    return out, reader.done, reader.keeps_client and reader.done, reader.upgraded, ""
+
+
+def _target_seeds() -> list[bytes]:
+    return [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: x-a\r\nX-A: 1\r\n\r\nabcHTTP/1.1 200 OK\r\n\r\n",
+        b"HTTP/1.1 100 Go\r\n\r\nHTTP/1.0 404 \r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nX: y\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\nContent-Length: 3\r\n\r\n3;a=b\r\nabc\r\n0\r\n\r\n",
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n\x81\0",
+        b"HTTP/1.1 200 OK\nContent-Length: 3\n\nabc",
+        b"SSH-2.0-OpenSSH_9.6\r\n",
+    ]
+
+
+@target(_target_seeds)
+def http_target(data: bytes) -> None:
+    """A target's answer: the same in any split, and a client that may send another request finds the same end of it."""
+    for is_head, upgrade in ((False, False), (True, False), (False, True)):
+        whole = _hear_target([data], is_head, upgrade)
+        assert _hear_target(pieces(data), is_head, upgrade) == whole
+        out, _, keeps_client, _, _ = whole
+        if keeps_client:
+            client = h11.Connection(h11.CLIENT, max_incomplete_event_size=4096)
+            client.send(h11.Request(method="HEAD" if is_head else "GET", target="/", headers=[("Host", "a")]))
+            client.send(h11.EndOfMessage())
+            client.receive_data(out)
+            try:
+                while not isinstance(client.next_event(), h11.EndOfMessage):
+                    pass
+            except h11.RemoteProtocolError as fault:
+                assert fault.error_status_hint == 501, fault  # it knows no coding but chunked
+            else:
+                assert client.trailing_data[0] == b""
 
 
 # --- health -----------------------------------------------------------------------------------------------------------
