@@ -58,6 +58,29 @@ class Leased:
     sock: socket.socket
 
 
+@dataclass
+class Quota:
+    """How many open ports one agent may have on a node.
+
+    Those in quarantine after it count, else it could take all ports by turns.
+    """
+
+    most: int
+    held: dict[int, str]  # its ports, and for what target each is
+
+    def check(self, port: int, owner: str) -> None:
+        """Raises Refused unless `owner` may have this port (0: any). One that it holds or left may come back to it."""
+        back = self.held.get(port) == owner if port else owner in self.held.values()
+        if len(self.held) >= self.most and not back:
+            text = f"the agent has {len(self.held)} open ports here (broker.open_ports.per_agent)"
+            raise Refused(Refusal.PORT_NOT_ALLOWED, text)
+
+
+def open_owner(session: Session, publish: Publish) -> str:
+    """Return the owner of an open port's lease: one agent may have several, so each target is an owner of its own."""
+    return f"{session.owner}/{publish.ip}:{publish.target_port}"
+
+
 class Registrar:
     """The sessions of one node that are in the registry, and their ports."""
 
@@ -188,10 +211,12 @@ class Registrar:
         granted: list[tuple[Publish, int]] = []
         notices: list[str] = []
         assert session.hello is not None
+        quota = Quota(self._node.config.open_ports.per_agent, self._held_open(session))
         # Who wants a certain port comes first: another's by chance could be that one.
         for publish in sorted(session.hello.publish, key=lambda publish: not publish.port):
             wanted = f"open port {publish.port or '(any)'} for {publish.ip}:{publish.target_port}"
             try:
+                quota.check(publish.port, open_owner(session, publish))
                 taken = await self._node.bridge.registry(self._allocate_open, session, publish)
             except (Refused, PortsExhausted, PortTaken, ValueError) as error:
                 notices.append(f"{wanted} was not granted: {error}"[:512])
@@ -199,6 +224,7 @@ class Registrar:
                     "open_port_not_granted", agent=session.hello.agent_id, port=publish.port, reason=str(error)
                 )
             else:
+                quota.held[taken.lease.port] = taken.lease.owner
                 leased.append(taken)
                 granted.append((publish, taken.lease.port))
         return granted, notices
@@ -214,14 +240,18 @@ class Registrar:
             raise Refused(Refusal.PORT_NOT_ALLOWED, f"rule {rule.number} of broker.admit does not allow {port}")
         for cidr in publish.allow:
             ipaddress.ip_network(cidr, strict=False)
-        # One owner may have several open ports: each target is an owner of its own.
-        owner = f"{session.owner}/{publish.ip}:{publish.target_port}"
+        owner = open_owner(session, publish)
         if publish.port:
             _, sock, lease = self._open.allocate_fixed(publish.port, owner, session.epoch, self._node.node, self._bind)
         else:
             allows = rule.allows if rule.open_ports is not None else None
             _, sock, lease = self._open.allocate(owner, session.epoch, self._node.node, self._bind, allows)
         return Leased(lease, sock)
+
+    def _held_open(self, session: Session) -> dict[int, str]:
+        if self._open is None or session.hello is None or not session.hello.publish:
+            return {}
+        return self._open.held(f"{session.owner}/")
 
     def _bind(self, port: int) -> socket.socket:
         return listening_socket(self._bind_host, port)

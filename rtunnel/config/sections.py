@@ -224,6 +224,7 @@ class OpenPortsConfig(Section):
 
     range: A[str, Key("for agents' publish requests, fixed or random", optional(check_port_range), "ports")] = ""
     allow: A[list[str], Key(_OPEN_ALLOW, each(check_network, MAX_ALLOW), "CIDRs")] = []
+    per_agent: A[int, _count("of one agent on this node; those in quarantine after it count", 65535)] = 64
     #: Not a key: the part of `range` that this worker gives out at random (rtunnel/workers.py); "" for all of it.
     own: str = ""
 

@@ -105,6 +105,9 @@ class _Resting:
         entry = self._until.get(port)
         return None if entry is None else entry[1]
 
+    def owners(self) -> dict[int, str]:
+        return {port: owner for port, (_, owner) in self._until.items()}
+
     def remove(self, port: int) -> None:
         self._until.pop(port, None)
 
@@ -158,6 +161,13 @@ class PortAllocator:
             self._wake()
             resting = len(self._quarantined) + len(self._elsewhere)
             return PortCounts(len(self._free), len(self._used), resting, len(self._foreign))
+
+    def held(self, prefix: str) -> dict[int, str]:
+        """Return the ports in use or in quarantine here, and their owners, where the owner begins with `prefix`."""
+        with self._lock:
+            self._wake()
+            used = {port: lease.owner for port, lease in self._used.items()}
+            return {p: owner for p, owner in (used | self._quarantined.owners()).items() if owner.startswith(prefix)}
 
     def allocate(
         self, owner: str, epoch: int, node: str, try_bind: TryBind[T], allows: Callable[[int], bool] | None = None

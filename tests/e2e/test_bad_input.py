@@ -1795,6 +1795,30 @@ async def test_an_agent_that_knows_no_small_windows_gets_large_ones(here: Path, 
         wire.close()
 
 
+async def test_one_agent_does_not_take_all_open_ports(here: Path, secrets: Path) -> None:
+    """An agent that comes again and again with other targets has its share, quarantine included. Others get theirs."""
+    keys: dict[str, Any] = {"broker__open_ports__range": free_range(8), "broker__open_ports__allow": ["127.0.0.0/8"]}
+    async with running_cluster(here, broker__open_ports__per_agent=3, registry__quarantine=60.0, **keys) as cluster:
+        await cluster.start(brokers=1)
+        node = cluster.brokers["b1"].node
+
+        async def granted(agent: str, ip: str, first: int) -> tuple[list[int], list[str]]:
+            publish = [Publish(ip=ip, target_port=first + n) for n in range(4)]
+            wire, welcome = await in_thread(
+                lambda: enrol(node.bound, secrets, agent_id=agent, addresses=[ip], publish=publish)
+            )
+            wire.close()
+            await cluster.until(lambda: f"default/{agent}" not in node.sessions)
+            return sorted(port.port for port in welcome.open_ports), welcome.notices
+
+        first, notices = await granted("greedy", "127.1.7.7", 1000)
+        assert len(first) == 3 and "broker.open_ports.per_agent" in notices[0]
+        again, notices = await granted("greedy", "127.1.7.7", 2000)
+        assert not again and len(notices) == 4
+        assert (await granted("greedy", "127.1.7.7", 1000))[0] == first  # its own come back
+        assert len((await granted("modest", "127.1.7.8", 1000))[0]) == 3
+
+
 async def test_strangers_write_few_lines(here: Path, secrets: Path) -> None:
     """Probes make no line; garbage, bad proofs and bad Dials make some, and metrics count all of them."""
     async with running_cluster(here) as cluster:
