@@ -28,6 +28,8 @@ from .socks5 import MAX_EARLY_DATA, host_of
 MAX_HEAD: Final = 64 * 1024
 #: Fields of one head, as in Apache and HAProxy. h11 spends 2.5 us on each, however short it is.
 MAX_FIELDS: Final = 100
+#: Bytes of all list fields that are read here, together: each of their elements costs as much as a copy of 1 KiB.
+MAX_LISTS: Final = 2048
 #: Bytes of the sentence in a refusal.
 MAX_TEXT: Final = 512
 #: Bytes of the reason phrase: many clients show nothing else, and some cut their line off at 256 bytes.
@@ -46,6 +48,7 @@ _HEAD_END = re.compile(rb"\r\n\r\n|(?<!\r)\n")
 _FOLD = re.compile(rb"\r\n[ \t]")
 #: RFC 9112 section 2.2: clients may send empty lines before a request line (behind the body of a POST).
 _EMPTY_LINES = re.compile(rb"(?:\r\n)*")
+_LISTS = re.compile(rb"\r\n(?:connection|upgrade|content-length|transfer-encoding)[ \t]*:([^\r]*)", re.IGNORECASE)
 _LATER_VERSION = re.compile(rb"[^\r\n]* HTTP/1\.(?=[2-9]\r\n)")
 _ABSOLUTE = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?]*)(/[^?]*)?(\?.*)?")
 # RFC 3986 section 3.2.2 without percent-encoding: two spellings of one host help nobody but attackers.
@@ -269,6 +272,9 @@ def _read_request(head: bytes, keep: bool) -> Tunnel | Forward | Health:
         head = head[: later.end()] + b"1" + head[later.end() + 1 :]
     if head.count(b"\r\n") - 2 > MAX_FIELDS:  # but the request line and the empty line
         raise HttpError(f"more than {MAX_FIELDS} header fields", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+    if sum(map(len, _LISTS.findall(head))) > MAX_LISTS:
+        text = f"Connection, Upgrade and the body's framing have more than {MAX_LISTS} bytes"
+        raise HttpError(text, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
     connection = h11.Connection(h11.SERVER, max_incomplete_event_size=len(head) + 1)
     connection.receive_data(head)
     try:

@@ -17,10 +17,13 @@ from .refusal import Refusal, Refused
 MAX_INTERIM: Final = 16
 #: Fields of one head that are read; a head with more passes raw.
 MAX_FIELDS: Final = 200
+#: Bytes of all list fields that are read here, together; a head with more passes raw.
+MAX_LISTS: Final = 2048
 
 #: Fields that end here (RFC 9110 section 7.6.1), beside those that Connection names. The coding of the body stays.
 _HOP_BY_HOP: Final = frozenset((b"connection", b"proxy-connection", b"keep-alive", b"te", b"upgrade"))
 _FRAMING: Final = frozenset((b"content-length", b"transfer-encoding"))
+_LISTS: Final = frozenset((b"connection", b"content-length", b"transfer-encoding"))
 _START: Final = b"HTTP/1."
 _HEAD_END: Final = re.compile(rb"\r?\n\r?\n")
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9]{2})((?: [\t -~\x80-\xff]*)?)")
@@ -189,12 +192,17 @@ def _read(head: bytes) -> _Head | None:
     status = _STATUS_LINE.fullmatch(first)
     if status is None or len(lines) > MAX_FIELDS:
         return None
-    fields = []
+    fields, lists = [], 0
     for line in lines:
         field = _FIELD.fullmatch(line)
         if field is None:
             return None
-        fields.append((field[1].lower(), field[2].strip(b" \t"), line))
+        name, value = field[1].lower(), field[2].strip(b" \t")
+        fields.append((name, value, line))
+        if name in _LISTS:
+            lists += len(value)
+    if lists > MAX_LISTS:
+        return None
     return _Head(int(status[2]), int(status[1]), status[3], fields)
 
 
