@@ -61,7 +61,8 @@ def test_an_operators_day(tmp_path: Path, redis_server: RedisServer) -> None:
         for name in ("b1", "gateway", "a1"):
             role = {"b1": "broker", "gateway": "gateway", "a1": "agent"}[name]
             path = tmp_path / f"{name}.toml"
-            assert in_process("config", "check", str(path), "--role", role) == f"{path}: good for {role}\n"
+            # In front of it may stand that this machine has too few descriptors for the default counts.
+            assert in_process("config", "check", str(path), "--role", role).endswith(f"{path}: good for {role}\n")
         table = rtunnel("status", "--config", str(tmp_path / "gateway.toml"))
         assert re.search(r"^b1 +b1 +127\.0\.0\.1 +live ", table, re.MULTILINE)
         assert "(4)" in fetch(proxy, f"http://127.2.9.9:{port}/", code=97)  # host unreachable
