@@ -6,6 +6,7 @@ Work is counted in bytecodes, not in seconds. Everything here is parsed before t
 from __future__ import annotations
 
 import ipaddress
+from functools import cache
 from typing import Any, Final
 
 import pytest
@@ -20,7 +21,8 @@ from support.work import bytecodes
 #: A byte of the dearest input may cost so much more than a byte of an ordinary one.
 MOST: Final = 20
 
-TRACED = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+#: Counting makes everything slow, which is no fault.
+TRACED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def cost(call: Any, size: int) -> float:
@@ -54,6 +56,7 @@ def header(kind: int, flags: int, stream: int, length: int) -> bytes:
     return yamux.HEADER.pack(0, kind, flags, stream, length)
 
 
+@cache
 def fed(data: bytes, piece: int) -> float:
     """What it costs a fresh session to take these bytes in pieces of this size."""
     end, view = End(client=False), memoryview(data)
