@@ -17,22 +17,20 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Protocol
+from typing import Final
 
 from rtunnel.relay.ends import SocketEnd, reset_on_close
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, URGENT, Loop, Timer
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.relay.transport import Scratch
-from rtunnel.wire.refusal import Refused
 from rtunnel.wire.yamux import HEADER_BYTES
 
 #: What one direction may move before others get their turn.
 QUANTUM: Final = 256 * 1024
 #: One frame upwards, and the piece of a copying flow.
 PIECE: Final = 128 * 1024
-#: A gate may cost microseconds a byte (one-byte chunks): it gets little at a time, and turns often.
-GATED_PIECE: Final = 16 * 1024
-GATE_COST: Final = 64
+#: The same when the budget of memory is used up.
+SMALL_PIECE: Final = 16 * 1024
 #: A pipe of a splicing flow. Pipes are few: an unprivileged user has 64 MiB of them (fs.pipe-user-pages-soft).
 PIPE_BYTES: Final = 1024 * 1024
 MAX_PIPES: Final = 48
@@ -50,7 +48,7 @@ class Ending(StrEnum):
     IDLE = "idle"
     DRAINED = "drained"
     REVOKED = "revoked"  # no longer allowed
-    OVERRUN = "overrun"  # bytes beyond what the gate allows
+    OVERRUN = "overrun"  # the coding of a forwarded request's body is broken
 
 
 @dataclass(slots=True)
@@ -67,13 +65,6 @@ class Account:
     def seconds(self) -> float:
         """How long it lived."""
         return self.ended - self.started
-
-
-class Gate(Protocol):
-    """Says how many of a client's bytes may go to the target. `feed` may raise Refused: then none may, and no more."""
-
-    def feed(self, data: bytes) -> int:
-        """The number of these bytes that may pass; the first other one ends the pair (OVERRUN)."""
 
 
 OnEnd = Callable[[Account], None]
@@ -168,7 +159,6 @@ class _Flow:
     """One direction of a socket pair."""
 
     __slots__ = (
-        "_gate",
         "_held",
         "_in_pipe",
         "_may_splice",
@@ -183,15 +173,14 @@ class _Flow:
         "source",
     )
 
-    def __init__(self, pair: SocketPair, source: SocketEnd, sink: SocketEnd, first: bytes, gate: Gate | None) -> None:
+    def __init__(self, pair: SocketPair, source: SocketEnd, sink: SocketEnd, first: bytes) -> None:
         self._pair = pair
         self.source = source
         self.sink = sink
         self.readable = source.readable
         self.hup = source.hup
         self.end = False  # the FIN is passed on
-        self._gate = gate
-        self._may_splice = gate is None and source.can_splice and sink.can_splice
+        self._may_splice = source.can_splice and sink.can_splice
         self._held: bytes | memoryview = first  # read, not yet written
         self._memory = pair.scratch.memory
         self._memory.hold(len(first))
@@ -219,9 +208,6 @@ class _Flow:
             except OSError:
                 pair.lost(self.sink)
                 return
-            if pair.overrun and not self._held:
-                pair.abort(Ending.OVERRUN)
-                return
             if not self.readable or budget <= 0:
                 break
             try:
@@ -239,7 +225,7 @@ class _Flow:
                 if not pair.done:
                     self.sink.await_room()
                 return
-            budget -= size if self._gate is None else size * GATE_COST
+            budget -= size
         if self.readable and not self.end and not self._queued and not pair.done:
             self._queued = True
             pair.loop.soon(self.run)
@@ -253,7 +239,7 @@ class _Flow:
             self._in_pipe = size
             wanted = PIPE_BYTES
         else:
-            wanted = PIECE if self._gate is None and not self._memory.full else GATED_PIECE
+            wanted = SMALL_PIECE if self._memory.full else PIECE
             view = self._pair.scratch.upload[:wanted]
             size = self.source.sock.recv_into(view)
             if size:
@@ -268,16 +254,8 @@ class _Flow:
 
     def _take(self, data: memoryview) -> None:
         """Copy on: straight to the sink, the rest is held."""
-        if self._gate is not None:
-            piece = bytes(data)
-            try:
-                allowed = self._gate.feed(piece)
-            except Refused:
-                allowed = 0  # the client's framing is broken
-            self._pair.overrun = allowed < len(piece)
-            data = memoryview(piece[:allowed])
         try:
-            sent = self.sink.sock.send(data) if data else 0
+            sent = self.sink.sock.send(data)
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -342,7 +320,7 @@ class _Flow:
 class SocketPair(Pair):
     """Two sockets."""
 
-    __slots__ = ("client", "downward", "overrun", "pipes", "scratch", "target", "upward")
+    __slots__ = ("client", "downward", "pipes", "scratch", "target", "upward")
 
     def __init__(
         self,
@@ -356,7 +334,6 @@ class SocketPair(Pair):
         up: bytes = b"",
         down: bytes = b"",
         idle: float = 0.0,
-        gate: Gate | None = None,
         on_end: OnEnd,
     ) -> None:
         super().__init__(loop, live, idle, on_end)
@@ -364,14 +341,13 @@ class SocketPair(Pair):
         self.pipes = pipes
         self.client = client
         self.target = target
-        self.overrun = False
         for_target = target.hand_over(self._target_event)
         for_client = client.hand_over(self._client_event)
         # Words of our own that are still to go out are counted like the others: they begin below zero.
         self.account.up -= len(for_target)
         self.account.down -= len(for_client)
-        self.upward = _Flow(self, client, target, for_target + up, gate)
-        self.downward = _Flow(self, target, client, for_client + down, None)
+        self.upward = _Flow(self, client, target, for_target + up)
+        self.downward = _Flow(self, target, client, for_client + down)
         self.upward.run()
         if not self.done:
             self.downward.run()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Final
 
 from rtunnel.relay.ends import End, SocketEnd, reset_on_close
-from rtunnel.relay.join import Account, Ending, Gate, OnEnd, Pair, Pipes, SocketPair, StreamPair
+from rtunnel.relay.join import Account, Ending, OnEnd, Pair, Pipes, SocketPair, StreamPair
 from rtunnel.relay.link import Link, LinkOwner
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Poller, Timer
 from rtunnel.relay.memory import BUDGET, Memory, trim
@@ -467,7 +467,6 @@ class Relay:
         up: bytes = b"",
         down: bytes = b"",
         idle: float = 0.0,
-        gate: Gate | None = None,
         on_end: OnEnd,
     ) -> None:
         """Let bytes flow; `up` and `down` were read already and go first. `on_end` may come before this returns."""
@@ -479,7 +478,7 @@ class Relay:
         elif isinstance(client, SocketEnd) and isinstance(target, SocketEnd):
             SocketPair(
                 self.loop, self.pairs, self.scratch, self.pipes, client, target,
-                up=up, down=down, idle=idle, gate=gate, on_end=on_end,
+                up=up, down=down, idle=idle, on_end=on_end,
             )  # fmt: skip
         elif isinstance(client, SocketEnd) and isinstance(target, StreamEnd):
             StreamPair(

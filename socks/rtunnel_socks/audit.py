@@ -66,7 +66,7 @@ class Asked:
 
 
 class Joined:
-    """What the pair's end is told to; also the sign by which the gateway knows a client's pair."""
+    """Counts one stream, and is told its end; also the sign by which the gateway knows a client's pair."""
 
     __slots__ = ("asked", "attempts", "auditor", "certificate", "identity", "requests", "setup", "used")
 
@@ -79,11 +79,8 @@ class Joined:
         self.certificate = reached.certificate  # of the broker
         self.setup = auditor.relay.loop.now - asked.started
         self.requests = 0  # that were forwarded; 0: it is a tunnel
-
-    def begin(self) -> None:
-        """Count it: the pair is about to be made."""
-        self.auditor.paths.opened(self.used)
-        self.auditor.counts.began()
+        auditor.paths.opened(reached.used)
+        auditor.counts.began()
 
     def __call__(self, account: Account) -> None:
         auditor, asked, used, identity = self.auditor, self.asked, self.used, self.identity

@@ -283,7 +283,6 @@ class Client:
             self._turn_away(refused)
             return
         joined = Joined(gateway, self.asked, reached)
-        joined.begin()
         if self._request is not None:
             self._forward(self._request, reached, joined, early)
             return
@@ -423,7 +422,8 @@ class Client:
         if self.over:
             return
         self.over = True
-        self._stop_waiting()
+        if self._wait is not None:
+            self._stop_waiting()
         if not joined:
             self._drop_forwarding()
             if self.asked.counted:

@@ -17,6 +17,7 @@ from typing import Final, Protocol
 from rtunnel.relay.ends import SocketEnd, reset_on_close
 from rtunnel.relay.join import PIECE, QUANTUM, Ending, OnEnd, Pair
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Timer
+from rtunnel.relay.memory import Memory
 from rtunnel.relay.relay import Relay
 from rtunnel.wire.http import Forward
 from rtunnel.wire.http_body import Body, Chunked, Data, Endless, Sized
@@ -58,11 +59,13 @@ class _Lost(Exception):
 class _Side:
     """One of the two sockets. Reads and writes raise _Lost."""
 
-    __slots__ = ("deaf", "end", "eof", "held", "hup", "readable", "shut")
+    __slots__ = ("_memory", "deaf", "end", "eof", "held", "hup", "readable", "shut")
 
-    def __init__(self, end: SocketEnd, handler: Callable[[int], None]) -> None:
-        self.held: bytes | memoryview = end.hand_over(handler)  # to be written
+    def __init__(self, end: SocketEnd, handler: Callable[[int], None], memory: Memory) -> None:
+        self._memory = memory
+        self.held: bytes | memoryview = b""  # to be written
         self.end = end
+        self._hold(end.hand_over(handler))
         self.readable = True  # until a read says no
         self.hup = end.hup
         self.eof = False
@@ -89,7 +92,7 @@ class _Side:
     def write(self, data: Data) -> int:
         """Send, or hold what the kernel does not take; returns how many bytes it took."""
         if self.held:
-            self.held = bytes(self.held) + bytes(data)
+            self._hold(bytes(self.held) + bytes(data))
             return 0
         try:
             sent = self.end.sock.send(data) if data else 0
@@ -98,13 +101,22 @@ class _Side:
         except OSError:
             raise _Lost(self, writing=True) from None
         if sent < len(data):
-            self.held = memoryview(bytes(data[sent:]))
+            self._hold(memoryview(bytes(data[sent:])))
             self.end.await_room()
         return sent
 
+    def _hold(self, data: bytes | memoryview) -> None:
+        self._memory.hold(len(data) - len(self.held))
+        self.held = data
+
+    def drop(self) -> None:
+        """Forget what is held."""
+        self._hold(b"")
+
     def flush(self) -> int:
         """Send what is held; returns how many bytes the kernel took."""
-        held, self.held = self.held, b""
+        held = self.held
+        self._hold(b"")
         return self.write(held)
 
     def finish(self) -> None:
@@ -123,6 +135,7 @@ class _Side:
 
     def release(self) -> SocketEnd:
         """Give the end back."""
+        self.drop()
         self.end.take_back(hup=self.hup or self.eof)
         return self.end
 
@@ -133,6 +146,7 @@ class _Side:
 
     def bury(self) -> None:
         """Close it, both directions having ended."""
+        self.drop()
         self.end.closed = True
         self.end.loop.close(self.end.sock)
 
@@ -149,6 +163,7 @@ class Forwarding(Pair):
         "_is_first",
         "_is_partial",
         "_max_head",
+        "_memory",
         "_owner",
         "_parking",
         "_queued",
@@ -167,9 +182,10 @@ class Forwarding(Pair):
         may have `max_head` bytes."""
         super().__init__(relay.loop, relay.pairs, idle, on_end)
         self._scratch = relay.scratch.upload
+        self._memory = relay.memory
         self._owner = owner
         self._max_head = max_head
-        self._target = _Side(target, self._target_event)
+        self._target = _Side(target, self._target_event, relay.memory)
         self.account.up -= len(self._target.held)  # our own words, not the client's
         self._client: _Side | None = None  # during an exchange
         self._request: Forward
@@ -200,7 +216,7 @@ class Forwarding(Pair):
         called before this returns."""
         self._stop_parking()
         self.requests += 1
-        self._client = _Side(client, self._client_event)
+        self._client = _Side(client, self._client_event, self._memory)
         self._request, self._body, self._is_first = request, request.body, first
         self._cut = self._is_partial = False
         self._answer = ResponseReader(
@@ -283,15 +299,20 @@ class Forwarding(Pair):
         while client.readable and not target.held and not self._body.done:
             if budget <= 0:
                 return True
-            view = self._scratch[: _piece(self._body)]
+            view = self._scratch[: self._piece(self._body)]
             size = client.read(view)
             budget -= self._pass_up(view[:size])
         while client.readable and self._body.done and len(self._rest) < AHEAD:
             size = client.read(self._scratch[: AHEAD - len(self._rest)])
-            self._rest += self._scratch[:size]
+            self._keep(self._rest + self._scratch[:size])
         if client.eof and not (self._body.done and self._rest.strip(b"\r\n")):
             target.finish()  # nothing follows
         return False
+
+    def _piece(self, body: Body) -> int:
+        """How many bytes of it to read at once: nothing behind a body of known length, little of a coded one."""
+        most = CODED_PIECE if isinstance(body, Chunked) or self._memory.full else PIECE
+        return most if body.reach is None else min(most, body.reach)
 
     def _pass_up(self, data: Data) -> int:
         """Give the target what belongs to the request; returns what that has cost, in bytes."""
@@ -301,7 +322,7 @@ class Forwarding(Pair):
             taken = body.feed(data)
         except Refused as refused:
             raise _BrokenRequest(refused) from None
-        self._rest = bytes(data[taken:])
+        self._keep(bytes(data[taken:]))
         self._count_up(self._target.write(data[:taken]))
         return taken + CHUNK_COST * (_lines(body) - lines)
 
@@ -322,7 +343,7 @@ class Forwarding(Pair):
         self._is_partial = self._is_partial or not self._body.done or len(target.held) > 0
         self._body = Sized(0)
         target.deaf = target.shut = True
-        target.held = b""
+        target.drop()
         target.readable = not self._answer.done
         self._run()
 
@@ -335,7 +356,7 @@ class Forwarding(Pair):
         while target.readable and not client.held and not answer.done and not self._cut:
             if budget <= 0:
                 return True
-            view = self._scratch[: CODED_PIECE if answer.in_head else _piece(answer.body)]
+            view = self._scratch[: CODED_PIECE if answer.in_head else self._piece(answer.body)]
             size = target.read(view)
             if size:
                 budget -= self._pass_down(view[:size])
@@ -353,8 +374,7 @@ class Forwarding(Pair):
             self._count_down(client.write(piece))
         if answer.upgraded and not isinstance(self._body, Endless):
             self._body = Endless()  # from here on it is a tunnel
-            rest, self._rest = self._rest, b""
-            self._pass_up(rest)
+            self._pass_up(self._rest)
         return len(data) + CHUNK_COST * (_lines(answer.body) - lines)
 
     # Ends.
@@ -368,6 +388,7 @@ class Forwarding(Pair):
             client.finish()
             if target.shut:
                 self._client = None
+                self._keep(b"")
                 client.bury()
                 target.bury()
                 self._finish(Ending.CLOSED)
@@ -378,6 +399,7 @@ class Forwarding(Pair):
         is_whole = self._body.done and not target.held and not self._is_partial and not self._cut
         keeps_client = is_whole and answer.keeps_client
         rest = self._rest
+        self._keep(b"")
         if keeps_client and answer.keeps_target and not target.shut and target.quiet(self._scratch):
             self._client = None
             client.release()
@@ -394,6 +416,7 @@ class Forwarding(Pair):
         """The target's connection is over; the client's end is its own again."""
         client, self._client = self._client, None
         assert client is not None
+        self._keep(b"")
         if reset:
             self._target.reset()
         else:
@@ -448,6 +471,7 @@ class Forwarding(Pair):
         if self.done:
             return
         client, self._client = self._client, None
+        self._keep(b"")
         if client is not None:
             client.reset()
         self._target.reset()
@@ -457,6 +481,11 @@ class Forwarding(Pair):
         if self._parking is not None:
             self._parking.cancel()
             self._parking = None
+
+    def _keep(self, rest: bytes) -> None:
+        """Hold these bytes of the client for its next request."""
+        self._memory.hold(len(rest) - len(self._rest))
+        self._rest = rest
 
     def _count_up(self, size: int) -> None:
         self.moved = self.loop.now
@@ -477,9 +506,3 @@ class _BrokenRequest(Exception):
 
 def _lines(body: Body) -> int:
     return body.lines if isinstance(body, Chunked) else 0
-
-
-def _piece(body: Body) -> int:
-    """How many bytes of it to read at once: nothing behind a body of known length, little of a coded one."""
-    reach = body.reach
-    return CODED_PIECE if isinstance(body, Chunked) else PIECE if reach is None else min(PIECE, reach)

@@ -173,19 +173,6 @@ class Peer:
         return self.side.closed
 
 
-class Gate:
-    """Lets so many bytes pass."""
-
-    def __init__(self, allowed: int) -> None:
-        self.left = allowed
-
-    def feed(self, data: bytes) -> int:
-        """See join.Gate."""
-        allowed = min(self.left, len(data))
-        self.left -= allowed
-        return allowed
-
-
 @dataclass(eq=False)
 class Way:
     """A client, a target, and what the pairs between them counted."""
@@ -196,8 +183,6 @@ class Way:
     target_side: Side  # the relay's end of the target's connection
     pairs: int = 0
     accounts: list[Account] = field(default_factory=list)
-    gate: Gate | None = None
-    allowed: int = 1 << 30  # by the gate
     reached: bool = False  # the target
     refused: bool = False  # the last relay says the target's content itself, and closes; the target hears nothing
 
@@ -321,9 +306,6 @@ class World:
         self.ways.append(way)
         if self.choices.below(6) == 1:
             way.refuse(target.content[:_MOST_WORDS])
-        elif not hops and self.choices.below(4) == 1:
-            way.allowed = _SIZES[self.choices.below(len(_SIZES))]
-            way.gate = Gate(way.allowed)
         self._onward(way, self._end(near, client_side), near, hops)
 
     def _peer(self, number: int) -> tuple[Peer, Side]:
@@ -379,7 +361,7 @@ class World:
                 way.reached = True
                 if answer:
                     end.say(answer)
-                self._join(way, relay, end, self._end(relay, way.target_side), up=up, gate=way.gate)
+                self._join(way, relay, end, self._end(relay, way.target_side), up=up)
 
         end.talk(Waits(lambda: None))
         end.pause()
@@ -549,7 +531,7 @@ class World:
 
     def _orderly(self, way: Way) -> bool:
         wills = {way.client.will, way.target.will}
-        return wills <= {Will.FIN, Will.STAY} and not self.cut and len(way.client.content) <= way.allowed
+        return wills <= {Will.FIN, Will.STAY} and not self.cut
 
     def check_end(self) -> None:
         """At rest, when every peer has ended."""
@@ -569,7 +551,7 @@ class World:
                     assert account.ending is Ending.CLOSED, f"way {way.number}: {account}"
                     sent = len(way.client.content), len(way.target.content)
                     assert (account.up, account.down) == sent or way.refused, f"way {way.number}: {account}"
-                elif not self.cut and way.gate is None and not way.refused:
+                elif not self.cut and not way.refused:
                     self._check_blame(way, account)
         self._check_leaks()
 

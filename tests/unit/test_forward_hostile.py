@@ -393,7 +393,7 @@ class World:
     def check_leaks(self) -> None:
         """After all have gone nothing is held."""
         assert not self.relay.pairs and not self.waiting
-        assert (self.clients, self.counts.streams, self.limits.known) == (0, 0, 0)
+        assert (self.clients, self.counts.streams, self.limits.known, self.relay.memory.held) == (0, 0, 0, 0)
         assert self.logged.count("stream_ended") == self.counts.accepted
         assert not self.kernel.by_fd, "sockets are left"
 
