@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from rtunnel.cli_pki import pki_group
 from rtunnel.config import Config, Flag
 from rtunnel.console import Failure, print_json, print_table, told
 from rtunnel.logs import printable
-from rtunnel.registry import NodeRecord, Registry, Snapshot, Tuple, connect
+from rtunnel.registry import Duplicate, NodeRecord, Registry, Snapshot, Tuple, connect
 from rtunnel.roles import EXIT_FAILED, EXIT_USAGE, RoleMissing
 from rtunnel.trust import policy, users
 from rtunnel.trust.policy import Policy, Question, Verdict
@@ -503,6 +504,9 @@ def status(everything: bool, config_file: Path | None, as_json: bool, **values: 
     if len(shown) < len(agents):
         click.echo(f"... and {len(agents) - len(shown)} more agents (--all shows them)")
     click.echo()
+    for node in snapshot.nodes:
+        for claim in node.duplicates:
+            click.echo(_duplicate_line(node, claim))
     click.echo(_summary_line(url, _summary(snapshot, agents)))
 
 
@@ -532,6 +536,15 @@ def _agents(snapshot: Snapshot) -> list[_Agent]:
             )
         )
     return sorted(agents, key=lambda agent: (agent.live, agent.live_hosts, agent.namespace, agent.agent_id))
+
+
+def _duplicate_line(node: NodeRecord, claim: Duplicate) -> str:
+    agent = claim.agent_id if claim.namespace == "default" else f"{claim.namespace}/{claim.agent_id}"
+    at = datetime.fromtimestamp(claim.at, UTC).strftime("%H:%M:%S UTC")
+    return printable(
+        f"two hosts are agent {agent}: {claim.holder} has the sessions, {claim.refused} was refused by {node.node}"
+        f" (last at {at}, tries: {claim.tries}); stop one of them, or give it an agent_id of its own"
+    )
 
 
 def _node_row(node: NodeRecord, now: float) -> tuple[str, ...]:

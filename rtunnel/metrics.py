@@ -110,6 +110,21 @@ def _sessions(status: Status) -> Mapping[str, float] | None:
     return {"live": len(sessions), "draining": len(status["draining"])}
 
 
+#: Claims of second hosts that are told apart: each is a series, and its words are its peer's.
+MAX_CLAIMS: Final = 32
+
+
+def _duplicates(status: Status) -> Mapping[str, float] | None:
+    entries = status.get("duplicate_agents")
+    if entries is None:
+        return None
+    # 0 without a claim, so that the series is there before the first one.
+    return {"": 0} | {
+        f"{e['namespace']}/{e['agent_id']}: {e['holder']} stays, {e['refused']} is refused": e["tries"]
+        for e in entries[:MAX_CLAIMS]
+    }
+
+
 def _nodes(status: Status) -> Mapping[str, float] | None:
     nodes = status.get("nodes")
     if nodes is None:
@@ -229,6 +244,11 @@ SERIES: Final = (
     Series(
         "rtunnel_dials_lost_total", "Connections to guarded ports that ended before their Dial, by cause",
         _at("dials_lost"), "cause", tuple(Loss),
+    ),
+    Series(
+        "rtunnel_duplicate_agents", "Tries of a second host with an agent_id that a living session of another has, "
+        "in the last minutes; the label names the agent, the host that stays and the one that was refused",
+        _duplicates, "claim",
     ),
     Series(
         "rtunnel_window_budget_bytes", "What is left of the budget by which windows grow", _at("window_budget"),

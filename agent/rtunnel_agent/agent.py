@@ -46,6 +46,7 @@ from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_agent.addresses import OwnAddresses
 from rtunnel_agent.brokers import Brokers
 from rtunnel_agent.handshake import AgentSession, Enrolment, new_nonce
+from rtunnel_agent.host import host_id
 from rtunnel_agent.identity import AgentIdentity, Credentials
 from rtunnel_agent.proof import Prover
 from rtunnel_agent.race import Asked, Outcome, Race, Watch
@@ -116,6 +117,7 @@ class Agent:
             agent, self.agent_id, self._own.wanted, ask=self._ask, put=self._put_identity, log=self._log
         )
         self._instance = new_nonce()
+        self._host_id = host_id(agent.identity)
         self._greeting = trio.Lock()  # from a Hello until its answer
         self._brokers = Brokers(agent.brokers, self._log)
         self._stopping = False
@@ -565,6 +567,8 @@ class Agent:
             software=f"rtunnel {rtunnel.__version__}",
             trust=self.credentials.generation,
             start_window=START_WINDOW,
+            host_id=self._host_id,
+            host=host_name()[:128],
         )
 
     # The configuration file: what it exposes may change.

@@ -7,6 +7,7 @@ A certificate that the agent enrols for lives in a directory of its own:
                            again after a lost answer does not use a token up
     trust.list             the newest trust list
     token.id               which join token it had when it was in good standing: after a revocation it takes another one
+    host.secret            a part of the host id (`host`)
     lock                   held by the agent's process: two would overwrite each other's keys
 """
 

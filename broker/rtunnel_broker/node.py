@@ -27,7 +27,7 @@ from rtunnel.config import (
 )
 from rtunnel.logs import Throttle, get_logger
 from rtunnel.net import bound_socket, listen, source_of
-from rtunnel.registry import NodeRecord, Registration, Registry, RegistryUnavailable, Superseded
+from rtunnel.registry import Duplicate, NodeRecord, Registration, Registry, RegistryUnavailable, Superseded
 from rtunnel.relay.link import Link
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.relay import Listener, Relay
@@ -37,6 +37,7 @@ from rtunnel.trust.keys import DialKeys, load_cluster_keys, load_tokens
 from rtunnel.wire.messages import Bye, Drain, Enrol
 from rtunnel.wire.refusal import Refusal
 from rtunnel_broker.admit import Admission
+from rtunnel_broker.duplicates import MAX_RECORDED
 from rtunnel_broker.ports import FIRST_BYTES, DialChecker, PortCounts
 from rtunnel_broker.registrar import Registrar
 from rtunnel_broker.session import Session
@@ -319,7 +320,13 @@ class Node:
             sessions=len(self.sessions),
             streams=self.counts.streams,
             started=self.started,
+            duplicates=self._registrar.duplicates.current()[:MAX_RECORDED],
         )
+
+    @property
+    def duplicates(self) -> tuple[Duplicate, ...]:
+        """The second hosts that came with an agent_id lately, and were refused."""
+        return self._registrar.duplicates.current()
 
     @property
     def certificate_ends(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import time
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
@@ -19,6 +20,7 @@ from rtunnel.net import listening_socket
 from rtunnel.registry import (
     COUNTER_BITS,
     AddressTaken,
+    DuplicateAgent,
     PortLease,
     Registration,
     Registry,
@@ -29,6 +31,7 @@ from rtunnel.registry.ports import PortAllocator, PortsExhausted, PortTaken
 from rtunnel.relay.relay import Relay
 from rtunnel.wire.messages import OpenPort, Publish, Welcome
 from rtunnel.wire.refusal import Refusal, Refused
+from rtunnel_broker.duplicates import PROBE_SECONDS, Duplicates, is_restart, place, replaced_by
 from rtunnel_broker.ports import DialChecker, GuardedPort, Networks, OpenPortServer, PortCounts
 from rtunnel_broker.session import Session
 
@@ -103,6 +106,7 @@ class Registrar:
         self._checker = checker
         self._log = log
         self._counter = count(1)
+        self.duplicates = Duplicates(time.time)
         self._owner_locks: dict[str, tuple[trio.Lock, int]] = {}
         self._bind_host, _ = parse_endpoint(broker.listen)
         self._guarded = self._allocator(broker.port_range)
@@ -122,16 +126,18 @@ class Registrar:
         assert hello is not None
         async with self._owner_lock(session.owner):
             older = self.sessions.get(session.owner)
-            if older is not None and older.identity is not None and session.identity is None:
-                # Were it the agent itself, and its older link dead, then that would be over soon.
-                text = f"{session.owner} has a session here by certificate, which no join token replaces"
-                await self._node.bridge.run(lambda: session.refuse(Refusal.ADDRESS_TAKEN, text))
+            if older is not None:
+                try:
+                    await self._check_older(older, session)
+                except Refused as refused:
+                    code, text = refused.code, refused.text
+                    await self._node.bridge.run(lambda: session.refuse(code, text))
+                    return
+            if session.state != "proven":  # it has gone meanwhile: then it replaces nobody
                 return
             if older is not None:
                 # The agent says that it has no session here: its old link is one that only we believe in.
                 await self._replace(older, session)
-            if session.state != "proven":
-                return
             session.epoch = self._node.incarnation << COUNTER_BITS | next(self._counter)
             leased: list[Leased] = []
             try:
@@ -145,6 +151,8 @@ class Registrar:
                 await self._give_back(leased)
                 session.registration = None
                 code, text = _refusal_of(error), str(error)
+                if isinstance(error, DuplicateAgent):
+                    text = self._duplicated(session, error.holder)
                 await self._node.bridge.run(lambda: session.refuse(code, text))
                 return
             except BaseException:  # cancelled, or superseded: the node ends
@@ -271,6 +279,8 @@ class Registrar:
                 node=self._node.node,
                 epoch=session.epoch,
                 agent_id=hello.agent_id,
+                host_id=hello.host_id.hex(),
+                agent_host=place(hello, session.peer),
             )
 
         # The relay's thread replaces the set, so this must be one look.
@@ -358,15 +368,61 @@ class Registrar:
         )  # fmt: skip
         return True
 
+    # Two of one agent_id.
+
+    async def _check_older(self, older: Session, newer: Session) -> None:
+        """Return when `newer` may replace the older session of its agent_id. Raises Refused when that one stays."""
+        assert older.hello is not None
+        if older.identity is not None and newer.identity is None:
+            # If this is the same agent with a dead link, that link times out shortly.
+            text = f"{newer.owner} has a session here by certificate, which no join token replaces"
+            raise Refused(Refusal.ADDRESS_TAKEN, text)
+        if not is_restart(older, newer) and await self._lives(older):
+            raise Refused(Refusal.DUPLICATE_AGENT, self._duplicated(newer, place(older.hello, older.peer)))
+
+    async def _lives(self, session: Session) -> bool:
+        """Whether the session's link answers a ping within PROBE_SECONDS."""
+        answered = trio.Event()
+        answers: list[bool] = []
+
+        def done(lives: bool) -> None:
+            answers.append(lives)
+            self._node.bridge.post(answered.set)
+
+        def probe() -> None:
+            if session.link is None:
+                done(False)
+            else:
+                # The newcomer waits meanwhile, and its own deadline goes on.
+                session.link.probe(min(PROBE_SECONDS, self._node.config.handshake_timeout / 2), done)
+
+        await self._node.bridge.run(probe)
+        await answered.wait()
+        return answers[0]
+
+    def _duplicated(self, newer: Session, holder: str) -> str:
+        """Remember that a second host came, say it in the log if it is news, and return the text of its refusal."""
+        entry, is_news = self.duplicates.add(newer, holder)
+        if is_news:
+            self._log.warning(
+                "agent_duplicated", node=self._node.node, agent=entry.agent_id, namespace=entry.namespace,
+                holder=entry.holder, refused=entry.refused,
+                hint="two hosts have one identity: stop one of them, or give it an agent_id and an identity of its own",
+            )  # fmt: skip
+        return (
+            f"{newer.owner} has a living session from {entry.holder}, and this link is from {entry.refused}: "
+            "stop one of the two agents, or give it an agent_id and an identity of its own"
+        )[:512]
+
     # Leaving.
 
     async def _replace(self, older: Session, newer: Session) -> None:
         assert older.hello is not None and newer.hello is not None
-        same = older.hello.instance == newer.hello.instance
+        newer.replaced = replaced_by(older)
         self._log.warning(
             "session_replaced", node=self._node.node, agent=newer.hello.agent_id, epoch=str(older.epoch),
-            peer=newer.peer, older_peer=older.peer, reason="its link was dead" if same else "another process with this "
-            "agent_id came; if this repeats, two hosts have one agent_id",
+            peer=newer.peer, older_peer=older.peer,
+            reason="the agent was started again" if is_restart(older, newer) else "its link was dead",
         )  # fmt: skip
         await self._node.bridge.run(lambda: older.end("replaced: the agent has a new session here"))
         await self._leave(older)
@@ -409,7 +465,8 @@ class Registrar:
         """While the registry did not have them, another agent came with one of their addresses, and is there now."""
         for session in list(self.sessions.values()):
             if session.epoch in lost and not session.answered:
-                session.refuse(Refusal.ADDRESS_TAKEN, str(lost[session.epoch]))
+                error = lost[session.epoch]
+                session.refuse(_refusal_of(error), str(error))
 
 
 def _addresses(registration: Registration) -> frozenset[str]:
@@ -450,6 +507,8 @@ def _refusal_of(error: Exception) -> Refusal:
         return error.code
     if isinstance(error, OSError):  # no descriptor, no memory for one more listener
         return Refusal.OVERLOADED
+    if isinstance(error, DuplicateAgent):
+        return Refusal.DUPLICATE_AGENT
     if isinstance(error, AddressTaken):
         return Refusal.ADDRESS_TAKEN
     return Refusal.REGISTRY_UNAVAILABLE if isinstance(error, RegistryUnavailable) else Refusal.PORTS_EXHAUSTED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import msgspec
 import trio
 
 import rtunnel
@@ -52,6 +53,7 @@ def status(node: Node) -> dict[str, object]:
         "links_lost": dict(node.links_lost),
         "dials_lost": dict(counts.lost),
         "clock": node.clock.status(time.monotonic()),
+        "duplicate_agents": [msgspec.to_builtins(entry) for entry in node.duplicates],
         "certificate_ends": node.certificate_ends,
         "trust": node.anchor.shown() if node.anchor is not None else None,
         "waiting": counts.waiting,

@@ -124,6 +124,7 @@ class Session:
     addresses: frozenset[str] = frozenset()
     listeners: list[Listener] = field(default_factory=list)
     handshaking: bool = True  # until it is proven
+    replaced: tuple[bytes, ...] = ()  # the instances of this agent_id that it, and sessions before it, replaced here
     answered: bool = False  # refused, or enrolled
     state: str = "new"  # new, hello, proven, live; enrolling; void; over
     why: str = ""

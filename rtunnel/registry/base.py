@@ -45,6 +45,26 @@ class AddressTaken(Exception):
         self.node = node
 
 
+class DuplicateAgent(AddressTaken):
+    """A live tuple of the same agent_id, but from another host, has this address; the text says which and where."""
+
+    def __init__(self, namespace: str, ip: str, agent_id: str, node: str, agent_host: str) -> None:
+        super().__init__(namespace, ip, agent_id, node)
+        self.holder = f"{agent_host or 'another host'}, on the node {node!r}"
+        self.args = (f"{namespace}/{agent_id} has a session from {self.holder}",)
+
+
+class Duplicate(msgspec.Struct, frozen=True, gc=False):
+    """A second host that came with an agent_id, and was refused because the first one lives."""
+
+    namespace: str
+    agent_id: str
+    holder: str  # the host that stays: its name, the address of its link
+    refused: str  # the same of the other one
+    tries: int = 1
+    at: float = 0.0  # of the last try, seconds since 1970 by the node's clock
+
+
 # gc=False: these hold nothing that could form a cycle, and a collection that walks a million of them holds the GIL
 # for hundreds of milliseconds.
 class NodeRecord(msgspec.Struct, frozen=True, gc=False):
@@ -60,6 +80,7 @@ class NodeRecord(msgspec.Struct, frozen=True, gc=False):
     streams: int = 0
     started: float = 0.0
     beat: float = 0.0  # set by the registry
+    duplicates: tuple[Duplicate, ...] = ()  # the latest ones
 
 
 class Tuple(msgspec.Struct, frozen=True, gc=False):
@@ -76,6 +97,8 @@ class Tuple(msgspec.Struct, frozen=True, gc=False):
     state: str = "live"  # or "draining"
     exposes: str = ""  # for people: "22,9100,8000-8100"; only `Registry.with_exposes` sets it
     beat: float = 0.0  # heartbeat time, set by the registry
+    host_id: str = ""  # of the agent's host, hexadecimal; empty: it has not said it
+    agent_host: str = ""  # the same for people: its name, the address of its link
 
 
 class PortLease(msgspec.Struct, frozen=True, gc=False):
@@ -180,7 +203,8 @@ class Registry(Protocol):
         the node_id.
 
         One address, one agent: raises AddressTaken, and has then written nothing, when one of its (namespace, agent_ip)
-        has a live tuple of another agent_id on any node, this one included. Of two that come at once one wins.
+        has a live tuple of another agent_id on any node, this one included. Of two that come at once one wins. So does
+        one agent_id with two hosts: a live tuple on another node with another `host_id` raises DuplicateAgent.
         """
 
     def unregister(self, registration: Registration) -> None:

@@ -172,8 +172,15 @@ local function drop(target, field, json)
 end
 
 -- Drop the fields whose node died: the key lives on with the agent's other sessions, so that no expiry takes them.
--- Then the live tuple of another agent than `agent` (a piece of JSON with its id), if there is one that can be read.
-local function taken(target, agent)
+-- Then the live tuple of another agent than `agent` (a piece of JSON with its id), or of the same agent on another node
+-- than that of `own` (a field) and from another host than `own_json` says, if there is one that can be read.
+local function host_of(json) return string.match(json, '"host_id":"(%x+)"') end
+local function are_two_hosts(own_json, json)
+  local own, host = host_of(own_json), host_of(json)
+  return own and host and own ~= host
+end
+local function node_of(field) return string.match(field, '^[^/]*') end
+local function taken(target, agent, own, own_json)
   local all = call('HGETALL', P .. 'target:' .. target) or {}
   local found = {}
   for i = 1, #all, 2 do found[all[i]] = all[i + 1] end
@@ -184,7 +191,8 @@ local function taken(target, agent)
       local json = found[field]
       local means = json and epoch_of(json) == epoch
       if alive(last) then
-        if means and not string.find(json, agent, 1, true) then
+        local elsewhere = means and node_of(field) ~= node_of(own)
+        if means and not string.find(json, agent, 1, true) or elsewhere and are_two_hosts(own_json, json) then
           local read, row = pcall(cjson.decode, json)
           row = read and type(row) == 'table' and row or {}
           if type(row.agent_id) == 'string' and type(row.node) == 'string' then other = row end
@@ -199,11 +207,14 @@ local function taken(target, agent)
   end
   return other
 end
+local function in_the_way(row)
+  return row.agent_id, row.node, type(row.agent_host) == 'string' and row.agent_host or ''
+end
 """
 
 # Write leases, then tuples, of sessions of one node, but none whose address another agent has: a registration ('keep')
 # is then refused as a whole, of a beat ('back') just that tuple. Answers how many tuples were not there in just this
-# form, then of each refused one its number, and the agent and node that stood in its way.
+# form, then of each refused one its number, and the agent, node and host that stood in its way.
 PUT = (
     HEAD
     + """
@@ -215,8 +226,8 @@ call('ZADD', P .. 'nodes', now, node)
 local tuples, answer = {}, {0}
 for n = 1, tonumber(arg()) do
   local target, agent, field, port, epoch, json = arg(), arg(), arg(), arg(), arg(), arg()
-  local other = mode == 'keep' and taken(target, agent)
-  if other then return answered({0, n - 1, other.agent_id, other.node}) end
+  local other = mode == 'keep' and taken(target, agent, field, json)
+  if other then return answered({0, n - 1, in_the_way(other)}) end
   tuples[n] = {target, agent, field, port, epoch, json}
 end
 
@@ -228,13 +239,13 @@ end
 for n, tuple in ipairs(tuples) do
   local target, agent, field, port, epoch, json = unpack(tuple)
   local key = P .. 'target:' .. target
-  local other = mode == 'back' and taken(target, agent)
+  local other = mode == 'back' and taken(target, agent, field, json)
   local present = call('HGET', key, field)
   local wanted = not other
   if faulty[key] then
     wanted = false
   elseif other then
-    for _, word in ipairs({n - 1, other.agent_id, other.node}) do answer[#answer + 1] = word end
+    for _, word in ipairs({n - 1, in_the_way(other)}) do answer[#answer + 1] = word end
   elseif present then
     wanted = not older(epoch, epoch_of(present))
   elseif mode == 'back' then

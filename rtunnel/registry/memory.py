@@ -21,6 +21,7 @@ from rtunnel.registry.base import (
     Beat,
     Change,
     CursorLost,
+    DuplicateAgent,
     NodeRecord,
     PortLease,
     Registration,
@@ -268,6 +269,9 @@ class MemoryRegistry:
                 self._drop(live.tuple)
             elif live.tuple.agent_id != entry.agent_id:
                 return AddressTaken(entry.namespace, entry.agent_ip, live.tuple.agent_id, live.tuple.node)
+            elif live.tuple.node != entry.node and _are_two_hosts(live.tuple, entry):
+                there = live.tuple
+                return DuplicateAgent(there.namespace, there.agent_ip, there.agent_id, there.node, there.agent_host)
         return None
 
     def _may_return(self, entry: Tuple, now: float) -> bool:
@@ -323,6 +327,11 @@ class MemoryRegistry:
         self._seq += 1
         self._feed.append(Change(at.namespace, at.agent_ip, at.agent_port, at.node, at.epoch, entry))
         self._changed.notify_all()
+
+
+def _are_two_hosts(one: Tuple, other: Tuple) -> bool:
+    """Whether both have said which host they are from, and it is not the same."""
+    return bool(one.host_id and other.host_id) and one.host_id != other.host_id
 
 
 def _parts(registration: Registration) -> Iterator[Tuple | PortLease]:

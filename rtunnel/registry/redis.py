@@ -32,6 +32,7 @@ from rtunnel.registry.base import (
     Beat,
     Change,
     CursorLost,
+    DuplicateAgent,
     NodeRecord,
     PortLease,
     Registration,
@@ -286,10 +287,11 @@ class RedisRegistry:
             args += (*_lease_args(lease), *said)
         written, *refused = self._write(_PUT, *args)
         taken = {}
-        for number, agent, other in zip(refused[::3], refused[1::3], refused[2::3], strict=True):
+        for number, *words in zip(refused[::4], refused[1::4], refused[2::4], refused[3::4], strict=True):
             ours = tuples[number]
-            who = (agent.decode(errors="replace"), other.decode(errors="replace"))
-            taken[ours.epoch] = AddressTaken(ours.namespace, ours.agent_ip, *who)
+            agent, other, host = (word.decode(errors="replace") for word in words)
+            at = ours.namespace, ours.agent_ip, agent, other
+            taken[ours.epoch] = DuplicateAgent(*at, host) if agent == ours.agent_id else AddressTaken(*at)
         return written, taken
 
     def _remove(self, node: str, tuples: tuple[Tuple, ...], leases: tuple[PortLease, ...]) -> None:
@@ -575,6 +577,8 @@ def _static(entry: Tuple) -> bytes:
     """A tuple as it is stored: its epoch first (scripts read it there) and as a string, without what others set."""
     fields = msgspec.structs.asdict(entry)
     del fields["beat"], fields["exposes"]
+    if not entry.host_id:
+        del fields["host_id"], fields["agent_host"]  # nobody compares them then
     return _encode({"epoch": str(fields.pop("epoch")), **fields})
 
 

@@ -13,6 +13,7 @@ import random
 import socket
 import ssl
 from collections import deque
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from rtunnel.clock import CHECK_CLOCK
@@ -70,8 +71,8 @@ class Link(WindowedSession):
     """See the module. Made by `Relay`; `peer` is the other end's IP, `rtt` the last ping's seconds (0: none yet)."""
 
     __slots__ = (
-        "_flushing", "_heard", "_live", "_out", "_owner", "_ping_sent", "_pings", "_queued", "_shaking", "_spoken",
-        "_timer", "_transport", "_unread", "allowance", "blocked", "is_client", "peer", "rtt", "scratch",
+        "_flushing", "_heard", "_live", "_out", "_owner", "_ping_sent", "_pings", "_probes", "_queued", "_shaking",
+        "_spoken", "_timer", "_transport", "_unread", "allowance", "blocked", "is_client", "peer", "rtt", "scratch",
         "sock", "up", "waiting",
     )  # fmt: skip
 
@@ -118,6 +119,7 @@ class Link(WindowedSession):
         self._heard = loop.now
         self._pings = 0
         self._ping_sent = 0.0
+        self._probes: dict[int, Callable[[bool], None]] = {}  # by the ping that they wait for
         self.rtt = 0.0
         _tune(sock)
         self._watch(watched)
@@ -356,8 +358,29 @@ class Link(WindowedSession):
         self._ping_sent = self.loop.now
         self.ping(self._pings & 0xFFFFFFFF)
 
+    def probe(self, patience: float, done: Callable[[bool], None]) -> None:
+        """Ping the peer now, and tell `done` once whether it lives.
+
+        True as soon as it answers; after `patience` seconds, whether it has said anything since (an answer stands in
+        line behind what a slow link has to carry). False as soon as the link ends.
+        """
+        if self.over or not self.up:
+            done(False)
+            return
+        asked = self.loop.now
+        self._measure()
+        value = self._pings & 0xFFFFFFFF
+        self._probes[value] = done
+        self.loop.after(patience, lambda: self._probed(value, self._heard > asked))
+
+    def _probed(self, value: int, lives: bool) -> None:
+        done = self._probes.pop(value, None)
+        if done is not None:
+            done(lives)
+
     def on_pong(self, value: int) -> None:
         """See yamux.Session."""
+        self._probed(value, True)
         if value == self._pings & 0xFFFFFFFF:
             self.rtt = self.loop.now - self._ping_sent
             self.measured(self.rtt)
@@ -409,6 +432,8 @@ class Link(WindowedSession):
         # Links and their owners name each other: TLS buffers (250 KB) must not wait for a garbage collection.
         self._spoken = self.has_spoken
         self._transport = Transport(self.sock)
+        for value in list(self._probes):
+            self._probed(value, False)
         self._owner.link_down(self, why)
 
 

@@ -118,6 +118,8 @@ class Hello(Message, tag="hello", frozen=True):
     software: Text = ""
     trust: Unsigned64 = 0  # the generation of the trust list that it has
     start_window: StartWindow = INITIAL_WINDOW  # with which its streams can begin
+    host_id: Annotated[bytes, msgspec.Meta(max_length=NONCE_BYTES)] = b""  # tells a restart from a second host; opaque
+    host: Id = ""  # the agent's machine, for people
 
 
 class Enrol(Message, tag="enrol", frozen=True):

@@ -73,6 +73,7 @@ class Refusal(StrEnum):
     REVOKED = "revoked"
     ADDRESS_TAKEN = "address_taken"
     AGENT_ID_TAKEN = "agent_id_taken"
+    DUPLICATE_AGENT = "duplicate_agent"
     AUTHORITY_UNAVAILABLE = "authority_unavailable"
     PORTS_EXHAUSTED = "ports_exhausted"
     PORT_TAKEN = "port_taken"
@@ -202,6 +203,9 @@ _TELLINGS: dict[Refusal, Telling] = {
     ),
     _R.AGENT_ID_TAKEN: Telling(
         GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "another agent has this agent_id at present"
+    ),
+    _R.DUPLICATE_AGENT: Telling(
+        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "another host has a session with this agent_id"
     ),
     _R.AUTHORITY_UNAVAILABLE: Telling(
         GENERAL_FAILURE, 503, "proxy_internal_error", _TRY, "the authority can't be reached"

@@ -252,7 +252,9 @@ async def test_an_agent_enrols_once_and_renews_through_any_node(tmp_path: Path, 
             agent.identity.certificate
         )
         modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "identity").iterdir()}
-        assert modes == dict.fromkeys(("agent.key", "agent.pem", "lock", "token.id", "trust.list"), 0o600)
+        assert modes == dict.fromkeys(
+            ("agent.key", "agent.pem", "host.secret", "lock", "token.id", "trust.list"), 0o600
+        )
         assert (tmp_path / "identity").stat().st_mode & 0o777 == 0o700
 
 
@@ -400,7 +402,7 @@ async def test_an_exchange_that_ended_between_its_files_is_finished(tmp_path: Pa
             (home / name).write_bytes((cluster.secrets / source).read_bytes())
         await cluster.start_agent(certificate="", key="", identity=str(home), redundancy=1)
         await cluster.whole()
-        assert sorted(path.name for path in home.iterdir()) == ["agent.key", "agent.pem", "lock"]
+        assert sorted(path.name for path in home.iterdir()) == ["agent.key", "agent.pem", "host.secret", "lock"]
         assert (home / "agent.key").read_bytes() == (cluster.secrets / f"{new}.key").read_bytes()
 
 

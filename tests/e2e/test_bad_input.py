@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import random
+import re
 import resource
 import socket
 import ssl
@@ -395,7 +396,7 @@ def hello(secrets: Path, **changes: Any) -> Hello:
     fields: dict[str, Any] = {
         "version": messages.VERSION,
         "agent_id": "raw",
-        "instance": bytes(16),
+        "instance": os.urandom(16),
         "namespace": "default",
         "addresses": ["127.1.7.7"],
         "nonce": os.urandom(16),
@@ -1851,11 +1852,11 @@ async def test_a_broker_full_of_sessions_refuses_others_and_not_its_own(here: Pa
         await cluster.start(brokers=1)
         node = cluster.brokers["b1"].node
         async with unharmed(cluster, Target("127.1.0.1")):
-            wire, welcome = await in_thread(lambda: enrol(node.bound, secrets))
+            wire, welcome = await in_thread(lambda: enrol(node.bound, secrets, host_id=b"one host"))
             late = await cluster.start_agent("late", "127.1.0.8", redundancy=1)
             await cluster.until(lambda: "overloaded" in late.agent.reasons()[0])
             assert "2 sessions, its limit" in late.agent.reasons()[0]
-            again, newer = await in_thread(lambda: enrol(node.bound, secrets))
+            again, newer = await in_thread(lambda: enrol(node.bound, secrets, host_id=b"one host"))
             assert newer.port == welcome.port and newer.epoch > welcome.epoch
             with pytest.raises(Gone):
                 await in_thread(lambda: wire.pump(lambda: False))
@@ -2167,8 +2168,16 @@ async def test_a_flood_of_updates_ends_the_agents_own_link(here: Path, secrets: 
     assert len(told) == 1, "beside the heartbeats there is the registration"
 
 
-async def test_two_who_claim_one_id_replace_each_other(here: Path, secrets: Path) -> None:
-    """The newer one has it, and the port; the older link is ended, and nothing of it stays."""
+async def test_processes_of_one_host_replace_each_other_at_once(
+    here: Path, secrets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest one has the agent_id, and the port; nobody waits for a ping to the older link, which answers none."""
+
+    async def never(*_: object) -> bool:
+        await trio.sleep_forever()
+        return True
+
+    monkeypatch.setattr(registrar.Registrar, "_lives", never)
     async with running_cluster(here, **FAST) as cluster:
         await cluster.start(brokers=1)
         node = cluster.brokers["b1"].node
@@ -2176,7 +2185,7 @@ async def test_two_who_claim_one_id_replace_each_other(here: Path, secrets: Path
             wires: list[tuple[Wire, Welcome]] = []
 
             async def one() -> None:
-                wires.append(await in_thread(lambda: enrol(node.bound, secrets)))
+                wires.append(await in_thread(lambda: enrol(node.bound, secrets, host_id=b"one host")))
 
             async with trio.open_nursery() as nursery:
                 for _ in range(8):
@@ -2187,4 +2196,41 @@ async def test_two_who_claim_one_id_replace_each_other(here: Path, secrets: Path
             assert len({welcome.port for _, welcome in wires}) == 1
             for wire, _ in wires:
                 wire.close()
+            await cluster.until(lambda: len(node.sessions) == 1)
+
+
+async def test_a_dead_session_gives_way_and_a_living_one_stays(
+    here: Path, secrets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link that does not answer a ping is replaced by whoever comes; one that answers stays, and the log has both."""
+    monkeypatch.setattr(registrar, "PROBE_SECONDS", 0.2)
+    async with running_cluster(here) as cluster:
+        await cluster.start(brokers=1)
+        node = cluster.brokers["b1"].node
+        async with unharmed(cluster, Target("127.1.0.1")) as logs:
+            dead, _ = await in_thread(lambda: enrol(node.bound, secrets, host_id=b"one", host="host-7"))
+            wire, _ = await in_thread(lambda: enrol(node.bound, secrets, host_id=b"two", host="host-8"))
+            assert "its link was dead" in named(logs, "session_replaced")[-1]["reason"]
+
+            def lives() -> None:
+                """As long as the link is there, it answers pings."""
+                with suppress(Gone):
+                    wire.pump(lambda: False)
+
+            monkeypatch.setattr(registrar, "PROBE_SECONDS", 3600.0)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(in_thread, lives)
+                for claim in ({"host_id": b"one"}, {"host_id": b""}, {"host_id": b"two", "addresses": ["127.1.7.8"]}):
+                    comes = partial(enrol, node.bound, secrets, host="host-9", **claim)
+                    with pytest.raises(Refusal) as caught:
+                        await in_thread(comes)
+                    assert "duplicate_agent" in str(caught.value), caught.value
+                    assert re.search(r"session from host-8 \(\S+\), and this link is from host-9", str(caught.value))
+                wire.sock.shutdown(socket.SHUT_RDWR)
+            told = [(line["holder"].split()[0], line["refused"].split()[0]) for line in named(logs, "agent_duplicated")]
+            assert told == [("host-8", "host-9")] * 3
+            assert [entry.refused.split()[0] for entry in node.duplicates] == ["host-9"] * 3
+            assert node.session_refusals["duplicate_agent"] == 3
+            dead.close()
+            wire.close()
             await cluster.until(lambda: len(node.sessions) == 1)

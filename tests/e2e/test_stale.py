@@ -130,8 +130,8 @@ class Scene:
 
 
 def plain(entry: Tuple) -> Tuple:
-    """Without its heartbeat."""
-    return msgspec.structs.replace(entry, beat=0.0)
+    """As a gateway has it, without its heartbeat."""
+    return msgspec.structs.replace(entry, beat=0.0, host_id="", agent_host="")
 
 
 async def start_scene(cluster: Cluster, *, spread: bool = False) -> Scene:

@@ -19,6 +19,7 @@ from rtunnel.registry import (
     AddressTaken,
     Change,
     CursorLost,
+    DuplicateAgent,
     NodeRecord,
     PortLease,
     Registration,
@@ -379,6 +380,39 @@ def test_address_of_a_live_agent_is_refused_to_others(store: Store, where: str, 
     again, elsewhere = second.start(agent="a"), node.start(port=20003, agent="b", namespace="other")
     assert plain(registry.lookup("default", "10.1.0.7")) == [entry, *again.tuples]
     assert plain(registry.lookup("other", "10.1.0.7")) == list(elsewhere.tuples)
+
+
+def on_host(session: Registration, host_id: str) -> Registration:
+    """The same session, from this host."""
+    return msgspec.structs.replace(
+        session,
+        tuples=tuple(msgspec.structs.replace(t, host_id=host_id, agent_host=f"h {host_id}") for t in session.tuples),
+    )
+
+
+def test_one_agent_id_of_two_hosts_is_refused_on_another_node(store: Store) -> None:
+    """The text names host and node. The same host, one that says nothing, and the same node are no second host."""
+    registry = store.open()
+    first, second = Node(registry), Node(registry, "broker-2", "10.0.0.2")
+    registry.register(on_host(first.session(), "aa11"))
+    caught = refused(second, on_host(second.session(), "bb22"))
+    assert isinstance(caught, DuplicateAgent)
+    assert (caught.holder, caught.node) == ("h aa11, on the node 'broker-1'", "broker-1")
+    assert str(caught) == "default/a has a session from h aa11, on the node 'broker-1'"
+    for node, host in ((second, "aa11"), (second, ""), (first, "cc33")):
+        registry.register(on_host(node.session(port=20002), host))
+
+
+def test_after_a_wipe_the_first_host_that_comes_has_the_agent_id(store: Store) -> None:
+    registry = store.open()
+    first, second = Node(registry), Node(registry, "broker-2", "10.0.0.2")
+    loser, winner = on_host(first.session(), "aa11"), on_host(second.session(), "bb22")
+    registry.register(loser)
+    store.wipe()
+    registry.register(winner)
+    [lost] = first.lost(loser).values()
+    assert isinstance(lost, DuplicateAgent) and lost.holder == "h bb22, on the node 'broker-2'"
+    assert everything(registry) == list(winner.tuples)
 
 
 def test_address_of_an_open_port_is_refused_to_others(store: Store) -> None:
