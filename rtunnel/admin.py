@@ -57,9 +57,11 @@ def health_routes(
     reasons: Callable[[], Sequence[str]],
     status: Callable[[], Mapping[str, Any]],
     answered: Callable[[], Awaitable[object]] = trio.lowlevel.checkpoint,
+    warnings: Callable[[], Sequence[str]] = tuple,
 ) -> dict[str, Route]:
     """The paths of a role: `reasons` says what is missing to be ready, `status` tells its state.
 
+    `warnings` says what is wrong though it is ready, because its clients are better off with it than without.
     `answered` returns when the role's own thread has answered; a process where it hangs is not live.
     """
 
@@ -71,7 +73,10 @@ def health_routes(
 
     def ready() -> Answer:
         missing = list(reasons())
-        return json_answer({"ready": not missing, "reasons": missing}, 503 if missing else 200)
+        answer = {"ready": not missing, "reasons": missing}
+        if told := list(warnings()):
+            answer["warnings"] = told
+        return json_answer(answer, 503 if missing else 200)
 
     return {
         "/livez": live,
@@ -96,11 +101,13 @@ async def run_beside(
     status: Callable[[], Mapping[str, Any]],
     stop: trio.Event,
     task_status: trio.TaskStatus[Any],
+    warnings: Callable[[], Sequence[str]] = tuple,
 ) -> None:
     """Run a role with its health endpoint beside it, unless `address` is empty."""
     async with trio.open_nursery() as nursery:
         if address:
-            await nursery.start(partial(serve, address, health_routes(part.reasons, status, part.answered), key=key))
+            routes = health_routes(part.reasons, status, part.answered, warnings)
+            await nursery.start(partial(serve, address, routes, key=key))
         await part.run(stop, task_status)
         nursery.cancel_scope.cancel()
 

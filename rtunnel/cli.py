@@ -467,6 +467,13 @@ def _age(now: float, then: float) -> float:
     return round(max(0.0, now - then), 3)
 
 
+#: What `rtunnel status` says beside an empty list of nodes.
+NO_HEARTBEAT = (
+    "no broker has a heartbeat here: either none runs, or this registry refuses writes, which /readyz and the log "
+    "of each broker say (registry_unavailable); gateways go on with the tuples that they know"
+)
+
+
 class _Agent(msgspec.Struct):
     """What the registry knows of one agent."""
 
@@ -494,7 +501,9 @@ def status(everything: bool, config_file: Path | None, as_json: bool, **values: 
     agents = _agents(snapshot)
     if as_json:
         nodes = [{**msgspec.to_builtins(node), "age": _age(snapshot.now, node.beat)} for node in snapshot.nodes]
-        print_json({"registry": url, "nodes": nodes, "agents": agents, "summary": _summary(snapshot, agents)})
+        warnings = [] if nodes else [NO_HEARTBEAT]
+        summary = _summary(snapshot, agents)
+        print_json({"registry": url, "nodes": nodes, "agents": agents, "summary": summary, "warnings": warnings})
         return
     columns = ("node", "host", "ps ip", "state", "sessions", "streams", "heartbeat", "version")
     print_table(columns, [_node_row(node, snapshot.now) for node in sorted(snapshot.nodes, key=lambda n: n.node)])
@@ -508,6 +517,8 @@ def status(everything: bool, config_file: Path | None, as_json: bool, **values: 
         for claim in node.duplicates:
             click.echo(_duplicate_line(node, claim))
     click.echo(_summary_line(url, _summary(snapshot, agents)))
+    if not snapshot.nodes:
+        click.echo(f"warning: {NO_HEARTBEAT}")
 
 
 def _agents(snapshot: Snapshot) -> list[_Agent]:

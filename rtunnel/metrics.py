@@ -256,7 +256,9 @@ SERIES: Final = (
     Series("rtunnel_held_bytes", "Bytes of streams that wait for somebody who does not take them", _at("held")),
     # Registry.
     Series(
-        "rtunnel_registry_up", "1 when the last heartbeat (broker) or look (gateway) at the registry worked",
+        "rtunnel_registry_up",
+        "1 when the last heartbeat (broker) or look (gateway) at the registry worked, and the gateway saw a broker's "
+        "heartbeat",
         _is_ok("registry"),
     ),
     Series("rtunnel_tuples", "Tuples in the route table", _at("tuples")),

@@ -299,7 +299,13 @@ class Supervisor:
             for worker, answer in zip(self.workers, answers, strict=True)
             for reason in (answer["reasons"] if answer is not None else [_absence(worker)])
         ]
-        return admin.json_answer({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+        warnings = [
+            f"worker {worker.number}: {warning}"
+            for worker, answer in zip(self.workers, answers, strict=True)
+            for warning in (answer.get("warnings", ()) if answer is not None else ())
+        ]
+        whole = {"ready": not reasons, "reasons": reasons} | ({"warnings": warnings} if warnings else {})
+        return admin.json_answer(whole, 503 if reasons else 200)
 
     async def _statusz(self) -> admin.Answer:
         return admin.json_answer(await self._status())

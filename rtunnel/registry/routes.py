@@ -50,6 +50,10 @@ class RouteTable:
     `grace`: how long a tuple that the registry no longer shows is kept, because the registry may just have been wiped
     and is being rebuilt. An explicit removal goes at once. Epochs order everything: an older one never replaces or
     removes a newer one.
+
+    Nothing is concluded from what is absent while nobody's heartbeat advances: a registry that refuses writes and
+    answers reads loses all nodes within its `ttl`, though they are well. The last known tuples stay then, without a
+    limit of time: they are no more than there were, and one that is not so is refused by its broker and forgotten.
     """
 
     def __init__(self, grace: float = 15.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -60,6 +64,8 @@ class RouteTable:
         self._routes: dict[_Key, tuple[Tuple, ...]] = {}
         self._tuples = 0
         self._nodes: dict[str, NodeRecord] = {}
+        self._written = -inf  # when a node's heartbeat was last seen to be another than before
+        self._silent: float | None = None  # since when no node has a heartbeat, where some had one
         self._lost: dict[str, float] = {}  # nodes that the registry no longer lists, since when
         self._given_up: set[str] = set()  # lost for the grace period: their tuples are dropped
         self._absent: dict[_Id, float] = {}  # tuples that the last snapshot did not have, since when
@@ -89,6 +95,17 @@ class RouteTable:
         nodes = list(self._nodes.values())
         draining = sum(node.state != "live" for node in nodes)
         return RouteCounts(len(self._routes), self._tuples, len(nodes), draining, len(self._absent), self._forgotten)
+
+    def silence(self) -> str:
+        """A sentence for people when no node has had a heartbeat for the grace period though some had one; else ""."""
+        silent = self._silent
+        seconds = 0.0 if silent is None else self._clock() - silent
+        if silent is None or seconds < self.grace:
+            return ""
+        return (
+            f"no broker has had a heartbeat in the registry for {seconds:.0f} s: either it refuses writes (then each "
+            f"broker's /readyz says why) or no broker runs; the {self._tuples} last known tuples are in use"
+        )
 
     @property
     def nodes(self) -> dict[str, NodeRecord]:
@@ -145,6 +162,13 @@ class RouteTable:
         with self._control:
             old, self._nodes = self._nodes, {node.node: node for node in nodes}
             now = self._clock()
+            if any(name not in old or old[name].beat != node.beat for name, node in self._nodes.items()):
+                self._written = now
+            if self._nodes and self._silent is not None:
+                self._silent = None
+                self.restart_grace()  # the first that is back says nothing about the others
+            elif old and not self._nodes:
+                self._silent = now
             for name in old.keys() - self._nodes.keys():
                 self._lost[name] = now
             for name in self._lost.keys() & self._nodes.keys():
@@ -156,13 +180,16 @@ class RouteTable:
             return bool(back)
 
     def expire(self) -> int:
-        """Drop what was absent for the grace period, or belongs to a node lost for as long. Returns how many."""
+        """Drop what was absent for the grace period, or belongs to a node lost for as long. Returns how many.
+
+        Only if some node's heartbeat has advanced since then.
+        """
         with self._control:
             now = self._clock()
             before = self._tuples
-            for at in [at for at, since in self._absent.items() if now - since >= self.grace]:
+            for at in [at for at, since in self._absent.items() if self._is_over(since, now)]:
                 self._drop(at)
-            gone = {name for name, since in self._lost.items() if now - since >= self.grace}
+            gone = {name for name, since in self._lost.items() if self._is_over(since, now)}
             if gone:
                 for name in gone:
                     del self._lost[name]
@@ -174,11 +201,14 @@ class RouteTable:
                     del self._buried[at]
             return before - self._tuples
 
+    def _is_over(self, since: float, now: float) -> bool:
+        return since < self._written and now - since >= self.grace
+
     def expires_in(self) -> float:
-        """Seconds until `expire` has something to drop, 0 or less when it has; infinity when nothing is missing."""
+        """Seconds until `expire` has something to drop, 0 or less when it has; infinity when it can't tell as yet."""
         with self._control:
-            since = min(min(self._absent.values(), default=inf), min(self._lost.values(), default=inf))
-            return since + self.grace - self._clock()
+            times = [*self._absent.values(), *self._lost.values()]
+            return min((since for since in times if since < self._written), default=inf) + self.grace - self._clock()
 
     def restart_grace(self) -> None:
         """The registry was out of reach: what it did not show before says nothing about now."""

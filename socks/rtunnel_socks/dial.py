@@ -201,7 +201,9 @@ class TargetDial:
             # Some causes are no fault of the paths: where all say the same, the client is told that.
             alike = self._codes & _NOT_THE_PATHS if len(self._codes) == 1 else ()
             code = next(iter(alike), Refusal.AGENT_UNAVAILABLE)
-            self._fail(Refused(code, f"no path works: {'; '.join(self._failures)}"))
+            silence = self.owner.table.silence()
+            text = f"no path works: {'; '.join(self._failures)}"
+            self._fail(Refused(code, f"{text}; {silence}" if silence else text))
 
     def _hedge_after(self, seconds: float) -> None:
         self._hedge = self.owner.relay.loop.after(seconds, self._silent)

@@ -79,6 +79,7 @@ class Gateway:
         self.draining = False
         self.waiting: set[Client] = set()
         self.registry_down = "not contacted yet"
+        self._silent = False  # no broker has a heartbeat, and it was logged
         self._followed: float | None = None  # when the route table was true to the registry (monotonic)
         self.table = RouteTable(grace=config.registry.heartbeat + 1.0)  # a wiped registry is whole again by then
         self.relay = Relay(self.report, "relay-gateway", memory=gateway.stream_memory << 20)
@@ -144,6 +145,8 @@ class Gateway:
         if self.registry_down not in ("", "not contacted yet"):
             text = f"no tuple is known here for {key[1]}, and: {self.registry_down}"
             return Refused(Refusal.REGISTRY_UNAVAILABLE, text)
+        if silence := self.table.silence():
+            return Refused(Refusal.REGISTRY_UNAVAILABLE, f"no tuple is known here for {key[1]}, and {silence}")
         if len(self._asking) >= MAX_MISSES and key not in self._asking:
             return Refused(Refusal.OVERLOADED, "too many questions wait for the registry")
         return None
@@ -334,6 +337,16 @@ class Gateway:
             reasons.append("draining")
         return reasons
 
+    def warnings(self) -> list[str]:
+        """What is wrong while it serves what it knew."""
+        state = self.registry_state
+        return [] if state == "ok" else [f"registry: {state}"]
+
+    @property
+    def registry_state(self) -> str:
+        """ "ok", or what keeps the route table from being true."""
+        return self.registry_down or self.table.silence() or "ok"
+
     async def answered(self) -> None:
         """See rtunnel.pulse.Part."""
         await self.bridge.answered()
@@ -367,9 +380,20 @@ class Gateway:
                 await trio.sleep(RETRY_SECONDS)
                 continue
             self._followed = time.monotonic()
+            self._tell_silence()
             if self.registry_down:
                 self._log.info("registry_followed", tuples=self.table.counts().tuples)
                 self.registry_down = ""
+
+    def _tell_silence(self) -> None:
+        """Log it once when the brokers' heartbeats are gone, and when they are back."""
+        silence = self.table.silence()
+        if bool(silence) != self._silent:
+            self._silent = bool(silence)
+            if silence:
+                self._log.error("heartbeats_lost", reason=silence, tuples_known=self.table.counts().tuples)
+            else:
+                self._log.info("heartbeats_returned", nodes=sorted(self.table.nodes))
 
     async def _drain(self) -> None:
         """Serve new clients until the VIP knows, then take no more; streams may finish within the deadline."""

@@ -29,6 +29,7 @@ async def serve(
         config.gateway.admin,
         key="gateway.admin",
         status=lambda: status(gateway),
+        warnings=gateway.warnings,
         stop=stop,
         task_status=task_status,
     )
@@ -47,7 +48,7 @@ def status(gateway: Gateway) -> dict[str, object]:
         "forgotten": routes.forgotten,
         "routes_age": gateway.routes_age,
         "nodes": [{"node": n.node, "state": n.state} for n in gateway.table.nodes.values()],
-        "registry": gateway.registry_down or "ok",
+        "registry": gateway.registry_state,
         "clients": counts.clients,
         **counts.shown(),
         "clock": gateway.clock.status(time.monotonic()),

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from redis import exceptions as errors
 
 from rtunnel.config import RegistryConfig
 from rtunnel.registry import (
@@ -31,7 +32,7 @@ from rtunnel.registry import (
     incarnation_of,
 )
 from rtunnel.registry.memory import MemoryRegistry
-from rtunnel.registry.redis import RedisRegistry
+from rtunnel.registry.redis import RedisRegistry, _reason
 from support.polling import until
 from support.redis_server import RedisServer, redis_binary
 
@@ -1040,6 +1041,7 @@ def test_beat_that_waits_in_a_frozen_redis_hides_nobody(make_redis: MakeRedis) -
     registry = RedisRegistry(server.url, ttl=0.3, quarantine=5.0, timeout=0.1)
     node = Node(registry)
     sessions = [node.start(f"10.1.0.{n}", 20000 + n, agent=f"a{n}") for n in range(5)]
+    assert node.beat(*sessions) == 0
     server.freeze()
     with pytest.raises(RegistryUnavailable):
         node.beat(*sessions)
@@ -1140,6 +1142,34 @@ def test_full_redis_and_replica_are_told_apart(make_redis: MakeRedis) -> None:
             node.start()
         client.replicaof("NO", "ONE")
     node.start()
+    registry.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        ("NOREPLICAS Not enough good replicas to write.", "min-replicas-to-write"),
+        ("ERR Error running script: MISCONF Redis is configured to save RDB snapshots", "its disk"),
+        ("OOM command not allowed when used memory > 'maxmemory'.", "maxmemory"),
+        ("READONLY You can't write against a read only replica.", "must name the master"),
+    ],
+)
+def test_refused_write_is_told_with_the_words_of_redis_and_the_fix(words: str, fix: str) -> None:
+    text = _reason(errors.ResponseError(words), 1.0)
+    assert words.partition(" ")[0] in text
+    assert fix in text.partition("; ")[2]
+
+
+def test_snapshot_of_a_redis_that_refuses_writes(make_redis: MakeRedis) -> None:
+    """A gateway that starts meanwhile can still read."""
+    server = make_redis().start()
+    registry = RedisRegistry(server.url)
+    session = Node(registry).start()
+    with server.client() as client:
+        client.config_set("maxmemory", "1")
+        assert everything(registry) == list(session.tuples)
+        assert plain(registry.lookup("default", "10.1.0.7")) == list(session.tuples)
+        client.config_set("maxmemory", "0")
     registry.close()
 
 

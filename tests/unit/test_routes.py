@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import count
+from math import inf
 from typing import TypeVar
 
 import msgspec
@@ -50,8 +52,13 @@ def gone(at: Tuple) -> Change:
     return Change(at.namespace, at.agent_ip, at.agent_port, at.node, at.epoch, None)
 
 
-def node(name: str, state: str = "live", incarnation: int = 0) -> NodeRecord:
-    return NodeRecord(node=name, host=name, ip="10.0.0.1", incarnation=incarnation, state=state)
+BEATS = count(1)
+
+
+def node(name: str, state: str = "live", incarnation: int = 0, beat: float | None = None) -> NodeRecord:
+    """A node with a new heartbeat, unless it is given."""
+    beat = float(next(BEATS)) if beat is None else beat
+    return NodeRecord(node=name, host=name, ip="10.0.0.1", incarnation=incarnation, state=state, beat=beat)
 
 
 def snapshot(*tuples: Tuple, nodes: tuple[str, ...] = ("n1", "n2")) -> Snapshot:
@@ -147,6 +154,7 @@ def test_reconcile_adds_at_once_and_drops_after_the_grace_period(table: RouteTab
     assert set(found(table)) == {("n1", 1), ("n2", 2)}
     assert table.counts().absent == 1
     clock.now += GRACE - 1
+    table.set_nodes([node("n1"), node("n2")])
     assert table.expire() == 0
     clock.now += 1
     assert table.expire() == 1
@@ -175,6 +183,8 @@ def test_lost_node_is_last_at_once_and_dropped_after_the_grace_period(table: Rou
     table.set_nodes([node("n2")])
     assert [name for name, _ in found(table)] == ["n2", "n1"]
     clock.now += GRACE
+    assert table.expire() == 0, "nobody's heartbeat has advanced since"
+    table.set_nodes([node("n2")])
     assert table.expire() == 2
     assert found(table) == [("n2", 1)]
     assert table.set_nodes([node("n1"), node("n2")]), "it is back: a reconcile is needed"
@@ -197,6 +207,10 @@ def test_grace_starts_again_after_the_registry_was_away(table: RouteTable, clock
     table.restart_grace()
     assert table.expire() == 0
     clock.now += GRACE
+    table.set_nodes([node("n3")])
+    assert table.expire() == 0, "the first that is back says nothing about the others"
+    clock.now += GRACE
+    table.set_nodes([node("n3")])
     assert table.expire() == 2
 
 
@@ -301,7 +315,7 @@ class Source(MemoryRegistry):
 
 
 class World:
-    """A registry, one node with sessions, and a mirror, on one clock."""
+    """A registry, a node with sessions, another that only beats, and a mirror, on one clock."""
 
     def __init__(self) -> None:
         self.clock = Clock()
@@ -311,6 +325,9 @@ class World:
         self.record = NodeRecord(node="n1", host="h", ip="10.0.0.1", incarnation=0)
         incarnation = self.registry.start_node(self.record)
         self.record = msgspec.structs.replace(self.record, incarnation=incarnation)
+        self.other = NodeRecord(node="n2", host="h", ip="10.0.0.2", incarnation=0)
+        incarnation = self.registry.start_node(self.other)
+        self.other = msgspec.structs.replace(self.other, incarnation=incarnation)
         self.sessions: list[Registration] = []
 
     def start(self, ip: str = "10.1.0.7") -> Registration:
@@ -322,11 +339,13 @@ class World:
         self.registry.register(session)
         return session
 
-    def run(self, seconds: float, *, beat: bool = True) -> None:
+    def run(self, seconds: float, *, beat: bool = True, others: bool = True) -> None:
         for _ in range(int(seconds)):
             self.clock.now += 1
             if beat and not self.registry.away:
                 self.registry.beat(self.record, self.sessions)
+            if others and not self.registry.away:
+                self.registry.beat(self.other, [])
             try:
                 self.mirror.follow_once(0.0)
             except RegistryUnavailable:
@@ -350,7 +369,7 @@ def test_mirror_starts_with_a_snapshot_and_follows(world: World) -> None:
     world.start("10.1.0.8")
     assert world.mirror.follow_once(0.0) == 1
     assert world.known() == 2
-    assert set(world.table.nodes) == {"n1"}
+    assert set(world.table.nodes) == {"n1", "n2"}
     world.run(30)
     assert world.registry.snapshots == 1
     world.run(60)
@@ -412,6 +431,52 @@ def test_waits_for_changes_end_when_a_dead_node_is_due(world: World) -> None:
     world.clock.now += 0.3
     world.mirror.follow_once(1.0)
     assert world.known() == 0
+
+
+# ---------------------------------------------------------------------- a registry that refuses writes
+
+
+@pytest.mark.parametrize("last_beat_of_the_other", range(4))
+def test_all_nodes_that_vanish_together_keep_their_tuples(world: World, last_beat_of_the_other: int) -> None:
+    """Redis answers reads and refuses writes: the nodes are gone, one after the other, and all of them are well."""
+    world.start("10.1.0.7")
+    world.start("10.1.0.8")
+    world.run(5)
+    world.run(last_beat_of_the_other, beat=False)
+    world.run(1000, beat=False, others=False)
+    assert (world.known(), world.table.nodes) == (2, {})
+    assert "refuses writes" in world.table.silence()
+    assert "2 last known tuples" in world.table.silence()
+    assert world.table.expires_in() == inf, "or the mirror would not wait"
+    for _ in range(4):  # the other is back first, and then a while nobody
+        world.run(1, beat=False)
+    assert (world.known(), world.table.silence()) == (2, "")
+    world.run(100)
+    assert world.known() == 2
+    assert world.table.counts().absent == 0
+
+
+def test_what_went_while_nobody_could_tell_goes_after_the_grace_period(world: World) -> None:
+    world.start("10.1.0.7")
+    world.run(5)
+    world.run(100, beat=False, others=False)
+    world.run(GRACE + 3, beat=False)
+    assert world.known() == 0
+
+
+def test_registry_without_nodes_from_the_start_is_not_silent(table: RouteTable, clock: Clock) -> None:
+    """A new deployment has no broker yet; a restart of all of them is over within the grace period."""
+    fresh = RouteTable(GRACE, clock)
+    fresh.set_nodes([])
+    clock.now += 100 * GRACE
+    assert fresh.silence() == ""
+    table.set_nodes([])
+    clock.now += GRACE - 1
+    assert table.silence() == ""
+    clock.now += 1
+    assert f"for {GRACE:.0f} s" in table.silence()
+    table.set_nodes([node("n1")])
+    assert table.silence() == ""
 
 
 def test_node_that_was_only_paused_is_taken_back(world: World) -> None:
