@@ -47,6 +47,7 @@ class Host:
         self._relay = part.agent.relay
         self._ip = ip
         self.loop = self._relay.loop
+        self.memory = self._relay.memory
         self.join = self._relay.join
 
     def connect(self, _ip: str, port: int, timeout: float, done: Connected, *, source: str) -> Attempt:
