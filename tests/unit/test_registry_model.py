@@ -428,3 +428,20 @@ def test_two_beats_make_redis_equal_to_the_sessions(redis_server: RedisServer, m
 
 def test_two_beats_make_the_memory_registry_equal_to_the_sessions() -> None:
     run_state_machine_as_test(MemoryMachine, settings=settings(max_examples=30, stateful_step_count=25, deadline=None))
+
+
+def test_start_that_comes_late_does_not_take_the_node_id_back(redis_server: RedisServer) -> None:
+    """It waited in a frozen Redis, while the next try of the same process came through."""
+    store = Store(redis_server)
+    registry = Faulty(store, deadlines=True)
+    broker = Broker("b1", registry)
+    registry.plan = [LATE]
+    with pytest.raises(RegistryUnavailable):
+        registry.start_node(broker.record)
+    incarnation = registry.start_node(broker.record)
+    [late] = store.late
+    late()
+    registry.beat(msgspec.structs.replace(broker.record, incarnation=incarnation), [])
+    assert [node.incarnation for node in registry.nodes()] == [incarnation]
+    registry.close()
+    store.close()
