@@ -192,7 +192,7 @@ class RedisRegistry:
         except _WrongType:
             self._tell([key.encode()])
             return None  # it was a wish: any other port will do
-        return int(port) if port is not None and port.isdigit() else None
+        return int(port) if isinstance(port, bytes) and port.isdigit() else None
 
     @_sensible
     def lease_port(self, lease: PortLease) -> bool:
