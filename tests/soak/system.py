@@ -18,6 +18,7 @@ from bench.load import UNITS, Board, Way, become_a_load_process, run_target
 from bench.procs import Process, Processes
 from soak.aborts import Ground, Slow
 from soak.figures import Watched
+from soak.load import run_exact_target
 from soak.vip import Vip
 from support.plumbing import free_ports
 from support.polling import until
@@ -29,6 +30,8 @@ TARGET_TIMEOUT: Final = 3.0
 REGISTRY: Final[dict[str, object]] = {"heartbeat": 1.0, "ttl": 3.0, "quarantine": 4.0, "timeout": 5.0}
 FAR_IP: Final = "127.1.0.2"
 PREFIX: Final = "soak"
+#: Of the first agent.
+OPEN_PORTS: Final = 4
 
 
 @dataclass
@@ -46,6 +49,8 @@ class System:
     fleet: Board
     fleet_size: int
     restart_far: Callable[[], None]
+    exact_ways: tuple[Way, Way, Way]  # to targets that compare content: SOCKS5, open port; far by SOCKS5
+    exact_boards: tuple[Board, Board]  # of those targets
 
     def status(self, name: str) -> dict[str, Any]:
         """/statusz of one."""
@@ -55,7 +60,7 @@ class System:
         """Every agent has its session with all its open ports, and nobody is too many."""
         if self.fleet[UNITS] != self.fleet_size or self.status("broker")["sessions"] != self.fleet_size + 2:
             return False
-        return self.has_session("near", 3) and self.has_session("far", 0)
+        return self.has_session("near", OPEN_PORTS) and self.has_session("far", 0)
 
     def has_session(self, name: str, open_ports: int) -> bool:
         """This agent has a session with so many open ports, on a link that is up."""
@@ -82,7 +87,7 @@ class System:
     @property
     def ports(self) -> int:
         """Ports that live sessions have: one each, and the first agent's open ones."""
-        return self.fleet_size + 2 + 3
+        return self.fleet_size + 2 + OPEN_PORTS
 
     def look(self) -> None:
         """Keep the peaks."""
@@ -162,6 +167,14 @@ def _build(site: Site, stack: contextlib.ExitStack, fork: Callable[..., None], f
     with socket.create_server((FAR_IP, 0), backlog=4096) as listener:
         fork(_far_target, listener)
         far_target = listener.getsockname()
+    exact_boards = (Board(), Board())
+    with (
+        socket.create_server(("127.0.0.1", 0), backlog=4096) as near_exact,
+        socket.create_server((FAR_IP, 0), backlog=4096) as far_exact,
+    ):
+        fork(run_exact_target, near_exact, exact_boards[0], False)
+        fork(run_exact_target, far_exact, exact_boards[1], True)
+        exact_target, far_exact_target = near_exact.getsockname(), far_exact.getsockname()
     socks = admins + 5
     gateway = start_role(
         site,
@@ -182,7 +195,8 @@ def _build(site: Site, stack: contextlib.ExitStack, fork: Callable[..., None], f
     yard = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=512))
     slow = Slow()
     stack.callback(slow.close)
-    targets = (site.target, yard.getsockname(), slow.address)
+    targets = (site.target, yard.getsockname(), slow.address, exact_target)
+    assert len(targets) == OPEN_PORTS
     opened = [("127.0.0.1", first + 300 + n) for n in range(len(targets))]
 
     def agent(name: str, address: str, vip: Vip, admin: int, publish: list[dict[str, object]]) -> Process:
@@ -231,7 +245,7 @@ def _build(site: Site, stack: contextlib.ExitStack, fork: Callable[..., None], f
         refuses = nobody.getsockname()
     system = System(
         site, watched, near, far, Ground(yard, pairs[1], pairs[0], refuses), slow, pairs[2], way(far_target),
-        fleet, fleet_size, restart_far,
+        fleet, fleet_size, restart_far, (*pairs[3], way(far_exact_target)), exact_boards,
     )  # fmt: skip
     until(lambda: all(w.ready() for w in watched.values()), 30, what="all to be ready")
     until(system.whole, 30, what="all sessions")

@@ -21,8 +21,8 @@ from bench.workloads import Worker
 from rtunnel.relay.link import DEAD_AFTER
 from soak.aborts import abort, begin_dial, ending
 from soak.figures import RSS, RSS_MARGIN, Figures, beyond, table
-from soak.load import STUCK, restless
-from soak.system import DIAL_WINDOW, System, running
+from soak.load import STUCK, exchanges, talks
+from soak.system import DIAL_WINDOW, OPEN_PORTS, System, running
 from support.plumbing import reset
 from support.polling import until
 
@@ -42,6 +42,7 @@ class Size:
     """How much of everything."""
 
     streams: int
+    exchanges: int  # whose content is compared
     aborts: int
     deaths: int
     kills: int  # of the deaths, by SIGKILL of an agent
@@ -54,7 +55,9 @@ class Size:
         """See the module."""
         short = bool(os.environ.get("RTUNNEL_SOAK_SHORT"))
         streams = int(os.environ.get("RTUNNEL_SOAK_STREAMS") or (5_000 if short else 100_000))
-        return cls(streams, 88, 16, 1, 12, 1_500, 2) if short else cls(streams, 1_000, 200, 10, 50, 5_000, 6)
+        if short:
+            return cls(streams, 1_000, 88, 16, 1, 12, 1_500, 2)
+        return cls(streams, 20_000, 1_000, 200, 10, 50, 5_000, 6)
 
 
 def test_everything_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +80,7 @@ def test_everything_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             told(f"{name}: {outcome}")
 
         phase("streams", _short_streams)
+        phase("content", _content)
         phase("aborts", _aborts)
         phase("deaths", _link_deaths)
         phase("half-open", _half_open_links)
@@ -172,7 +176,7 @@ def _warm_up(system: System, size: Size, told: Told) -> None:
         with _under_load(system):
             for _ in range(3):
                 system.near.cut()
-                until(lambda: system.has_session("near", 3), 15, what="the agent's new session")
+                until(lambda: system.has_session("near", OPEN_PORTS), 15, what="the agent's new session")
             system.far.cut()
             until(system.whole, 30, what="all sessions")
         rss = {name: watched.look()[RSS] for name, watched in system.watched.items()}
@@ -202,6 +206,23 @@ def _streams(system: System, count: int) -> None:
     assert [worker.board[ERRORS] for worker in workers] == [0, 0], "streams failed"
 
 
+def _content(system: System, size: Size) -> str:
+    """Exchanges of all sizes on every way at once: each byte is compared, none may be refused or reset."""
+    began = time.monotonic()
+    workers = [Worker(exchanges, way, (8,)) for way in system.exact_ways]
+    with _loads(*workers):
+        patience = 60 + size.exchanges / 50
+        _watch(system, lambda: sum(worker.board[UNITS] for worker in workers) >= size.exchanges, patience)
+    assert [worker.board[ERRORS] for worker in workers] == [0, 0, 0], "exchanges were cut"
+    _no_damage(system)
+    return f"{size.exchanges} exchanges, {size.exchanges / (time.monotonic() - began):.0f}/s, every byte in its place"
+
+
+def _no_damage(system: System) -> None:
+    """What the targets have found; the clients' own findings are errors of their workers."""
+    assert [board[ERRORS] for board in system.exact_boards] == [0, 0], "damaged uploads: see standard error"
+
+
 def _aborts(system: System, size: Size) -> str:
     """RST from either side at each stage."""
     dialling = size.aborts // 10
@@ -229,12 +250,14 @@ def _abort_dialling(system: System, count: int) -> None:
 
 @contextlib.contextmanager
 def _under_load(system: System) -> Iterator[list[Worker]]:
-    """Short streams, bulk and talks through both agents; none may hang."""
+    """Exchanges and talks through both agents: none may hang, and what came before a reset must be right."""
     ways: tuple[Way, ...] = (*system.ground.walls, system.far_way)
-    workers = [Worker(restless, way, (4,)) for way in ways]
+    workers = [Worker(exchanges, way, (3,)) for way in system.exact_ways]
+    workers += [Worker(talks, way, (1,)) for way in ways]
     with _loads(*workers):
         yield workers
     assert not any(worker.board[STUCK] for worker in workers), "streams hung"
+    _no_damage(system)
 
 
 def _link_deaths(system: System, size: Size) -> str:
@@ -250,7 +273,7 @@ def _link_deaths(system: System, size: Size) -> str:
                 deaths += 1
             else:
                 deaths += system.near.cut()
-            until(lambda: system.has_session("near", 3), 15, what="the agent's new session")
+            until(lambda: system.has_session("near", OPEN_PORTS), 15, what="the agent's new session")
             until(system.watched["far"].ready, 15, what="the other agent's session")
         cut = sum(worker.board[ERRORS] for worker in workers)
     return f"{deaths} link deaths, {kills} of them kill -9; {cut} streams cut or refused meanwhile, none hung"

@@ -315,6 +315,8 @@ class _Served(Exchange):
         if self._upload is None and self._head:
             raise Damaged(f"a stream ended in order after {self._head!r}")
         if self._upload is not None and self._upload.left:
+            if self._target.may_be_killed:
+                raise ConnectionResetError(errno.ECONNRESET, "ended early")
             raise self._upload.ended()
         self.finish()  # the client has everything, waits for the rest, or never spoke (a hedged dial)
 
@@ -324,11 +326,16 @@ class _Served(Exchange):
 
 
 class Target:
-    """Serves exchanges for ever; `report` gets one sentence for each damaged upload."""
+    """Serves exchanges for ever; `report` gets one sentence for each damaged upload.
 
-    def __init__(self, listener: socket.socket, report: Callable[[str], None]) -> None:
+    `may_be_killed`: the process that dials may get SIGKILL. The kernel then ends its connections in
+    order, so an early end says nothing.
+    """
+
+    def __init__(self, listener: socket.socket, report: Callable[[str], None], *, may_be_killed: bool = False) -> None:
         self.loop = Loop()
         self.report = report
+        self.may_be_killed = may_be_killed
         self.serving: set[Exchange] = set()
         self._listener = listener
         listener.setblocking(False)
