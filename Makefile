@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint fuzz lab soak bench bench-quick clean
+.PHONY: demo test test-lowest lint fuzz lab soak bench bench-quick clean
 .DEFAULT_GOAL := test
 
 .venv/.ready: pyproject.toml
@@ -17,6 +17,19 @@ demo: .venv/.ready ## two brokers, a VIP, agents and a gateway on this machine, 
 
 test: .venv/.ready ## the fast suite: real sockets, real Redis, real clients; most of it waits, so two at once
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Everything at the lowest version that pyproject.toml allows (`make test` has the newest).
+.venv-lowest/.ready: pyproject.toml
+	@echo "building .venv-lowest ..."
+	@$(PYTHON) -m venv .venv-lowest
+	@.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e '.[dev]'
+	@touch $@
+
+# Not tried in it: tests that take long and that no library's version concerns.
+SAME_ANYWHERE := bench cost_per_byte fuzz hostile_kernel policy ports registry_model secrecy
+test-lowest: .venv-lowest/.ready ## unit tests with the oldest allowed dependencies; ARGS="tests/unit tests/e2e" for all tests
+	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal $(or $(ARGS),tests/unit $(SAME_ANYWHERE:%=--ignore tests/unit/test_%.py))
 
 lint: .venv/.ready ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check .
@@ -44,4 +57,4 @@ bench-quick: .venv/.ready ## a subset of it in under 3 minutes
 	PYTHONPATH=tests $(BIN)/python -m bench --quick $(ARGS)
 
 clean:
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-lowest build dist .mypy_cache .ruff_cache .pytest_cache

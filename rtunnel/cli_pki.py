@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from cryptography import x509
@@ -25,10 +25,16 @@ from rtunnel.trust.keys import TrustError
 from rtunnel.trust.pki import Directory, open_directory, utc
 from rtunnel.trust.store import TokenRecord
 
+if TYPE_CHECKING:
+    _IntParam = click.ParamType[int]
+    _StrParam = click.ParamType[str]
+else:
+    _IntParam = _StrParam = click.ParamType  # click before 8.4 knows no ParamType[int]
+
 _UNITS = {"d": DAY, "h": 3600, "m": 60, "s": 1}
 
 
-class _Duration(click.ParamType[int]):
+class _Duration(_IntParam):
     """Seconds of 90s, 30m, 24h or 7d."""
 
     name = "duration"
@@ -40,7 +46,7 @@ class _Duration(click.ParamType[int]):
         return int(found[1]) * _UNITS[found[2]]
 
 
-class _Checked(click.ParamType[str]):
+class _Checked(_StrParam):
     """What a check of the configuration takes."""
 
     def __init__(self, name: str, check: Callable[[str], str]) -> None:
