@@ -183,7 +183,8 @@ class _Flow:
         self._may_splice = source.can_splice and sink.can_splice
         self._held: bytes | memoryview = first  # read, not yet written
         self._memory = pair.scratch.memory
-        self._memory.hold(len(first))
+        if first:
+            self._memory.hold(len(first))
         self._pipe: tuple[int, int] | None = None
         self._in_pipe = 0
         self._queued = False
@@ -263,6 +264,9 @@ class _Flow:
             self._pair.lost(self.sink)
             return
         self._count_out(sent)
+        if sent == len(data):
+            self._held = b""
+            return
         self._held = bytes(data[sent:])
         self._memory.hold(len(self._held))
 
@@ -313,8 +317,9 @@ class _Flow:
         if self._pipe is not None:
             self._pair.pipes.give(self._pipe, empty=not self._in_pipe)
             self._pipe = None
-        self._memory.release(len(self._held))
-        self._held = b""
+        if self._held:
+            self._memory.release(len(self._held))
+            self._held = b""
 
 
 class SocketPair(Pair):
@@ -452,7 +457,6 @@ class StreamPair(Pair):
         else:
             self.account.up -= len(words)
         self._held = bytearray(words + back)  # not the window's: consumed already
-        stream.link.hold(len(self._held))
         self._stream_bytes_first(unread)
         if out and not self.done:
             stream.link.write(stream.frame(out))
@@ -471,6 +475,7 @@ class StreamPair(Pair):
             self._stream.consumed(-len(self._held))  # our own words, not the stream's: they are no window
         self._held += unread
         if self._held:
+            self._stream.link.hold(len(self._held))
             self.flush()
         elif self._stream.eof:
             self.stream_fin()

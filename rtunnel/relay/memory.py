@@ -26,28 +26,26 @@ TRIM_BYTES: Final = 32 * 1024 * 1024
 class Memory:
     """The budget of one relay, in bytes. In the relay's thread."""
 
-    __slots__ = ("_peak", "budget", "held", "left")
+    __slots__ = ("_peak", "budget", "full", "held", "left")
 
     def __init__(self, budget: int = BUDGET) -> None:
         self.budget = budget
         self.left = budget  # for windows
         self.held = 0
+        self.full = False  # more is held than the budget: no new streams
         self._peak = 0
 
     def hold(self, size: int) -> None:
         """So many bytes wait from now on for a peer that does not take them."""
         self.held += size
+        self.full = self.held > self.budget
         if self.held > self._peak:
             self._peak = self.held
 
     def release(self, size: int) -> None:
         """So many of them are gone."""
         self.held -= size
-
-    @property
-    def full(self) -> bool:
-        """More is held than the budget: no new streams."""
-        return self.held > self.budget
+        self.full = self.held > self.budget
 
     @property
     def tight(self) -> bool:

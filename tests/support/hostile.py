@@ -565,6 +565,7 @@ class World:
     def _check_leaks(self) -> None:
         for relay in self.relays:
             assert not relay.pairs
+            assert relay.memory.held == 0, f"{relay.memory.held} bytes are counted as held, and nothing is"
             relay.pipes.close()
         assert not self.kernel.pipes, "pipes are left"
         links = [link for link in self.links if not link.over]
