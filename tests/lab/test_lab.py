@@ -346,8 +346,9 @@ def counter(entry: dict[str, Any]) -> int:
 def test_5_a_port_of_another_agent_is_refused(lab: Lab) -> None:
     """stale_target: the tuple points to a port that is now another agent's; the next tuple serves."""
     name, own, foreign = on_a_foreign_node(lab)
-    forged = {**foreign, "agent_ip": own["agent_ip"], "agent_id": own["agent_id"]}
-    asked = until_logged(lab, "stale_target", name, forged)
+    # From the same host, too: the registry keeps one agent_id to one host.
+    same = {key: own[key] for key in ("agent_ip", "agent_id", "host_id", "agent_host")}
+    asked = until_logged(lab, "stale_target", name, foreign | same)
     lab.note("stale tuple", f"stale_target: refused, {asked} of {asked} answers from {name}")
 
 
