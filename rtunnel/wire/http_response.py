@@ -32,7 +32,8 @@ _LENGTH: Final = re.compile(rb"[0-9]{1,18}")
 
 _SWITCHING: Final = 101
 _UPGRADE_REQUIRED: Final = 426
-_BODILESS: Final = (204, 304)
+_NO_CONTENT: Final = 204
+_BODILESS: Final = (_NO_CONTENT, 304)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,11 @@ class _Head:
         """Return the elements of a list field, in lower case."""
         values = (value.lower().split(b",") for known, value, _ in self.fields if known == name)
         return [stripped for value in values for token in value if (stripped := token.strip())]
+
+    def lengths(self) -> set[bytes]:
+        """Return the values of Content-Length that differ; an empty element counts (RFC 9110 section 8.6)."""
+        values = (value.split(b",") for known, value, _ in self.fields if known == b"content-length")
+        return {element.strip(b" \t") for value in values for element in value}
 
 
 class ResponseReader:
@@ -165,13 +171,11 @@ class ResponseReader:
         is_delimited = not isinstance(body, Endless)
         tokens = head.tokens(b"connection")
         persists = b"close" not in tokens and (head.minor > 0 or b"keep-alive" in tokens)
-        two_framings = isinstance(body, Chunked) and bool(head.tokens(b"content-length"))
         self.keeps_client = self._keep and is_delimited
-        # RFC 9112 section 6.3: both framings may be an attempt to smuggle. The coding wins, and nothing follows.
-        self.keeps_target = persists and is_delimited and not two_framings
+        self.keeps_target = persists and is_delimited and not _is_length_false(head)
         options = [b"Upgrade"] if head.status == _UPGRADE_REQUIRED else []
         options.append(b"keep-alive" if self.keeps_client else b"close")
-        return _written(head, options, drop=b"content-length" if two_framings else b"")
+        return _written(head, options)
 
     def _framing(self, head: _Head) -> Body:
         """RFC 9112 section 6.3, as far as it is about responses."""
@@ -181,9 +185,25 @@ class ResponseReader:
         if codings:
             is_chunked = codings[-1] == b"chunked" and codings.count(b"chunked") == 1 and head.minor > 0
             return Chunked() if is_chunked else Endless()
-        lengths = set(head.tokens(b"content-length"))
-        length = lengths.pop() if len(lengths) == 1 else b""
-        return Sized(int(length)) if _LENGTH.fullmatch(length) else Endless()
+        length = _length(head)
+        return Endless() if length is None else Sized(int(length))
+
+
+def _length(head: _Head) -> bytes | None:
+    """Return the Content-Length that the client gets; None when there is none that it can go by."""
+    lengths = head.lengths()
+    if len(lengths) != 1 or head.tokens(b"transfer-encoding"):
+        return None
+    length = lengths.pop()
+    return length if _LENGTH.fullmatch(length) else None
+
+
+def _is_length_false(head: _Head) -> bool:
+    """Whether Content-Length is malformed or stands beside a Transfer-Encoding.
+
+    RFC 9112 section 6.3: either may be an attempt to smuggle. Nothing follows on the connection with the target.
+    """
+    return bool(head.lengths()) and _length(head) is None
 
 
 def _read(head: bytes) -> _Head | None:
@@ -206,13 +226,21 @@ def _read(head: bytes) -> _Head | None:
     return _Head(int(status[2]), int(status[1]), status[3], fields)
 
 
-def _written(head: _Head, options: list[bytes], *, drop: bytes = b"") -> bytes:
+def _written(head: _Head, options: list[bytes]) -> bytes:
     """The head as the client gets it; `options` are those of our connection with it."""
-    dropped = (_HOP_BY_HOP | set(head.tokens(b"connection"))) - _FRAMING | {drop}
+    dropped = (_HOP_BY_HOP | set(head.tokens(b"connection"))) - _FRAMING | {b"content-length"}
+    if not head.tokens(b"transfer-encoding"):
+        dropped |= {b"transfer-encoding"}  # an empty one: some readers take it for a coding
     if b"Upgrade" in options:
         dropped -= {b"upgrade"}
+    length = _length(head)
+    if head.status < 200 or head.status == _NO_CONTENT:
+        dropped |= _FRAMING  # RFC 9110 section 8.6, RFC 9112 section 6.1: a server must send neither
+        length = None
     lines = [b"HTTP/1.1 %d%s" % (head.status, head.reason or b" ")]
     lines += (line for name, _, line in head.fields if name not in dropped)
+    if length is not None:
+        lines.append(b"Content-Length: " + length)  # once, though the target may have repeated it
     if options:
         lines += (b"Via: 1.%d rtunnel" % min(head.minor, 1), b"Connection: " + b", ".join(options))
     lines += (b"", b"")

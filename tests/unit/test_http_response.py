@@ -63,7 +63,7 @@ def test_the_head_is_rewritten() -> None:
         b"Proxy-Connection: close", b"content-length:2", b"Set-Cookie: a=b", b"Set-Cookie: c=d",
     ) + b"ok"])  # fmt: skip
     assert seen.out == (
-        b"HTTP/1.1 200 OK\r\nServer: x\r\ncontent-length:2\r\nSet-Cookie: a=b\r\nSet-Cookie: c=d\r\n"
+        b"HTTP/1.1 200 OK\r\nServer: x\r\nSet-Cookie: a=b\r\nSet-Cookie: c=d\r\nContent-Length: 2\r\n"
         b"Via: 1.1 rtunnel\r\nConnection: keep-alive\r\n\r\nok"
     )
     assert (seen.done, seen.keeps_client, seen.keeps_target) == (True, True, False)
@@ -122,6 +122,62 @@ def test_an_answer_that_ends_with_its_connection(data: bytes) -> None:
     seen = read(trickle(data), eof=True)
     assert (seen.done, seen.keeps_client, seen.keeps_target) == (True, False, False)
     assert b"\r\nConnection: close\r\n\r\nuntil" in seen.out
+
+
+MALFORMED = [
+    *(b"", b"+3", b"-3", b" ", b"3 3", b"3,4", b"3, ", b",3", b"0x3", b"3;a", b"\xb23", b"03,3", b"9" * 19, b"3\t3"),
+]
+
+
+@pytest.mark.parametrize("value", MALFORMED)
+@pytest.mark.parametrize(
+    ("start", "is_head"),
+    [
+        (b"HTTP/1.1 200 OK", False), (b"HTTP/1.1 200 OK", True), (b"HTTP/1.1 204 No Content", False),
+        (b"HTTP/1.1 304 Not Modified", False), (b"HTTP/1.1 103 Early", False),
+    ],
+)  # fmt: skip
+def test_a_malformed_length_does_not_reach_the_client(value: bytes, start: bytes, is_head: bool) -> None:
+    """RFC 9110 section 8.6: nobody behind us reads an end from it that is not there, also where no body follows."""
+    field = b"Content-Length: " + value
+    seen = read(trickle(head(field, b"Connection: content-length, x", status=start) + b"abc"), is_head=is_head)
+    assert seen.out.startswith(start + b"\r\n")
+    assert b"content-length" not in seen.out.lower()
+    assert not seen.keeps_target
+    two = read([head(b"Content-Length: 3", field, status=start) + b"abc"], is_head=is_head)
+    assert b"content-length" not in two.out.lower()
+
+
+@pytest.mark.parametrize("lines", [(b"CONTENT-LENGTH:\t3 ",), (b"Content-Length: 3, 3",), (b"Content-Length: 3",) * 2])
+@pytest.mark.parametrize("is_head", [False, True])
+def test_a_length_is_passed_on_once(lines: tuple[bytes, ...], is_head: bool) -> None:
+    """RFC 9110 section 8.6: one value that was repeated becomes one field."""
+    seen = read([head(*lines) + (b"" if is_head else b"abc")], is_head=is_head)
+    assert seen.done and seen.keeps_client and seen.keeps_target
+    assert seen.out.lower().count(b"content-length") == seen.out.count(b"\r\nContent-Length: 3\r\n") == 1
+
+
+@pytest.mark.parametrize("status", [b"HTTP/1.1 204 No Content", b"HTTP/1.1 103 Early"])
+def test_an_answer_that_can_not_have_a_body_has_no_framing(status: bytes) -> None:
+    """RFC 9110 section 8.6 and RFC 9112 section 6.1: no server may send either field in it."""
+    for field in (LENGTH, CODED):
+        assert read([head(field, b"X: y", status=status)]).out.startswith(status + b"\r\nX: y\r\n")
+
+
+def test_an_empty_coding_does_not_reach_the_client() -> None:
+    """It names nothing, and the length is the length; some readers take it for a coding that they do not know."""
+    seen = read([head(LENGTH, b"Transfer-Encoding: , ") + b"ok"])
+    assert seen.keeps_client and b"Transfer-Encoding" not in seen.out
+
+
+@pytest.mark.parametrize("coding", [CODED, b"Transfer-Encoding: gzip"])
+@pytest.mark.parametrize("is_head", [False, True])
+def test_a_coding_takes_the_length_away(coding: bytes, is_head: bool) -> None:
+    """RFC 9112 section 6.3: a proxy that passes the answer on removes Content-Length first."""
+    seen = read([head(LENGTH, coding) + (b"" if is_head else b"0\r\n\r\n")], is_head=is_head)
+    assert coding in seen.out
+    assert b"Content-Length" not in seen.out
+    assert not seen.keeps_target
 
 
 @pytest.mark.parametrize(
