@@ -18,7 +18,7 @@ import msgspec
 from rtunnel import __version__, config, roles, workers
 from rtunnel.cli_pki import pki_group
 from rtunnel.config import Config, Flag
-from rtunnel.console import Failure, print_json, print_table, told
+from rtunnel.console import Failure, plural, print_json, print_table, told
 from rtunnel.logs import printable
 from rtunnel.registry import Duplicate, NodeRecord, Registry, Snapshot, Tuple, connect
 from rtunnel.roles import EXIT_FAILED, EXIT_USAGE, RoleMissing
@@ -409,7 +409,7 @@ def resolve(target: str, namespace: str, config_file: Path | None, as_json: bool
         )
     elif usable:
         columns = ("ps", "agent port", "node", "epoch", "state", "agent", "exposes", "heartbeat")
-        print_table(columns, [_tuple_row(item, now) for item in usable])
+        print_table(columns, [_tuple_row(item, now) for item in usable], keep=("ps", "node", "agent"))
     if not usable:
         where = config.format_endpoint(ip, port) if port else ip
         reason = f"no agent answers for {ip} in namespace {namespace}"
@@ -458,7 +458,7 @@ def _tuple_row(item: Tuple, now: float) -> tuple[str, ...]:
         str(item.epoch),
         item.state,
         item.agent_id,
-        item.exposes,
+        item.exposes.replace(",", ", "),  # so that a long list folds between ports
         f"{_age(now, item.beat):.1f} s ago",
     )
 
@@ -506,12 +506,17 @@ def status(everything: bool, config_file: Path | None, as_json: bool, **values: 
         print_json({"registry": url, "nodes": nodes, "agents": agents, "summary": summary, "warnings": warnings})
         return
     columns = ("node", "host", "ps ip", "state", "sessions", "streams", "heartbeat", "version")
-    print_table(columns, [_node_row(node, snapshot.now) for node in sorted(snapshot.nodes, key=lambda n: n.node)])
+    records = sorted(snapshot.nodes, key=lambda node: node.node)
+    print_table(columns, [_node_row(node, snapshot.now) for node in records], keep=("node", "ps ip"))
     shown = agents if everything else agents[:SHOWN_AGENTS]
     click.echo()
-    print_table(("agent", "namespace", "addresses", "sessions", "redundancy", "nodes"), map(_agent_row, shown))
+    print_table(
+        ("agent", "namespace", "addresses", "sessions", "redundancy", "nodes"),
+        [_agent_row(agent) for agent in shown],
+        keep=("agent", "namespace"),
+    )
     if len(shown) < len(agents):
-        click.echo(f"... and {len(agents) - len(shown)} more agents (--all shows them)")
+        click.echo(f"... and {plural(len(agents) - len(shown), 'more agent')} (--all shows them)")
     click.echo()
     for node in snapshot.nodes:
         for claim in node.duplicates:
@@ -567,7 +572,7 @@ def _agent_row(agent: _Agent) -> tuple[str, ...]:
     more = len(agent.addresses) - 2
     addresses = " ".join(agent.addresses[:2]) + (f" +{more}" if more > 0 else "")
     sessions = f"{agent.sessions}" + (f" ({agent.draining} draining)" if agent.draining else "")
-    redundancy = _nodes(agent.live) + (" on one host" if agent.live > 1 and agent.live_hosts == 1 else "")
+    redundancy = plural(agent.live, "node") + (" on one host" if agent.live > 1 and agent.live_hosts == 1 else "")
     return agent.agent_id, agent.namespace, addresses, sessions, redundancy, " ".join(agent.nodes)
 
 
@@ -584,16 +589,12 @@ def _summary(snapshot: Snapshot, agents: Sequence[_Agent]) -> dict[str, int]:
 
 
 def _summary_line(url: str, summary: Mapping[str, int]) -> str:
+    agents, sessions = plural(summary["agents"], "agent"), plural(summary["sessions"], "session")
     return (
-        f"{_nodes(summary['nodes'])} ({summary['nodes_draining']} draining), {summary['agents']} agents "
+        f"{plural(summary['nodes'], 'node')} ({summary['nodes_draining']} draining), {agents} "
         f"({summary['agents_on_one_node']} on one node only, {summary['agents_on_one_host']} on one host only), "
-        f"{summary['sessions']} sessions, "
-        f"{summary['tuples']} tuples in {url}"
+        f"{sessions}, {plural(summary['tuples'], 'tuple')} in {url}"
     )
-
-
-def _nodes(count: int) -> str:
-    return f"{count} node" if count == 1 else f"{count} nodes"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
 from rtunnel.config import BadValue, canonical_ip, check_network, check_word
-from rtunnel.console import Failure, print_table, told
+from rtunnel.console import Failure, plural, print_json, print_table, told
 from rtunnel.logs import printable
 from rtunnel.roles import EXIT_USAGE
 from rtunnel.trust import certificates, keys, pki
@@ -78,6 +78,7 @@ _csr = click.option(
 )
 _TAKE_OVER = "Also what is certified for another agent: an agent_id (with a token), addresses."
 _take_over = click.option("--take-over", is_flag=True, help=_TAKE_OVER)
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON; times are seconds since 1970.")
 _into = click.option("--into", type=_FOLDER, help="Where the files go; default: the authority's directory.")
 
 
@@ -157,21 +158,26 @@ def token_create(
         if file is not None:
             write_new(file.parent, [(file.name, SECRET, f"{token.line()}\n".encode(), "")])
     click.echo(f"{file}: token {token.id}" if file is not None else token.line())
-    whom = "one agent" if uses == 1 else f"{uses} agents"
-    click.echo(f"lets {whom} of {namespace} in {', '.join(networks)} enrol until {utc(ends)}", err=True)
+    click.echo(
+        f"lets {plural(uses, 'agent')} of {namespace} in {', '.join(networks)} enrol until {utc(ends)}", err=True
+    )
     if take_over:
         click.echo("takes over what other agents have there: revoke it when they are done", err=True)
 
 
 @token_group.command("list")
 @_dir
-def token_list(directory: Path) -> None:
+@_as_json
+def token_list(directory: Path, as_json: bool) -> None:
     """Show the tokens, without their secrets."""
     now = time.time()
     with told(), open_directory(directory) as opened:
         tokens = opened.store.tokens()
+    if as_json:
+        print_json([_token_fields(token, now) for token in tokens])
+        return
     columns = ("token", "state", "used", "until", "namespace", "networks", "certificates", "take over")
-    print_table(columns, [_token_row(token, now) for token in tokens])
+    print_table(columns, [_token_row(token, now) for token in tokens], keep=("token",))
 
 
 @token_group.command("revoke")
@@ -189,6 +195,21 @@ def _token_row(token: TokenRecord, now: float) -> tuple[str, ...]:
     used, networks = f"{token.used}/{token.uses}", ", ".join(token.networks)
     allowed = token.namespace, networks, _for(token.lifetime), "yes" if token.take_over else ""
     return token.id, _state(token, now), used, utc(token.ends), *allowed
+
+
+def _token_fields(token: TokenRecord, now: float) -> dict[str, object]:
+    """Return a token for --json, without its secret."""
+    return {
+        "id": token.id,
+        "state": _state(token, now),
+        "namespace": token.namespace,
+        "networks": token.networks,
+        "uses": token.uses,
+        "used": token.used,
+        "ends": token.ends,
+        "lifetime": token.lifetime,
+        "take_over": token.take_over,
+    }
 
 
 def _state(token: TokenRecord, now: float) -> str:
@@ -311,15 +332,20 @@ def request(kind: str, name: str, namespace: str, addresses: tuple[str, ...], in
 
 @pki_group.command("list")
 @_dir
-def list_issued(directory: Path) -> None:
+@_as_json
+def list_issued(directory: Path, as_json: bool) -> None:
     """Show the certificates that are good."""
     with told(), open_directory(directory) as opened:
         in_force = {ca.number for ca in opened.cas if ca.role not in ("retired", "void")}
         revoked = opened.store.revoked_at
         items = [i for i in opened.store.issued(time.time()) if i.ca in in_force and i.issued > revoked(i.subject)]
+    if as_json:
+        fields = ("subject", "addresses", "issued", "ends", "ca", "token")
+        print_json([{name: getattr(item, name) for name in fields} for item in items])
+        return
     columns = ("subject", "addresses", "issued", "until", "ca", "token")
     rows = [(i.subject, ", ".join(i.addresses), utc(i.issued), utc(i.ends), i.ca, i.token) for i in items]
-    print_table(columns, rows)
+    print_table(columns, rows, keep=("subject", "token"))
 
 
 def _load_request(path: Path) -> x509.CertificateSigningRequest:
@@ -357,7 +383,7 @@ def revoke(directory: Path, subject: str, force: bool) -> None:
         # Also of certificates that are over: an agent may have had several tokens.
         tokens = [opened.store.token(item.token) for item in opened.store.issued_to(subject) if item.token]
         number = opened.number
-    what = "the key" if subject.startswith("gateway/") else _certificates(len(void))
+    what = "the key" if subject.startswith("gateway/") else plural(len(void), "certificate")
     click.echo(f"{printable(subject)} is revoked: {what} (trust list {number})")
     now = time.time()
     for token in {t.id: t for t in tokens if t is not None and _state(t, now) == "good"}.values():
@@ -440,9 +466,9 @@ def rotate_switch(directory: Path) -> None:
     """Let certificates come from the new CA."""
     with _changing(directory) as opened:
         opened.switch_rotation()
-        left = opened.waiting()
+        left = plural(len(opened.waiting()), "certificate")
     _say(
-        f"Certificates come from the new CA. From the old one: {_certificates(len(left))} (`rtunnel pki list`).",
+        f"Certificates come from the new CA. From the old one: {left} (`rtunnel pki list`).",
         "Agents replace theirs when they renew. Now: a new certificate for each broker, `rtunnel pki issue broker`.",
         f"Give {directory / pki.CA_FILE} to whatever starts with a copy of it.",
         "Next: when no certificate of the old CA is needed any more, `rtunnel pki rotate finish`.",
@@ -466,7 +492,7 @@ def rotate_finish(directory: Path, force: bool, stolen: bool) -> None:
         opened.finish_rotation(force=force, stolen=stolen)
     _say(
         "The old CA is not in force any more.",
-        *([f"Void now: {_certificates(len(left))}, whose holders need new ones."] if left else []),
+        *([f"Void now: {plural(len(left), 'certificate')}, whose holders need new ones."] if left else []),
         f"Give {directory / pki.CA_FILE} to whatever starts with a copy of it.",
         *(["All join tokens are revoked: `rtunnel pki token create` makes new ones."] if stolen else []),
         "The old key only signs trust lists now, for those who were away. "
@@ -492,10 +518,6 @@ def _show_made(made: Sequence[Made]) -> None:
     width = max(len(str(item.path)) for item in made)
     for item in made:
         click.echo(f"{item.path!s:<{width}}  {item.what}")
-
-
-def _certificates(count: int) -> str:
-    return "1 certificate" if count == 1 else f"{count} certificates"
 
 
 def _for(seconds: int) -> str:

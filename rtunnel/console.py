@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import click
 import msgspec
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -47,19 +49,42 @@ def print_json(value: object) -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
-def print_table(columns: Sequence[str], rows: Any) -> None:
-    """A table on a terminal; plain aligned columns, never cut, into a pipe. Values come from peers: escaped."""
+def plural(count: int, noun: str) -> str:
+    """Return the count with its noun, whose plural ends in s: "1 agent", "2 agents"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], keep: Sequence[str] = ()) -> None:
+    """Print a table to stdout. Nothing is ever cut off.
+
+    On a terminal, cells of the columns in `keep` stay on one line, because they are arguments of the next command;
+    longer cells of other columns are folded. Elsewhere each row is one line. Values come from peers: they are escaped.
+    """
     cells = [[printable(str(cell)) for cell in row] for row in rows]
-    console = Console()
-    if console.is_terminal:
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for column in columns:
-            table.add_column(column.upper())
-        for row in cells:
-            table.add_row(*map(Text, row))
-        console.print(table)
+    if sys.stdout.isatty():  # not rich's answer, which FORCE_COLOR makes yes for a pipe
+        _print_folded(columns, cells, keep)
         return
     lines = [[column.upper() for column in columns], *cells]
     widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
     for line in lines:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+#: A column that may fold has this width at least: headings of one word stay whole. A table that needs more than the
+#: terminal's width is printed wider, and the terminal wraps it.
+_FOLDED_WIDTH = 10
+
+
+def _print_folded(columns: Sequence[str], cells: Sequence[Sequence[str]], keep: Sequence[str]) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    least = 0
+    for index, column in enumerate(columns):
+        width = max(cell_len(text) for text in (column, *(row[index] for row in cells)))
+        whole = column in keep
+        table.add_column(column.upper(), no_wrap=whole, overflow="fold", min_width=width if whole else None)
+        least += 2 + (width if whole else min(width, _FOLDED_WIDTH))  # two spaces between columns
+    for row in cells:
+        table.add_row(*map(Text, row))
+    console = Console()
+    console.width = max(console.width, least)
+    console.print(table)

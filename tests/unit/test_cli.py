@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import trio
 from click.testing import CliRunner, Result
 
 from rtunnel import cli, config, roles
+from rtunnel.console import plural
 from rtunnel.registry import COUNTER_BITS, NodeRecord, PortLease, Registration, Registry, RegistryUnavailable, Tuple
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.roles import Role
@@ -167,6 +170,24 @@ def test_certificates_that_end_soon_are_warned_of(secrets: Path, monkeypatch: py
         assert words in note.reason
 
 
+def test_lists_of_the_authority_as_json(tmp_path: Path) -> None:
+    """`pki list --json` and `pki token list --json` print every field but secrets, with times as numbers."""
+    directory = str(tmp_path / "pki")
+    rtunnel("pki", "init", directory)
+    made = rtunnel("pki", "token", "create", "--dir", directory, "--id", "web", "--cidr", "10.1.0.0/24")
+    assert made.exit_code == 0 and "lets 1 agent of default in 10.1.0.0/24 enrol until" in made.stderr
+    rtunnel("pki", "issue", "agent", "--dir", directory, "host-7", "--address", "10.1.0.7", "--address", "fd00::7")
+    issued = json.loads(rtunnel("pki", "list", "--dir", directory, "--json").stdout)
+    (agent,) = [item for item in issued if item["subject"] == "agent/default/host-7"]
+    assert agent["addresses"] == ["10.1.0.7", "fd00::7"] and agent["token"] == ""
+    assert agent["ends"] - agent["issued"] >= 24 * 3600
+    result = rtunnel("pki", "token", "list", "--dir", directory, "--json")
+    (token,) = json.loads(result.stdout)
+    assert (token["id"], token["state"], token["uses"], token["used"]) == ("web", "good", 1, 0)
+    assert token["networks"] == ["10.1.0.0/24"]
+    assert made.stdout.split(".")[-1].strip() not in result.stdout, "no secret"
+
+
 def test_pki_commands(tmp_path: Path) -> None:
     """init lists what it made and until when, and refuses a second time; broker and token make more."""
     directory = str(tmp_path / "pki")
@@ -225,6 +246,65 @@ def test_resolve_a_port(registry: Registry) -> None:
     result = rtunnel("resolve", "10.1.0.7:9100")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "agent h7 has 10.1.0.7, but does not expose 9100 (exposes: 22,8000-8100)" in result.stderr
+
+
+class Terminal(io.StringIO):
+    """A terminal, as far as stdout is asked."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def on_terminal(monkeypatch: pytest.MonkeyPatch, width: int, *arguments: str) -> str:
+    """Run the command in this process on a terminal of this width, and return what it printed, without colours."""
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("NO_COLOR", "1")
+    cli.cli.main(arguments, standalone_mode=False)
+    return re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())
+
+
+@pytest.mark.parametrize("width", [20, 80, 300])
+def test_a_narrow_terminal_hides_nothing(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, width: int
+) -> None:
+    """Values for the next command are whole in one line on any terminal; the rest of the row is folded, not cut."""
+    agent, node, port = "host-7.rack-12.example", "broker-7c9d8b6f5-x2x4z", "10.100.200.201:20007"
+    epoch = registry.start_node(NodeRecord(node=node, host="h", ip="10.100.200.201", incarnation=0)) << COUNTER_BITS
+    entry = Tuple("default", "10.1.0.9", 0, "10.100.200.201", 20007, node, epoch, agent)
+    lease = PortLease("10.100.200.201", 20007, f"default/{agent}", node, epoch)
+    registry.register(Registration(epoch, (entry,), (lease,), exposes="22,8000-8100"))
+    screen = on_terminal(monkeypatch, width, "resolve", "10.1.0.9")
+    (line,) = [line for line in screen.splitlines() if port in line]
+    assert node in line and agent in line and "…" not in screen
+    assert {"22,", "8000-8100"} <= set(screen.split())
+    pki.init(tmp_path / "pki")
+    pki.issue_agent(tmp_path / "pki", "a", agent_id=agent, namespace="default", addresses=("10.1.0.9",))
+    screen = on_terminal(monkeypatch, width, "pki", "list", "--dir", str(tmp_path / "pki"))
+    assert f"agent/default/{agent}" in screen and "…" not in screen
+
+
+def test_a_pipe_is_no_terminal(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into a pipe each row is one line of any length, though variables ask for a narrow terminal with colours."""
+    for name, value in (("COLUMNS", "20"), ("FORCE_COLOR", "1"), ("TTY_COMPATIBLE", "1")):
+        monkeypatch.setenv(name, value)
+    head, *rows = rtunnel("resolve", "10.1.0.7").stdout.splitlines()
+    assert len(rows) == 2 and head.split()[-1] == "HEARTBEAT"
+    assert all(row.split()[-1] == "ago" for row in rows)
+
+
+def test_one_is_singular(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A count of one has its noun in the singular."""
+    small = MemoryRegistry(ttl=15, quarantine=60)
+    epoch = small.start_node(NodeRecord(node="b1", host="h", ip="10.0.0.1", incarnation=0)) << COUNTER_BITS
+    entry = Tuple("default", "10.1.0.7", 0, "10.0.0.1", 20000, "b1", epoch, "h7")
+    small.register(Registration(epoch, (entry,), ()))
+    monkeypatch.setattr(cli, "connect", lambda _: small)
+    summary = rtunnel("status").output.splitlines()[-1]
+    counts = "1 node (0 draining), 1 agent (1 on one node only, 1 on one host only), 1 session, 1 tuple in"
+    assert summary.startswith(counts)
+    assert plural(0, "agent") == "0 agents"
 
 
 def test_resolve_nothing(registry: Registry) -> None:
