@@ -279,7 +279,7 @@ async def test_without_the_authority_the_session_stays_until_the_end(tmp_path: P
             assert "has expired" in agent.credentials.missing
             assert agent.state == "ready" and says(sock) == b"127.1.0.1:still there"
         (session,) = cluster.brokers["b1"].node.sessions.values()
-        cluster.brokers["b1"].node.relay.call(lambda: session.end("a test"))
+        await cluster.brokers["b1"].in_relay(lambda: session.end("a test"))
         await cluster.until(lambda: agent.state == "down" and "has expired" in agent.reasons()[1])
         async with authority(cluster.secrets, where):
             await cluster.until(lambda: agent.state == "ready")
@@ -603,7 +603,8 @@ async def test_a_session_goes_over_to_its_agents_certificate_only(tmp_path: Path
     """An Update with a certificate of somebody else, without its key, or for less than the session has."""
     async with running_cluster(tmp_path) as cluster:
         node = (await cluster.start_broker()).node
-        agent = (await cluster.start_agent("a1", IP, "127.1.0.5", redundancy=1)).agent
+        part = await cluster.start_agent("a1", IP, "127.1.0.5", redundancy=1)
+        agent = part.agent
         await cluster.until(lambda: agent.state == "ready")
         (before,) = node.sessions.values()
         session = agent.slots[0].session
@@ -614,7 +615,7 @@ async def test_a_session_goes_over_to_its_agents_certificate_only(tmp_path: Path
         der, key, _ = load_pair(cluster.secrets / f"{name}.pem", cluster.secrets / f"{name}.key")
         if whose == "a key that it is not for":
             key = load_private_key(cluster.secrets / f"{spare}.key")
-        agent.relay.call(lambda: session.go_over(["1-65535"], der, key))
+        await part.in_relay(lambda: session.go_over(["1-65535"], der, key))
         await cluster.until(lambda: before.state == "over")
         assert "bad_certificate" in before.why
 
@@ -623,8 +624,8 @@ async def other_sessions(cluster: Cluster) -> None:
     """Every link ends, and another one takes its place."""
     old = {slot.session for part in cluster.agents.values() for slot in part.agent.slots}
     for part in cluster.brokers.values():
-        for session in part.node.sessions.values():
-            part.node.relay.call(partial(session.end, "a test"))
+        for session in list(part.node.sessions.values()):
+            await part.in_relay(partial(session.end, "a test"))
     slots = [slot for part in cluster.agents.values() for slot in part.agent.slots]
     await cluster.until(lambda: all(slot.session is not None and slot.session not in old for slot in slots))
     await cluster.whole()
@@ -673,7 +674,7 @@ async def test_a_trust_list_that_nobody_asked_for_harms_no_agent(tmp_path: Path,
         async with running_cluster(tmp_path, **keys) as cluster:
             await cluster.start(brokers=1)
             (session,) = cluster.brokers["b1"].node.sessions.values()
-            cluster.brokers["b1"].node.relay.call(partial(session.tell, Trust(signed=b"noise")))
+            await cluster.brokers["b1"].in_relay(partial(session.tell, Trust(signed=b"noise")))
             target = Target(IP)
             await cluster.until(lambda: bool(named(events, "trust_rejected")))
             assert await cluster.ask(IP, target.port) == b"127.1.0.1:hello"

@@ -1765,19 +1765,20 @@ async def test_who_holds_too_much_takes_no_new_streams(here: Path, who: str) -> 
     async with running_cluster(here) as cluster:
         await cluster.start(brokers=1)
         target = Target("127.1.0.1")
-        node, agent = cluster.brokers["b1"].node, cluster.agents["a1"].agent
-        link, own = node.sessions["default/a1"].link, next(iter(agent.relay.links))
+        broker, agent = cluster.brokers["b1"], cluster.agents["a1"]
+        link, own = broker.node.sessions["default/a1"].link, next(iter(agent.agent.relay.links))
         assert link is not None
         assert link.start_window == own.start_window == START_WINDOW
-        relay = agent.relay if who == "agent" else node.relay
-        hold, release, size = relay.memory.hold, relay.memory.release, relay.memory.budget + 1
+        part = agent if who == "agent" else broker
+        memory = part.role.relay.memory
+        hold, release, size = memory.hold, memory.release, memory.budget + 1
         if who == "one agent at the broker":
-            hold, release, size = link.hold, link.release, relay.memory.budget // HELD_PART + 1
+            hold, release, size = link.hold, link.release, memory.budget // HELD_PART + 1
         with capture_logs() as logs:
-            relay.call(lambda: hold(size))
+            await part.in_relay(lambda: hold(size))
             with pytest.raises(SocksRefused):
                 await cluster.socks(target.ip, target.port)
-            relay.call(lambda: release(size))
+            await part.in_relay(lambda: release(size))
             assert await cluster.ask(target.ip, target.port) == b"127.1.0.1:hello"
         (failed,) = named(logs, "tuple_failed")
         assert failed["code"] == "overloaded" and "that stall" in failed["reason"]

@@ -156,13 +156,15 @@ async def test_a_restarted_agent_takes_over_at_once(tmp_path: Path, events: Even
         target = Target("127.1.0.1")
         old = cluster.agents["a1"]
         before = epochs(old)
-        frozen = threading.Event()
+        frozen, thaw = threading.Event(), threading.Event()
 
         def freeze() -> None:
-            frozen.wait()
+            frozen.set()
+            thaw.wait()
 
         old.agent.relay.call(freeze)
         try:
+            await in_thread(frozen.wait)
             began = time.monotonic()
             new = await cluster.start_agent("a1")
             await cluster.whole()
@@ -182,7 +184,7 @@ async def test_a_restarted_agent_takes_over_at_once(tmp_path: Path, events: Even
             await cluster.until(lambda: ended() == {str(epoch) for epoch, _ in before.values()})
         finally:
             old.scope.cancel()
-            frozen.set()
+            thaw.set()
         await old.ended.wait()
         assert {t.epoch for t in cluster.registry.lookup("default", "127.1.0.1")} == {e for e, _ in after.values()}
         assert await cluster.ask(target.ip, target.port) == b"127.1.0.1:hello"

@@ -80,7 +80,7 @@ async def test_a_flood_of_trust_lists_fills_nothing(tmp_path: Path, events: Even
                 session.tell(Trust(signed=b"noise %d" % turn))
             session.tell(Trust(signed=signed))
 
-        cluster.brokers["b1"].node.relay.call(flood)
+        await cluster.brokers["b1"].in_relay(flood)
         await cluster.until(lambda: credentials.generation == number)
         assert 1 <= len(named(events, "trust_rejected")) < 100
         assert cluster.agents["a1"].agent.state == "ready"

@@ -59,6 +59,14 @@ class Part:
         assert isinstance(self.role, Gateway)
         return self.role
 
+    async def in_relay(self, call: Callable[[], _T]) -> _T:
+        """Run `call` in the role's relay thread; return its result once it has run.
+
+        `relay.call` by itself promises no order towards other threads: when a link becomes readable first, bytes that
+        arrive after `relay.call` are read in the same turn, before the call runs.
+        """
+        return await Bridge(self.role.relay).run(call)
+
     async def shut(self) -> None:
         """SIGTERM, and wait for the end."""
         self.stop.set()

@@ -183,8 +183,8 @@ def test_a_fin_beside_the_first_bytes_is_not_lost(hop: Hop) -> None:
             release.wait(PATIENCE)
 
         relay.call(hold)
-        client = dial(hop.address)
         assert held.wait(PATIENCE)
+        client = dial(hop.address)
         release.set()
         served = kept(hop.target.accept()[0])
         served.sendall(b"bye")
