@@ -137,8 +137,8 @@ def _listening(address: str, key: str) -> socket.socket:
         return listening_socket(host, port, key=key)
     try:
         return socket.socket(fileno=port)
-    except OSError as fault:
-        raise ListenError(key, address, fault) from fault
+    except OSError as error:
+        raise ListenError(key, address, error) from error
 
 
 class _Server:
@@ -190,8 +190,8 @@ async def _request(http: h11.Connection, stream: trio.SocketStream) -> h11.Reque
                 if not data:
                     return None
                 http.receive_data(data)
-        except h11.RemoteProtocolError as fault:
-            return fault.error_status_hint, TEXT, f"{fault}\n".encode()
+        except h11.RemoteProtocolError as error:
+            return error.error_status_hint, TEXT, f"{error}\n".encode()
         return event if isinstance(event, h11.Request) else None
     # Who has said nothing asks for nothing: clients that connect ahead would take the 408 for their next answer.
     return (408, TEXT, f"no whole request in {DEADLINE:g} s\n".encode()) if http.trailing_data[0] else None

@@ -18,7 +18,7 @@ import msgspec
 from rtunnel import __version__, config, roles, workers
 from rtunnel.cli_pki import pki_group
 from rtunnel.config import Config, Flag
-from rtunnel.console import Failure, plural, print_json, print_table, told
+from rtunnel.console import Failure, plural, print_json, print_table, report_errors
 from rtunnel.logs import printable
 from rtunnel.registry import Duplicate, NodeRecord, Registry, Snapshot, Tuple, connect
 from rtunnel.roles import EXIT_FAILED, EXIT_USAGE, RoleMissing
@@ -55,9 +55,9 @@ def main() -> None:
     """Entry point of the command."""
     try:
         code = cli.main(standalone_mode=False)
-    except click.ClickException as fault:
-        fault.show()
-        code = fault.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         code = EXIT_INTERRUPTED
     except BrokenPipeError:  # `rtunnel status | head`: nobody wants the rest, nor a traceback when stdout is closed
@@ -147,11 +147,11 @@ def cli() -> None:
 def _role_command(name: str) -> click.Command:
     try:
         text = roles.find_role(name).help
-    except RoleMissing as fault:
-        text = f"(can't be used: {fault})"
+    except RoleMissing as error:
+        text = f"(can't be used: {error})"
 
     def callback(config_file: Path | None, **values: Any) -> None:
-        with told():
+        with report_errors():
             sys.exit(workers.run(roles.find_role(name), _load(config_file, values)))
 
     options = [_config_option(), *_flags(_section_keys(name), False), *_flags(_COMMON, True)]
@@ -160,7 +160,7 @@ def _role_command(name: str) -> click.Command:
 
 def _standalone(config_file: Path | None, **values: Any) -> None:
     """Broker and gateway in one process, which needs no Redis."""
-    with told():
+    with report_errors():
         parts = [roles.find_role(name) for name in ("broker", "gateway")]
         sys.exit(roles.run(parts, _load(config_file, values, prefixed=True), name="standalone"))
 
@@ -183,8 +183,8 @@ def demo(arguments: tuple[str, ...]) -> None:
     """All parts on this machine, and requests through them."""
     try:
         module = import_module("rtunnel.demo")
-    except ModuleNotFoundError as fault:
-        raise Failure(f"the demo can't be loaded: {fault}", EXIT_FAILED) from None
+    except ModuleNotFoundError as error:
+        raise Failure(f"the demo can't be loaded: {error}", EXIT_FAILED) from None
     sys.exit(module.main(list(arguments)))
 
 
@@ -201,7 +201,7 @@ def config_group() -> None:
 @click.option("--role", type=click.Choice(config.ROLES), help="Also check what this role needs on this machine.")
 def config_check(file: Path, role: str | None) -> None:
     """Check FILE (with this environment's RTUNNEL_ variables) and say everything that is wrong with it."""
-    with told():
+    with report_errors():
         loaded = config.load(file, os.environ, {})
         notes = roles.check(loaded, role) if role else []
     for note in notes:
@@ -251,7 +251,7 @@ def policy_test(
 
     Exit code 0: yes, 1: no. Whether an agent exposes that port is another question: `rtunnel resolve`.
     """
-    with told():
+    with report_errors():
         gateway = config.load(config_file, os.environ, {}).gateway
         path = file or (Path(gateway.policy) if gateway.policy else None)
         rules = policy.load_policy(path) if path else policy.LOCAL_ONLY
@@ -272,8 +272,8 @@ def _question(user: str | None, source: str, namespace: str, target: str) -> Que
         raise Failure(f"{target!r} has no port: write {config.format_endpoint(ip, 443)}", EXIT_USAGE)
     try:
         return Question(user, config.canonical_ip(source), namespace, ip, port)
-    except ValueError as fault:
-        raise Failure(f"--from: {fault}", EXIT_USAGE) from None
+    except ValueError as error:
+        raise Failure(f"--from: {error}", EXIT_USAGE) from None
 
 
 def _explained(rules: Policy, question: Question, verdict: Verdict, where: str) -> Iterator[str]:
@@ -318,13 +318,13 @@ def user_add(name: str, file: Path | None, config_file: Path | None) -> None:
     The password is asked for, or is the first line of stdin. Gateways see it within seconds. Another password ends the
     streams that were opened with the old one.
     """
-    with told():
+    with report_errors():
         path = _users_file(file, config_file)
         try:
             users.check_name(name)
             entry = users.new_hash(_password(name))
-        except config.BadValue as fault:
-            raise Failure(f"{fault}" + (f" ({fault.fix})" if fault.fix else ""), EXIT_USAGE) from None
+        except config.BadValue as error:
+            raise Failure(f"{error}" + (f" ({error.fix})" if error.fix else ""), EXIT_USAGE) from None
         new = users.put_user(path, name, entry)
     click.echo(f"{path}: {name} {'added' if new else 'has another password'}")
 
@@ -341,7 +341,7 @@ def _password(name: str) -> str:
 @_file_option("gateway.users")
 def user_remove(name: str, file: Path | None, config_file: Path | None) -> None:
     """Take user NAME out. Gateways see it within seconds, and end the user's streams."""
-    with told():
+    with report_errors():
         path = _users_file(file, config_file)
         users.remove_user(path, name)
     click.echo(f"{path}: {name} removed")
@@ -352,7 +352,7 @@ def user_remove(name: str, file: Path | None, config_file: Path | None) -> None:
 @_file_option("gateway.users")
 def user_list(file: Path | None, config_file: Path | None) -> None:
     """Print the names."""
-    with told():
+    with report_errors():
         for name in sorted(users.load_users(_users_file(file, config_file)).hashes):
             click.echo(printable(name))
 
@@ -370,7 +370,7 @@ def _registry_options(command: Callable[..., Any]) -> click.Command:
 
 @contextmanager
 def _open_registry(config_file: Path | None, values: Mapping[str, Any]) -> Iterator[Registry]:
-    with told():
+    with report_errors():
         loaded = _load(config_file, values)
         if config.is_memory(loaded):
             raise Failure(
@@ -435,8 +435,8 @@ def _parse_target(text: str) -> tuple[str, int]:
     try:
         host, port = config.parse_endpoint(text)
         return config.canonical_ip(host), port
-    except ValueError as fault:
-        raise Failure(f"{text!r} is not IP or IP:PORT: {fault}", EXIT_USAGE) from None
+    except ValueError as error:
+        raise Failure(f"{text!r} is not IP or IP:PORT: {error}", EXIT_USAGE) from None
 
 
 def _serves(item: Tuple, port: int) -> bool:

@@ -15,7 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
 from rtunnel.config import BadValue, canonical_ip, check_network, check_word
-from rtunnel.console import Failure, plural, print_json, print_table, told
+from rtunnel.console import Failure, plural, print_json, print_table, report_errors
 from rtunnel.logs import printable
 from rtunnel.roles import EXIT_USAGE
 from rtunnel.trust import certificates, keys, pki
@@ -56,9 +56,9 @@ class _Checked(_StrParam):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         try:
             return self._check(str(value))
-        except ValueError as fault:
-            fix = f" ({fault.fix})" if isinstance(fault, BadValue) and fault.fix else ""
-            self.fail(f"{fault}{fix}", param, ctx)
+        except ValueError as error:
+            fix = f" ({error.fix})" if isinstance(error, BadValue) and error.fix else ""
+            self.fail(f"{error}{fix}", param, ctx)
 
 
 _DURATION = _Duration()
@@ -97,7 +97,7 @@ def init(directory: Path, names: tuple[str, ...], ips: tuple[str, ...]) -> None:
     That is a CA, a certificate for brokers, the cluster's and a gateway's key, and a shared token. Nothing is
     overwritten. Names and addresses are needed only where agents are given another `server_name` than broker.rtunnel.
     """
-    with told():
+    with report_errors():
         _show_made(pki.init(directory, names=names, ips=ips))
 
 
@@ -171,7 +171,7 @@ def token_create(
 def token_list(directory: Path, as_json: bool) -> None:
     """Show the tokens, without their secrets."""
     now = time.time()
-    with told(), open_directory(directory) as opened:
+    with report_errors(), open_directory(directory) as opened:
         tokens = opened.store.tokens()
     if as_json:
         print_json([_token_fields(token, now) for token in tokens])
@@ -221,8 +221,8 @@ def _state(token: TokenRecord, now: float) -> str:
 def _new_token(token_id: str) -> keys.Token:
     try:
         return keys.new_token(token_id)
-    except ValueError as fault:
-        raise Failure(str(fault), EXIT_USAGE) from None
+    except ValueError as error:
+        raise Failure(str(error), EXIT_USAGE) from None
 
 
 # --- certificates -----------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def issue_broker(
     directory: Path, name: str, names: tuple[str, ...], ips: tuple[str, ...], csr: Path | None, into: Path | None
 ) -> None:
     """Make a certificate for broker NAME: NAME.pem and NAME.key. To add one, or to renew (--into another folder)."""
-    with told():
+    with report_errors():
         key = requested_key(_load_request(csr)) if csr else None
         _show_made(pki.issue_broker(directory, _word(name), names=names, ips=ips, key=key, into=into))
 
@@ -273,7 +273,7 @@ def issue_agent(
     Agents with a token get theirs from the authority. This one is for `agent.certificate` and `agent.key`, and nobody
     renews it; as agent.pem and agent.key in the agent's `identity` folder it is renewed like the others.
     """
-    with told():
+    with report_errors():
         key = None
         if csr:
             asked = read_request(_load_request(csr))
@@ -298,7 +298,7 @@ def issue_gateway(directory: Path, name: str) -> None:
     Every gateway has its own, from the cluster key in the directory; brokers need not be told. `pki revoke
     gateway/KEY_ID` takes it back.
     """
-    with told():
+    with report_errors():
         _show_made(pki.issue_gateway(directory, _word(name)))
 
 
@@ -314,7 +314,7 @@ def request(kind: str, name: str, namespace: str, addresses: tuple[str, ...], in
     They are NAME.key and NAME.csr. The key stays here, on the host that will use it. Take NAME.csr to the authority's
     directory, and bring back the certificate: `pki issue KIND NAME --csr NAME.csr`.
     """
-    with told():
+    with report_errors():
         pki.check_file_name(_word(name))
         key = certificates.new_key()
         made = (
@@ -335,7 +335,7 @@ def request(kind: str, name: str, namespace: str, addresses: tuple[str, ...], in
 @_as_json
 def list_issued(directory: Path, as_json: bool) -> None:
     """Show the certificates that are good."""
-    with told(), open_directory(directory) as opened:
+    with report_errors(), open_directory(directory) as opened:
         in_force = {ca.number for ca in opened.cas if ca.role not in ("retired", "void")}
         revoked = opened.store.revoked_at
         items = [i for i in opened.store.issued(time.time()) if i.ca in in_force and i.issued > revoked(i.subject)]
@@ -351,17 +351,17 @@ def list_issued(directory: Path, as_json: bool) -> None:
 def _load_request(path: Path) -> x509.CertificateSigningRequest:
     try:
         return x509.load_pem_x509_csr(path.read_bytes())
-    except OSError as fault:
-        raise TrustError(f"{path}: can't be read: {fault.strerror}") from None
-    except ValueError as fault:
-        raise TrustError(f"{path}: is not a certificate request: {fault}") from None
+    except OSError as error:
+        raise TrustError(f"{path}: can't be read: {error.strerror}") from None
+    except ValueError as error:
+        raise TrustError(f"{path}: is not a certificate request: {error}") from None
 
 
 def _word(name: str) -> str:
     try:
         return check_word(name)
-    except BadValue as fault:
-        raise Failure(f"{fault}" + (f" ({fault.fix})" if fault.fix else ""), EXIT_USAGE) from None
+    except BadValue as error:
+        raise Failure(f"{error}" + (f" ({error.fix})" if error.fix else ""), EXIT_USAGE) from None
 
 
 # --- revocation -------------------------------------------------------------------------------------------------------
@@ -408,14 +408,14 @@ def _subject(text: str) -> str:
 @_dir
 def show(directory: Path) -> None:
     """Show the trust list that is in force."""
-    with told(), open_directory(directory) as opened:
+    with report_errors(), open_directory(directory) as opened:
         click.echo(f"trust list {opened.number}, CAs of {opened.generation}, {len(opened.signed)} bytes")
         for record in opened.cas:
             ca = x509.load_der_x509_certificate(record.certificate)
             fingerprint = ca.fingerprint(hashes.SHA256()).hex()[:16]
             ends = int(ca.not_valid_after_utc.timestamp())
             click.echo(f"CA {record.number}: {_ROLES[record.role]}; until {utc(ends)}, SHA-256 {fingerprint}...")
-        for subject, at in sorted(opened.roots.revoked.items()):
+        for subject, at in sorted(opened.trust_store.revoked.items()):
             click.echo(f"revoked: {printable(subject)}, what was issued until {utc(at)}")
 
 
@@ -436,7 +436,7 @@ def export(directory: Path, file: Path) -> None:
 
     It is for brokers and gateways that can't reach the authority (key `trust`).
     """
-    with told(), open_directory(directory) as opened:
+    with report_errors(), open_directory(directory) as opened:
         replace(file, PUBLIC, opened.signed)
         click.echo(f"{file}: trust list {opened.number}")
 
@@ -510,7 +510,7 @@ def _say(*lines: str) -> None:
 
 @contextmanager
 def _changing(directory: Path) -> Iterator[Directory]:
-    with told(), open_directory(directory) as opened, opened.change():
+    with report_errors(), open_directory(directory) as opened, opened.change():
         yield opened
 
 

@@ -34,14 +34,14 @@ class Failure(click.ClickException):
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def report_errors() -> Iterator[None]:
     """Failures that need no traceback become messages."""
     try:
         yield
-    except (ConfigError, TrustError, RoleMissing) as fault:
-        raise Failure(str(fault), EXIT_USAGE) from None
-    except RegistryUnavailable as fault:
-        raise Failure(f"registry: {fault}", EXIT_FAILED) from None
+    except (ConfigError, TrustError, RoleMissing) as error:
+        raise Failure(str(error), EXIT_USAGE) from None
+    except RegistryUnavailable as error:
+        raise Failure(f"registry: {error}", EXIT_FAILED) from None
 
 
 def print_json(value: object) -> None:

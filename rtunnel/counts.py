@@ -35,7 +35,7 @@ class StreamCounts:
         """One refusal."""
         self.refused[code.value] = self.refused.get(code.value, 0) + 1
 
-    def shown(self) -> dict[str, object]:
+    def status(self) -> dict[str, object]:
         """For `/statusz`."""
         return {
             "streams": self.streams,

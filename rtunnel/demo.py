@@ -405,8 +405,8 @@ def _command(stay: bool, level: str) -> int:
     status, last = 0, "\n[bold green]all of it worked[/bold green]"
     try:
         trio.run(tell, story, stay)
-    except* DemoFailed as failed:
-        status, last = 1, "".join(f"\n[bold red]failed:[/bold red] {fault}" for fault in failed.exceptions)
+    except* DemoFailed as error:
+        status, last = 1, "".join(f"\n[bold red]failed:[/bold red] {fault}" for fault in error.exceptions)
     except* KeyboardInterrupt:
         last = "\nended"
     story.console.print(last)

@@ -287,8 +287,8 @@ def _tamed(fields: dict[str, Any]) -> dict[str, Any]:
 def _short(value: Any, limit: int) -> str:
     try:
         text = value if isinstance(value, str) else str(value)
-    except Exception as fault:
-        text = f"<{type(value).__name__} that can't be shown: {type(fault).__name__}>"
+    except Exception as error:
+        text = f"<{type(value).__name__} that can't be shown: {type(error).__name__}>"
     if len(text) > limit:
         # The end of a traceback says more than its beginning.
         text = f"{text[: limit // 2]}... {len(text) - limit} characters ...{text[-(limit // 2) :]}"
@@ -340,8 +340,8 @@ def event_line(render: Render, **common: Any) -> structlog.typing.Processor:
             line.update({name if name not in line else f"{name}_": value for name, value in fields.items()})
         try:
             return render(line)
-        except Exception as fault:
-            return render({**dict(list(line.items())[:2]), "event": "log_failed", "error": type(fault).__name__})
+        except Exception as error:
+            return render({**dict(list(line.items())[:2]), "event": "log_failed", "error": type(error).__name__})
 
     return cast("structlog.typing.Processor", process)
 

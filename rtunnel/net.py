@@ -20,7 +20,7 @@ def listening_socket(host: str, port: int, *, key: str = "", shared: bool = Fals
     Raises ListenError when `key`, the configuration's name for this address, is given, else OSError.
     """
     sock = bound_socket(host, port, key=key, shared=shared)
-    with _told(host, port, key, sock):
+    with _name_errors(host, port, key, sock):
         sock.listen(BACKLOG)
     return sock
 
@@ -28,9 +28,9 @@ def listening_socket(host: str, port: int, *, key: str = "", shared: bool = Fals
 def bound_socket(host: str, port: int, *, key: str = "", shared: bool = False) -> socket.socket:
     """The same before it listens: the address is known to be good, and nobody can connect yet. For `listen`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with _told(host, port, key):
+    with _name_errors(host, port, key):
         sock = socket.socket(family, socket.SOCK_STREAM)
-    with _told(host, port, key, sock):
+    with _name_errors(host, port, key, sock):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shared:  # never without need: a second process that was started by mistake would take its share
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -43,12 +43,12 @@ def bound_socket(host: str, port: int, *, key: str = "", shared: bool = False) -
 def listen(sock: socket.socket, *, key: str) -> None:
     """Let a `bound_socket` take connections. Raises ListenError, and closes it then."""
     host, port = sock.getsockname()[:2]
-    with _told(host, port, key, sock):
+    with _name_errors(host, port, key, sock):
         sock.listen(BACKLOG)
 
 
 @contextmanager
-def _told(host: str, port: int, key: str, *socks: socket.socket) -> Iterator[None]:
+def _name_errors(host: str, port: int, key: str, *socks: socket.socket) -> Iterator[None]:
     """Close the socket, if there is one, when something goes wrong, and say it by the key's name."""
     try:
         yield

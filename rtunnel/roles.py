@@ -99,8 +99,8 @@ def find_role(name: str) -> Role:
         raise RoleMissing(f"no role {name!r} is installed")
     try:
         role = points[0].load()
-    except (ImportError, AttributeError) as fault:
-        raise RoleMissing(f"the role {name!r} can't be loaded: {fault}") from fault
+    except (ImportError, AttributeError) as error:
+        raise RoleMissing(f"the role {name!r} can't be loaded: {error}") from error
     if not isinstance(role, Role):
         raise RoleMissing(f"the role {name!r} can't be loaded: {points[0].value} is not a Role")
     return role
@@ -119,8 +119,8 @@ def check(config: Config, role: str) -> list[Problem]:
     for key, load in _materials(config, role):
         try:
             load()
-        except TrustError as fault:
-            problems.append(Problem(config.source(key), key, str(fault)))
+        except TrustError as error:
+            problems.append(Problem(config.source(key), key, str(error)))
     if problems:
         raise ConfigError(problems)
     return [*warnings(config, role), *_expiring(config, role)]
@@ -134,7 +134,7 @@ def _materials(config: Config, role: str) -> Iterator[tuple[str, Callable[[], ob
         if broker.join_token:
             yield "broker.join_token", partial(keys.load_tokens, broker.join_token)
         if broker.ca:
-            yield "broker.ca", partial(identity.load_roots, broker.ca)
+            yield "broker.ca", partial(identity.load_trust_store, broker.ca)
         if "tls" in (broker.security, broker.dial_security):
             yield "broker.certificate", partial(tls.server_context, broker.certificate, broker.key)
     if "agent" in sections:
@@ -151,7 +151,7 @@ def _materials(config: Config, role: str) -> Iterator[tuple[str, Callable[[], ob
         if "broker" in sections:
             yield "gateway.key", partial(_of_one_cluster, broker.cluster_key, gateway.key)
         if gateway.ca:
-            yield "gateway.ca", partial(identity.load_roots, gateway.ca)
+            yield "gateway.ca", partial(identity.load_trust_store, gateway.ca)
         if gateway.policy:
             yield "gateway.policy", partial(policy.load_policy, gateway.policy)
         if gateway.users:
@@ -220,8 +220,8 @@ def run_process(name: str, notes: Sequence[Problem], main: Callable[[], int], **
         python = sys.version.split()[0]
         log.info("starting", role=name, version=__version__, pid=os.getpid(), python=python, **fields)
         code = main()
-    except BaseException as fault:
-        code = _exit_code(fault)
+    except BaseException as error:
+        code = _exit_code(error)
     log.info("stopped", role=name, code=code)
     logs.flush()
     return code

@@ -64,8 +64,8 @@ class Watched:
         self._seen = look
         try:
             said = await self.put(await trio.to_thread.run_sync(self.load))
-        except Exception as fault:  # TrustError says all; but whatever a file does, the process goes on
-            self.rejected = str(fault) if isinstance(fault, TrustError) else f"{type(fault).__name__}: {fault}"
+        except Exception as error:  # TrustError says all; but whatever a file does, the process goes on
+            self.rejected = str(error) if isinstance(error, TrustError) else f"{type(error).__name__}: {error}"
             hint = "what was in force stays in force"
             log.error(f"{self.what}_rejected", file=self.file, reason=self.rejected, hint=hint)
             return

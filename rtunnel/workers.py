@@ -162,7 +162,7 @@ class Supervisor:
                 if status not in IN_ORDER:
                     self.code = self.code or EXIT_FAILED
                 return
-            worker.fate = _told(status)
+            worker.fate = _describe_exit(status)
             log.error("worker_died", worker=worker.number, status=worker.fate, restarts=worker.restarts)
             if status in (EXIT_USAGE, EXIT_LISTEN) and worker.restarts == 0:
                 # Wrong from the start, and it said why. Later it is worth trying again: the others may do well.
@@ -181,14 +181,14 @@ class Supervisor:
         """One process, from its start to its end; how it ended."""
         try:
             signs, theirs = os.pipe()
-        except OSError as fault:  # no descriptors
-            log.error("worker_not_started", worker=worker.number, reason=str(fault))
+        except OSError as error:  # no descriptors
+            log.error("worker_not_started", worker=worker.number, reason=str(error))
             return EXIT_FAILED
         try:
             process = await self._open(worker, theirs)
-        except OSError as fault:  # no memory, too many processes
+        except OSError as error:  # no memory, too many processes
             os.close(signs)
-            log.error("worker_not_started", worker=worker.number, reason=str(fault))
+            log.error("worker_not_started", worker=worker.number, reason=str(error))
             return EXIT_FAILED
         finally:
             os.close(theirs)
@@ -377,7 +377,7 @@ def command(role: str, number: int) -> list[str]:
     return [sys.executable, "-P", "-m", "rtunnel.workers", role, str(number)]
 
 
-def _told(status: int) -> str:
+def _describe_exit(status: int) -> str:
     if status >= 0:
         return f"exit code {status}"
     try:
@@ -440,7 +440,7 @@ async def _obey(
     A terminal and an init system may send theirs to every process, beside the supervisor's order.
     """
 
-    def told(by: str) -> None:
+    def stop_all(by: str) -> None:
         if not stop.is_set():
             log.info("stopping", by=by)
             stop.set()
@@ -452,7 +452,7 @@ async def _obey(
     async def heed(signals: Any) -> None:
         async for number in signals:
             name = signal.Signals(number).name
-            look(name) if number == signal.SIGHUP else told(name)
+            look(name) if number == signal.SIGHUP else stop_all(name)
 
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery, trio.lowlevel.FdStream(os.dup(0)) as orders:
@@ -464,13 +464,13 @@ async def _obey(
                     look("the supervisor")
                 stops += piece.count(STOP)
                 if stops:
-                    told("the supervisor")
+                    stop_all("the supervisor")
                 if stops > 1:
                     log.warning("stopping_at_once", by="the supervisor")
                     at_once()
                 if not (piece := await orders.receive_some()):
                     break
-            told("the supervisor's end")
+            stop_all("the supervisor's end")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from rtunnel.config import (
     split_exposes,
 )
 from rtunnel.logs import get_logger
-from rtunnel.relay.ends import SocketEnd, Talker
+from rtunnel.relay.ends import EndHandler, SocketEnd
 from rtunnel.relay.link import Link, LinkOwner
 from rtunnel.relay.memory import START_WINDOW
 from rtunnel.relay.relay import Relay
@@ -198,7 +198,7 @@ class Agent:
         if signed:
             self.session_trust(session, signed)
 
-    def serve_stream(self, session: AgentSession, stream: StreamEnd) -> Talker:
+    def serve_stream(self, session: AgentSession, stream: StreamEnd) -> EndHandler:
         """See SessionOwner."""
         return IncomingStream(self.targets, session, stream)
 
@@ -220,7 +220,7 @@ class Agent:
         assert hello is not None
         if hello.exposes != self.targets.exposed.ports or hello.addresses != list(self.addresses):
             self._tell_update([session])  # they changed meanwhile
-        if self.identity is not None and self.identity is not watch.shown:
+        if self.identity is not None and self.identity is not watch.presented:
             self._go_over(session, self.identity)
         watch.outcome = outcome
         watch.settle()
@@ -435,7 +435,7 @@ class Agent:
         secret = b"" if self.credentials.by_certificate or self._token is None else self._token.secret
         session = watch.session = AgentSession(self, None, secret, self.config.handshake_timeout)
         self._watches[session] = watch
-        watch.shown = self.identity
+        watch.presented = self.identity
         race.add(watch, lambda: self.bridge.relay.call(lambda: session.end("another broker was faster")))
         tls = self.credentials.context
 
@@ -579,8 +579,8 @@ class Agent:
     def _reread(self) -> Config:
         try:
             return reread(self._whole)
-        except ConfigError as fault:
-            raise TrustError("; ".join(map(str, fault.problems))) from None
+        except ConfigError as error:
+            raise TrustError("; ".join(map(str, error.problems))) from None
 
     async def _put_config(self, config: Config) -> dict[str, object]:
         """`exposes` counts at once, for new streams, open ones, and brokers; for the rest there is a restart."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from rtunnel.relay.ends import Talker
+from rtunnel.relay.ends import EndHandler
 from rtunnel.relay.link import Link
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.relay import Attempt
@@ -62,7 +62,7 @@ class SessionOwner(Protocol):
     def session_trust(self, session: AgentSession, signed: bytes) -> None:
         """The broker has a newer trust list."""
 
-    def serve_stream(self, session: AgentSession, stream: StreamEnd) -> Talker:
+    def serve_stream(self, session: AgentSession, stream: StreamEnd) -> EndHandler:
         """A Dial is about to come."""
 
 
@@ -132,7 +132,7 @@ class AgentSession:
         why = f"no {word} within the handshake deadline ({seconds:g} s)"
         self._deadline = self.link.loop.after(seconds, lambda: self.end(why))
 
-    def link_stream(self, stream: StreamEnd) -> Talker | None:
+    def link_stream(self, stream: StreamEnd) -> EndHandler | None:
         """See LinkOwner: the broker opens streams only on a live session."""
         if self.welcome is None:
             return None
@@ -233,7 +233,7 @@ class AgentSession:
 
     def _control_say(self, data: bytes) -> None:
         if self._control is not None:
-            self._control.say(data)
+            self._control.write(data)
 
 
 @dataclass(eq=False)
@@ -263,7 +263,7 @@ class Enrolment:
             self._deadline = link.loop.after(self.timeout, lambda: self.end("no answer within the handshake deadline"))
             link.open(self, encode(self.request))
 
-    def link_stream(self, stream: StreamEnd) -> Talker | None:
+    def link_stream(self, stream: StreamEnd) -> EndHandler | None:
         """See LinkOwner."""
         return None
 

@@ -60,8 +60,8 @@ def _directory_parts(directory: Path) -> list[bytes]:
     except FileNotFoundError:
         secret = secrets.token_bytes(SECRET_BYTES)
         replace(path, SECRET, secret)
-    except OSError as fault:
-        raise TrustError(f"{path}: can't be read: {fault.strerror} (delete it: the agent makes another one)") from None
+    except OSError as error:
+        raise TrustError(f"{path}: can't be read: {error.strerror} (delete it: the agent makes another one)") from None
     return [secret, _inode(directory / "lock")]
 
 

@@ -38,10 +38,10 @@ from rtunnel.trust.files import SECRET, replace
 from rtunnel.trust.identity import (
     Identity,
     PrivateKey,
-    Roots,
+    TrustStore,
     load_pair,
     load_private_key,
-    load_roots,
+    load_trust_store,
     void_cas,
 )
 from rtunnel.trust.keys import Token, TrustError, load_token, token_mac
@@ -90,8 +90,8 @@ def locked(identity: str) -> Iterator[None]:
     lock = directory / "lock"
     try:
         file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, SECRET)
-    except OSError as fault:
-        raise TrustError(f"{lock}: can't be opened: {fault.strerror}") from None
+    except OSError as error:
+        raise TrustError(f"{lock}: can't be opened: {error.strerror}") from None
     try:
         _lock(file, directory)
         yield
@@ -105,15 +105,15 @@ def _lock(file: int, directory: Path) -> None:
     except BlockingIOError:
         fix = "give this one a directory of its own (agent.identity), or stop the other one"
         raise TrustError(f"{directory}: another agent that runs has this identity: {fix}") from None
-    except OSError as fault:
-        raise TrustError(f"{directory}: can't be locked: {fault.strerror} (is it on a local disk?)") from None
+    except OSError as error:
+        raise TrustError(f"{directory}: can't be locked: {error.strerror} (is it on a local disk?)") from None
 
 
 def _make(directory: Path) -> None:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as fault:
-        raise TrustError(f"{directory}: can't be made: {fault.strerror}") from None
+    except OSError as error:
+        raise TrustError(f"{directory}: can't be made: {error.strerror}") from None
 
 
 class Credentials:
@@ -146,7 +146,7 @@ class Credentials:
         if self._directory is not None:
             self._pair = self._directory / "agent.pem", self._directory / "agent.key"
         self._token = load_token(config.join_token) if config.join_token else None
-        self._roots = load_roots(config.ca) if config.security == "tls" or config.identity else None
+        self._trust_store = load_trust_store(config.ca) if config.security == "tls" or config.identity else None
         self._renew_at = 0.0
         self._warned = False
         self._revoked = False  # a broker says so;
@@ -165,15 +165,15 @@ class Credentials:
     def _keep(self, path: Path, signed: bytes) -> None:
         try:
             replace(path, SECRET, signed)
-        except TrustError as fault:
-            self._log.warning("trust_list_not_kept", reason=str(fault), hint="the next start begins with an old one")
+        except TrustError as error:
+            self._log.warning("trust_list_not_kept", reason=str(error), hint="the next start begins with an old one")
 
     # What the agent asks for.
 
     @property
     def generation(self) -> int:
         """Of the trust list."""
-        return self._roots.generation if self._roots is not None else 0
+        return self._trust_store.generation if self._trust_store is not None else 0
 
     @property
     def by_certificate(self) -> bool:
@@ -189,7 +189,7 @@ class Credentials:
 
     def fault_of(self, certificate: bytes | None) -> str:
         """Why a broker that shows this (DER) is not believed, although its CA is; empty when it is."""
-        return self._roots.fault_of(certificate) if self._roots is not None else ""
+        return self._trust_store.fault_of(certificate) if self._trust_store is not None else ""
 
     def revoked(self) -> None:
         """A broker has said that the certificate is. Whoever means it to come back gives it another token."""
@@ -205,29 +205,29 @@ class Credentials:
         self._old_token = self._token.id
         try:
             replace(self._directory / "token.id", SECRET, self._old_token.encode())
-        except TrustError as fault:
-            self._log.warning("token_id_not_kept", reason=str(fault))
+        except TrustError as error:
+            self._log.warning("token_id_not_kept", reason=str(error))
 
     def take(self, signed: bytes) -> None:
         """A trust list came, from whoever it may be."""
-        if self._roots is None:
+        if self._trust_store is None:
             return  # nobody is known by certificate here
-        cas = self._roots.pem
+        cas = self._trust_store.pem
         try:
-            if not self._roots.take(signed):
+            if not self._trust_store.take(signed):
                 return
             self._make_contexts()
-        except Exception as fault:  # TrustError says all; but whatever a list does, the agent goes on
-            self._log.error("trust_rejected", reason=str(fault) or type(fault).__name__)
+        except Exception as error:  # TrustError says all; but whatever a list does, the agent goes on
+            self._log.error("trust_rejected", reason=str(error) or type(error).__name__)
             return
         if self._directory is not None:
             self._keep(self._directory / "trust.list", signed)
-        if self._roots.pem != cas and self.identity is not None:
+        if self._trust_store.pem != cas and self.identity is not None:
             life = self.identity.who.ends - self.identity.who.issued
             soon = random.uniform(0, min(CA_SPREAD, life / 6))  # noqa: S311
             self._renew_at = min(self._renew_at, time.time() + soon)
         self._tell()
-        self._log.info("trust_loaded", number=self._roots.number, generation=self._roots.generation)
+        self._log.info("trust_loaded", number=self._trust_store.number, generation=self._trust_store.generation)
 
     def answer_for(self, addresses: Sequence[str]) -> None:
         """The agent has other addresses: a certificate that does not name them is replaced."""
@@ -248,7 +248,7 @@ class Credentials:
         with trio.move_on_after(patience):
             await self._changed.wait()
 
-    def shown(self) -> dict[str, object] | None:
+    def status(self) -> dict[str, object] | None:
         """For /statusz."""
         if self.identity is None and not self.by_certificate:
             return None
@@ -260,7 +260,9 @@ class Credentials:
             "renewed": self.renewed,
             "failure": self.failure,
             "fault": self._fault(),
-            "trust": {"number": self._roots.number, "generation": self.generation} if self._roots is not None else None,
+            "trust": {"number": self._trust_store.number, "generation": self.generation}
+            if self._trust_store is not None
+            else None,
         }
 
     # The certificate, and what follows from it.
@@ -269,19 +271,19 @@ class Credentials:
         """Why the certificate can't be used; empty when it can."""
         if self.identity is None:
             return "there is no certificate yet"
-        who, roots = self.identity.who, self._roots
+        who, trust_store = self.identity.who, self._trust_store
         if time.time() >= who.ends:
             return f"the certificate has expired: it ended {utc(who.ends)} ({CHECK_CLOCK})"
         if self._void:
             return "the certificate is revoked"
         if foreign := [address for address in self._addresses if address not in who.addresses]:
             return f"the certificate does not name {foreign[0]}, which is this host's address now"
-        if roots is None or roots.is_revoked(who):
+        if trust_store is None or trust_store.is_revoked(who):
             return ""  # the broker says it better
         try:
-            roots.verify(self.identity.certificate)
-        except TrustError as fault:
-            return str(fault)
+            trust_store.verify(self.identity.certificate)
+        except TrustError as error:
+            return str(error)
         return ""
 
     def _check(self, identity: AgentIdentity) -> None:
@@ -309,9 +311,9 @@ class Credentials:
         self._renew_at = identity.who.issued + life * share
 
     def _make_contexts(self) -> None:
-        if self._config.security == "plain" or self._roots is None:
+        if self._config.security == "plain" or self._trust_store is None:
             return
-        cas, pair = self._roots.pem, self._pair if self.identity is not None else ("", "")
+        cas, pair = self._trust_store.pem, self._pair if self.identity is not None else ("", "")
         self.anonymous, self.context = link_context(cas), link_context(cas, *pair)
 
     def _tell(self) -> None:
@@ -323,17 +325,17 @@ class Credentials:
     def _open_directory(self, directory: Path) -> None:
         """Make it, or read what is there."""
         _make(directory)
-        assert self._roots is not None
+        assert self._trust_store is not None
         trust = directory / "trust.list"
         if trust.exists():
             try:
-                self._roots.take(data := trust.read_bytes())
-            except TrustError as fault:
+                self._trust_store.take(data := trust.read_bytes())
+            except TrustError as error:
                 # It was good when it was written: what it says of stolen CAs is not forgotten.
-                self._roots.must_not_be(void_cas(data), self._config.ca)
-                self._log.warning("trust_rejected", file=str(trust), reason=str(fault))
-            except OSError as fault:
-                self._log.warning("trust_rejected", file=str(trust), reason=str(fault))
+                self._trust_store.must_not_be(void_cas(data), self._config.ca)
+                self._log.warning("trust_rejected", file=str(trust), reason=str(error))
+            except OSError as error:
+                self._log.warning("trust_rejected", file=str(trust), reason=str(error))
         with suppress(OSError, ValueError):
             self._old_token = (directory / "token.id").read_text()
         if self._pair[0].exists():
@@ -341,8 +343,8 @@ class Credentials:
                 self._finish_exchange(directory)
                 self._former = AgentIdentity(*load_pair(*self._pair))
                 self._put(self._former)
-            except TrustError as fault:
-                self._log.warning("identity_rejected", reason=str(fault), hint="a new one is enrolled for")
+            except TrustError as error:
+                self._log.warning("identity_rejected", reason=str(error), hint="a new one is enrolled for")
         if self._token is None and (missing := self._fault()):
             raise TrustError(f"{directory}: {missing}, and agent.join_token is not given: {_FIX}")
 
@@ -354,8 +356,10 @@ class Credentials:
 
     def _files(self) -> list[Watched]:
         files: list[Watched] = []
-        if self._roots is not None:
-            files.append(Watched("ca", [Path(self._config.ca)], lambda: load_roots(self._config.ca), self._put_cas))
+        if self._trust_store is not None:
+            files.append(
+                Watched("ca", [Path(self._config.ca)], lambda: load_trust_store(self._config.ca), self._put_cas)
+            )
         if self._directory is not None and self._config.join_token:
             token = Path(self._config.join_token)
             files.append(Watched("join_token", [token], lambda: load_token(token), self._put_token))
@@ -363,13 +367,13 @@ class Credentials:
             files.append(Watched("certificate", self._pair, lambda: load_pair(*self._pair), self._put_pair))
         return files
 
-    async def _put_cas(self, fresh: Roots) -> dict[str, object]:
+    async def _put_cas(self, fresh: TrustStore) -> dict[str, object]:
         """Another CA file."""
-        assert self._roots is not None
-        self._roots.begin_again(fresh.pem.encode())
+        assert self._trust_store is not None
+        self._trust_store.begin_again(fresh.pem.encode())
         self._make_contexts()
         self._tell()
-        return {"number": self._roots.number}
+        return {"number": self._trust_store.number}
 
     async def _put_token(self, token: Token) -> dict[str, object]:
         self._token = token
@@ -407,10 +411,10 @@ class Credentials:
         renewing = self.identity is not None and not self._fault()
         try:
             await self._exchange(renewing)
-        except Exception as fault:  # whatever is answered, the agent tries again
-            known = isinstance(fault, TrustError | OSError)
-            kind = "" if known else f"{fault.code if isinstance(fault, Refused) else type(fault).__name__}: "
-            failure = kind + str(fault)
+        except Exception as error:  # whatever is answered, the agent tries again
+            known = isinstance(error, TrustError | OSError)
+            kind = "" if known else f"{error.code if isinstance(error, Refused) else type(error).__name__}: "
+            failure = kind + str(error)
             if failure != self.failure:
                 event = "renewal_failed" if renewing else "enrolment_failed"
                 ends = _day(self.identity.who.ends) if self.identity is not None else ""
@@ -421,20 +425,20 @@ class Credentials:
         return True
 
     async def _exchange(self, renewing: bool) -> None:
-        assert self._directory is not None and self._roots is not None
+        assert self._directory is not None and self._trust_store is not None
         pending = self._directory / "next.key"
         key = _pending_key(pending)
         try:
             answer = await self._ask(self._request(key, renewing))
-        except Refused as refused:
-            if refused.code is Refusal.REVOKED and not renewing:
+        except Refused as error:
+            if error.code is Refusal.REVOKED and not renewing:
                 # The key was certified, the answer was lost, and then it was revoked: no token brings it back.
                 pending.unlink(missing_ok=True)
-            self._proves_former = refused.code is Refusal.AGENT_ID_TAKEN
+            self._proves_former = error.code is Refusal.AGENT_ID_TAKEN
             raise
         if answer.trust:
             self.take(answer.trust)
-        who = self._roots.verify(answer.certificate)
+        who = self._trust_store.verify(answer.certificate)
         if who.public_key != key.public_key():
             raise TrustError("the authority's certificate is for another key")
         identity = AgentIdentity(answer.certificate, key, who)

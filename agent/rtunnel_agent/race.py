@@ -58,7 +58,7 @@ class Watch(Entrant):
 
     outcome: Outcome = field(default_factory=Outcome)
     session: AgentSession | None = None
-    shown: AgentIdentity | None = None  # of the link's certificate
+    presented: AgentIdentity | None = None  # of the link's certificate
     retire: trio.Event = field(default_factory=trio.Event)  # down, or its node is draining
     down: trio.Event = field(default_factory=trio.Event)
 

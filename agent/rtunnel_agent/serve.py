@@ -48,7 +48,7 @@ def status(agent: Agent) -> dict[str, object]:
         "redundancy": agent.redundancy,
         "reason": "; ".join(agent.reasons()),
         "one_host": agent.one_host,
-        "identity": agent.credentials.shown(),
+        "identity": agent.credentials.status(),
         "sessions_wanted": len(agent.slots),
         "sessions": [
             {
@@ -67,7 +67,7 @@ def status(agent: Agent) -> dict[str, object]:
         ],
         "draining": [session.node for session in agent.draining],
         "held": agent.relay.memory.held,
-        **counts.shown(),
+        **counts.status(),
     }
 
 

@@ -166,8 +166,8 @@ class IncomingStream:
             way = self._targets.check(body, self._session)
         except MessageError as error:
             self._refuse(Refusal.PROTOCOL_ERROR, str(error))
-        except Refused as refused:
-            self._refuse(refused.code, refused.text)
+        except Refused as error:
+            self._refuse(error.code, error.text)
         else:
             self._connect(body, way)
 
@@ -181,7 +181,7 @@ class IncomingStream:
         self._attempt = relay.connect(way, body.port, self._targets.timeout, self._connected, source=source)
 
     def _say_dialling(self) -> None:
-        self._stream.say(_DIALLING)
+        self._stream.write(_DIALLING)
 
     def _connected(self, target: SocketEnd | None, code: Refusal, why: str) -> None:
         self._stop()
@@ -196,7 +196,7 @@ class IncomingStream:
             return
         self._targets.counts.began()
         self._session.streams += 1
-        self._stream.say(self._proven(_ACCEPTED))
+        self._stream.write(self._proven(_ACCEPTED))
         self._targets.relay.join(self._stream, target, up=self._decoder.rest(), on_end=served)
 
     def finished(self) -> None:
@@ -217,7 +217,7 @@ class IncomingStream:
         )  # fmt: skip
         refuse = Refuse(code=code.value, text=why[:512])
         # What another path could change needs no proof: it will be tried anyway.
-        self._stream.say(self._proven(refuse) if code.telling.next is Next.STOP else encode(refuse))
+        self._stream.write(self._proven(refuse) if code.reply.next is Next.STOP else encode(refuse))
         self._stream.close()
 
     def _proven(self, answer: Accepted | Refuse) -> bytes:

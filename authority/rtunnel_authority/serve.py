@@ -25,7 +25,7 @@ async def serve(
             server,
             config.authority.admin,
             key="authority.admin",
-            status=server.shown,
+            status=server.status,
             stop=stop,
             task_status=task_status,
         )

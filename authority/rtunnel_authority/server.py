@@ -69,7 +69,7 @@ class Server:
         self._fault = ""
         # What Follow is answered from.
         self._number = self.directory.number
-        self._generation = self.directory.roots.generation
+        self._generation = self.directory.trust_store.generation
         self._signed = self.directory.signed
         self._tls = _Tls(self.directory.issuing)
 
@@ -105,7 +105,7 @@ class Server:
         """See rtunnel.pulse.Part: all that it does is done in trio's thread, which is here."""
         await trio.lowlevel.checkpoint()
 
-    def shown(self) -> dict[str, object]:
+    def status(self) -> dict[str, object]:
         """For /statusz."""
         return {
             "role": "authority",
@@ -130,18 +130,18 @@ class Server:
             await trio.sleep(LOOK_SECONDS)
             try:
                 await self._there(self._refresh)
-            except Exception as fault:  # TrustError says all; but whatever it meets, the process goes on
-                self._store_is(str(fault) if isinstance(fault, TrustError) else f"{type(fault).__name__}: {fault}")
+            except Exception as error:  # TrustError says all; but whatever it meets, the process goes on
+                self._store_is(str(error) if isinstance(error, TrustError) else f"{type(error).__name__}: {error}")
             else:
                 self._store_is("")
 
     def _refresh(self) -> None:
         self.directory.refresh()
         if self.directory.number != self._number:
-            self._log.info("trust_list", number=self.directory.number, revoked=len(self.directory.roots.revoked))
+            self._log.info("trust_list", number=self.directory.number, revoked=len(self.directory.trust_store.revoked))
         # In this order: trio's thread, which reads them, then sends a list too many and never an old one.
         self._signed = self.directory.signed
-        self._number, self._generation = self.directory.number, self.directory.roots.generation
+        self._number, self._generation = self.directory.number, self.directory.trust_store.generation
         if self._tls.is_of_yesterday(self.directory.issuing):
             self._tls = _Tls(self.directory.issuing)
 
@@ -221,10 +221,10 @@ class Server:
                             return
                         decoder.feed(data)
                     answer = await self._answer(question, peer)
-                except MessageError as fault:
-                    code = Refusal.VERSION if fault.other_version else Refusal.PROTOCOL_ERROR
-                    self._warn("bad_message", code.value, REFUSED_LINES, peer=peer, reason=str(fault))
-                    await stream.send_all(encode(Refuse(code, str(fault)[:512])))
+                except MessageError as error:
+                    code = Refusal.VERSION if error.other_version else Refusal.PROTOCOL_ERROR
+                    self._warn("bad_message", code.value, REFUSED_LINES, peer=peer, reason=str(error))
+                    await stream.send_all(encode(Refuse(code, str(error)[:512])))
                     return
                 await stream.send_all(encode(answer))
             if waiting.cancelled_caught:
@@ -237,10 +237,10 @@ class Server:
             return Trust(self._signed if question.number < self._number else b"")
         try:
             granted = await self._there(lambda: self.authority.enrol(question))
-        except Refused as refused:
-            return self._refuse(question, refused.code, refused.text, peer)
-        except TrustError as fault:
-            self._store_is(str(fault))
+        except Refused as error:
+            return self._refuse(question, error.code, error.text, peer)
+        except TrustError as error:
+            self._store_is(str(error))
             text = "the authority can't read or write its store: see its log"
             return self._refuse(question, Refusal.AUTHORITY_UNAVAILABLE, text, peer)
         self._granted(granted, peer)

@@ -12,7 +12,6 @@ from typing import Final
 import trio
 
 import rtunnel
-from rtunnel.anchor import Anchor
 from rtunnel.bridge import Bridge, running
 from rtunnel.clock import ClockWatch, registry_offset
 from rtunnel.config import (
@@ -25,6 +24,7 @@ from rtunnel.config import (
     host_name,
     parse_endpoint,
 )
+from rtunnel.follower import TrustFollower
 from rtunnel.logs import Throttle, get_logger
 from rtunnel.net import bound_socket, listen, source_of
 from rtunnel.registry import Duplicate, NodeRecord, Registration, Registry, RegistryUnavailable, Superseded
@@ -32,7 +32,7 @@ from rtunnel.relay.link import Link
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.relay import Listener, Relay
 from rtunnel.strangers import MADE_ROOM, SILENT_GRACE, Loss, Strangers
-from rtunnel.trust.identity import Roots
+from rtunnel.trust.identity import TrustStore
 from rtunnel.trust.keys import DialKeys, load_cluster_keys, load_tokens
 from rtunnel.wire.messages import Bye, Drain, Enrol
 from rtunnel.wire.refusal import Refusal
@@ -41,7 +41,7 @@ from rtunnel_broker.duplicates import MAX_RECORDED
 from rtunnel_broker.ports import FIRST_BYTES, DialChecker, PortCounts
 from rtunnel_broker.registrar import Registrar
 from rtunnel_broker.session import Session
-from rtunnel_broker.standing import Standing
+from rtunnel_broker.trust import BrokerTrust
 
 #: With so many handshakes in line the next links wait in the kernel's queue: there they cost no memory yet.
 MAX_IN_LINE: Final = 64
@@ -94,22 +94,22 @@ class Node:
         self._registry_offset: float | None = None  # this machine's clock minus the registry's
         self._measured_at = -MEASURE_SECONDS
         self.clock = ClockWatch("this broker", self.report, lambda: self._registry_offset)
-        self._standing = Standing(self, broker, self._log)
-        checker = DialChecker(self.node, dial_keys, broker.dial_window, self._standing.is_revoked, self.clock)
+        self._trust = BrokerTrust(self, broker, self._log)
+        checker = DialChecker(self.node, dial_keys, broker.dial_window, self._trust.is_revoked, self.clock)
         self._registrar = Registrar(self, registry, config.registry.quarantine, checker, self._log)
         self._links: Listener | None = None
 
     # What sessions and the relay call, in the relay's thread.
 
     @property
-    def roots(self) -> Roots | None:
+    def trust_store(self) -> TrustStore | None:
         """See SessionKeeper."""
-        return self._standing.roots
+        return self._trust.trust_store
 
     @property
-    def anchor(self) -> Anchor | None:
+    def follower(self) -> TrustFollower | None:
         """What follows the authority; None: certificates are not taken."""
-        return self._standing.anchor
+        return self._trust.follower
 
     @property
     def sessions(self) -> dict[str, Session]:
@@ -120,7 +120,7 @@ class Node:
         """See SessionKeeper."""
         self._handshake_over(session)
         if session.identity is not None:
-            self._standing.add(session)
+            self._trust.add(session)
         assert session.hello is not None
         rule = self._admission.rule(session.hello.namespace, session.addresses)
         if rule is None:
@@ -135,11 +135,11 @@ class Node:
 
     def enrols(self, session: Session, request: Enrol) -> None:
         """See SessionKeeper."""
-        self._standing.enrols(session, request)
+        self._trust.enrols(session, request)
 
     def lost(self, session: Session, why: str) -> None:
         """See SessionKeeper."""
-        self._standing.discard(session)
+        self._trust.discard(session)
         for listener in session.listeners:
             self.relay.unlisten(listener)
         session.listeners.clear()
@@ -179,7 +179,7 @@ class Node:
     @property
     def dial_tls(self) -> ssl.SSLContext | None:
         """See SessionKeeper."""
-        return self._standing.shown.dials
+        return self._trust.presented.dials
 
     @property
     def handshakes(self) -> int:
@@ -215,7 +215,7 @@ class Node:
                 self._warn("source_has_too_many_handshakes", limit=strangers.share, peer=peer)
                 return
             weakest.kill(f"{MADE_ROOM}: too many links prove nothing")
-        shown = self._standing.shown
+        shown = self._trust.presented
         session = Session(self, binding=shown.binding, source=source)
         link = self.relay.link(
             sock, session, peer=peer, client=False, tls=shown.context, handshake_timeout=self.handshake_timeout
@@ -235,7 +235,7 @@ class Node:
             self._hold_until_room()
         elif loop.line >= MAX_IN_LINE:
             links.hold()
-            loop.in_line(links.release)
+            loop.enqueue_slow(links.release)
 
     def _hold_until_room(self) -> None:
         """Accept again when a place is free, or when somebody has been silent for long enough to make room."""
@@ -292,7 +292,7 @@ class Node:
             await self.bridge.run(lambda: self._listen(sock))
             async with self.bridge.open_nursery() as nursery:
                 nursery.start_soon(self._heartbeats)
-                nursery.start_soon(self._standing.run)
+                nursery.start_soon(self._trust.run)
                 self._log.info(
                     "broker_ready", node=self.node, listen=format_endpoint(*self.bound), ip=self.ip,
                     incarnation=self.incarnation, security=self.config.security,
@@ -331,7 +331,7 @@ class Node:
     @property
     def certificate_ends(self) -> float:
         """Of the one that links and Dials are shown; seconds since 1970, 0 when it shows none."""
-        return self._standing.shown.ends
+        return self._trust.presented.ends
 
     def reasons(self) -> list[str]:
         """Why this node is not ready; empty when it is."""

@@ -198,8 +198,8 @@ class GuardedConnection:
         except MessageError as error:
             text = "a TLS handshake came, and broker.dial_security is plain" if data.startswith(_TLS) else str(error)
             self._refuse(Refused(Refusal.PROTOCOL_ERROR, text))
-        except Refused as refused:
-            self._refuse(refused)
+        except Refused as error:
+            self._refuse(error)
         else:
             port.counts.dials.leave(self._place)
             port.pass_on(self._end, frame[1] + self._decoder.rest(), frame[0].key, body)
@@ -267,7 +267,7 @@ class GuardedPort:
         end.pause()
         stream = StreamEnd(link)
         link.attach(stream)
-        stream.say(first)
+        stream.write(first)
         self.counts.began()
         self.session.streams += 1
         self.relay.join(end, stream, on_end=Guarded(self.counts, self.session, key, body))
@@ -285,7 +285,7 @@ class GuardedPort:
         else:
             self.session.keeper.log("dial_refused", **fields)
         clock = int(time.time() * 1000) if refused.code is Refusal.EXPIRED else 0
-        end.say(encode(Refuse(code=refused.code.value, text=refused.text[:512], time=clock)))
+        end.write(encode(Refuse(code=refused.code.value, text=refused.text[:512], time=clock)))
         end.close()
 
 
@@ -436,7 +436,7 @@ class OpenPortServer:
         """There is no way to tell the client more than a reset; the log says why."""
         self.counts.refuse(code)
         self.session.keeper.log_stranger(
-            "open_port_refused", code.value, code=code.value, reason=text or code.telling.text, peer=end.peer,
+            "open_port_refused", code.value, code=code.value, reason=text or code.reply.text, peer=end.peer,
             port=self.number, target=f"{self.ip}:{self.target_port}",
         )  # fmt: skip
         end.abort()

@@ -129,8 +129,8 @@ class Registrar:
             if older is not None:
                 try:
                     await self._check_older(older, session)
-                except Refused as refused:
-                    code, text = refused.code, refused.text
+                except Refused as error:
+                    code, text = error.code, error.text
                     await self._node.bridge.run(lambda: session.refuse(code, text))
                     return
             if session.state != "proven":  # it has gone meanwhile: then it replaces nobody
@@ -160,7 +160,7 @@ class Registrar:
                     port.sock.close()
                 raise
             self.sessions[session.owner] = session
-            live = await self._node.bridge.run(lambda: self._open_shop(session, leased, granted, notices))
+            live = await self._node.bridge.run(lambda: self._start_listeners(session, leased, granted, notices))
             if not live:
                 await self._leave(session)
                 return
@@ -170,7 +170,7 @@ class Registrar:
             agent_software=hello.software, proved_by="certificate" if session.identity is not None else "join token",
         )  # fmt: skip
 
-    def _open_shop(
+    def _start_listeners(
         self, session: Session, leased: list[Leased], granted: list[tuple[Publish, int]], notices: list[str]
     ) -> bool:
         """In the relay's thread: accept on the ports and welcome the agent. False when it is gone already."""

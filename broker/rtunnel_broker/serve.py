@@ -55,11 +55,11 @@ def status(node: Node) -> dict[str, object]:
         "clock": node.clock.status(time.monotonic()),
         "duplicate_agents": [msgspec.to_builtins(entry) for entry in node.duplicates],
         "certificate_ends": node.certificate_ends,
-        "trust": node.anchor.shown() if node.anchor is not None else None,
+        "trust": node.follower.status() if node.follower is not None else None,
         "waiting": counts.waiting,
         "window_budget": node.relay.memory.left,
         "held": node.relay.memory.held,
-        **counts.shown(),
+        **counts.status(),
         "pairs": len(node.relay.pairs),
         "links": len(node.relay.links),
     }

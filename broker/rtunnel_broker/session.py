@@ -20,14 +20,14 @@ import msgspec
 
 from rtunnel.config import canonical_ip, check_word, parse_exposes
 from rtunnel.registry import Registration
-from rtunnel.relay.ends import Talker
+from rtunnel.relay.ends import EndHandler
 from rtunnel.relay.join import Ending, Pair
 from rtunnel.relay.link import Link
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.relay import Listener
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.strangers import Place
-from rtunnel.trust.identity import Identity, Revoked, Roots, is_session_proof
+from rtunnel.trust.identity import Identity, Revoked, TrustStore, is_session_proof
 from rtunnel.trust.keys import AGENT_LABEL, BROKER_LABEL, TrustError, token_mac
 from rtunnel.wire import messages
 from rtunnel.wire.messages import (
@@ -75,7 +75,7 @@ class SessionKeeper(Protocol):
         """What guarded ports show; None: they are plain."""
 
     @property
-    def roots(self) -> Roots | None:
+    def trust_store(self) -> TrustStore | None:
         """What certificates are judged by; None: none is taken."""
 
     def wants(self, session: Session) -> None:
@@ -158,7 +158,7 @@ class Session:
             self.keeper.handshake_timeout, lambda: self.end("no Welcome within the handshake deadline")
         )
 
-    def link_stream(self, stream: StreamEnd) -> Talker | None:
+    def link_stream(self, stream: StreamEnd) -> EndHandler | None:
         """See LinkOwner: the agent opens the control stream and no other."""
         if self._control is not None:
             if self.link is not None and self.link.allowance is not None:
@@ -225,8 +225,8 @@ class Session:
         try:
             self.identity = None if hello.token_id else self._certified(hello)
             secret = self._secret(hello) if hello.token_id else b""
-        except Refused as refused:
-            self.refuse(refused.code, refused.text)
+        except Refused as error:
+            self.refuse(error.code, error.text)
             return
         if self.keeper.draining:
             self.refuse(Refusal.DRAINING)
@@ -263,20 +263,20 @@ class Session:
 
     def _certified(self, hello: Hello) -> Identity:
         """Who shows the link's certificate: exactly who the Hello says. Raises Refused."""
-        roots = self.keeper.roots
+        trust_store = self.keeper.trust_store
         der = self.link.peer_certificate if self.link is not None else None
-        if roots is None or der is None:
+        if trust_store is None or der is None:
             missing = (
                 "this broker takes no certificates (it has no broker.ca)"
-                if roots is None
+                if trust_store is None
                 else "the link shows no certificate (agent.identity)"
             )
             raise Refused(Refusal.BAD_CERTIFICATE, f"{missing}, and the Hello names no join token")
         try:
-            who = roots.verify(der, keep=False)
-        except TrustError as fault:
-            code = Refusal.REVOKED if isinstance(fault, Revoked) else Refusal.BAD_CERTIFICATE
-            raise Refused(code, str(fault)) from None
+            who = trust_store.verify(der, keep=False)
+        except TrustError as error:
+            code = Refusal.REVOKED if isinstance(error, Revoked) else Refusal.BAD_CERTIFICATE
+            raise Refused(code, str(error)) from None
         claimed = f"agent/{hello.namespace}/{hello.agent_id}"
         if who.kind != "agent" or (who.namespace, who.name) != (hello.namespace, hello.agent_id):
             raise Refused(Refusal.BAD_CERTIFICATE, f"the certificate is of {who.subject}, and not of {claimed}")
@@ -331,7 +331,7 @@ class Session:
         if update.certificate:
             self._renewed = update  # at once: the CA of the present one may leave meanwhile
         if self._update is None:
-            self.link.loop.in_line(self._updated)
+            self.link.loop.enqueue_slow(self._updated)
         self._update = update
 
     def _updated(self) -> None:
@@ -340,8 +340,8 @@ class Session:
             return
         try:
             parse_exposes(update.exposes)
-        except ValueError as fault:
-            self.refuse(Refusal.BAD_REQUEST, str(fault))
+        except ValueError as error:
+            self.refuse(Refusal.BAD_REQUEST, str(error))
             return
         self._go_over()
         addresses = frozenset(update.addresses) or self.addresses
@@ -357,8 +357,8 @@ class Session:
         """Why the agent can't have these from now on; None when it can."""
         try:
             odd = [address for address in addresses if canonical_ip(address) != address]
-        except ValueError as fault:
-            return Refused(Refusal.BAD_REQUEST, str(fault))
+        except ValueError as error:
+            return Refused(Refusal.BAD_REQUEST, str(error))
         if odd:
             return Refused(Refusal.BAD_REQUEST, f"{odd[0]!r} is not the canonical form of an IP address")
         if self.identity is not None and (foreign := addresses - self.identity.addresses):
@@ -368,11 +368,11 @@ class Session:
 
     def _go_over(self) -> None:
         """To the certificate that the agent has by now. One that can't be judged yet (of a CA to come) may be later."""
-        update, roots = self._renewed, self.keeper.roots
-        if update is None or self.identity is None or roots is None or self.answered or self.state == "over":
+        update, trust_store = self._renewed, self.keeper.trust_store
+        if update is None or self.identity is None or trust_store is None or self.answered or self.state == "over":
             return
         try:
-            who = roots.verify(update.certificate, keep=False)
+            who = trust_store.verify(update.certificate, keep=False)
         except TrustError:
             return
         self._renewed = None
@@ -398,9 +398,9 @@ class Session:
             self.link.start_window = self.hello.start_window
             welcome = msgspec.structs.replace(welcome, start_window=self.hello.start_window)
         self._say(encode(welcome))
-        roots = self.keeper.roots
-        if roots is not None and self.hello is not None and self.hello.trust < roots.generation:
-            self.tell(Trust(signed=roots.signed))
+        trust_store = self.keeper.trust_store
+        if trust_store is not None and self.hello is not None and self.hello.trust < trust_store.generation:
+            self.tell(Trust(signed=trust_store.signed))
 
     def enrolled(self, answer: Enrolled) -> None:
         """The authority's answer. The agent ends the link when it has it all: it may be 60 KB."""
@@ -413,7 +413,7 @@ class Session:
         """Not here: tell it, then end the link when the word is out."""
         if self.state == "over":
             return
-        text = text or code.telling.text
+        text = text or code.reply.text
         self.answered = True
         self.keeper.refused(code)
         fields = {
@@ -426,17 +426,17 @@ class Session:
         self._say(encode(Refuse(code=code.value, text=text[:512])))
         self.end(f"refused: {code}")
 
-    def judge(self, roots: Roots) -> Refused | None:
+    def judge(self, trust_store: TrustStore) -> Refused | None:
         """Other CAs are in force, or somebody is revoked. Without a good certificate its streams end, and there are no
         others from now on; what is returned is for `expel`.
         """
         if self.identity is None or self.answered:
             return None
-        if not roots.in_force(self.identity):
+        if not trust_store.in_force(self.identity):
             self._go_over()
-        if roots.is_revoked(self.identity):
+        if trust_store.is_revoked(self.identity):
             fault = Refused(Refusal.REVOKED, f"the certificate of {self.identity.subject} is revoked")
-        elif roots.in_force(self.identity) or self.answered:
+        elif trust_store.in_force(self.identity) or self.answered:
             return None
         else:
             text = f"the certificate of {self.identity.subject} is not from a CA in force any more"
@@ -492,7 +492,7 @@ class Session:
 
     def _say(self, data: bytes) -> None:
         if self._control is not None:
-            self._control.say(data)
+            self._control.write(data)
 
     def _stop_deadline(self) -> None:
         if self._deadline is not None:
@@ -509,6 +509,6 @@ def hello_fault(hello: Hello) -> str:
         for address in [*hello.addresses, *(entry.ip for entry in hello.publish)]:
             if canonical_ip(address) != address:
                 return f"{address!r} is not the canonical form of an IP address"
-    except ValueError as fault:
-        return str(fault)
+    except ValueError as error:
+        return str(error)
     return ""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from rtunnel.config.checks import MAX_ADDRESSES
 from rtunnel.config.loading import MAX_FILE, Flag, changed, load, reread
-from rtunnel.config.needs import ROLES, check_role, client_room, is_memory, role_sections, warnings
+from rtunnel.config.preflight import ROLES, check_role, client_room, is_memory, role_sections, warnings
 from rtunnel.config.sections import (
     KEYS,
     SECTIONS,

@@ -43,10 +43,10 @@ def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, 
     for key, entry in given.items():
         try:
             values[key] = _value(KEYS[key], entry)
-        except BadValue as fault:
-            problems.append(Problem(entry.source, key, str(fault), fault.fix))
-        except (msgspec.ValidationError, OverflowError) as fault:
-            problems.append(_type_problem(KEYS[key], entry, str(fault)))
+        except BadValue as error:
+            problems.append(Problem(entry.source, key, str(error), error.fix))
+        except (msgspec.ValidationError, OverflowError) as error:
+            problems.append(_type_problem(KEYS[key], entry, str(error)))
     if problems:
         raise ConfigError(problems)
     config: Config = _build(Config, "", values)
@@ -81,20 +81,20 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE + 1)
-    except (OSError, ValueError) as fault:
-        reason = fault.strerror or str(fault) if isinstance(fault, OSError) else str(fault)
+    except (OSError, ValueError) as error:
+        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
         raise ConfigError([Problem(source, "", f"can't be read: {reason}")]) from None
     if len(data) > MAX_FILE:
         raise ConfigError([Problem(source, "", f"is larger than {MAX_FILE >> 20} MiB: the wrong file?")])
     try:
         return tomllib.loads(data.decode())
-    except UnicodeDecodeError as fault:
-        line = data.count(b"\n", 0, fault.start) + 1
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError([Problem(f"{source}:{line}", "", "is not UTF-8 text")]) from None
-    except tomllib.TOMLDecodeError as fault:
-        raise ConfigError([_syntax_problem(source, data, str(fault))]) from None
-    except (ValueError, RecursionError) as fault:  # a number of 5000 digits, a tower of brackets
-        raise ConfigError([Problem(source, "", f"can't be parsed: {fault}")]) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([_syntax_problem(source, data, str(error))]) from None
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, a tower of brackets
+        raise ConfigError([Problem(source, "", f"can't be parsed: {error}")]) from None
 
 
 def _syntax_problem(source: str, data: bytes, text: str) -> Problem:

@@ -275,11 +275,11 @@ class PortAllocator:
         port = lease.port
         try:
             bound = try_bind(port)
-        except BaseException as exc:
-            if isinstance(exc, OSError) and exc.errno in _FOREIGN:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno in _FOREIGN:
                 self._set_aside(port, self._foreign)
-                reason = f"is taken by another program or node of this host ({exc.strerror})"
-                raise PortTaken(f"port {port} of {self.ip} {reason}") from exc
+                reason = f"is taken by another program or node of this host ({error.strerror})"
+                raise PortTaken(f"port {port} of {self.ip} {reason}") from error
             self._unmark(port, lease.owner if resting else None)
             raise
         try:

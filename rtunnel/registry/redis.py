@@ -87,9 +87,9 @@ def _sensible(call: Callable[Concatenate[RedisRegistry, _P], _T]) -> Callable[Co
     def checked(registry: RedisRegistry, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         try:
             return call(registry, *args, **kwargs)
-        except _NONSENSE as fault:
-            text = f"an answer makes no sense ({fault}); see who else writes there, and docs/registry.md"
-            raise RegistryUnavailable(f"registry {registry.url}: {text}") from fault
+        except _NONSENSE as error:
+            text = f"an answer makes no sense ({error}); see who else writes there, and docs/registry.md"
+            raise RegistryUnavailable(f"registry {registry.url}: {text}") from error
 
     return checked
 
@@ -427,19 +427,19 @@ class RedisRegistry:
         for attempt in (1, 2):
             try:
                 connection: Any = self._pool.get_connection()
-            except (errors.RedisError, OSError) as exc:
-                raise self._unavailable(exc) from exc
+            except (errors.RedisError, OSError) as error:
+                raise self._unavailable(error) from error
             try:
                 return _converse(connection, commands, wait and wait + self._timeout)
             except errors.NoScriptError:
                 raise
-            except (errors.ConnectionError, OSError) as exc:
-                if attempt == 2 or isinstance(exc, (errors.AuthenticationError, errors.BusyLoadingError)):
-                    raise self._unavailable(exc) from exc
-            except errors.ResponseError as exc:
-                raise self._refused(str(exc)) or self._unavailable(exc) from exc
-            except errors.RedisError as exc:
-                raise self._unavailable(exc) from exc
+            except (errors.ConnectionError, OSError) as error:
+                if attempt == 2 or isinstance(error, (errors.AuthenticationError, errors.BusyLoadingError)):
+                    raise self._unavailable(error) from error
+            except errors.ResponseError as error:
+                raise self._refused(str(error)) or self._unavailable(error) from error
+            except errors.RedisError as error:
+                raise self._unavailable(error) from error
             finally:
                 if self._closed:
                     connection.disconnect()
@@ -476,8 +476,8 @@ def _converse(connection: Any, commands: tuple[tuple[Any, ...], ...], wait: floa
         for _ in commands:
             try:
                 replies.append(connection.read_response())
-            except errors.ResponseError as exc:
-                failure = failure or exc
+            except errors.ResponseError as error:
+                failure = failure or error
     except BaseException:
         connection.disconnect()
         raise
@@ -610,8 +610,8 @@ def _rows(rows: Iterable[Any], read: Callable[[Any], _T]) -> Iterator[_T]:
     for row in rows:
         try:
             yield read(row)
-        except _NONSENSE as fault:
-            ignored, why = ignored + 1, str(fault)
+        except _NONSENSE as error:
+            ignored, why = ignored + 1, str(error)
     if ignored:
         _log.warning("registry_rows_ignored", rows=ignored, text=why)
 
@@ -724,9 +724,9 @@ def _pool(url: str, timeout: float) -> tuple[str, ConnectionPool, list[Any]]:
     """The URL without its password, a pool of connections for it, and the clients of the sentinels."""
     try:
         return _parse(url, timeout)
-    except ValueError as exc:
+    except ValueError as error:
         # `from None`: the cause could quote the URL, and with it the password.
-        raise ValueError(f"[registry] url: {exc}; it looks like redis://:password@host:6379/0") from None
+        raise ValueError(f"[registry] url: {error}; it looks like redis://:password@host:6379/0") from None
 
 
 def _parse(url: str, timeout: float) -> tuple[str, ConnectionPool, list[Any]]:

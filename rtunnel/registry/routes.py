@@ -176,7 +176,7 @@ class RouteTable:
             back = self._given_up & self._nodes.keys()
             self._given_up -= back
             names = old.keys() | self._nodes.keys()
-            self._reorder({name for name in names if _standing(old.get(name)) != _standing(self._nodes.get(name))})
+            self._reorder({name for name in names if _liveness(old.get(name)) != _liveness(self._nodes.get(name))})
             return bool(back)
 
     def expire(self) -> int:
@@ -397,5 +397,5 @@ def _interned(entry: Tuple) -> Tuple:
     )
 
 
-def _standing(node: NodeRecord | None) -> tuple[str, int] | None:
+def _liveness(node: NodeRecord | None) -> tuple[str, int] | None:
     return None if node is None else (node.state, node.incarnation)

@@ -21,7 +21,7 @@ LINGER_SECONDS: Final = 5.0
 _RST_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 
-class Talker(Protocol):
+class EndHandler(Protocol):
     """A role's protocol object for one end, until the end is joined or closed."""
 
     def received(self, data: bytes) -> None:
@@ -39,12 +39,12 @@ class End(Protocol):
 
     eof: bool  # the peer has finished
     closed: bool
-    broken: bool  # `say` failed: the talker hears `lost` in the next turn, and no pair may be made of it
+    broken: bool  # `write` failed: the talker hears `lost` in the next turn, and no pair may be made of it
 
-    def talk(self, talker: Talker, deadline: float | None = None) -> None:
+    def talk(self, handler: EndHandler, deadline: float | None = None) -> None:
         """Give what the peer says to this talker. `deadline` seconds without `pause` or a join: lost("deadline")."""
 
-    def say(self, data: bytes) -> None:
+    def write(self, data: bytes) -> None:
         """Send; small, and only while talking."""
 
     def pause(self) -> None:
@@ -70,10 +70,10 @@ class SocketEnd:
         "_deadline",
         "_dying",
         "_fin_sent",
+        "_handler",
         "_out",
         "_queued",
         "_reading",
-        "_talker",
         "broken",
         "closed",
         "eof",
@@ -95,7 +95,7 @@ class SocketEnd:
         self.broken = False
         self.readable = False  # until an event says so: watching begins with one
         self.hup = False  # a FIN is under way: read until it comes
-        self._talker: Talker | None = None
+        self._handler: EndHandler | None = None
         self._reading = False
         self._out = b""
         self._dying = False
@@ -108,9 +108,9 @@ class SocketEnd:
         else:
             loop.add(self.fd, self._event, out=False)
 
-    def talk(self, talker: Talker, deadline: float | None = None) -> None:
+    def talk(self, handler: EndHandler, deadline: float | None = None) -> None:
         """See End."""
-        self._talker = talker
+        self._handler = handler
         self._reading = True
         self._stop_deadline()
         if deadline is not None:
@@ -118,7 +118,7 @@ class SocketEnd:
         if self.readable:
             self.loop.soon(self._read)
 
-    def say(self, data: bytes) -> None:
+    def write(self, data: bytes) -> None:
         """See End."""
         if self.closed:
             return
@@ -154,7 +154,7 @@ class SocketEnd:
         """See End. What the peer still sends is read and dropped, so that no reset overtakes our last words."""
         if self.closed:
             return
-        self._talker = None
+        self._handler = None
         self._stop_deadline()
         if self._out or not self.eof:
             self._dying = True
@@ -167,7 +167,7 @@ class SocketEnd:
         """See End."""
         if not self.closed:
             reset_on_close(self.sock)
-            self._talker = None
+            self._handler = None
             self._bury()
 
     def await_room(self) -> None:
@@ -179,7 +179,7 @@ class SocketEnd:
     def hand_over(self, handler: Callable[[int], None]) -> bytes:
         """The join takes the descriptor; returns bytes that still have to go out first."""
         self._stop_deadline()
-        self._talker = None
+        self._handler = None
         self.loop.handlers[self.fd] = handler
         out, self._out = self._out, b""
         return out
@@ -211,7 +211,7 @@ class SocketEnd:
 
     def _read(self) -> None:
         for _ in range(READS_A_TURN):
-            if not (self._reading and self.readable and not self.closed and self._talker is not None and not self.eof):
+            if not (self._reading and self.readable and not self.closed and self._handler is not None and not self.eof):
                 return
             try:
                 data = self.sock.recv(TALK_BYTES)
@@ -223,11 +223,11 @@ class SocketEnd:
                 return
             if not data:
                 self.eof = True
-                self._talker.finished()
+                self._handler.finished()
                 return
             if len(data) < TALK_BYTES and not self.hup:
                 self.readable = False
-            self._talker.received(data)
+            self._handler.received(data)
         self.loop.soon(self._read)  # it talks and talks: others get their turn
 
     def _flush(self) -> None:
@@ -272,10 +272,10 @@ class SocketEnd:
     def _lose(self, why: str) -> None:
         if self.closed:
             return
-        talker = self._talker
+        handler = self._handler
         self.abort()
-        if talker is not None:
-            talker.lost(why)
+        if handler is not None:
+            handler.lost(why)
 
     def _stop_deadline(self) -> None:
         if self._deadline is not None:

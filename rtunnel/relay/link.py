@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from rtunnel.clock import CHECK_CLOCK
-from rtunnel.relay.ends import SocketEnd, Talker, reset_on_close
+from rtunnel.relay.ends import EndHandler, SocketEnd, reset_on_close
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.relay.transport import READ_BYTES, UNPROVEN_READ_BYTES, Scratch, TlsTransport, Transport
@@ -53,7 +53,7 @@ class LinkOwner(Protocol):
     def link_up(self, link: Link) -> None:
         """Handshake done."""
 
-    def link_stream(self, stream: StreamEnd) -> Talker | None:
+    def link_stream(self, stream: StreamEnd) -> EndHandler | None:
         """The peer opened a stream: its talker, or None to refuse it."""
 
     def link_down(self, link: Link, why: str) -> None:
@@ -154,22 +154,22 @@ class Link(WindowedSession):
 
     # Streams.
 
-    def open(self, talker: Talker, first: bytes, deadline: float | None = None) -> StreamEnd:
+    def open(self, handler: EndHandler, first: bytes, deadline: float | None = None) -> StreamEnd:
         """A new stream that begins with `first`."""
         stream = StreamEnd(self)
         self.attach(stream)
-        stream.talk(talker, deadline)
-        stream.say(first)
+        stream.talk(handler, deadline)
+        stream.write(first)
         return stream
 
     def accepts(self) -> yamux.Stream | None:
         """See yamux.Session."""
         stream = StreamEnd(self)
-        talker = self._owner.link_stream(stream)
-        if talker is None:
+        handler = self._owner.link_stream(stream)
+        if handler is None:
             return None
-        if stream._talker is None:
-            stream.talk(talker)
+        if stream._handler is None:
+            stream.talk(handler)
         return stream
 
     # Out.
@@ -247,7 +247,7 @@ class Link(WindowedSession):
     def _shake_in_line(self) -> None:
         if not self._shaking:
             self._shaking = True
-            self.loop.in_line(self._shake)
+            self.loop.enqueue_slow(self._shake)
 
     def _shake(self) -> None:
         self._shaking = False

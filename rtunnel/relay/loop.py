@@ -115,7 +115,7 @@ class Loop:
         """Run in this turn's queue (or the next's, when the queue is running)."""
         self._ready.append(call)
 
-    def in_line(self, call: Callable[[], None]) -> None:
+    def enqueue_slow(self, call: Callable[[], None]) -> None:
         """Run when it is its turn: something that takes long, a few of which are done in each turn."""
         self._long.append(call)
 
@@ -162,8 +162,8 @@ class Loop:
             if handler is not None:
                 try:
                     handler(mask)
-                except Exception as crash:
-                    self._on_crash(crash)
+                except Exception as error:
+                    self._on_crash(error)
         if self._timers and self._timers[0][0] <= now:
             self._run_timers()
         for _ in range(len(ready)):
@@ -180,8 +180,8 @@ class Loop:
     def _guarded(self, call: Callable[[], None]) -> None:
         try:
             call()
-        except Exception as crash:
-            self._on_crash(crash)
+        except Exception as error:
+            self._on_crash(error)
 
     def _patience(self) -> float:
         if self._ready or self._mailbox or self._long:

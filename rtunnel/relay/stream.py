@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from rtunnel.relay.ends import LINGER_SECONDS, Talker
+from rtunnel.relay.ends import LINGER_SECONDS, EndHandler
 from rtunnel.relay.loop import Timer
 from rtunnel.wire import yamux
 
@@ -32,7 +32,17 @@ class StreamEnd(yamux.Stream):
     """See the module, and End."""
 
     __slots__ = (
-        "_deadline", "_reading", "_talker", "_widened", "backlog", "closed", "eof", "given", "granted", "link", "pair",
+        "_deadline",
+        "_handler",
+        "_reading",
+        "_widened",
+        "backlog",
+        "closed",
+        "eof",
+        "given",
+        "granted",
+        "link",
+        "pair",
         "start",
     )  # fmt: skip
     session: Link
@@ -48,20 +58,20 @@ class StreamEnd(yamux.Stream):
         self.given = 0  # and the window given back since
         self.pair: StreamJoin | None = None
         self.backlog = bytearray()  # came while nobody was reading; at most the window
-        self._talker: Talker | None = None
+        self._handler: EndHandler | None = None
         self._reading = False
         self._widened = False  # it was looked at once, with our first words
         self._deadline: Timer | None = None
 
-    def talk(self, talker: Talker, deadline: float | None = None) -> None:
+    def talk(self, handler: EndHandler, deadline: float | None = None) -> None:
         """See End."""
-        self._talker = talker
+        self._handler = handler
         self._stop_deadline()
         if deadline is not None:
             self._deadline = self.link.loop.after(deadline, self._late)
         self.resume()
 
-    def say(self, data: bytes) -> None:
+    def write(self, data: bytes) -> None:
         """See End."""
         if not self.gone:
             frame = self.frame(data)
@@ -100,7 +110,7 @@ class StreamEnd(yamux.Stream):
     def hand_over(self, pair: StreamJoin) -> bytes:
         """The join takes the stream; returns what came before and was not read (not yet `consumed`)."""
         self._stop_deadline()
-        self._talker = None
+        self._handler = None
         self.pair = pair
         return self._take_backlog()
 
@@ -114,9 +124,9 @@ class StreamEnd(yamux.Stream):
             link.spoke_another = link.loop.now
         if self.pair is not None:
             self.pair.stream_data(data)
-        elif self._reading and self._talker is not None and not self.backlog:
+        elif self._reading and self._handler is not None and not self.backlog:
             self.consumed(len(data))
-            self._talker.received(bytes(data))
+            self._handler.received(bytes(data))
         else:
             self.backlog += data
             self.link.hold(len(data))
@@ -126,8 +136,8 @@ class StreamEnd(yamux.Stream):
         self.eof = True
         if self.pair is not None:
             self.pair.stream_fin()
-        elif self._reading and self._talker is not None and not self.backlog:
-            self._talker.finished()
+        elif self._reading and self._handler is not None and not self.backlog:
+            self._handler.finished()
 
     def on_reset(self) -> None:
         """See yamux.Stream."""
@@ -140,30 +150,30 @@ class StreamEnd(yamux.Stream):
 
     def _replay(self) -> None:
         """Bytes that came while nobody was reading, then the FIN."""
-        if self._talker is None or not self._reading or self.closed:
+        if self._handler is None or not self._reading or self.closed:
             return
         if self.backlog:
             data = self._take_backlog()
             self.consumed(len(data))
-            self._talker.received(data)
-        if self.eof and self._reading and self._talker is not None and not self.backlog:
-            self._talker.finished()
+            self._handler.received(data)
+        if self.eof and self._reading and self._handler is not None and not self.backlog:
+            self._handler.finished()
 
     def _late(self) -> None:
         self.reset()
         self._lose("deadline")
 
     def _lose(self, why: str) -> None:
-        talker, pair = self._talker, self.pair
+        handler, pair = self._handler, self.pair
         self._let_go()
         if pair is not None:
             pair.stream_lost(why)
-        elif talker is not None:
-            talker.lost(why)
+        elif handler is not None:
+            handler.lost(why)
 
     def _let_go(self) -> None:
         self.closed = True
-        self._talker = None
+        self._handler = None
         self.pair = None
         self._take_backlog()
         self._stop_deadline()

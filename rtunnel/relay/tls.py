@@ -357,10 +357,10 @@ class TlsEnd(SocketEnd):
         """The handshake is done."""
         return self.tls.up
 
-    def say(self, data: bytes) -> None:
+    def write(self, data: bytes) -> None:
         """See End."""
         if self.up:
-            super().say(data)
+            super().write(data)
         else:
             self._out += data
 
@@ -393,10 +393,10 @@ class TlsEnd(SocketEnd):
 
     def _turn_away(self, why: str) -> None:
         """In order: a reset could overtake the alert."""
-        talker, self._talker = self._talker, None
+        handler, self._handler = self._handler, None
         self._bury()
-        if talker is not None:
-            talker.lost(why)
+        if handler is not None:
+            handler.lost(why)
 
     def _go_on(self) -> None:
         self.readable = True  # bytes may have come with the handshake's last

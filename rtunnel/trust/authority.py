@@ -69,10 +69,10 @@ class Authority:
             self.directory.check_key(due.asked.public_key)
             if due.token is None or not due.token.take_over:
                 self.directory.check_addresses(due.asked.subject, due.asked.namespace, due.asked.addresses)
-        except KeyRevoked as fault:
-            raise Refused(Refusal.REVOKED, str(fault)) from None
-        except AddressHeld as fault:
-            raise Refused(Refusal.ADDRESS_TAKEN, str(fault)) from None
+        except KeyRevoked as error:
+            raise Refused(Refusal.REVOKED, str(error)) from None
+        except AddressHeld as error:
+            raise Refused(Refusal.ADDRESS_TAKEN, str(error)) from None
         return due
 
     def _token(self, enrol: Enrol) -> TokenRecord:
@@ -162,14 +162,14 @@ class Authority:
 
     def _present(self, enrol: Enrol) -> Identity:
         """Whose certificate and key it proves."""
-        roots, der = self.directory.roots, enrol.certificate
+        trust_store, der = self.directory.trust_store, enrol.certificate
         try:
             who = read_certificate(der)
-            if roots.is_revoked(who):
+            if trust_store.is_revoked(who):
                 raise Refused(Refusal.REVOKED, f"{who.subject} is revoked: it needs a join token and another key")
-            who = roots.verify(der, self.directory.now)
-        except TrustError as fault:
-            raise Refused(Refusal.BAD_CERTIFICATE, f"{fault}: enrol with a join token") from None
+            who = trust_store.verify(der, self.directory.now)
+        except TrustError as error:
+            raise Refused(Refusal.BAD_CERTIFICATE, f"{error}: enrol with a join token") from None
         if who.kind != "agent":
             raise Refused(Refusal.BAD_CERTIFICATE, f"{who.subject} is no agent, and can't renew here")
         try:
@@ -194,8 +194,8 @@ class Authority:
             )  # fmt: skip
         except StoreFault:
             raise
-        except TrustError as fault:
-            raise Refused(Refusal.BAD_REQUEST, str(fault)) from None
+        except TrustError as error:
+            raise Refused(Refusal.BAD_REQUEST, str(error)) from None
         if token is not None and not due.again:
             self.directory.store.use_token(token.id)
         answer = Enrolled(made.public_bytes(serialization.Encoding.DER), self.directory.signed)
@@ -214,8 +214,8 @@ def claimed(enrol: Enrol) -> Request | None:
 def _asked(enrol: Enrol) -> Request:
     try:
         return read_request(load_request(enrol.request))
-    except TrustError as fault:
-        raise Refused(Refusal.BAD_REQUEST, str(fault)) from None
+    except TrustError as error:
+        raise Refused(Refusal.BAD_REQUEST, str(error)) from None
 
 
 def _check_limits(asked: Request, token: TokenRecord) -> None:

@@ -173,8 +173,8 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 def _name(common: str) -> x509.Name:
     try:
         return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
-    except ValueError as fault:
-        raise TrustError(f"{common!r} can't stand in a certificate: {fault}") from None
+    except ValueError as error:
+        raise TrustError(f"{common!r} can't stand in a certificate: {error}") from None
 
 
 def _agent_names(agent_id: str, namespace: str, addresses: Sequence[str]) -> list[x509.GeneralName]:
@@ -187,8 +187,8 @@ def _alternatives(names: Sequence[str], ips: Sequence[str]) -> list[x509.General
     try:
         wanted: list[x509.GeneralName] = [x509.DNSName(name) for name in dict.fromkeys(names)]
         wanted += [x509.IPAddress(ipaddress.ip_address(address)) for address in dict.fromkeys(map(canonical_ip, ips))]
-    except ValueError as fault:
-        raise TrustError(f"can't stand in a certificate: {fault}") from None
+    except ValueError as error:
+        raise TrustError(f"can't stand in a certificate: {error}") from None
     return wanted
 
 
@@ -216,8 +216,8 @@ def read_request(request: x509.CertificateSigningRequest) -> Request:
         names = request.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         raise TrustError("the request has no subjectAltName: it names no agent") from None
-    except UNREADABLE as fault:
-        raise TrustError(f"the request can't be read: {fault}") from None
+    except UNREADABLE as error:
+        raise TrustError(f"the request can't be read: {error}") from None
     kind, namespace, agent_id, asked = read_names(names, "")
     if kind != "agent":
         raise TrustError("the request is not for an agent")
@@ -225,8 +225,8 @@ def read_request(request: x509.CertificateSigningRequest) -> Request:
         check_word(namespace)
         check_word(agent_id)
         addresses = tuple(sorted({_one_host(address) for address in asked}))
-    except ValueError as fault:
-        raise TrustError(f"the request is malformed: {fault}") from None
+    except ValueError as error:
+        raise TrustError(f"the request is malformed: {error}") from None
     if not 1 <= len(addresses) <= MAX_ADDRESSES:
         raise TrustError(f"the request names {len(addresses)} addresses: 1 to {MAX_ADDRESSES} are possible")
     return Request(namespace, agent_id, addresses, key)
@@ -236,8 +236,8 @@ def load_request(der: bytes) -> x509.CertificateSigningRequest:
     """From its DER. Raises TrustError."""
     try:
         return x509.load_der_x509_csr(der)
-    except UNREADABLE as fault:
-        raise TrustError(f"is not a certificate request: {fault}") from None
+    except UNREADABLE as error:
+        raise TrustError(f"is not a certificate request: {error}") from None
 
 
 def requested_key(request: x509.CertificateSigningRequest) -> PublicKey:
@@ -249,8 +249,8 @@ def requested_key(request: x509.CertificateSigningRequest) -> PublicKey:
             raise TrustError("the request's key is not on P-256")
         if not request.is_signature_valid:
             raise TrustError("the request is not signed by its key")
-    except UNREADABLE as fault:
-        raise TrustError(f"the request's key can't be used: {fault}") from None
+    except UNREADABLE as error:
+        raise TrustError(f"the request's key can't be used: {error}") from None
     return key
 
 

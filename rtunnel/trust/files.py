@@ -37,15 +37,15 @@ def write_new(directory: Path, files: Sequence[tuple[str, int, bytes, str]]) -> 
         for name, mode, data, _ in files:
             path = directory / name
             _create(path, mode, data, undo)
-    except OSError as fault:
+    except OSError as error:
         for step in reversed(undo):
             with suppress(OSError):
                 step()
-        if isinstance(fault, FileExistsError):
+        if isinstance(error, FileExistsError):
             raise TrustError(
-                f"{fault.filename}: exists, and is not overwritten: use another directory or name"
+                f"{error.filename}: exists, and is not overwritten: use another directory or name"
             ) from None
-        raise TrustError(f"{fault.filename or directory}: can't be written: {fault.strerror}") from None
+        raise TrustError(f"{error.filename or directory}: can't be written: {error.strerror}") from None
     return [Made(directory / name, what) for name, _, _, what in files]
 
 
@@ -62,11 +62,11 @@ def replace(path: Path, mode: int, data: bytes) -> None:
             owner = path.parent.stat()
             os.chown(fresh, owner.st_uid, owner.st_gid)
         fresh.replace(path)
-    except OSError as fault:
+    except OSError as error:
         for step in undo:
             with suppress(OSError):
                 step()
-        raise TrustError(f"{path}: can't be written: {fault.strerror or fault}") from None
+        raise TrustError(f"{path}: can't be written: {error.strerror or error}") from None
 
 
 def _create(path: Path, mode: int, data: bytes, undo: list[Callable[[], object]]) -> None:

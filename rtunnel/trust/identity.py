@@ -108,8 +108,8 @@ def read_certificate(der: bytes) -> Identity:
     """What it says; whether it is true is another question (`Roots.verify`). Raises TrustError."""
     try:
         return _identity(x509.load_der_x509_certificate(der))
-    except UNREADABLE as fault:
-        raise TrustError(f"is not a certificate: {fault}") from None
+    except UNREADABLE as error:
+        raise TrustError(f"is not a certificate: {error}") from None
 
 
 def _identity(certificate: x509.Certificate) -> Identity:
@@ -172,7 +172,7 @@ def sign_list(content: TrustList, cas: Sequence[tuple[x509.Certificate, PrivateK
     return data
 
 
-class Roots:
+class TrustStore:
     """The CAs in force and what is revoked; certificates are checked against both. For one thread."""
 
     def __init__(self, pem: bytes, where: str = "the CA file") -> None:
@@ -193,8 +193,8 @@ class Roots:
             raise TrustError(f"{where}: has no PEM certificate: give the cluster's ca.pem")
         try:
             self._put(_usable(x509.load_pem_x509_certificates(pem)))
-        except UNREADABLE as fault:
-            raise TrustError(f"{where}: has no PEM certificate that can be used: {fault}") from None
+        except UNREADABLE as error:
+            raise TrustError(f"{where}: has no PEM certificate that can be used: {error}") from None
         self._given = self._cas
 
     def _put(self, cas: Iterable[x509.Certificate], void: Iterable[bytes] = ()) -> None:
@@ -215,7 +215,7 @@ class Roots:
         but for its revocations, and any list of theirs counts. Without any CA of before, in force or by hand, it is no
         rotation: those are void. Raises TrustError, and nothing has changed then.
         """
-        fresh = Roots(pem, where)
+        fresh = TrustStore(pem, where)
         if fresh._cas == self._given:
             return  # written again as it was: what the list has made of them holds
         fresh.must_not_be(self.void, where)
@@ -239,8 +239,8 @@ class Roots:
             signed = msgspec.msgpack.decode(data, type=_SignedList)
             content = msgspec.msgpack.decode(signed.body, type=TrustList)
             cas = _usable(x509.load_der_x509_certificate(der) for der in content.cas)
-        except (msgspec.DecodeError, RecursionError, *UNREADABLE) as fault:
-            raise TrustError(f"is not a trust list: {fault}") from None
+        except (msgspec.DecodeError, RecursionError, *UNREADABLE) as error:
+            raise TrustError(f"is not a trust list: {error}") from None
         if content.number <= self.number:
             return False
         if not any(self._has_signed(ca, signed) for _, ca in self._cas):
@@ -296,8 +296,8 @@ class Roots:
             for known, ca in self._cas:
                 if _has_issued(ca, certificate):
                     return replace(_identity(certificate), issuer=known)
-        except UNREADABLE as fault:
-            raise TrustError(f"is not a certificate: {fault}") from None
+        except UNREADABLE as error:
+            raise TrustError(f"is not a certificate: {error}") from None
         raise TrustError("the certificate is not from a CA in force")
 
     def is_revoked(self, identity: Identity) -> bool:
@@ -370,12 +370,12 @@ def _usable(cas: Iterable[x509.Certificate]) -> list[x509.Certificate]:
     return found
 
 
-def load_roots(path: Path | str) -> Roots:
+def load_trust_store(path: Path | str) -> TrustStore:
     """The CAs of a file, without any list. Raises TrustError."""
     try:
-        return Roots(Path(path).read_bytes(), str(path))
-    except OSError as fault:
-        raise TrustError(f"{path}: can't be read: {fault.strerror}") from None
+        return TrustStore(Path(path).read_bytes(), str(path))
+    except OSError as error:
+        raise TrustError(f"{path}: can't be read: {error.strerror}") from None
 
 
 # --- a session goes over to another certificate ----------------------------------------------------------------
@@ -410,8 +410,8 @@ def load_private_key(path: Path | str) -> PrivateKey:
     """A P-256 key file. Raises TrustError."""
     try:
         key = serialization.load_pem_private_key(Path(path).read_bytes(), None)
-    except OSError as fault:
-        raise TrustError(f"{path}: can't be read: {fault.strerror}") from None
+    except OSError as error:
+        raise TrustError(f"{path}: can't be read: {error.strerror}") from None
     except UNREADABLE:
         # The library's text may quote the file, and with it the key.
         raise TrustError(
@@ -427,8 +427,8 @@ def load_pair(certificate: Path | str, key: Path | str) -> tuple[bytes, PrivateK
     der, private = certificate_der(certificate), load_private_key(key)
     try:
         who = read_certificate(der)
-    except TrustError as fault:
-        raise TrustError(f"{certificate}: {fault}") from None
+    except TrustError as error:
+        raise TrustError(f"{certificate}: {error}") from None
     if private.public_key() != who.public_key:
         raise TrustError(f"{key}: is not the key of the certificate in {certificate}")
     return der, private, who
@@ -442,7 +442,7 @@ def check_directory(path: Path | str) -> None:
             directory = next(parent for parent in directory.absolute().parents if parent.exists())
         if not directory.is_dir():
             raise TrustError(f"{directory}: is not a directory")
-    except OSError as fault:
-        raise TrustError(f"{path}: can't be used: {fault.strerror}") from None
+    except OSError as error:
+        raise TrustError(f"{path}: can't be used: {error.strerror}") from None
     if not os.access(directory, os.W_OK | os.X_OK):
         raise TrustError(f"{directory}: this user can't write there")

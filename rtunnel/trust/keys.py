@@ -160,8 +160,8 @@ def _lines(path: Path | str) -> list[tuple[int, str]]:
     try:
         with Path(path).open("rb") as file:
             data = file.read(_MAX_FILE + 1)
-    except (OSError, ValueError) as fault:
-        raise TrustError(f"{path}: can't be read: {getattr(fault, 'strerror', None) or fault}") from None
+    except (OSError, ValueError) as error:
+        raise TrustError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from None
     if len(data) > _MAX_FILE or not data.isascii():
         raise TrustError(f"{path}: is not a key or token file: it is binary, or far too long")
     numbered = enumerate((line.strip() for line in data.decode("ascii").splitlines()), 1)

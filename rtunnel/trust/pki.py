@@ -24,8 +24,8 @@ from rtunnel.trust.files import PUBLIC, SECRET, Made, replace, write_new
 from rtunnel.trust.identity import (
     MAX_SIGNATURES,
     PublicKey,
-    Roots,
     TrustList,
+    TrustStore,
     ca_id,
     load_private_key,
     read_certificate,
@@ -146,8 +146,8 @@ def issue_gateway(directory: Path, name: str) -> list[Made]:
 def _gateway_file(name: str, cluster_key: bytes) -> tuple[str, int, bytes, str]:
     try:
         key = keys.gateway_key(cluster_key, f"{name}-{token_hex(2)}")
-    except ValueError as fault:
-        raise TrustError(str(fault)) from None
+    except ValueError as error:
+        raise TrustError(str(error)) from None
     return f"{name}.key", SECRET, _text(key.line()), f"for one gateway: signs its Dials; its id is {key.id}"
 
 
@@ -188,7 +188,7 @@ class Directory:
         self.number = 0
         self.generation = 0
         self.signed = b""  # the trust list in force
-        self.roots: Roots
+        self.trust_store: TrustStore
         self._signers: dict[int, Ca] = {}
         self._version = -1
         try:
@@ -216,8 +216,8 @@ class Directory:
             if record.role in _IN_FORCE or path.exists():
                 self._signers[record.number] = _load_ca(record, path)
         self.number, self.generation, self.signed = self.store.trust_list()
-        self.roots = Roots(self.pem)
-        self.roots.take(self.signed)
+        self.trust_store = TrustStore(self.pem)
+        self.trust_store.take(self.signed)
 
     @contextmanager
     def change(self) -> Iterator[None]:

@@ -313,17 +313,17 @@ def load_policy(path: Path | str) -> Policy:
     for number, table in enumerate(tables, 1):
         try:
             rules.append(_rule(table))
-        except BadValue as fault:
+        except BadValue as error:
             name = table.get("name") if isinstance(table, dict) else None
             which = f"rule {number}" + (f" ({name})" if isinstance(name, str) and name.isprintable() else "")
-            faults.append(f"{path}: {which}: {fault}" + (f" ({fault.fix})" if fault.fix else ""))
+            faults.append(f"{path}: {which}: {error}" + (f" ({error.fix})" if error.fix else ""))
     if faults:
         more = [f"{path}: and {len(faults) - _MAX_FAULTS} more"] if len(faults) > _MAX_FAULTS else []
         raise TrustError("\n".join(faults[:_MAX_FAULTS] + more))
     try:
         return Policy(rules)
-    except TrustError as fault:
-        raise TrustError(f"{path}: {fault}") from None
+    except TrustError as error:
+        raise TrustError(f"{path}: {error}") from None
 
 
 def _tables(path: Path | str) -> list[Any]:
@@ -333,10 +333,10 @@ def _tables(path: Path | str) -> list[Any]:
         if len(data) > _MAX_FILE:
             raise TrustError(f"{path}: is larger than {_MAX_FILE >> 20} MiB: the wrong file?")
         content = tomllib.loads(data.decode())
-    except OSError as fault:
-        raise TrustError(f"{path}: can't be read: {fault.strerror or fault}") from None
-    except (ValueError, RecursionError) as fault:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
-        raise TrustError(f"{path}: is not TOML: {fault}") from None
+    except OSError as error:
+        raise TrustError(f"{path}: can't be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        raise TrustError(f"{path}: is not TOML: {error}") from None
     for key in content:
         if key != "rule":
             raise TrustError(f"{path}: {key!r}: unknown key (rules are written [[rule]])")
@@ -358,8 +358,8 @@ def _rule(table: Any) -> Rule:
     """A checked rule, its networks canonical. Raises BadValue, which begins with the key."""
     try:
         rule = msgspec.convert(table, Rule)
-    except msgspec.ValidationError as fault:
-        raise _type_fault(str(fault)) from None
+    except msgspec.ValidationError as error:
+        raise _type_fault(str(error)) from None
     if not rule.name.isprintable() or len(rule.name) > 128:
         raise BadValue("name: must be up to 128 printable characters")
     checked: dict[str, Any] = {}
@@ -382,8 +382,8 @@ def _checked(key: str, values: Sequence[Any], check: Any) -> list[Any]:
         raise BadValue(f"{key}: is empty, which fits nobody", "leave it out to fit everybody")
     try:
         return [check(value) for value in values]
-    except BadValue as fault:
-        raise BadValue(f"{key}: {fault}", fault.fix) from None
+    except BadValue as error:
+        raise BadValue(f"{key}: {error}", error.fix) from None
 
 
 def _user(text: str) -> str:

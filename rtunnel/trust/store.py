@@ -107,12 +107,12 @@ class Store:
         try:
             with path.open("r+b"):
                 pass
-        except OSError as fault:
+        except OSError as error:
             fix = "`rtunnel pki init` makes one; name its directory with --dir, or authority.directory"
-            raise TrustError(f"{path}: can't be opened: {fault.strerror} ({fix})") from None
+            raise TrustError(f"{path}: can't be opened: {error.strerror} ({fix})") from None
         self._db = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
         try:
-            with self._told():
+            with self._translate_errors():
                 # FULL: a revocation or a used token that was told must not be undone by a power cut.
                 self._db.execute("PRAGMA journal_mode = WAL")
                 self._db.execute("PRAGMA synchronous = FULL")
@@ -150,8 +150,8 @@ class Store:
             db = sqlite3.connect(path)
             db.executescript(_SCHEMA)
             db.close()
-        except sqlite3.Error as fault:
-            raise StoreFault(f"{path}: can't be made: {fault}") from None
+        except sqlite3.Error as error:
+            raise StoreFault(f"{path}: can't be made: {error}") from None
         return Store(path)
 
     def close(self) -> None:
@@ -289,15 +289,15 @@ class Store:
         return dict(rows.fetchall())
 
     def _run(self, sql: str, *values: Any) -> sqlite3.Cursor:
-        with self._told():
+        with self._translate_errors():
             return self._db.execute(sql, values)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as fault:
-            raise StoreFault(f"{self.path}: can't be used: {fault}") from None
+        except sqlite3.Error as error:
+            raise StoreFault(f"{self.path}: can't be used: {error}") from None
 
 
 def _token(row: tuple[Any, ...]) -> TokenRecord:

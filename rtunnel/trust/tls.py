@@ -31,8 +31,8 @@ def server_context(certificate: Path | str, key: Path | str, *, clients: str = "
         context.verify_mode = ssl.CERT_OPTIONAL
         try:
             context.load_verify_locations(cadata=clients)
-        except (ssl.SSLError, ValueError) as fault:
-            raise TrustError(f"the CAs in force can't be used: {fault}") from None
+        except (ssl.SSLError, ValueError) as error:
+            raise TrustError(f"the CAs in force can't be used: {error}") from None
     return context
 
 
@@ -93,8 +93,8 @@ def days_left(path: Path | str, now: datetime | None = None) -> float:
     """How long the first certificate of a file is good still; below 0 when it is over. Raises TrustError."""
     try:
         certificate = x509.load_der_x509_certificate(certificate_der(path))
-    except ValueError as fault:
-        raise TrustError(f"{path}: is not a certificate: {fault}") from None
+    except ValueError as error:
+        raise TrustError(f"{path}: is not a certificate: {error}") from None
     return (certificate.not_valid_after_utc - (now or datetime.now(UTC))).total_seconds() / 86400
 
 
@@ -108,8 +108,8 @@ def _load_chain(context: ssl.SSLContext, certificate: Path | str, key: Path | st
         _readable(path)
     try:
         context.load_cert_chain(certificate, key, password=_no_password)
-    except (ssl.SSLError, ValueError) as fault:
-        raise TrustError(_chain_fault(certificate, key, fault)) from None
+    except (ssl.SSLError, ValueError) as error:
+        raise TrustError(_chain_fault(certificate, key, error)) from None
 
 
 _END = "-----END CERTIFICATE-----"
@@ -126,8 +126,8 @@ def _first_pem(path: Path | str) -> str:
 def _readable(path: Path | str) -> bytes:
     try:
         return Path(path).read_bytes()
-    except (OSError, ValueError) as fault:
-        raise TrustError(f"{path}: can't be read: {getattr(fault, 'strerror', None) or fault}") from None
+    except (OSError, ValueError) as error:
+        raise TrustError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 class _Encrypted(ValueError):

@@ -139,8 +139,8 @@ def _lines(path: Path) -> list[str]:
         if len(data) > _MAX_FILE:
             raise TrustError(f"{path}: is far too long for a file of users")
         return data.decode().splitlines()
-    except OSError as fault:
-        raise TrustError(f"{path}: can't be read: {fault.strerror or fault}") from None
+    except OSError as error:
+        raise TrustError(f"{path}: can't be read: {error.strerror or error}") from None
     except ValueError:
         raise TrustError(f"{path}: is not UTF-8 text") from None
 
@@ -164,8 +164,8 @@ def _write(path: Path, lines: list[str]) -> None:
             with suppress(OSError):
                 fresh.unlink()
             raise
-    except OSError as fault:
-        raise TrustError(f"{path}: can't be written: {fault.strerror or fault}") from None
+    except OSError as error:
+        raise TrustError(f"{path}: can't be written: {error.strerror or error}") from None
 
 
 def _keep(descriptor: int, old: os.stat_result) -> None:

@@ -200,7 +200,7 @@ def response_refused(code: Refusal, text: str = "", *, proxy: str = "rtunnel", o
 
     `of_head`: to a HEAD, whose answer ends with the head (RFC 9110 section 9.3.2).
     """
-    return _response(code.telling.http, code, _printable(text or code.telling.text), proxy, of_head=of_head)
+    return _response(code.reply.http, code, _printable(text or code.reply.text), proxy, of_head=of_head)
 
 
 def response_health(ready: bool, *, of_head: bool = False) -> bytes:
@@ -244,7 +244,7 @@ def _response(status: int, code: Refusal, text: str, proxy: str = "rtunnel", *, 
     name = proxy if _TOKEN.fullmatch(proxy) else _quoted(_printable(proxy))
     return (
         f"HTTP/1.1 {status} {f'{code}: {text}'[:MAX_REASON].rstrip()}\r\n"
-        f"Proxy-Status: {name}; error={code.telling.proxy_status}; details={_quoted(text)}\r\n"
+        f"Proxy-Status: {name}; error={code.reply.proxy_status}; details={_quoted(text)}\r\n"
         f"{challenge}"
         "Content-Type: text/plain\r\n"
         f"Content-Length: {len(body)}\r\n"
@@ -279,8 +279,8 @@ def _read_request(head: bytes, keep: bool) -> Tunnel | Forward | Health:
     connection.receive_data(head)
     try:
         request = connection.next_event()
-    except h11.RemoteProtocolError as fault:
-        raise _malformed(fault) from None
+    except h11.RemoteProtocolError as error:
+        raise _malformed(error) from None
     assert isinstance(request, h11.Request)
     if request.http_version not in (b"1.1", b"1.0"):
         version = request.http_version.decode()
@@ -389,8 +389,8 @@ def _host_and_port(authority: bytes, default_port: int | None) -> tuple[str, int
         raise HttpError(f"there is no port {port}")
     try:
         host, is_name = host_of(parts[1])
-    except ValueError as fault:
-        raise HttpError(str(fault)) from None
+    except ValueError as error:
+        raise HttpError(str(error)) from None
     return host, port, is_name
 
 

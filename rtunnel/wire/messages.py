@@ -287,8 +287,8 @@ def decode_body(body: bytes) -> DialBody:
     """The inverse of `encode_body`. Raises MessageError."""
     try:
         return _body_decoder.decode(body)
-    except (msgspec.DecodeError, RecursionError, ValueError) as fault:
-        raise MessageError(f"bad Dial body: {fault}") from None
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        raise MessageError(f"bad Dial body: {error}") from None
 
 
 @cache
@@ -341,9 +341,9 @@ class Decoder:
         del buffer[: 4 + length]
         try:
             return self._decoder.decode(frame[4:]), frame
-        except (msgspec.DecodeError, RecursionError, ValueError) as fault:
+        except (msgspec.DecodeError, RecursionError, ValueError) as error:
             note = _version_note(frame[4:])
-            raise MessageError(f"bad message: {fault}{note}", other_version=bool(note)) from None
+            raise MessageError(f"bad message: {error}{note}", other_version=bool(note)) from None
 
     def rest(self) -> bytes:
         """Take out the bytes after the last message."""

@@ -19,7 +19,7 @@ class Next(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Telling:
+class ReplyMapping:
     """How one refusal is told to a SOCKS client, to an HTTP client, and what a gateway does next."""
 
     socks: int
@@ -83,7 +83,7 @@ class Refusal(StrEnum):
     INTERNAL = "internal"
 
     @property
-    def telling(self) -> Telling:
+    def reply(self) -> ReplyMapping:
         """How this refusal is told."""
         return _TELLINGS[self]
 
@@ -97,7 +97,7 @@ class Refused(Exception):
     """A refusal on its way to the one who asked."""
 
     def __init__(self, code: Refusal, text: str = "") -> None:
-        super().__init__(text or code.telling.text)
+        super().__init__(text or code.reply.text)
         self.code = code
 
     @property
@@ -118,111 +118,125 @@ ADDRESS_UNSUPPORTED = 0x08
 
 _STOP, _TRY, _FORGET = Next.STOP, Next.TRY, Next.FORGET
 _R = Refusal
-_TELLINGS: dict[Refusal, Telling] = {
-    _R.BAD_REQUEST: Telling(GENERAL_FAILURE, 400, "http_request_error", _STOP, "the request is malformed"),
-    _R.COMMAND_NOT_SUPPORTED: Telling(
+_TELLINGS: dict[Refusal, ReplyMapping] = {
+    _R.BAD_REQUEST: ReplyMapping(GENERAL_FAILURE, 400, "http_request_error", _STOP, "the request is malformed"),
+    _R.COMMAND_NOT_SUPPORTED: ReplyMapping(
         COMMAND_UNSUPPORTED, 501, "http_request_denied", _STOP, "only CONNECT is supported"
     ),
-    _R.ADDRESS_TYPE_NOT_SUPPORTED: Telling(
+    _R.ADDRESS_TYPE_NOT_SUPPORTED: ReplyMapping(
         ADDRESS_UNSUPPORTED, 400, "http_request_error", _STOP, "the address type is not supported"
     ),
-    _R.NOT_AUTHORISED: Telling(NOT_ALLOWED, 403, "http_request_denied", _STOP, "not allowed"),
-    _R.AUTHENTICATION_REQUIRED: Telling(
+    _R.NOT_AUTHORISED: ReplyMapping(NOT_ALLOWED, 403, "http_request_denied", _STOP, "not allowed"),
+    _R.AUTHENTICATION_REQUIRED: ReplyMapping(
         NOT_ALLOWED, 407, "http_request_denied", _STOP, "a user name and a password are needed"
     ),
-    _R.BAD_CREDENTIALS: Telling(
+    _R.BAD_CREDENTIALS: ReplyMapping(
         NOT_ALLOWED, 407, "http_request_denied", _STOP, "the user name or the password is not right"
     ),
-    _R.RATE_LIMITED: Telling(
+    _R.RATE_LIMITED: ReplyMapping(
         GENERAL_FAILURE, 429, "connection_limit_reached", _STOP, "too many new connections in a short time"
     ),
-    _R.TOO_MANY_STREAMS: Telling(GENERAL_FAILURE, 429, "connection_limit_reached", _TRY, "too many streams at once"),
-    _R.TOO_MANY_HANDSHAKES: Telling(
+    _R.TOO_MANY_STREAMS: ReplyMapping(
+        GENERAL_FAILURE, 429, "connection_limit_reached", _TRY, "too many streams at once"
+    ),
+    _R.TOO_MANY_HANDSHAKES: ReplyMapping(
         GENERAL_FAILURE, 429, "connection_limit_reached", _STOP, "too many connections that are not streams yet"
     ),
-    _R.NAME_NOT_SUPPORTED: Telling(
+    _R.NAME_NOT_SUPPORTED: ReplyMapping(
         HOST_UNREACHABLE, 502, "dns_error", _STOP, "names are not resolved here: dial the original IP"
     ),
-    _R.UNKNOWN_TARGET: Telling(
+    _R.UNKNOWN_TARGET: ReplyMapping(
         HOST_UNREACHABLE, 502, "destination_not_found", _STOP, "no agent answers for this address"
     ),
-    _R.NOT_EXPOSED: Telling(
+    _R.NOT_EXPOSED: ReplyMapping(
         NOT_ALLOWED, 403, "destination_ip_prohibited", _STOP, "the agent does not expose this port"
     ),
-    _R.TARGET_REFUSED: Telling(
+    _R.TARGET_REFUSED: ReplyMapping(
         CONNECTION_REFUSED, 502, "connection_refused", _STOP, "the target refused the connection"
     ),
-    _R.TARGET_TIMEOUT: Telling(
+    _R.TARGET_TIMEOUT: ReplyMapping(
         TTL_EXPIRED, 504, "connection_timeout", _STOP, "the target did not answer the agent in time"
     ),
-    _R.TARGET_UNREACHABLE: Telling(
+    _R.TARGET_UNREACHABLE: ReplyMapping(
         NETWORK_UNREACHABLE, 502, "destination_ip_unroutable", _STOP, "the agent has no route to the target"
     ),
-    _R.AGENT_UNAVAILABLE: Telling(
+    _R.AGENT_UNAVAILABLE: ReplyMapping(
         HOST_UNREACHABLE, 503, "destination_unavailable", _TRY, "no path to the agent works at present"
     ),
-    _R.BROKER_UNREACHABLE: Telling(
+    _R.BROKER_UNREACHABLE: ReplyMapping(
         HOST_UNREACHABLE, 503, "destination_unavailable", _TRY, "the broker could not be reached"
     ),
-    _R.DIAL_TIMEOUT: Telling(TTL_EXPIRED, 504, "connection_timeout", _TRY, "neither broker nor agent answered in time"),
-    _R.LINK_LOST: Telling(HOST_UNREACHABLE, 503, "connection_terminated", _TRY, "the agent's link is gone"),
-    _R.DRAINING: Telling(HOST_UNREACHABLE, 503, "destination_unavailable", _TRY, "the node is draining"),
-    _R.OVERLOADED: Telling(GENERAL_FAILURE, 503, "connection_limit_reached", _TRY, "a limit is reached"),
-    _R.STALE_NODE: Telling(HOST_UNREACHABLE, 503, "destination_unavailable", _FORGET, "the tuple names another node"),
-    _R.STALE_TARGET: Telling(
+    _R.DIAL_TIMEOUT: ReplyMapping(
+        TTL_EXPIRED, 504, "connection_timeout", _TRY, "neither broker nor agent answered in time"
+    ),
+    _R.LINK_LOST: ReplyMapping(HOST_UNREACHABLE, 503, "connection_terminated", _TRY, "the agent's link is gone"),
+    _R.DRAINING: ReplyMapping(HOST_UNREACHABLE, 503, "destination_unavailable", _TRY, "the node is draining"),
+    _R.OVERLOADED: ReplyMapping(GENERAL_FAILURE, 503, "connection_limit_reached", _TRY, "a limit is reached"),
+    _R.STALE_NODE: ReplyMapping(
+        HOST_UNREACHABLE, 503, "destination_unavailable", _FORGET, "the tuple names another node"
+    ),
+    _R.STALE_TARGET: ReplyMapping(
         HOST_UNREACHABLE, 503, "destination_unavailable", _FORGET, "the port is not leased to this target"
     ),
-    _R.STALE_EPOCH: Telling(HOST_UNREACHABLE, 503, "destination_unavailable", _FORGET, "the tuple's session is over"),
-    _R.BAD_MAC: Telling(
+    _R.STALE_EPOCH: ReplyMapping(
+        HOST_UNREACHABLE, 503, "destination_unavailable", _FORGET, "the tuple's session is over"
+    ),
+    _R.BAD_MAC: ReplyMapping(
         GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the Dial's MAC is not by the gateway's key"
     ),
-    _R.EXPIRED: Telling(
+    _R.EXPIRED: ReplyMapping(
         GENERAL_FAILURE,
         502,
         "proxy_internal_response",
         _TRY,
         "the Dial's time is too far from the broker's clock",
     ),
-    _R.REPLAYED: Telling(GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the Dial's nonce was used before"),
-    _R.NOT_PROVEN: Telling(
+    _R.REPLAYED: ReplyMapping(
+        GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the Dial's nonce was used before"
+    ),
+    _R.NOT_PROVEN: ReplyMapping(
         GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the agent did not prove that it has this address"
     ),
-    _R.DUPLICATE_NODE: Telling(
+    _R.DUPLICATE_NODE: ReplyMapping(
         GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the agent already has a session on this node"
     ),
-    _R.VERSION: Telling(GENERAL_FAILURE, 500, "proxy_internal_error", _TRY, "the two ends speak different versions"),
-    _R.BAD_TOKEN: Telling(
+    _R.VERSION: ReplyMapping(
+        GENERAL_FAILURE, 500, "proxy_internal_error", _TRY, "the two ends speak different versions"
+    ),
+    _R.BAD_TOKEN: ReplyMapping(
         GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the join token is not known or not right"
     ),
-    _R.BAD_CERTIFICATE: Telling(
+    _R.BAD_CERTIFICATE: ReplyMapping(
         GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the certificate is missing, or says something else"
     ),
-    _R.REVOKED: Telling(GENERAL_FAILURE, 502, "proxy_internal_error", _TRY, "the certificate or key is revoked"),
-    _R.ADDRESS_TAKEN: Telling(
+    _R.REVOKED: ReplyMapping(GENERAL_FAILURE, 502, "proxy_internal_error", _TRY, "the certificate or key is revoked"),
+    _R.ADDRESS_TAKEN: ReplyMapping(
         GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "another agent has this address at present"
     ),
-    _R.AGENT_ID_TAKEN: Telling(
+    _R.AGENT_ID_TAKEN: ReplyMapping(
         GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "another agent has this agent_id at present"
     ),
-    _R.DUPLICATE_AGENT: Telling(
+    _R.DUPLICATE_AGENT: ReplyMapping(
         GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "another host has a session with this agent_id"
     ),
-    _R.AUTHORITY_UNAVAILABLE: Telling(
+    _R.AUTHORITY_UNAVAILABLE: ReplyMapping(
         GENERAL_FAILURE, 503, "proxy_internal_error", _TRY, "the authority can't be reached"
     ),
-    _R.PORTS_EXHAUSTED: Telling(
+    _R.PORTS_EXHAUSTED: ReplyMapping(
         GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the broker's port range is used up"
     ),
-    _R.PORT_TAKEN: Telling(
+    _R.PORT_TAKEN: ReplyMapping(
         GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the fixed port is in use on the broker"
     ),
-    _R.PORT_NOT_ALLOWED: Telling(
+    _R.PORT_NOT_ALLOWED: ReplyMapping(
         GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the broker does not allow this open port"
     ),
-    _R.REGISTRY_UNAVAILABLE: Telling(
+    _R.REGISTRY_UNAVAILABLE: ReplyMapping(
         GENERAL_FAILURE, 503, "proxy_internal_error", _TRY, "the registry can't be reached"
     ),
-    _R.PROTOCOL_ERROR: Telling(GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the peer broke the protocol"),
-    _R.INTERNAL: Telling(GENERAL_FAILURE, 500, "proxy_internal_error", _TRY, "internal error"),
+    _R.PROTOCOL_ERROR: ReplyMapping(
+        GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the peer broke the protocol"
+    ),
+    _R.INTERNAL: ReplyMapping(GENERAL_FAILURE, 500, "proxy_internal_error", _TRY, "internal error"),
 }
 _BY_WORD = {code.value: code for code in Refusal}

@@ -237,8 +237,8 @@ class Socks5Server:
             return _ipv6_text(IPv6Address(raw)), False
         try:
             return host_of(raw[1:].decode("latin-1"))
-        except ValueError as fault:
-            self._refuse(Refusal.BAD_REQUEST, str(fault))
+        except ValueError as error:
+            self._refuse(Refusal.BAD_REQUEST, str(error))
 
     def _bound(self) -> None:
         """Keep no more than may follow in the present state."""
@@ -329,4 +329,4 @@ def _reply(status: int) -> bytes:
 
 
 _OK = _reply(0)
-_REFUSED = {code: _reply(code.telling.socks) for code in Refusal.__members__.values()}
+_REFUSED = {code: _reply(code.reply.socks) for code in Refusal.__members__.values()}

@@ -132,8 +132,8 @@ class Access:
         users = self.users
         try:
             fits = await trio.to_thread.run_sync(check.run, users, limiter=self._limiter)
-        except Exception as fault:  # no memory, no thread: the next one may have more luck
-            self._log.error("password_check_failed", reason=f"{type(fault).__name__}: {fault}")
+        except Exception as error:  # no memory, no thread: the next one may have more luck
+            self._log.error("password_check_failed", reason=f"{type(error).__name__}: {error}")
             self._relay.call(lambda: self._done(digest, check, None, Refusal.INTERNAL))
         else:
             self._relay.call(lambda: self._answer(digest, check, users, fits))
@@ -196,7 +196,7 @@ class Access:
         self._remembered.clear()
         return len(users.hashes)
 
-    def shown(self) -> dict[str, object]:
+    def status(self) -> dict[str, object]:
         """For `/statusz`."""
         return {
             "rules": len(self.policy.rules),

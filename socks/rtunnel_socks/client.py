@@ -103,8 +103,8 @@ class Client:
                 self._take_socks(self._socks, self._socks.receive(data))
             elif self._http is not None:
                 self._take_http(self._http, self._http.receive(data))
-        except Refused as refused:
-            self._turn_away(refused)
+        except Refused as error:
+            self._turn_away(error)
 
     def finished(self) -> None:
         """See Talker."""
@@ -137,7 +137,7 @@ class Client:
     def _take_socks(self, server: socks5.Socks5Server, event: socks5.Authenticate | socks5.Connect | None) -> None:
         out = server.to_send()
         if out:
-            self._end.say(out)
+            self._end.write(out)
         if isinstance(event, socks5.Authenticate):
             self._logging_in = True
             self._end.pause()  # as in HTTP: what follows, a FIN too, waits for the answer
@@ -157,7 +157,7 @@ class Client:
         if event is None:
             return
         if isinstance(event, http.Health):  # of nobody, to nowhere: neither a login nor a limit nor a line
-            self._end.say(http.response_health(self._gateway.ready, of_head=event.of_head))
+            self._end.write(http.response_health(self._gateway.ready, of_head=event.of_head))
             self._end.close()
             self._leave()
             return
@@ -208,8 +208,8 @@ class Client:
                     self._end.talk(self, self._gateway.handshake_timeout)
             else:
                 self._go()
-        except Refused as refused:
-            self._turn_away(refused)
+        except Refused as error:
+            self._turn_away(error)
 
     def _must_be_allowed(self) -> None:
         access, asked = self._gateway.access, self.asked
@@ -278,15 +278,15 @@ class Client:
         try:
             self._must_be_allowed()  # the rules may have changed meanwhile
             early = self._early()
-        except Refused as refused:
+        except Refused as error:
             reached.end.abort()
-            self._turn_away(refused)
+            self._turn_away(error)
             return
         joined = Joined(gateway, self.asked, reached)
         if self._request is not None:
             self._forward(self._request, reached, joined, early)
             return
-        self._end.say(http.response_connected() if self._socks is None else socks5.reply_ok())
+        self._end.write(http.response_connected() if self._socks is None else socks5.reply_ok())
         self._leave(joined=True)
         gateway.relay.join(
             self._end, reached.end, up=early, down=reached.rest, idle=gateway.idle_timeout, on_end=joined
@@ -367,8 +367,8 @@ class Client:
         assert self.asked.target is not None
         try:
             self._look_up(self.asked.target)
-        except Refused as refused:
-            self._turn_away(refused)
+        except Refused as error:
+            self._turn_away(error)
 
     def broken(self, refused: Refused) -> None:
         """See Exchanger."""
@@ -400,7 +400,7 @@ class Client:
             more["proof"] = self._unproven
         self.asked.log(self._gateway, "refused", code=refused.code.value, reason=refused.text, **more)
         if reply:
-            self._end.say(reply)
+            self._end.write(reply)
         self._end.close()
         self._leave()
 

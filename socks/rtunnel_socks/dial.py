@@ -26,7 +26,7 @@ from rtunnel.relay.relay import Attempt as Connecting
 from rtunnel.relay.relay import Relay
 from rtunnel.relay.tls import TlsEnd
 from rtunnel.trust.certificates import BROKER_NAME
-from rtunnel.trust.identity import Identity, Roots
+from rtunnel.trust.identity import Identity, TrustStore
 from rtunnel.trust.keys import GatewayKey
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Accepted, Decoder, Dial, DialAnswer, DialBody, Dialling, MessageError, Refuse, encode
@@ -117,7 +117,7 @@ class DialOwner(Protocol):
     paths: Paths
     table: RouteTable
     key: GatewayKey
-    roots: Roots | None  # whose certificates are good; None: none is looked at
+    trust_store: TrustStore | None  # whose certificates are good; None: none is looked at
     proofs: Proofs | None  # None: none are asked for
     dial_tls: ssl.SSLContext | None  # to guarded ports; None: plain
     name: str
@@ -254,7 +254,7 @@ class TargetDial:
     def failed(self, attempt: Attempt, code: Refusal, text: str) -> None:
         """One attempt is over."""
         self._alive.remove(attempt)
-        told = code.telling.next
+        told = code.reply.next
         if told is Next.STOP:
             self._fail(Refused(code, text))
             return
@@ -376,7 +376,7 @@ class Attempt:
             end = owner.relay.secure(end, owner.dial_tls, server_name=BROKER_NAME)
         self._end = end
         end.talk(self)
-        end.say(self._frame())
+        end.write(self._frame())
 
     def _frame(self) -> bytes:
         target, key, proofs = self.dial.target, self.dial.owner.key, self.dial.owner.proofs
@@ -422,23 +422,26 @@ class Attempt:
                 self._refused(answer)
             else:
                 self._accepted(answer)
-        except Refused as refused:
-            self.dial.not_proven(self, refused)
-            self._fail(refused.code, refused.text)
+        except Refused as error:
+            self.dial.not_proven(self, error)
+            self._fail(error.code, error.text)
 
     def _refused(self, answer: Refuse) -> None:
         code = Refusal.parse(answer.code)
         if code is Refusal.EXPIRED:
             offset = time.time() - answer.time / 1000 if answer.time else None
             self.dial.owner.clock.differs(f"broker {self.used.node}", offset, time.monotonic())
-        if code.telling.next is Next.STOP:
+        if code.reply.next is Next.STOP:
             self._proof(answer)  # or a broken broker could keep clients from all agents that have a session there
-        self._fail(code, answer.text or code.telling.text)
+        self._fail(code, answer.text or code.reply.text)
 
     def _accepted(self, answer: Accepted) -> None:
         dial = self.dial
-        roots, certificate = dial.owner.roots, self._end.tls.certificate if isinstance(self._end, TlsEnd) else None
-        if roots is not None and (fault := roots.fault_of(certificate)):
+        trust_store, certificate = (
+            dial.owner.trust_store,
+            self._end.tls.certificate if isinstance(self._end, TlsEnd) else None,
+        )
+        if trust_store is not None and (fault := trust_store.fault_of(certificate)):
             self._fail(Refusal.REVOKED, fault)
             return
         identity = self._proof(answer)

@@ -269,10 +269,10 @@ class Forwarding(Pair):
         """Do a step of an exchange. A socket that fails ends it, and so does a body whose coding is broken."""
         try:
             step()
-        except _Lost as lost:
-            self._lost(lost)
-        except _BrokenRequest as broken:
-            refused = broken.refused
+        except _Lost as error:
+            self._lost(error)
+        except _BrokenRequest as error:
+            refused = error.refused
             self._guarded(lambda: self._stop_request(refused))
         except Refused:
             self.abort(Ending.TARGET_RESET)  # the client must not take a part for the whole
@@ -320,8 +320,8 @@ class Forwarding(Pair):
         lines = _lines(body)
         try:
             taken = body.feed(data)
-        except Refused as refused:
-            raise _BrokenRequest(refused) from None
+        except Refused as error:
+            raise _BrokenRequest(error) from None
         self._keep(bytes(data[taken:]))
         self._count_up(self._target.write(data[:taken]))
         return taken + CHUNK_COST * (_lines(body) - lines)

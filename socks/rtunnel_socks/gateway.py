@@ -11,18 +11,18 @@ from typing import Final
 
 import trio
 
-from rtunnel.anchor import Anchor
 from rtunnel.bridge import Bridge, running
 from rtunnel.clock import ClockWatch, registry_offset
 from rtunnel.config import Config, GatewayConfig, canonical_ip, format_endpoint, host_name, parse_endpoint
 from rtunnel.counts import StreamCounts
+from rtunnel.follower import TrustFollower
 from rtunnel.logs import Throttle, get_logger
 from rtunnel.net import listening_socket
 from rtunnel.registry import Registry, RegistryUnavailable, Tuple
 from rtunnel.registry.routes import Mirror, RouteTable
 from rtunnel.relay.join import Pair
 from rtunnel.relay.relay import Listener, Relay
-from rtunnel.trust.identity import Roots
+from rtunnel.trust.identity import TrustStore
 from rtunnel.trust.keys import load_gateway_key
 from rtunnel.trust.tls import dial_client_context
 from rtunnel.wire import http
@@ -94,29 +94,29 @@ class Gateway:
         self._room = Room(self.relay.loop, lambda: self.counts.clients + self.counts.streams, self._log.warning)
         self.limits = Limits(gateway.limits)
         self.access = Access(gateway, self.relay, self._log, self._review)
-        self.anchor = self._make_anchor() if gateway.ca else None
-        self.roots: Roots | None = self.anchor.roots if self.anchor is not None else None
-        self.proofs = Proofs(self.roots) if self.roots is not None and gateway.proof == "required" else None
+        self.follower = self._make_follower() if gateway.ca else None
+        self.trust_store: TrustStore | None = self.follower.trust_store if self.follower is not None else None
+        self.proofs = Proofs(self.trust_store) if self.trust_store is not None and gateway.proof == "required" else None
         self._dial_cas = ""  # the CAs that `dial_tls` knows
         self.dial_tls = self._make_dial_tls()
 
-    def _make_anchor(self) -> Anchor:
+    def _make_follower(self) -> TrustFollower:
         config = self.config
         trust = Path(config.trust) if config.trust else None
-        return Anchor(
+        return TrustFollower(
             ca=Path(config.ca), trust=trust, authority=config.authority, log=self._log,
             apply=lambda call: self.bridge.run(call), changed=self._trust_changed,
         )  # fmt: skip
 
     def _make_dial_tls(self) -> ssl.SSLContext | None:
-        if self.config.dial_security == "plain" or self.roots is None:
+        if self.config.dial_security == "plain" or self.trust_store is None:
             return None
-        self._dial_cas = self.roots.pem
+        self._dial_cas = self.trust_store.pem
         return dial_client_context(self._dial_cas)
 
     def _trust_changed(self) -> None:
         """Other CAs are in force, or somebody is revoked. In the relay's thread."""
-        if self.roots is not None and self.roots.pem != self._dial_cas:
+        if self.trust_store is not None and self.trust_store.pem != self._dial_cas:
             self.dial_tls = self._make_dial_tls()
         self._review()
 
@@ -224,7 +224,7 @@ class Gateway:
         sock.close()
         others = self._throttle.others(code.value, self.relay.loop.now)
         if others is not None:
-            self._log.warning("shut_out", code=code.value, client=peer, reason=code.telling.text, others_since=others)
+            self._log.warning("shut_out", code=code.value, client=peer, reason=code.reply.text, others_since=others)
 
     def _answer_probe(self, sock: socket.socket) -> bool:
         """Answer and close a connection that takes no place, if it is a probe and its request is there: most are."""
@@ -247,14 +247,14 @@ class Gateway:
         joined = pair.on_end
         if not isinstance(joined, Joined):
             return True
-        roots = self.roots
-        if roots is not None:
+        trust_store = self.trust_store
+        if trust_store is not None:
             # An agent goes over to another certificate with its sessions, and can't within a stream. So a CA that left
             # in order does not end what was proved by it before; brokers end that of agents who have no other one.
             who = joined.identity
-            if who is not None and (roots.is_revoked(who) or roots.is_void(who)):
+            if who is not None and (trust_store.is_revoked(who) or trust_store.is_void(who)):
                 return False
-            if roots.fault_of(joined.certificate):
+            if trust_store.fault_of(joined.certificate):
                 return False
         return joined.asked.judge(self.access)
 
@@ -299,8 +299,8 @@ class Gateway:
             async with self.bridge.open_nursery() as nursery:
                 nursery.start_soon(self._follow)
                 nursery.start_soon(self.access.watch)
-                if self.anchor is not None:
-                    nursery.start_soon(self.anchor.run)
+                if self.follower is not None:
+                    nursery.start_soon(self.follower.run)
                 self._listener = await self.bridge.run(
                     lambda: self.relay.listen(sock, self._accept, client_speaks=True)
                 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from rtunnel.trust.identity import Identity, Revoked, Roots
+from rtunnel.trust.identity import Identity, Revoked, TrustStore
 from rtunnel.trust.keys import TrustError
 from rtunnel.trust.proof import Exchange, PairKey, is_signed, said_by
 from rtunnel.wire.messages import EXCHANGE_BYTES, Accepted, Refuse
@@ -34,8 +34,8 @@ class Known:
 class Proofs:
     """What one gateway process asks of agents, and whom it knows by now."""
 
-    def __init__(self, roots: Roots) -> None:
-        self._roots = roots
+    def __init__(self, trust_store: TrustStore) -> None:
+        self._trust_store = trust_store
         self._exchange = Exchange()
         self.exchange = self._exchange.public  # for each Dial
         self._known: dict[tuple[str, str], Known] = {}  # by namespace and address
@@ -74,11 +74,11 @@ class Proofs:
 
     def _holder(self, certificate: bytes) -> Identity:
         try:
-            return self._roots.verify(certificate)
-        except Revoked as fault:
-            raise Refused(Refusal.REVOKED, str(fault)) from None
-        except TrustError as fault:
-            raise Refused(Refusal.NOT_PROVEN, str(fault)) from None
+            return self._trust_store.verify(certificate)
+        except Revoked as error:
+            raise Refused(Refusal.REVOKED, str(error)) from None
+        except TrustError as error:
+            raise Refused(Refusal.NOT_PROVEN, str(error)) from None
 
     def _remember(self, namespace: str, ip: str, answer: Accepted | Refuse) -> None:
         known, key = self._known, (namespace, ip)

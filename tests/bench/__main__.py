@@ -74,8 +74,8 @@ def main(
         return
     try:
         against = against and short_name(against)
-    except BenchError as fault:
-        raise click.UsageError(str(fault)) from None
+    except BenchError as error:
+        raise click.UsageError(str(error)) from None
     systems, workloads = choose(only, quick=quick, against=against)
     rounds = (3 if quick else 5) if rounds is None else rounds
     seconds = seconds or (0.6 if quick else 1.5)
@@ -189,8 +189,8 @@ class Bench:
         began = time.monotonic()
         try:
             figures = workload.measure(Measurement(site, system, self.seconds, self.warm_up))
-        except (BenchError, OSError) as fault:
-            self._left_out(f"{system.name}, {workload.name}, round {number + 1}: {fault}")
+        except (BenchError, OSError) as error:
+            self._left_out(f"{system.name}, {workload.name}, round {number + 1}: {error}")
             return
         self._keep(system, workload, figures)
         took = time.monotonic() - began
@@ -215,7 +215,7 @@ class Bench:
         """Of all processes of a system, before any load."""
         rows = []
         for system in systems:
-            if system.roots:
+            if system.trust_store:
                 held = memory(system.pids)
                 for metric, value in (("rss", held.rss), ("pss", held.pss)):
                     rows.append(median_row(_who(system, "idle"), metric, "KiB", [float(value)]))
@@ -225,7 +225,7 @@ class Bench:
         """Of a stalled stream; once, while the processes are fresh, because memory that was freed is not given back."""
         rows = []
         for system in systems:
-            if system.roots and system.path == OPEN and any(w.name == "trip-stalled" for w in self.workloads):
+            if system.trust_store and system.path == OPEN and any(w.name == "trip-stalled" for w in self.workloads):
                 growth = stalled_memory(Measurement(site, system, self.seconds, self.warm_up))
                 rows.append(median_row(_who(system, "trip-stalled"), "stalled", METRICS["stalled"][0], [growth]))
         return rows
@@ -234,8 +234,8 @@ class Bench:
         self._say(f"{agents} idle agents")
         try:
             outcome = fleet.measure(site, agents, 20.0)
-        except (BenchError, OSError) as fault:
-            self._left_out(f"{agents} idle agents: {fault}")
+        except (BenchError, OSError) as error:
+            self._left_out(f"{agents} idle agents: {error}")
             return []
         who = {"name": "rtunnel-tls", "system": "rtunnel", "mode": "tls", "path": "open port", "workload": "fleet"}
         return [median_row(who, metric, unit, [value]) for metric, (value, unit) in outcome.figures().items()]
@@ -257,8 +257,8 @@ def _who(system: System, workload: str) -> dict[str, str]:
 
 def _versions(systems: Iterable[System]) -> dict[str, str]:
     names = {system.name for system in systems}
-    found = [d for d in DEPLOYMENTS if d.needs and not names.isdisjoint(d.systems)]
-    return {d.needs[0]: version(d.needs[0]) for d in found}
+    found = [d for d in DEPLOYMENTS if d.preflight and not names.isdisjoint(d.systems)]
+    return {d.preflight[0]: version(d.preflight[0]) for d in found}
 
 
 def _raise_descriptors() -> None:

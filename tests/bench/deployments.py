@@ -52,13 +52,13 @@ class System:
     mode: str
     path: str
     way: Way
-    roots: tuple[int, ...]  # process ids of the deployment that this way leads through
+    trust_store: tuple[int, ...]  # process ids of the deployment that this way leads through
     reference: str = ""  # the system that ratios are taken against: frp in the same mode and path
 
     @property
     def pids(self) -> list[int]:
         """Of all processes whose CPU time counts."""
-        return with_children(self.roots)
+        return with_children(self.trust_store)
 
 
 @dataclass
@@ -307,11 +307,11 @@ def frp(site: Site, mode: str) -> Iterator[System]:
     frps = _start_frps(site, name, server, mux=mode != "nomux")
     port, socks = free_port(), free_port()
     frpc = _start_frpc(site, name, mode, server, port, socks)
-    roots = (frps.pid, frpc.pid)
+    trust_store = (frps.pid, frpc.pid)
     way = Way(("127.0.0.1", port), site.target)
-    yield System(name, "frp", _frp_mode(mode), OPEN, way, roots, _same_or_mux(mode, ""))
+    yield System(name, "frp", _frp_mode(mode), OPEN, way, trust_store, _same_or_mux(mode, ""))
     way = Way(("127.0.0.1", socks), site.target, socks=True)
-    yield System(f"{name}-socks", "frp", _frp_mode(mode), SOCKS, way, roots, _same_or_mux(mode, "-socks"))
+    yield System(f"{name}-socks", "frp", _frp_mode(mode), SOCKS, way, trust_store, _same_or_mux(mode, "-socks"))
 
 
 def frp_long(site: Site) -> Iterator[System]:
@@ -402,9 +402,9 @@ default_token = "bench"
 local_addr = "127.0.0.1:{site.target[1]}"
 """
     second = site.start(f"{name}-client", [find("rathole"), "--client", site.write(f"{name}-client.toml", text)])
-    roots = (first.pid, second.pid)
+    trust_store = (first.pid, second.pid)
     reference = "frp-plain" if mode == "plain" else "frp-tls"
-    yield System(name, "rathole", mode, OPEN, Way(("127.0.0.1", port), site.target), roots, reference)
+    yield System(name, "rathole", mode, OPEN, Way(("127.0.0.1", port), site.target), trust_store, reference)
 
 
 def _rathole_transport(site: Site, mode: str) -> tuple[str, str]:
@@ -437,10 +437,10 @@ def chisel(site: Site) -> Iterator[System]:
     remotes = [f"R:127.0.0.1:{port}:127.0.0.1:{site.target[1]}", f"R:127.0.0.1:{socks}:socks"]
     second = site.start("chisel-client", [find("chisel"), "client", f"http://127.0.0.1:{server}", *remotes], port)
     wait_for(lambda: accepts(socks), "chisel's SOCKS")
-    roots = (first.pid, second.pid)
-    yield System("chisel", "chisel", "ssh", OPEN, Way(("127.0.0.1", port), site.target), roots, "frp-tls")
+    trust_store = (first.pid, second.pid)
+    yield System("chisel", "chisel", "ssh", OPEN, Way(("127.0.0.1", port), site.target), trust_store, "frp-tls")
     way = Way(("127.0.0.1", socks), site.target, socks=True)
-    yield System("chisel-socks", "chisel", "ssh", SOCKS, way, roots, "frp-tls-socks")
+    yield System("chisel-socks", "chisel", "ssh", SOCKS, way, trust_store, "frp-tls-socks")
 
 
 def ssh(site: Site) -> Iterator[System]:
@@ -470,8 +470,8 @@ LogLevel ERROR
     key = str(site.directory / "ssh-user")
     command = [find("ssh"), "-F", "/dev/null", *options, "-i", key, "-p", str(server), "-N", "-R", forward]
     second = site.start("ssh", [*command, f"{getpass.getuser()}@127.0.0.1"], port)
-    roots = (first.pid, second.pid)
-    yield System("ssh", "ssh -R", "ssh", OPEN, Way(("127.0.0.1", port), site.target), roots, "frp-tls")
+    trust_store = (first.pid, second.pid)
+    yield System("ssh", "ssh -R", "ssh", OPEN, Way(("127.0.0.1", port), site.target), trust_store, "frp-tls")
 
 
 def haproxy(site: Site) -> Iterator[System]:
@@ -495,8 +495,10 @@ listen bench
 """
         command = [find("haproxy"), "-db", "-f", site.write(f"haproxy-{name}.cfg", text)]
         processes.append(site.start(f"haproxy-{name}", command, port))
-    roots = tuple(process.pid for process in processes)
-    yield System("haproxy", "HAProxy x2", "plain", OPEN, Way(("127.0.0.1", outer), site.target), roots, "frp-plain")
+    trust_store = tuple(process.pid for process in processes)
+    yield System(
+        "haproxy", "HAProxy x2", "plain", OPEN, Way(("127.0.0.1", outer), site.target), trust_store, "frp-plain"
+    )
 
 
 # --- the list -----------------------------------------------------------------------------------------------------
@@ -508,12 +510,12 @@ class Deployment:
 
     systems: tuple[str, ...]
     start: Callable[..., Iterator[System]]
-    needs: tuple[str, ...] = ()
+    preflight: tuple[str, ...] = ()
 
     @property
     def missing(self) -> list[str]:
         """Binaries that are not here."""
-        return [name for name in self.needs if not find(name)]
+        return [name for name in self.preflight if not find(name)]
 
 
 DEPLOYMENTS: Final = (
@@ -588,8 +590,8 @@ def start_all(
             made = list(deployment.start(site))
             for system in made:
                 wait_for(lambda way=system.way: echo_works(way), f"an echo through {system.name}")  # type: ignore[misc]
-        except (BenchError, subprocess.CalledProcessError, OSError) as fault:
-            say(f"{', '.join(deployment.systems)}: could not be started: {fault}")
+        except (BenchError, subprocess.CalledProcessError, OSError) as error:
+            say(f"{', '.join(deployment.systems)}: could not be started: {error}")
             continue
         systems += [system for system in made if system.name in wanted]
     return systems

@@ -21,7 +21,7 @@ from bench.deployments import Site, start_broker
 from bench.load import ERRORS, UNITS, Board, become_a_load_process
 from bench.procs import BenchError, Memory, cpu_seconds, memory
 from rtunnel.config import AgentConfig
-from rtunnel.relay.ends import SocketEnd, Talker
+from rtunnel.relay.ends import EndHandler, SocketEnd
 from rtunnel.relay.relay import Relay
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.trust.certificates import DAY, key_pem, new_key, pem
@@ -109,7 +109,7 @@ class Fleet:
     def session_trust(self, session: AgentSession, signed: bytes) -> None:
         """See SessionOwner."""
 
-    def serve_stream(self, session: AgentSession, stream: StreamEnd) -> Talker:
+    def serve_stream(self, session: AgentSession, stream: StreamEnd) -> EndHandler:
         """See SessionOwner: nobody dials them."""
         raise AssertionError("a Dial for an idle agent")
 

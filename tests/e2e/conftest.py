@@ -9,7 +9,7 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from rtunnel import anchor, watch
+from rtunnel import follower, watch
 from rtunnel_socks import gateway, hedge
 from support.cluster import HEDGE_DELAY
 from support.logs import Events
@@ -17,7 +17,7 @@ from support.logs import Events
 #: What a role waits for by itself, and so would each test.
 _QUICK: list[tuple[Any, str, float]] = [
     (watch, "LOOK_SECONDS", 0.1),
-    (anchor, "FOLLOW_SECONDS", 0.1),
+    (follower, "FOLLOW_SECONDS", 0.1),
     (gateway, "FOLLOW_WAIT", 0.05),  # the end of a gateway waits for it
     (hedge, "LEAST_DELAY", HEDGE_DELAY),  # the other way round: a machine that is busy is no reason for a hedge
 ]

@@ -236,7 +236,7 @@ async def test_rules_change_while_streams_run(tmp_path: Path, logs: Events) -> N
         await cluster.until(lambda: bool(named(logs, "policy_rejected")))
         (line,) = named(logs, "policy_rejected")
         assert line["reason"].endswith('rule 1: action: must be given (write action = "allow" or action = "deny")')
-        assert cluster.gateway.access.shown()["rejected"] == {"policy": line["reason"]}
+        assert cluster.gateway.access.status()["rejected"] == {"policy": line["reason"]}
         assert [await talk(sock) for sock in (stays, *goes)] == [b"127.1.0.1:hello"] * 4
         (await socks(cluster, target, source="127.66.1.9")).close()
 
@@ -250,7 +250,7 @@ async def test_rules_change_while_streams_run(tmp_path: Path, logs: Events) -> N
         assert await talk(stays) == b"127.1.0.1:hello"
         await cluster.until(lambda: bool(named(logs, "policy_loaded")))
         (line,) = named(logs, "policy_loaded")
-        assert line["count"] == 2 and cluster.gateway.access.shown()["rejected"] == {}
+        assert line["count"] == 2 and cluster.gateway.access.status()["rejected"] == {}
         await cluster.until(lambda: len(revoked(logs)) == 3)
         cut = revoked(logs)
         assert [line["rule"] for line in cut] == ["1 no more"] * 3
@@ -521,7 +521,7 @@ async def test_an_impatient_client_that_waits_for_its_hash(
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(in_thread, send)
-            await cluster.until(lambda: cluster.gateway.access.shown()["passwords_waiting"] == 1)
+            await cluster.until(lambda: cluster.gateway.access.status()["passwords_waiting"] == 1)
             for _ in range(3):  # turns of the relay, which must leave the rest where it is
                 await cluster.gateway.bridge.run(lambda: None)
             gate.set()
@@ -570,7 +570,7 @@ async def test_logins_wait_off_the_data_plane(tmp_path: Path, logs: Events, monk
             threading.Thread(target=lambda: answers.append(read_exactly(sock, 4)), daemon=True).start()
 
         def waiting() -> object:
-            return gateway.access.shown()["passwords_waiting"]
+            return gateway.access.status()["passwords_waiting"]
 
         for n in range(10):
             hold(f"guess{n}", "127.66.0.1")
@@ -629,7 +629,7 @@ async def test_many_with_one_password_ask_once(tmp_path: Path, logs: Events, mon
         monkeypatch.setattr(cluster.gateway.access, "_limiter", trio.CapacityLimiter(1))
 
         def waiting() -> object:
-            return cluster.gateway.access.shown()["passwords_waiting"]
+            return cluster.gateway.access.status()["passwords_waiting"]
 
         for name in ("first", "leaves"):
             sock = kept(socket.create_connection(cluster.gateway.bound, timeout=PATIENCE))

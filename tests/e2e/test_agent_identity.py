@@ -27,7 +27,7 @@ from rtunnel.wire.messages import Hello, Trust
 from rtunnel.wire.refusal import Refusal
 from rtunnel_agent.handshake import AgentSession, new_nonce
 from rtunnel_agent.serve import status
-from rtunnel_broker import standing
+from rtunnel_broker import trust
 from rtunnel_broker.node import Node
 from support.authority import address, authority, change, token
 from support.cluster import Cluster, SocksRefused, Target, in_thread, read_line, running_cluster
@@ -376,8 +376,8 @@ async def test_a_source_that_is_refused_again_and_again_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: Events
 ) -> None:
     """So the authority hears of a used-up token twice; elsewhere, where all agents are one source, each time."""
-    monkeypatch.setattr(standing, "REFUSED_AT_ONCE", 2)
-    monkeypatch.setattr(standing, "REFUSED_SECONDS", 60.0)
+    monkeypatch.setattr(trust, "REFUSED_AT_ONCE", 2)
+    monkeypatch.setattr(trust, "REFUSED_SECONDS", 60.0)
     async with running_cluster(tmp_path, broker__join_token="") as cluster, authority(cluster.secrets) as server:
         await cluster.start_broker("b1", authority=address(server))
         used = token(cluster.secrets, networks=("127.1.0.0/24",), uses=1)
@@ -455,7 +455,7 @@ async def test_a_revoked_agent_is_out_within_seconds_also_without_redis(
             name = cluster.certify("a2", "127.1.0.2")
             told = await Knock(hello(agent_id="a2", addresses=["127.1.0.2"]), showing(cluster.secrets, name)).at(late)
             assert told.session.welcome is not None
-            assert late.roots is not None and "agent/default/a1" in late.roots.revoked
+            assert late.trust_store is not None and "agent/default/a1" in late.trust_store.revoked
     finally:
         registry.close()
 
@@ -488,14 +488,16 @@ async def test_a_rotation_cuts_no_stream(tmp_path: Path, events: Events) -> None
                 assert says(stream) == b"127.1.0.1:still there"
             await in_thread(lambda: replace_broker_certificate(cluster.secrets))
             fingerprint = certificate_fingerprint(certificate_der(cluster.secrets / "broker.pem"))
-            await cluster.until(lambda: all(node._standing.shown.binding == fingerprint for node in nodes))
+            await cluster.until(lambda: all(node._trust.presented.binding == fingerprint for node in nodes))
             await cluster.until(lambda: from_new_ca(cluster.secrets, agent.identity), patience=30.0)
             before = agent.credentials.generation
             await in_thread(lambda: rotate(cluster.secrets, "finish_rotation", force=True))  # a9 has the old one
             await cluster.until(lambda: agent.credentials.generation > before)
             assert says(stream) == b"127.1.0.1:still there"
             in_force = (cluster.secrets / "ca.pem").read_text()
-            await cluster.until(lambda: all(node.roots is not None and node.roots.pem == in_force for node in nodes))
+            await cluster.until(
+                lambda: all(node.trust_store is not None and node.trust_store.pem == in_force for node in nodes)
+            )
             await other_sessions(cluster)
         assert not named(events, "session_revoked") and not named(events, "identity_rejected")
         assert await cluster.ask(IP, target.port) == b"127.1.0.1:hello"
@@ -549,8 +551,10 @@ async def test_who_has_only_the_old_ca_is_out_when_it_leaves(tmp_path: Path, eve
             for step in ("start_rotation", "switch_rotation"):
                 await in_thread(partial(rotate, cluster.secrets, step))
             # Who saw the file only before and after would take it for a replacement by hand.
-            both = (node.roots, gateway.roots)
-            await cluster.until(lambda: all(roots.pem.count("BEGIN CERT") == 2 for roots in both if roots is not None))
+            both = (node.trust_store, gateway.trust_store)
+            await cluster.until(
+                lambda: all(trust_store.pem.count("BEGIN CERT") == 2 for trust_store in both if trust_store is not None)
+            )
             await cluster.until(lambda: "a1" in [line.get("agent") for line in named(events, "ca_loaded")])
             name = cluster.certify("a1", IP)  # from the new CA
             for kind in ("pem", "key"):
@@ -587,7 +591,7 @@ async def test_a_gateway_ends_what_a_stolen_ca_has_proved(tmp_path: Path, events
                 await in_thread(partial(rotate, cluster.secrets, step))
             await in_thread(lambda: rotate(cluster.secrets, "finish_rotation", force=True))
             in_force = (cluster.secrets / "ca.pem").read_text()
-            await cluster.until(lambda: gateway.roots is not None and gateway.roots.pem == in_force)
+            await cluster.until(lambda: gateway.trust_store is not None and gateway.trust_store.pem == in_force)
             assert says(stream) == b"127.1.0.1:still there"
             if stolen:  # somebody finds out later
                 await in_thread(lambda: rotate(cluster.secrets, "finish_rotation", stolen=True))
@@ -654,13 +658,13 @@ async def test_a_token_is_proved_on_the_certificate_of_the_handshake(tmp_path: P
         node = (await cluster.start_broker()).node
         known = load_token(cluster.secrets / "join.token")
         slow = Knock(hello(known.id), showing(cluster.secrets, ""), known.secret)
-        held = node._standing.shown.binding
+        held = node._trust.presented.binding
         slow.session.link_up = lambda link: slow.hold(link)  # type: ignore[method-assign]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(slow.at, node)
             await cluster.until(lambda: slow.held is not None)
             await in_thread(lambda: replace_broker_certificate(cluster.secrets))
-            await cluster.until(lambda: node._standing.shown.binding != held)
+            await cluster.until(lambda: node._trust.presented.binding != held)
             slow.go_on()
         assert slow.session.welcome is not None, slow.why
         later = await Knock(hello(known.id, agent_id="a2"), showing(cluster.secrets, ""), known.secret).at(node)
@@ -687,13 +691,13 @@ async def test_bad_files_change_nothing(tmp_path: Path, events: Events) -> None:
     async with running_cluster(tmp_path) as cluster:
         await cluster.start(brokers=1)
         node = cluster.brokers["b1"].node
-        before = node._standing.shown
+        before = node._trust.presented
         put(cluster.secrets / "broker.key", (cluster.secrets / "ca.key").read_bytes())
         put(cluster.secrets / "ca.pem", "noise")
         await cluster.until(lambda: len(named(events, "ca_rejected")) == 3)  # broker, gateway and agent
         await cluster.until(lambda: bool(named(events, "certificate_rejected")))
         assert "is not the key of the certificate" in named(events, "certificate_rejected")[0]["reason"]
-        assert node._standing.shown is before
+        assert node._trust.presented is before
         await other_sessions(cluster)
 
 

@@ -1589,8 +1589,8 @@ async def test_redis_lost_later_is_told_and_felt_by_nobody(
         def unknown(number: int) -> int:
             try:
                 cluster.socks_blocking(f"198.51.100.{number}", 80).close()
-            except SocksRefused as refused:
-                return refused.code
+            except SocksRefused as error:
+                return error.code
             return 0
 
         async with unharmed(cluster, target, spare=40) as logs:
@@ -2102,8 +2102,8 @@ async def test_a_bad_claim_in_the_hello_is_refused_by_name(here: Path, secrets: 
         def claim(changes: dict[str, Any]) -> str:
             try:
                 wire, _ = enrol(node.bound, secrets, **changes)
-            except Refusal as refusal:
-                return refusal.code
+            except Refusal as error:
+                return error.code
             wire.close()
             return "welcome"
 

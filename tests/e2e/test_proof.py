@@ -29,7 +29,7 @@ from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.trust import pki
 from rtunnel.trust.certificates import new_key
 from rtunnel.trust.files import PUBLIC, replace
-from rtunnel.trust.identity import load_pair, load_private_key, load_roots, read_certificate
+from rtunnel.trust.identity import load_pair, load_private_key, load_trust_store, read_certificate
 from rtunnel.trust.keys import GatewayKey, gateway_key, load_cluster_keys, load_gateway_key
 from rtunnel.trust.pki import Directory, open_directory
 from rtunnel.trust.proof import ACCEPTED, Exchange, sign
@@ -558,9 +558,9 @@ def test_damaged_answers_are_refused(tmp_path: Path) -> None:
     """Each bit of certificate and signature turned over, each cut, and noise: a refusal, never a crash nor a yes."""
     pki.init(tmp_path / "pki")
     pki.issue_agent(tmp_path / "pki", "a1", agent_id="a1", namespace="default", addresses=[ASKED])
-    roots = load_roots(tmp_path / "pki" / "ca.pem")
+    trust_store = load_trust_store(tmp_path / "pki" / "ca.pem")
     certificate, key = certificate_der(tmp_path / "pki" / "a1.pem"), load_private_key(tmp_path / "pki" / "a1.key")
-    body, exchange, proofs = bytes(137), Exchange(), Proofs(roots)
+    body, exchange, proofs = bytes(137), Exchange(), Proofs(trust_store)
     signature = sign(key, ACCEPTED, exchange.public, body)
     good = Accepted(certificate=certificate, exchange=exchange.public, signature=signature)
     with pytest.raises(Refused):
@@ -740,8 +740,8 @@ async def test_a_revoked_gateway_loses_its_streams_and_gets_no_others(tmp_path: 
             signed = authority.signed
 
         def put() -> None:
-            assert node.roots is not None and node.roots.take(signed)
-            node._standing.changed()
+            assert node.trust_store is not None and node.trust_store.take(signed)
+            node._trust.changed()
 
         await node.bridge.run(put)
         with pytest.raises(ConnectionResetError):

@@ -40,7 +40,7 @@ async def test_what_the_gateway_lacks_is_no_fault_of_a_broker(
             patch.setattr(gateway.relay, "connect", connect)
             with pytest.raises(SocksRefused) as caught:
                 await cluster.socks(target.ip, target.port)
-            assert caught.value.code == Refusal.OVERLOADED.telling.socks
+            assert caught.value.code == Refusal.OVERLOADED.reply.socks
             answer = await answer_of(cluster, target)
         assert answer.startswith(b"HTTP/1.1 503 overloaded")
         if what == "source_ports":

@@ -28,8 +28,8 @@ def some(first: int) -> list[tuple[int, str]]:
     for seed in range(first, first + _A_TASK):
         try:
             play(tape_of(seed))
-        except Exception as failure:
-            found.append((seed, f"{type(failure).__name__}: {failure}"))
+        except Exception as error:
+            found.append((seed, f"{type(error).__name__}: {error}"))
     return found
 
 

@@ -42,8 +42,8 @@ from rtunnel.trust import keys, pki, policy, users
 from rtunnel.trust.certificates import agent_request, broker_request, load_request, read_request
 from rtunnel.trust.identity import (
     LIST_LABEL,
-    Roots,
     TrustList,
+    TrustStore,
     agent_uri,
     load_private_key,
     read_certificate,
@@ -258,9 +258,9 @@ def _decode(parts: Sequence[bytes], expected: Any) -> tuple[list[tuple[Any, byte
             while (frame := decoder.next_frame()) is not None:
                 found.append(frame)
             assert len(decoder._buffer) < 4 + limit
-    except MessageError as fault:
-        assert str(fault)
-        return found, str(fault), b""
+    except MessageError as error:
+        assert str(error)
+        return found, str(error), b""
     return found, "", decoder.rest()
 
 
@@ -303,7 +303,7 @@ def message_frames(data: bytes) -> None:
             assert repr([item for item, _ in again[0]]) == repr([message])
             assert len(frame) <= 4 + messages.MAX_UNAUTHENTICATED
             if isinstance(message, messages.Refuse):
-                assert Refusal.parse(message.code).telling.text
+                assert Refusal.parse(message.code).reply.text
 
 
 def _body_seeds() -> list[bytes]:
@@ -318,8 +318,8 @@ def dial_body(data: bytes) -> None:
     """What a Dial asks for."""
     try:
         body = messages.decode_body(data)
-    except MessageError as fault:
-        assert str(fault).startswith("bad Dial body")
+    except MessageError as error:
+        assert str(error).startswith("bad Dial body")
     else:
         assert messages.decode_body(messages.encode_body(body)) == body
 
@@ -477,9 +477,9 @@ def _hear_target(parts: Sequence[bytes], is_head: bool, upgrade: bool) -> tuple[
             out += b"".join(map(bytes, reader.feed(part)))
             assert len(reader._held) <= 1024 + len(part)
         out += reader.end()
-    except Refused as fault:
-        assert fault.text
-        return b"", False, False, False, fault.text
+    except Refused as error:
+        assert error.text
+        return b"", False, False, False, error.text
     return out, reader.done, reader.keeps_client and reader.done, reader.upgraded, ""
 
 
@@ -509,8 +509,8 @@ def http_target(data: bytes) -> None:
             try:
                 while not isinstance(client.next_event(), h11.EndOfMessage):
                     pass
-            except h11.RemoteProtocolError as fault:
-                assert fault.error_status_hint == 501, fault  # it knows no coding but chunked
+            except h11.RemoteProtocolError as error:
+                assert error.error_status_hint == 501, error  # it knows no coding but chunked
             else:
                 assert client.trailing_data[0] == b""
 
@@ -597,12 +597,12 @@ def _certificate_seeds() -> list[bytes]:
 @target(_certificate_seeds)
 def certificate(data: bytes) -> None:
     """A peer's certificate: what it says, and whether it is true."""
-    roots = Roots((secrets() / "ca.pem").read_bytes())
-    for read in (read_certificate, roots.verify):
+    trust_store = TrustStore((secrets() / "ca.pem").read_bytes())
+    for read in (read_certificate, trust_store.verify):
         try:
             who = read(data)
-        except TrustError as fault:
-            assert str(fault)
+        except TrustError as error:
+            assert str(error)
             continue
         assert who.kind in ("agent", "broker", "authority")
         assert who.subject.startswith(f"{who.kind}/")
@@ -637,8 +637,8 @@ def certificate_request(data: bytes) -> None:
     """What an agent asks for; its words go into certificates, logs and keys of the registry."""
     try:
         asked = read_request(load_request(data))
-    except TrustError as fault:
-        assert str(fault)
+    except TrustError as error:
+        assert str(error)
         return
     assert asked.agent_id.isprintable() and asked.namespace.isprintable()
     assert asked.addresses and all(canonical_ip(address) == address for address in asked.addresses)
@@ -666,8 +666,8 @@ def exchange(data: bytes) -> None:
     own = Exchange()
     try:
         pair = own.with_agent(data, b"certificate")
-    except TrustError as fault:
-        assert str(fault)
+    except TrustError as error:
+        assert str(error)
         return
     assert not pair.is_proof(ACCEPTED, b"body", data)
 
@@ -694,23 +694,29 @@ def trust_list(data: bytes) -> None:
     signature = signer[1].sign(LIST_LABEL + data, ec.ECDSA(hashes.SHA256()))
     signatures = [{"signer": signer[0].fingerprint(hashes.SHA256()), "value": signature}]
     for signed in (data, msgspec.msgpack.encode({"body": data, "signatures": signatures})):
-        roots = Roots(pem)
-        before = (roots.number, roots.generation, roots.signed, roots.revoked, roots.pem)
+        trust_store = TrustStore(pem)
+        before = (trust_store.number, trust_store.generation, trust_store.signed, trust_store.revoked, trust_store.pem)
         try:
-            taken = roots.take(signed)
-        except TrustError as fault:
-            assert str(fault)
+            taken = trust_store.take(signed)
+        except TrustError as error:
+            assert str(error)
             taken = False
         if not taken:
-            assert (roots.number, roots.generation, roots.signed, roots.revoked, roots.pem) == before
-        elif roots.number < 2**63:
+            assert (
+                trust_store.number,
+                trust_store.generation,
+                trust_store.signed,
+                trust_store.revoked,
+                trust_store.pem,
+            ) == before
+        elif trust_store.number < 2**63:
             # Whatever is in force now, a list of the first CA is taken when that is still in force, or refused by name.
             try:
-                roots.take(sign_list(TrustList(roots.number + 1, 1, [pem_der(pem)]), [signer]))
+                trust_store.take(sign_list(TrustList(trust_store.number + 1, 1, [pem_der(pem)]), [signer]))
             except TrustError:
-                assert pem.strip() not in roots.pem.encode()
+                assert pem.strip() not in trust_store.pem.encode()
         try:
-            roots.verify(certificate_der(secrets() / "a1.pem"))
+            trust_store.verify(certificate_der(secrets() / "a1.pem"))
         except TrustError:
             pass
 
@@ -739,10 +745,10 @@ def key_files(data: bytes) -> None:
     for load in loaders:
         try:
             load(path)
-        except TrustError as fault:
-            assert str(path) in str(fault)
+        except TrustError as error:
+            assert str(path) in str(error)
             long = [word for line in data.splitlines() for word in line.replace(b".", b" ").split() if len(word) > 30]
-            assert not any(word.decode("latin-1") in str(fault) for word in long)
+            assert not any(word.decode("latin-1") in str(error) for word in long)
 
 
 def _user_seeds() -> list[bytes]:
@@ -756,8 +762,8 @@ def user_file(data: bytes) -> None:
     path = in_file(data)
     try:
         found = users.load_users(path)
-    except TrustError as fault:
-        assert str(path) in str(fault)
+    except TrustError as error:
+        assert str(path) in str(error)
         return
     for name, entry in found.hashes.items():
         log_n, r, p = entry.cost
@@ -781,8 +787,8 @@ def policy_file(data: bytes) -> None:
     path = in_file(data)
     try:
         rules = policy.load_policy(path)
-    except TrustError as fault:
-        assert str(path) in str(fault)
+    except TrustError as error:
+        assert str(path) in str(error)
         return
     for question in (
         policy.Question(None, "127.0.0.1", "default", "10.1.0.7", 22),
@@ -810,9 +816,9 @@ def config_file(data: bytes) -> None:
     """A configuration: each problem is one line."""
     try:
         config.load(in_file(data), {}, {})
-    except ConfigError as fault:
-        assert fault.problems
-        assert not any("\n" in str(problem) for problem in fault.problems)
+    except ConfigError as error:
+        assert error.problems
+        assert not any("\n" in str(problem) for problem in error.problems)
 
 
 # --- the registry -----------------------------------------------------------------------------------------------------

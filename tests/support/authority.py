@@ -12,8 +12,8 @@ import trio
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from rtunnel.anchor import Anchor
 from rtunnel.config import AuthorityConfig, format_endpoint
+from rtunnel.follower import TrustFollower
 from rtunnel.logs import get_logger
 from rtunnel.trust import keys
 from rtunnel.trust.certificates import ENROL_LABEL, agent_request, new_key, sign_renewal
@@ -89,19 +89,19 @@ def renewal(
     return Enrol(VERSION, request, certificate=certificate, signature=sign_renewal(present, request))
 
 
-class Anchored:
+class Following:
     """An anchor, and the changes that it told."""
 
     def __init__(self, ca: Path, trust: Path | None = None, authority: str = "") -> None:
         self.changes: list[int] = []
         self._news = trio.Condition()
-        self.anchor = Anchor(
+        self.follower = TrustFollower(
             ca=ca,
             trust=trust,
             authority=authority,
             log=get_logger("test").bind(),
             apply=self._apply,
-            changed=lambda: self.changes.append(self.anchor.roots.number),
+            changed=lambda: self.changes.append(self.follower.trust_store.number),
         )
 
     async def _apply(self, call: Callable[[], Any]) -> Any:
@@ -121,10 +121,10 @@ class Anchored:
 
 
 @asynccontextmanager
-async def anchored(ca: Path, trust: Path | None = None, authority: str = "") -> AsyncIterator[Anchored]:
+async def following(ca: Path, trust: Path | None = None, authority: str = "") -> AsyncIterator[Following]:
     """An anchor that runs."""
-    made = Anchored(ca, trust, authority)
+    made = Following(ca, trust, authority)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(made.anchor.run)
+        nursery.start_soon(made.follower.run)
         yield made
         nursery.cancel_scope.cancel()

@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.x509.oid import NameOID
 
 from rtunnel.relay import link as link_module
-from rtunnel.relay.ends import End, SocketEnd, Talker
+from rtunnel.relay.ends import End, EndHandler, SocketEnd
 from rtunnel.relay.join import Account, Ending
 from rtunnel.relay.link import Link
 from rtunnel.relay.relay import Relay
@@ -193,7 +193,7 @@ class Way:
         self.target.will, self.target.ended = Will.FIN, True
 
 
-class Waits(Talker):
+class Waits(EndHandler):
     """A paused end: only its loss is heard."""
 
     def __init__(self, lost: Callable[[], None]) -> None:
@@ -209,7 +209,7 @@ class Waits(Talker):
         self._lost()
 
 
-class Hears(Talker):
+class Hears(EndHandler):
     """Collects the first `wanted` bytes, and gives them and what came behind them."""
 
     def __init__(self, wanted: int, heard: Callable[[bytes, bytes], None], lost: Callable[[], None]) -> None:
@@ -324,7 +324,7 @@ class World:
     ) -> None:
         """From this end by these hops to the target. `answer` is said to `end` when it is joined."""
         if way.refused and not hops:
-            end.say(answer + way.target.content)
+            end.write(answer + way.target.content)
             end.close()
             return
         if not hops:
@@ -343,7 +343,7 @@ class World:
         def join(down: bytes) -> None:
             if not (end.closed or onward.closed):
                 if answer:
-                    end.say(answer)
+                    end.write(answer)
                 self._join(way, relay, end, onward, up=up, down=down)
 
         end.talk(Waits(fail))
@@ -360,7 +360,7 @@ class World:
             if not end.closed:
                 way.reached = True
                 if answer:
-                    end.say(answer)
+                    end.write(answer)
                 self._join(way, relay, end, self._end(relay, way.target_side), up=up)
 
         end.talk(Waits(lambda: None))
@@ -383,10 +383,10 @@ class World:
         way.pairs += 1
         relay.join(client, target, on_end=way.accounts.append, **options)
 
-    def _dial(self, way: Way, relay: SimRelay, hops: list[Hop], talker: Talker) -> End:
+    def _dial(self, way: Way, relay: SimRelay, hops: list[Hop], handler: EndHandler) -> End:
         hop, words = hops[0], b"D" + bytes([way.number])
         if isinstance(hop, LinkHop):
-            return hop.link.open(talker, words)
+            return hop.link.open(handler, words)
         a, b = self.kernel.connection(self._hop_capacity)
         near, far = self._end(relay, a), self._end(hop.relay, b)
         if self._tls_hop:
@@ -394,12 +394,12 @@ class World:
             server, client = contexts()
             near = relay.secure(near, client, server_name="x")
             far = hop.relay.secure(far, server)
-        near.talk(talker)
-        near.say(words)
+        near.talk(handler)
+        near.write(words)
         far.talk(self._answering(far, hop.relay, hops[1:]))
         return near
 
-    def _answering(self, end: End, relay: SimRelay, hops: list[Hop]) -> Talker:
+    def _answering(self, end: End, relay: SimRelay, hops: list[Hop]) -> EndHandler:
         def heard(words: bytes, rest: bytes) -> None:
             assert words[:1] == b"D", words
             self._onward(self.ways[words[1]], end, relay, hops, rest, b"A")
@@ -598,7 +598,7 @@ class Owner:
     def link_up(self, link: Link) -> None:
         """See LinkOwner."""
 
-    def link_stream(self, stream: StreamEnd) -> Talker | None:
+    def link_stream(self, stream: StreamEnd) -> EndHandler | None:
         """See LinkOwner."""
         return self._world._answering(stream, self._relay, [])
 

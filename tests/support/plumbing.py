@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from rtunnel.relay.ends import SocketEnd, Talker
+from rtunnel.relay.ends import EndHandler, SocketEnd
 from rtunnel.relay.join import Account
 from rtunnel.relay.link import Link
 from rtunnel.relay.relay import Relay
@@ -238,9 +238,9 @@ class Tunnel:
         self._links[link.is_client] = link
         self._up[link.is_client].set()
 
-    def link_stream(self, stream: StreamEnd) -> Talker | None:
-        talker = Quiet()
-        stream.talk(talker)
+    def link_stream(self, stream: StreamEnd) -> EndHandler | None:
+        handler = Quiet()
+        stream.talk(handler)
         stream.pause()
         host, port = self.target.getsockname()[:2]
 
@@ -251,7 +251,7 @@ class Tunnel:
                 self.far.join(stream, end, on_end=self.far_accounts.append)
 
         self.far.connect(host, port, PATIENCE, connected)
-        return talker
+        return handler
 
     def link_down(self, link: Link, why: str) -> None:
         self.downs.append(why)
@@ -260,7 +260,7 @@ class Tunnel:
         end = self.near.end(sock, peer)
         stream = StreamEnd(self.near_link)
         self.near_link.attach(stream)
-        stream.say(b"")
+        stream.write(b"")
         self.near.join(end, stream, on_end=self.accounts.append)
 
     def through(self) -> tuple[socket.socket, socket.socket]:

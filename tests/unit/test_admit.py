@@ -106,7 +106,7 @@ def test_ports_on_loopback_have_one_spelling() -> None:
     assert config.split_exposes(exposes) == (["22"], ["9100", "8000-8100"])
 
 
-def needs(role: str, **keys: str) -> list[str]:
+def preflight(role: str, **keys: str) -> list[str]:
     """Which keys a role misses, of those that say who may join."""
     given = {key.replace("__", "."): value for key, value in keys.items()}
     with pytest.raises(ConfigError) as caught:
@@ -117,15 +117,15 @@ def needs(role: str, **keys: str) -> list[str]:
 
 def test_who_may_join_needs_a_certificate_or_a_token(tmp_path: Path) -> None:
     """A token where there are no certificates, and nothing more than what is used."""
-    assert needs("broker") == ["broker.ca"]
-    assert needs("broker", broker__ca="ca.pem") == []
-    assert needs("broker", broker__ca="ca.pem", broker__security="plain") == ["broker.join_token"]
-    assert needs("agent") == ["agent.ca", "agent.join_token"]
-    assert needs("agent", agent__identity="home") == ["agent.ca", "agent.join_token"]
+    assert preflight("broker") == ["broker.ca"]
+    assert preflight("broker", broker__ca="ca.pem") == []
+    assert preflight("broker", broker__ca="ca.pem", broker__security="plain") == ["broker.join_token"]
+    assert preflight("agent") == ["agent.ca", "agent.join_token"]
+    assert preflight("agent", agent__identity="home") == ["agent.ca", "agent.join_token"]
     (tmp_path / "agent.pem").touch()
-    assert needs("agent", agent__identity=str(tmp_path)) == ["agent.ca"]
-    assert needs("agent", agent__certificate="a.pem", agent__key="a.key", agent__ca="ca.pem") == []
-    assert needs("agent", agent__identity="home", agent__security="plain") == ["agent.ca", "agent.join_token"]
+    assert preflight("agent", agent__identity=str(tmp_path)) == ["agent.ca"]
+    assert preflight("agent", agent__certificate="a.pem", agent__key="a.key", agent__ca="ca.pem") == []
+    assert preflight("agent", agent__identity="home", agent__security="plain") == ["agent.ca", "agent.join_token"]
 
 
 def test_a_trust_list_need_not_be_there(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from rtunnel.config import ConfigError, load
 from rtunnel.trust import pki
 from rtunnel.trust.authority import Authority, Granted
 from rtunnel.trust.certificates import AUTHORITY_NAME, load_request, new_key, read_request, requested_key
-from rtunnel.trust.identity import Identity, Roots, load_private_key, read_certificate
+from rtunnel.trust.identity import Identity, TrustStore, load_private_key, read_certificate
 from rtunnel.trust.keys import Token, TrustError, token_mac
 from rtunnel.trust.pki import Directory, open_directory
 from rtunnel.trust.tls import certificate_der, client_context
@@ -99,12 +99,12 @@ def test_a_token_gives_what_it_allows(made: Path) -> None:
     key = new_key()
     by = token(made, networks=("10.1.0.0/16", "fd00::/8"), lifetime=3600)
     granted = at(made).enrol(enrol(by, key, addresses=["10.1.0.7", "fd00::7"]))
-    roots = Roots((made / "ca.pem").read_bytes())
-    holder = roots.verify(granted.answer.certificate)
+    trust_store = TrustStore((made / "ca.pem").read_bytes())
+    holder = trust_store.verify(granted.answer.certificate)
     assert (holder.subject, holder.addresses) == ("agent/default/a1", frozenset({"10.1.0.7", "fd00::7"}))
     assert holder.public_key == key.public_key()
     assert holder.ends - holder.issued == 3600
-    assert roots.take(granted.answer.trust)
+    assert trust_store.take(granted.answer.trust)
     assert (granted.token_id, granted.ends) == (by.id, holder.ends)
 
 
@@ -390,8 +390,8 @@ def test_uses_are_counted_across_threads(made: Path) -> None:
         try:
             decide.enrol(question)
             answers.append("in")
-        except Refused as refused:
-            answers.append(refused.code)
+        except Refused as error:
+            answers.append(error.code)
         finally:
             decide.directory.close()
 
@@ -508,11 +508,11 @@ def test_the_revoked_do_not_come_back(made: Path) -> None:
     assert code is Refusal.REVOKED and "another key" in text
     assert refusal(decide, enrol(token(made), key, agent_id="a2"))[0] is Refusal.REVOKED
     fresh = decide.enrol(enrol(by))
-    roots = Roots((made / "ca.pem").read_bytes())
-    assert roots.take(fresh.answer.trust)
-    roots.verify(fresh.answer.certificate)
+    trust_store = TrustStore((made / "ca.pem").read_bytes())
+    assert trust_store.take(fresh.answer.trust)
+    trust_store.verify(fresh.answer.certificate)
     with pytest.raises(TrustError, match="revoked"):
-        roots.verify(present)
+        trust_store.verify(present)
 
 
 def test_the_old_enrol_stays_void_when_its_certificate_has_expired(made: Path) -> None:
@@ -539,9 +539,9 @@ def test_a_certificate_of_the_second_of_the_revocation_is_good(made: Path) -> No
         with directory.change():
             directory.revoke("agent/default/a1")
     certificates.append(decide.enrol(enrol(token(made))).answer.certificate)
-    void = [directory.roots.is_revoked(read_certificate(der)) for der in certificates]
+    void = [directory.trust_store.is_revoked(read_certificate(der)) for der in certificates]
     assert void == [True, True, True, False]
-    directory.roots.verify(certificates[-1], clock)
+    directory.trust_store.verify(certificates[-1], clock)
 
 
 # --- the server -------------------------------------------------------------------------------------------------------
@@ -569,15 +569,15 @@ async def test_many_questions_on_one_connection(made: Path) -> None:
     by = token(made)
     async with authority(made) as server, await dialled(server, made) as stream:
         news = await ask(stream, Follow(VERSION))
-        roots = Roots((made / "ca.pem").read_bytes())
-        assert roots.take(news.signed)
-        assert await ask(stream, Follow(VERSION, roots.number)) == Trust()
+        trust_store = TrustStore((made / "ca.pem").read_bytes())
+        assert trust_store.take(news.signed)
+        assert await ask(stream, Follow(VERSION, trust_store.number)) == Trust()
         assert isinstance(await ask(stream, enrol(by)), Enrolled)
         assert (await ask(stream, enrol(by))).code == Refusal.BAD_TOKEN
         assert (await ask(stream, Follow(VERSION))).signed == news.signed
         for question in (Follow(VERSION + 1), Enrol(VERSION + 1, b"")):
             assert (await ask(stream, question)).code == Refusal.VERSION
-        assert server.shown()["enrolled"] == 1 and server.shown()["refused"] == {"bad_token": 1, "version": 1}
+        assert server.status()["enrolled"] == 1 and server.status()["refused"] == {"bad_token": 1, "version": 1}
 
 
 async def test_what_is_no_question_ends_the_connection(made: Path) -> None:

@@ -155,7 +155,7 @@ def test_another_tenants_token_takes_no_agent_id(made: Path) -> None:
     assert "choose another agent.agent_id" in text and "pki revoke agent/default/db" in text
     decide.enrol(enrol(theirs, agent_id="thief", addresses=["10.2.0.7"]))
     change(made, lambda opened: opened.revoke("agent/default/thief"))
-    assert not decide.directory.roots.is_revoked(who(first))
+    assert not decide.directory.trust_store.is_revoked(who(first))
 
 
 def test_a_renewed_certificate_is_of_the_same_token(made: Path) -> None:
@@ -205,10 +205,10 @@ def test_a_token_may_take_an_agent_id_over_within_its_networks(made: Path) -> No
     by = token(made, take_over=True)
     taken = decide.enrol(enrol(by, key, agent_id="a1"))
     assert taken.took_over == ("agent/default/a1",)
-    roots = decide.directory.roots
-    assert roots.is_revoked(who(first)) and not roots.is_revoked(who(taken))
+    trust_store = decide.directory.trust_store
+    assert trust_store.is_revoked(who(first)) and not trust_store.is_revoked(who(taken))
     again = decide.enrol(enrol(by, key, agent_id="a1"))  # the answer was lost
-    assert not decide.directory.roots.is_revoked(who(again)) and not again.took_over
+    assert not decide.directory.trust_store.is_revoked(who(again)) and not again.took_over
 
 
 # --- a file of before -------------------------------------------------------------------------------------------------
@@ -307,8 +307,8 @@ class Claims(RuleBasedStateMachine):
     def ask(self, question: Enrol) -> Granted | Refusal:
         try:
             return self.decide.enrol(question)
-        except Refused as refused:
-            return refused.code
+        except Refused as error:
+            return error.code
 
     def give(
         self, granted: Granted | Refusal, agent_id: str, address: str, origin: str, key: ec.EllipticCurvePrivateKey

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from rtunnel import config
-from rtunnel.config import Config, ConfigError, Flag, consistency, load, loading, needs
+from rtunnel.config import Config, ConfigError, Flag, consistency, load, loading, preflight
 from rtunnel.wire.messages import MAX_HELLO, Decoder, Enrol, Hello, encode
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -27,7 +27,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 @pytest.fixture(autouse=True)
 def _descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as the units give, whatever this machine has."""
-    monkeypatch.setattr(needs, "descriptor_limit", lambda: 1048576)
+    monkeypatch.setattr(preflight, "descriptor_limit", lambda: 1048576)
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -410,8 +410,8 @@ def test_any_value_is_taken_or_refused(key: str, value: Any, from_file: bool) ->
                 load(Path("/etc/x.toml"), {}, {})
         else:
             load(None, {}, {key: value})
-    except ConfigError as refusal:
-        assert all("\n" not in str(problem) for problem in refusal.problems)
+    except ConfigError as error:
+        assert all("\n" not in str(problem) for problem in error.problems)
 
 
 @settings(max_examples=200, deadline=None)
@@ -591,7 +591,7 @@ def test_ranges_of_the_kernel_are_warned_of(tmp_path: Path, monkeypatch: pytest.
     """A port range inside ip_local_port_range is a warning, one outside is none."""
     ephemeral = tmp_path / "ip_local_port_range"
     ephemeral.write_text("29999\t60999\n")
-    monkeypatch.setattr(needs, "_EPHEMERAL", ephemeral)
+    monkeypatch.setattr(preflight, "_EPHEMERAL", ephemeral)
     (problem,) = config.warnings(configured(tmp_path, "broker"), "broker")
     assert problem.key == "broker.port_range" and "29999-60999" in problem.reason
     ephemeral.write_text("30000\t60999\n")
@@ -600,7 +600,7 @@ def test_ranges_of_the_kernel_are_warned_of(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_publish_target_of_the_default_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without addresses, a publish target must be the default address."""
-    monkeypatch.setattr(needs, "default_address", lambda: "10.1.0.7")
+    monkeypatch.setattr(preflight, "default_address", lambda: "10.1.0.7")
     config.check_role(configured(tmp_path, "agent", agent__publish="10.1.0.7:80"), "agent")
     with pytest.raises(ConfigError, match=r"agent\.publish\[0\]\.target: 203\.0\.113\.9 is none of"):
         config.check_role(configured(tmp_path, "agent", agent__publish="203.0.113.9:80"), "agent")
@@ -722,19 +722,19 @@ def test_the_pages_examples_load() -> None:
 
 def test_counts_that_need_more_descriptors_than_there_are_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both figures, and both ways out."""
-    monkeypatch.setattr(needs, "descriptor_limit", lambda: 1024)
+    monkeypatch.setattr(preflight, "descriptor_limit", lambda: 1024)
     for role, key in (("gateway", "max_clients"), ("broker", "max_sessions")):
         config = load(None, {}, {f"{role}.{key}": 1000})
-        (note,) = [note for note in needs.warnings(config, role) if note.key == f"{role}.{key}"]
+        (note,) = [note for note in preflight.warnings(config, role) if note.key == f"{role}.{key}"]
         assert note.reason == "1000 need 2256 descriptors, and this process may have 1024: 384 fit"
         assert note.fix == f"LimitNOFILE=2256 (ulimit -Hn), or {key} = 384"
         config = load(None, {}, {f"{role}.{key}": 384})
-        assert not [note for note in needs.warnings(config, role) if note.key == f"{role}.{key}"]
+        assert not [note for note in preflight.warnings(config, role) if note.key == f"{role}.{key}"]
 
 
 def test_a_source_address_is_one_of_this_machine() -> None:
     keys: dict[str, object] = {"gateway.source_addresses": ["127.0.0.9", "192.0.2.1"]}
     with pytest.raises(ConfigError) as caught:
-        needs.check_role(load(None, {}, keys), "gateway")
+        preflight.check_role(load(None, {}, keys), "gateway")
     assert "gateway.source_addresses: 192.0.2.1 is not an address of this machine" in str(caught.value)
     assert "127.0.0.9" not in str(caught.value)

@@ -30,7 +30,7 @@ import yaml
 import rtunnel
 from rtunnel import config, roles
 from rtunnel.cli import cli
-from rtunnel.config import KEYS, Config, needs, parse_endpoint, parse_range
+from rtunnel.config import KEYS, Config, parse_endpoint, parse_range, preflight
 from rtunnel.trust import pki
 from rtunnel.workers import SILENCE
 from rtunnel_authority.server import MAX_CONNECTIONS
@@ -206,8 +206,8 @@ def test_manifests_match_the_schemas(folder: str, version: str) -> None:
     for manifest in render(folder):
         try:
             kubernetes_validate.validate(manifest, version, strict=True)
-        except kubernetes_validate.ValidationError as fault:
-            pytest.fail(f"{title(manifest)}: {'.'.join(map(str, fault.path))}: {fault.message}")
+        except kubernetes_validate.ValidationError as error:
+            pytest.fail(f"{title(manifest)}: {'.'.join(map(str, error.path))}: {error.message}")
 
 
 def test_the_schemas_are_strict() -> None:
@@ -300,7 +300,7 @@ def test_a_pod_could_start(role: str, tmp_path: Path, secrets: Path, monkeypatch
     for name, content in config_map(pod.folder, f"rtunnel-{role}").items():
         (tmp_path / name).write_text(content)
     text = toml_in_pod(role).replace("/etc/rtunnel/pki", str(secrets)).replace("/var/lib/rtunnel", str(tmp_path))
-    monkeypatch.setattr(needs, "descriptor_limit", lambda: 1048576)  # of the container runtime, see docs/deploy.md
+    monkeypatch.setattr(preflight, "descriptor_limit", lambda: 1048576)  # of the container runtime, see docs/deploy.md
     assert roles.check(load(text, tmp_path, pod.environ), role) == []
 
 
@@ -674,7 +674,7 @@ def test_examples_could_start(role: str, tmp_path: Path, secrets: Path, monkeypa
     assert secrets == tmp_path / "pki"
     shutil.copy(DEPLOY / "config" / "policy.toml", tmp_path)
     text = example(role).replace("/var/lib/rtunnel-authority/pki", str(secrets))
-    monkeypatch.setattr(needs, "descriptor_limit", lambda: int(service(role, "LimitNOFILE")))
+    monkeypatch.setattr(preflight, "descriptor_limit", lambda: int(service(role, "LimitNOFILE")))
     assert roles.check(load(text, tmp_path, {}), role) == []
 
 

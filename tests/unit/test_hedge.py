@@ -111,10 +111,10 @@ class End:
     def __init__(self) -> None:
         self.over = False
 
-    def talk(self, talker: Any) -> None:
-        self.talker = talker
+    def talk(self, handler: Any) -> None:
+        self.handler = handler
 
-    def say(self, data: bytes) -> None:
+    def write(self, data: bytes) -> None:
         pass
 
     def abort(self) -> None:
@@ -145,7 +145,7 @@ class Scene:
     name: str = "g"
     proofs: None = None
     sources: None = None
-    roots: None = None
+    trust_store: None = None
     dial_tls: None = None
 
     @property
@@ -181,7 +181,7 @@ class Scene:
 
         def answer() -> None:
             if not end.over:
-                end.talker.received(self.word)
+                end.handler.received(self.word)
 
         def connected() -> None:
             done(end, Refusal.INTERNAL, "")

@@ -814,10 +814,10 @@ def test_the_refusal_of_a_head_has_no_body(head: bytes, split: Split) -> None:
 def test_every_refusal_has_a_response(code: Refusal, method: str) -> None:
     """Every refusal is a whole response with the table's status, error token and text, to any method."""
     status, got, body = parse_response(response_refused(code), method)
-    assert status == code.telling.http
-    assert got["proxy-status"] == f'rtunnel; error={code.telling.proxy_status}; details="{code.telling.text}"'
-    assert body == f"rtunnel: {code}: {code.telling.text}\n"
-    assert reason_of(response_refused(code)) == f"{code}: {code.telling.text}"
+    assert status == code.reply.http
+    assert got["proxy-status"] == f'rtunnel; error={code.reply.proxy_status}; details="{code.reply.text}"'
+    assert body == f"rtunnel: {code}: {code.reply.text}\n"
+    assert reason_of(response_refused(code)) == f"{code}: {code.reply.text}"
     assert got["content-type"] == "text/plain"
     assert got["connection"] == "close"
     challenge = 'Basic realm="rtunnel", charset="UTF-8"' if status == 407 else None

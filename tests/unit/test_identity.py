@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from rtunnel.trust import identity, pki
 from rtunnel.trust.certificates import pem
 from rtunnel.trust.identity import (
-    Roots,
     TrustList,
+    TrustStore,
     ca_id,
     is_session_proof,
     load_private_key,
@@ -51,7 +51,7 @@ def a_list(*cas: tuple[x509.Certificate, identity.PrivateKey], number: int = 1, 
 def test_a_certificate_says_who_and_where(tmp_path: Path) -> None:
     """Words with any characters come back as they were, addresses in their one spelling."""
     der = certificate_der(made(tmp_path / "ca", addresses=["10.1.0.7", "FD00:0::7"]))
-    who = Roots((tmp_path / "ca" / "ca.pem").read_bytes()).verify(der)
+    who = TrustStore((tmp_path / "ca" / "ca.pem").read_bytes()).verify(der)
     assert (who.kind, who.namespace, who.name) == ("agent", "blue", "höst 7/x")
     assert who.addresses == {"10.1.0.7", "fd00::7"}
     assert who.subject == "agent/blue/höst 7/x"
@@ -61,31 +61,31 @@ def test_another_ca_makes_no_identity(tmp_path: Path) -> None:
     der = certificate_der(made(tmp_path / "theirs"))
     pki.init(tmp_path / "ours")
     with pytest.raises(TrustError, match="not from a CA in force"):
-        Roots((tmp_path / "ours" / "ca.pem").read_bytes()).verify(der)
+        TrustStore((tmp_path / "ours" / "ca.pem").read_bytes()).verify(der)
 
 
 def test_time_counts_for_one_that_was_seen_before(tmp_path: Path) -> None:
     der = certificate_der(made(tmp_path, days=1))
-    roots = Roots((tmp_path / "ca.pem").read_bytes())
-    who = roots.verify(der)
+    trust_store = TrustStore((tmp_path / "ca.pem").read_bytes())
+    who = trust_store.verify(der)
     with pytest.raises(TrustError, match="has expired"):
-        roots.verify(der, now=lambda: who.ends)
+        trust_store.verify(der, now=lambda: who.ends)
     with pytest.raises(TrustError, match="not valid yet"):
-        roots.verify(der, now=lambda: who.issued - 3601)
+        trust_store.verify(der, now=lambda: who.issued - 3601)
 
 
 def test_a_list_revokes_what_was_issued_until_then(tmp_path: Path) -> None:
-    roots = Roots((made(tmp_path / "ca").parent / "ca.pem").read_bytes())
+    trust_store = TrustStore((made(tmp_path / "ca").parent / "ca.pem").read_bytes())
     der = certificate_der(tmp_path / "ca" / "a1.pem")
-    who = roots.verify(der)
+    who = trust_store.verify(der)
     ca = ca_of(tmp_path / "ca")
-    assert roots.take(sign_list(a_list(ca, number=2, revoked={who.subject: int(who.issued) - 1}), [ca]))
-    assert roots.verify(der) == who
-    assert roots.take(sign_list(a_list(ca, number=3, revoked={who.subject: int(who.issued)}), [ca]))
+    assert trust_store.take(sign_list(a_list(ca, number=2, revoked={who.subject: int(who.issued) - 1}), [ca]))
+    assert trust_store.verify(der) == who
+    assert trust_store.take(sign_list(a_list(ca, number=3, revoked={who.subject: int(who.issued)}), [ca]))
     with pytest.raises(TrustError, match="is revoked"):
-        roots.verify(der)
-    assert not roots.take(sign_list(a_list(ca, number=2), [ca])), "an older list came back"
-    assert roots.is_revoked(who)
+        trust_store.verify(der)
+    assert not trust_store.take(sign_list(a_list(ca, number=2), [ca])), "an older list came back"
+    assert trust_store.is_revoked(who)
 
 
 def test_lists_hand_on_from_ca_to_ca(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_lists_hand_on_from_ca_to_ca(tmp_path: Path) -> None:
     old, new = ca_of(tmp_path / "old"), ca_of(tmp_path / "new")
     both, last = a_list(old, new, number=2), a_list(new, number=3)
     pem = (tmp_path / "old" / "ca.pem").read_bytes()
-    late, follower = Roots(pem), Roots(pem)
+    late, follower = TrustStore(pem), TrustStore(pem)
     assert follower.take(sign_list(both, [old, new]))
     for name in ("old", "new"):
         follower.verify(certificate_der(tmp_path / name / "a1.pem"))
@@ -112,17 +112,17 @@ def test_a_ca_that_left_is_void_only_where_that_is_said(tmp_path: Path) -> None:
     for name in ("old", "new"):
         made(tmp_path / name)
     old, new = ca_of(tmp_path / "old"), ca_of(tmp_path / "new")
-    roots = Roots((tmp_path / "old" / "ca.pem").read_bytes())
-    who = roots.verify(certificate_der(tmp_path / "old" / "a1.pem"))
+    trust_store = TrustStore((tmp_path / "old" / "ca.pem").read_bytes())
+    who = trust_store.verify(certificate_der(tmp_path / "old" / "a1.pem"))
     broker = certificate_der(tmp_path / "old" / "broker.pem")
-    roots.take(sign_list(a_list(old, new, number=2), [old, new]))
-    assert roots.in_force(who)
-    roots.take(sign_list(a_list(new, number=3), [new]))
-    assert not roots.in_force(who) and not roots.is_void(who) and not roots.fault_of(broker)
-    roots.take(sign_list(a_list(new, number=4, void=[ca_id(old[0])]), [new]))
-    assert roots.is_void(who)
-    assert roots.fault_of(broker) == "the certificate of broker/broker is from a CA that is void"
-    assert not roots.fault_of(certificate_der(tmp_path / "new" / "broker.pem"))
+    trust_store.take(sign_list(a_list(old, new, number=2), [old, new]))
+    assert trust_store.in_force(who)
+    trust_store.take(sign_list(a_list(new, number=3), [new]))
+    assert not trust_store.in_force(who) and not trust_store.is_void(who) and not trust_store.fault_of(broker)
+    trust_store.take(sign_list(a_list(new, number=4, void=[ca_id(old[0])]), [new]))
+    assert trust_store.is_void(who)
+    assert trust_store.fault_of(broker) == "the certificate of broker/broker is from a CA that is void"
+    assert not trust_store.fault_of(certificate_der(tmp_path / "new" / "broker.pem"))
 
 
 def test_a_ca_whose_own_certificate_is_renewed(tmp_path: Path) -> None:
@@ -133,11 +133,11 @@ def test_a_ca_whose_own_certificate_is_renewed(tmp_path: Path) -> None:
     begin, end = old.not_valid_before_utc, old.not_valid_after_utc + timedelta(days=1)
     new = builder.not_valid_before(begin).not_valid_after(end).sign(key, hashes.SHA256())
     first, second = pem(old), pem(new)
-    roots = Roots(first + second)
-    assert roots.pem.encode() == first + second
-    who = roots.verify(der)
-    roots.begin_again(second)
-    assert roots.in_force(who) and not roots.is_void(who) and roots.verify(der) == who
+    trust_store = TrustStore(first + second)
+    assert trust_store.pem.encode() == first + second
+    who = trust_store.verify(der)
+    trust_store.begin_again(second)
+    assert trust_store.in_force(who) and not trust_store.is_void(who) and trust_store.verify(der) == who
 
 
 def test_cas_that_are_replaced_by_hand_without_handing_over_are_void(tmp_path: Path) -> None:
@@ -145,14 +145,14 @@ def test_cas_that_are_replaced_by_hand_without_handing_over_are_void(tmp_path: P
         made(tmp_path / name)
     old, new = ((tmp_path / name / "ca.pem").read_bytes() for name in ("old", "new"))
     der = certificate_der(tmp_path / "old" / "a1.pem")
-    at_once, in_order = Roots(old), Roots(old)
+    at_once, in_order = TrustStore(old), TrustStore(old)
     who = at_once.verify(der)
     at_once.begin_again(new)
     assert at_once.is_void(who)
     in_order.begin_again(old + new)
     in_order.begin_again(new)
     assert not in_order.is_void(who) and not in_order.in_force(who)
-    behind = Roots(old)  # the list that it has says nothing of the new CA yet, the file does
+    behind = TrustStore(old)  # the list that it has says nothing of the new CA yet, the file does
     behind.take(sign_list(a_list(ca_of(tmp_path / "old")), [ca_of(tmp_path / "old")]))
     behind.begin_again(old + new)
     assert behind.pem.encode() == old
@@ -168,18 +168,18 @@ def test_a_ca_file_that_is_written_again_brings_no_void_ca_back(tmp_path: Path) 
     thief = certificate_der(tmp_path / "old" / "a1.pem")
     honest = certificate_der(tmp_path / "new" / "a1.pem")
     file = (tmp_path / "old" / "ca.pem").read_bytes()
-    roots = Roots(file)
-    roots.take(sign_list(TrustList(1, 1, [der(old), der(new)]), [old, new]))
-    roots.take(sign_list(TrustList(2, 2, [der(new)], void=[ca_id(old[0])]), [new]))
+    trust_store = TrustStore(file)
+    trust_store.take(sign_list(TrustList(1, 1, [der(old), der(new)]), [old, new]))
+    trust_store.take(sign_list(TrustList(2, 2, [der(new)], void=[ca_id(old[0])]), [new]))
     for _ in range(2):
-        assert roots.verify(honest)
+        assert trust_store.verify(honest)
         with pytest.raises(TrustError, match="not from a CA in force"):
-            roots.verify(thief)
-        roots.begin_again(file)
-        assert roots.number == 2
+            trust_store.verify(thief)
+        trust_store.begin_again(file)
+        assert trust_store.number == 2
     with pytest.raises(TrustError, match=r"ca\.pem: has no CA but void ones.*newest ca\.pem"):
-        roots.begin_again(file + b"\n" + pem(renewed(old)), "ca.pem")
-    assert roots.verify(honest) and roots.number == 2
+        trust_store.begin_again(file + b"\n" + pem(renewed(old)), "ca.pem")
+    assert trust_store.verify(honest) and trust_store.number == 2
 
 
 def test_an_agents_own_list_says_which_cas_were_stolen(tmp_path: Path) -> None:
@@ -188,13 +188,13 @@ def test_an_agents_own_list_says_which_cas_were_stolen(tmp_path: Path) -> None:
         made(tmp_path / name)
     old, new = ca_of(tmp_path / "old"), ca_of(tmp_path / "new")
     kept = sign_list(TrustList(2, 2, [der(new)], void=[ca_id(old[0])]), [new])
-    roots = Roots(pem(old[0]))
+    trust_store = TrustStore(pem(old[0]))
     with pytest.raises(TrustError, match="not signed by a CA in force"):
-        roots.take(kept)
+        trust_store.take(kept)
     assert void_cas(kept) == {ca_id(old[0])} and not void_cas(b"no list")
     with pytest.raises(TrustError, match=r"^ca\.pem: has no CA but void ones"):
-        roots.must_not_be(void_cas(kept), "ca.pem")
-    Roots(pem(old[0]) + pem(new[0])).must_not_be(void_cas(kept), "ca.pem")
+        trust_store.must_not_be(void_cas(kept), "ca.pem")
+    TrustStore(pem(old[0]) + pem(new[0])).must_not_be(void_cas(kept), "ca.pem")
 
 
 def der(ca: tuple[x509.Certificate, identity.PrivateKey]) -> bytes:
@@ -221,7 +221,7 @@ def test_a_session_is_proved_for_one_link_only(tmp_path: Path) -> None:
 def test_what_is_no_list_is_named_so(tmp_path: Path, data: bytes) -> None:
     pki.init(tmp_path / "ca")
     with pytest.raises(TrustError, match="is not a trust list"):
-        Roots((tmp_path / "ca" / "ca.pem").read_bytes()).take(data)
+        TrustStore((tmp_path / "ca" / "ca.pem").read_bytes()).take(data)
 
 
 def test_a_changed_list_is_not_signed(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_a_changed_list_is_not_signed(tmp_path: Path) -> None:
     changed = data.replace(b"agent/a/b", b"agent/a/c")
     assert changed != data
     with pytest.raises(TrustError, match="not signed"):
-        Roots((tmp_path / "ca" / "ca.pem").read_bytes()).take(changed)
+        TrustStore((tmp_path / "ca" / "ca.pem").read_bytes()).take(changed)
 
 
 def test_a_proof_is_of_one_key_and_one_body(tmp_path: Path) -> None:

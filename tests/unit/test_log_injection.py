@@ -70,8 +70,8 @@ def line_of(render: logs.Render, event: str, fields: dict[str, Any], trace: str 
     if trace:
         try:
             raise ValueError(trace)
-        except ValueError as fault:
-            fields = fields | {"exc_info": fault}
+        except ValueError as error:
+            fields = fields | {"exc_info": error}
     line = logs.event_line(render, component="gateway")(None, "warning", {"event": event, **fields})
     assert isinstance(line, bytes)
     return line.decode("utf-8", "strict")

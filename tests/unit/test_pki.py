@@ -18,7 +18,7 @@ from rtunnel import cli
 from rtunnel.trust import keys, pki
 from rtunnel.trust.authority import Authority
 from rtunnel.trust.certificates import new_key
-from rtunnel.trust.identity import Roots, load_private_key
+from rtunnel.trust.identity import TrustStore, load_private_key
 from rtunnel.trust.keys import TrustError
 from rtunnel.trust.pki import Directory, open_directory
 from rtunnel.trust.tls import certificate_der
@@ -39,12 +39,12 @@ def run(directory: Path, *arguments: str, code: int = 0) -> Result:
     return result
 
 
-def roots_of(directory: Path) -> Roots:
+def roots_of(directory: Path) -> TrustStore:
     """Of somebody who has the CA file and the list."""
-    roots = Roots((directory / "ca.pem").read_bytes())
+    trust_store = TrustStore((directory / "ca.pem").read_bytes())
     with open_directory(directory) as opened:
-        roots.take(opened.signed)
-    return roots
+        trust_store.take(opened.signed)
+    return trust_store
 
 
 @pytest.mark.parametrize(
@@ -230,16 +230,16 @@ def test_revoking(made: Path, tmp_path: Path) -> None:
     run(made, "issue", "agent", "a1", *csr)
     number = roots_of(made).number
     assert "agent/default/a1 is revoked: 1 certificate " in run(made, "revoke", "default/a1").output
-    roots = roots_of(made)
-    assert roots.number > number and roots.generation < roots.number
+    trust_store = roots_of(made)
+    assert trust_store.number > number and trust_store.generation < trust_store.number
     with pytest.raises(TrustError, match="revoked"):
-        roots.verify(certificate_der(made / "a1.pem"))
+        trust_store.verify(certificate_der(made / "a1.pem"))
     assert "agent/default/a1" not in run(made, "list").output
     assert "revoked: agent/default/a1" in run(made, "show").output
     again = ("issue", "agent", "a1", "--into", str(tmp_path / "new"))
     assert "make another key" in run(made, *again, *csr, code=2).stderr
     run(made, *again, "--address", "10.1.0.7")
-    roots.verify(certificate_der(tmp_path / "new" / "a1.pem"))
+    trust_store.verify(certificate_der(tmp_path / "new" / "a1.pem"))
 
 
 def test_what_can_be_revoked(made: Path) -> None:
@@ -264,11 +264,11 @@ def test_revocations_leave_the_list_when_they_are_over(made: Path) -> None:
             opened.revoke(subject, force=True)
         opened.issue_agent("a3", new_key().public_key(), namespace="default", addresses=["10.1.0.9"], seconds=60)
         opened.revoke("agent/default/a3")
-        assert len(opened.roots.revoked) == 5
+        assert len(opened.trust_store.revoked) == 5
         later = opened.now() + 2 * 86400
         opened.now = lambda: later
         opened.publish()
-        assert set(opened.roots.revoked) == {
+        assert set(opened.trust_store.revoked) == {
             "agent/default/a2",
             "agent/default/a3",
             "agent/default/typo",
@@ -340,7 +340,7 @@ def test_another_ca(made: Path, tmp_path: Path) -> None:
         assert words in run(made, "rotate", step, code=2).stderr
     pki.issue_agent(made, "a1", agent_id="a1", namespace="default", addresses=["10.1.0.7"])
     old = (made / "ca.pem").read_bytes()
-    follower = Roots(old)
+    follower = TrustStore(old)
     a1 = certificate_der(made / "a1.pem")
 
     assert "`rtunnel pki rotate switch`" in run(made, "rotate", "start").output
@@ -349,7 +349,7 @@ def test_another_ca(made: Path, tmp_path: Path) -> None:
         assert words in run(made, "rotate", step, code=2).stderr
     assert take(follower, made) and len(follower.pem.split("BEGIN")) == 3
     run(made, "issue", "broker", "still-old")
-    Roots(old).verify(certificate_der(made / "still-old.pem"))
+    TrustStore(old).verify(certificate_der(made / "still-old.pem"))
 
     assert "From the old one: 3 certificates" in run(made, "rotate", "switch").output
     for step, words in (("start", "`rotate finish` comes next"), ("switch", "`rotate finish` comes next")):
@@ -358,7 +358,7 @@ def test_another_ca(made: Path, tmp_path: Path) -> None:
         run(made, "issue", "broker", name, "--into", str(tmp_path / "new"))
     new = certificate_der(tmp_path / "new" / "broker.pem")
     with pytest.raises(TrustError):
-        Roots(old).verify(new)
+        TrustStore(old).verify(new)
     follower.verify(new)
     refused = run(made, "rotate", "finish", code=2).stderr
     assert "1 of them (agent/default/a1)" in refused and "--force" in refused
@@ -374,11 +374,11 @@ def test_another_ca(made: Path, tmp_path: Path) -> None:
     assert "CA 1: not in force" in run(made, "show").output
     listed = run(made, "list").output
     assert all(line.split()[-1] == "2" for line in listed.splitlines()[1:])
-    assert take(Roots(old), made), "who was away all the time can't follow"
+    assert take(TrustStore(old), made), "who was away all the time can't follow"
     (made / "ca.key").unlink()
     run(made, "revoke", "agent/default/a1")
     with pytest.raises(TrustError, match="not signed"):
-        take(Roots(old), made)
+        take(TrustStore(old), made)
     run(made, "rotate", "start")
 
 
@@ -438,8 +438,8 @@ def test_export(made: Path, tmp_path: Path) -> None:
     file = tmp_path / "trust"
     file.write_text("old")
     run(made, "export", str(file))
-    roots = Roots((made / "ca.pem").read_bytes())
-    assert roots.take(file.read_bytes())
+    trust_store = TrustStore((made / "ca.pem").read_bytes())
+    assert trust_store.take(file.read_bytes())
     assert "can't be written" in run(made, "export", str(tmp_path / "no" / "trust"), code=2).stderr
 
 
@@ -448,6 +448,6 @@ def count(directory: Path) -> int:
     return len(x509.load_pem_x509_certificates((directory / "ca.pem").read_bytes()))
 
 
-def take(roots: Roots, directory: Path) -> bool:
+def take(trust_store: TrustStore, directory: Path) -> bool:
     with open_directory(directory) as opened:
-        return roots.take(opened.signed)
+        return trust_store.take(opened.signed)

@@ -270,8 +270,8 @@ def test_any_file_loads_or_is_refused(content: object) -> None:
         path.write_bytes(text)
         try:
             load_policy(path)
-        except TrustError as fault:
-            assert str(path) in str(fault)
+        except TrustError as error:
+            assert str(path) in str(error)
 
 
 def _inline(value: object) -> str:

@@ -357,8 +357,8 @@ class Allocation(RuleBasedStateMachine):
         free = port not in self.held and port not in self.host.foreign and self.resting(port) in (None, owner)
         try:
             lease = self.host.allocate_fixed(port, owner)
-        except PortTaken as exc:
-            assert not free or "registry" in str(exc) or "quarantine" in str(exc)
+        except PortTaken as error:
+            assert not free or "registry" in str(error) or "quarantine" in str(error)
             self.last[owner] = port
         except RegistryUnavailable:
             assert self.host.registry.away

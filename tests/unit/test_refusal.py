@@ -55,14 +55,14 @@ def test_the_list_of_the_rfc_is_whole() -> None:
 @pytest.mark.parametrize("code", Refusal)
 def test_every_code_can_be_told(code: Refusal) -> None:
     """A SOCKS reply from 1 to 8, an HTTP error, a registered Proxy-Status token, and a sentence for people."""
-    telling = code.telling
-    assert 0x01 <= telling.socks <= 0x08
-    assert 400 <= telling.http <= 599
-    assert telling.proxy_status in PROXY_ERROR_TYPES
-    assert telling.next in Next
-    assert 0 < len(telling.text) <= 512
-    assert telling.text.isascii()
-    assert not telling.text.endswith(".")
+    reply = code.reply
+    assert 0x01 <= reply.socks <= 0x08
+    assert 400 <= reply.http <= 599
+    assert reply.proxy_status in PROXY_ERROR_TYPES
+    assert reply.next in Next
+    assert 0 < len(reply.text) <= 512
+    assert reply.text.isascii()
+    assert not reply.text.endswith(".")
 
 
 @pytest.mark.parametrize("code", Refusal)
@@ -83,30 +83,30 @@ def test_words_are_unique() -> None:
 def test_an_unknown_word_is_internal(word: str) -> None:
     """A later version may know more reasons: then the next tuple may still work."""
     assert Refusal.parse(word) is Refusal.INTERNAL
-    assert Refusal.INTERNAL.telling.next is Next.TRY
+    assert Refusal.INTERNAL.reply.next is Next.TRY
 
 
 def test_only_stale_tuples_are_forgotten() -> None:
     """Forgetting is for what the broker or the agent knows to be over, nothing else."""
-    forgotten = {code for code in Refusal if code.telling.next is Next.FORGET}
+    forgotten = {code for code in Refusal if code.reply.next is Next.FORGET}
     assert forgotten == {Refusal.STALE_NODE, Refusal.STALE_TARGET, Refusal.STALE_EPOCH}
 
 
 def test_answers_about_the_target_stop_the_search() -> None:
     """Another tuple leads to the same agent and would say the same."""
     for code in (Refusal.NOT_EXPOSED, Refusal.TARGET_REFUSED, Refusal.TARGET_TIMEOUT, Refusal.TARGET_UNREACHABLE):
-        assert code.telling.next is Next.STOP
+        assert code.reply.next is Next.STOP
 
 
 def test_four_different_failures_are_four_different_answers() -> None:
     """Unknown, not exposed, refusing and silent targets can be told apart over SOCKS and by Proxy-Status."""
     codes = (Refusal.UNKNOWN_TARGET, Refusal.NOT_EXPOSED, Refusal.TARGET_REFUSED, Refusal.TARGET_TIMEOUT)
-    assert len({code.telling.socks for code in codes}) == 4
-    assert len({code.telling.proxy_status for code in codes}) == 4
+    assert len({code.reply.socks for code in codes}) == 4
+    assert len({code.reply.proxy_status for code in codes}) == 4
 
 
 def test_a_refusal_says_what_is_known() -> None:
     """The specific text if there is one, else the code's own."""
     assert Refused(Refusal.BAD_MAC, "because").text == "because"
-    assert Refused(Refusal.BAD_MAC).text == Refusal.BAD_MAC.telling.text == str(Refused(Refusal.BAD_MAC))
+    assert Refused(Refusal.BAD_MAC).text == Refusal.BAD_MAC.reply.text == str(Refused(Refusal.BAD_MAC))
     assert Refused(Refusal.BAD_MAC).code is Refusal.BAD_MAC

@@ -491,8 +491,8 @@ def test_of_many_that_want_one_address_at_the_same_moment_one_gets_it(store: Sto
             ready.wait()  # noqa: B023 - all threads of this turn end in it
             try:
                 node.registry.register(session)
-            except AddressTaken as taken:
-                refusals.append(taken)  # noqa: B023
+            except AddressTaken as error:
+                refusals.append(error)  # noqa: B023
 
         threads = [threading.Thread(target=claim, args=pair) for pair in zip(nodes, sessions, strict=True)]
         for thread in threads:

@@ -38,6 +38,7 @@ from support.plumbing import (
     reset,
     running_relay,
 )
+from support.polling import until
 
 Through = Callable[[], tuple[socket.socket, socket.socket]]
 
@@ -813,6 +814,7 @@ def test_pairs_that_come_to_stay_get_keep_alive() -> None:
     """On every socket of a pair, sockets and streams alike; and not before."""
     with running_relay() as near, running_relay() as far:
         Tunnel(near, far).through()
+        until(lambda: far.do(lambda: len(far.pairs)) == 1)  # the target hears of it before the relay does
         (pair,) = far.do(lambda: list(far.pairs))
 
         def probed() -> list[int]:
@@ -860,7 +862,7 @@ def test_an_end_that_broke_while_it_was_told_is_not_joined() -> None:
         def tell_and_join() -> None:
             reset(client)
             while not ends[0].broken:  # the first words after the reset fail
-                ends[0].say(b"connected")
+                ends[0].write(b"connected")
             relay.join(ends[0], ends[1], on_end=accounts.append)
 
         relay.do(tell_and_join)
@@ -875,7 +877,7 @@ def test_what_takes_long_stands_in_line() -> None:
     loop = Loop(on_crash=lambda crash: None)
     done: list[str] = []
     for _ in range(20):
-        loop.in_line(lambda: done.append("long"))
+        loop.enqueue_slow(lambda: done.append("long"))
 
     def other() -> None:
         done.append("other")

@@ -99,7 +99,7 @@ class Tunnel:
             assert end is not None
             secured = self.relay.secure(end, self.client, server_name="broker.rtunnel")
             secured.talk(Opening(secured, joined, self.lost), self.deadline)
-            secured.say(b"open")
+            secured.write(b"open")
 
         def joined(end: SocketEnd, data: bytes) -> None:
             assert data.startswith(b"!")
@@ -116,7 +116,7 @@ class Tunnel:
 
             def connected(target: SocketEnd | None, *_: object) -> None:
                 assert target is not None
-                end.say(b"!")
+                end.write(b"!")
                 self.relay.join(end, target, up=data[4:], on_end=self.accounts.append)
 
             host, port = self.target.getsockname()

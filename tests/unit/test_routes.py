@@ -270,8 +270,8 @@ def test_relay_may_look_up_and_forget_while_the_control_plane_works(table: Route
                 for n in range(50):
                     for have in table.lookup("default", f"10.1.0.{n}"):
                         table.forget(have)
-        except BaseException as exc:
-            failures.append(exc)
+        except BaseException as error:
+            failures.append(error)
 
     thread = threading.Thread(target=relay)
     thread.start()

@@ -434,7 +434,7 @@ def test_every_refusal_has_a_reply(code: Refusal) -> None:
     reply = reply_refused(code)
     assert len(reply) == 10
     parsed = peer.SOCKS5Reply.loads(reply)
-    assert parsed.reply_code == peer.SOCKS5ReplyCode(bytes((code.telling.socks,)))
+    assert parsed.reply_code == peer.SOCKS5ReplyCode(bytes((code.reply.socks,)))
     assert parsed.reply_code != peer.SOCKS5ReplyCode.SUCCEEDED
 
 
@@ -460,5 +460,5 @@ def test_sniff_any_byte() -> None:
     for byte in range(256):
         try:
             assert sniff(byte) in Protocol
-        except Refused as refusal:
-            assert refusal.text
+        except Refused as error:
+            assert error.text

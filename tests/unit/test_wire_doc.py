@@ -158,10 +158,14 @@ def test_the_example_of_an_enrolment_is_right() -> None:
 def test_the_example_of_a_trust_list_is_right() -> None:
     """It is taken by who has the CA, says what the page says, and an independent decoder and check agree."""
     ca = x509.load_der_x509_certificate(VECTORS["ca certificate"])
-    roots = identity.Roots(certificates.pem(ca))
-    assert roots.take(VECTORS["trust list"])
-    assert (roots.number, roots.generation, roots.pem) == (1800000000, 1800000000, certificates.pem(ca).decode())
-    assert roots.revoked == {"agent/default/host-7": 1799999990}
+    trust_store = identity.TrustStore(certificates.pem(ca))
+    assert trust_store.take(VECTORS["trust list"])
+    assert (trust_store.number, trust_store.generation, trust_store.pem) == (
+        1800000000,
+        1800000000,
+        certificates.pem(ca).decode(),
+    )
+    assert trust_store.revoked == {"agent/default/host-7": 1799999990}
     listed = msgpack.unpackb(VECTORS["trust list"])
     (signature,) = listed["signatures"]
     assert signature["signer"] == hashlib.sha256(VECTORS["ca certificate"]).digest()
@@ -171,7 +175,7 @@ def test_the_example_of_a_trust_list_is_right() -> None:
     body = msgpack.unpackb(listed["body"])
     names = [[row[0].strip("`") for row in table] for table in tables(section("Trust lists"))]
     assert names == [list(listed), list(body)]
-    for word in (str(roots.number), "1799999990", "`agent/default/host-7`", "`rtunnel trust list 1`"):
+    for word in (str(trust_store.number), "1799999990", "`agent/default/host-7`", "`rtunnel trust list 1`"):
         assert word in section("Trust lists")
 
 
@@ -272,8 +276,8 @@ def test_every_field_of_every_message_is_on_the_page(name: str) -> None:
 def refusal_rows() -> list[str]:
     """The table of refusal codes, as it must stand on the page."""
     return [
-        f"| `{code}` | 0x{code.telling.socks:02x} | {code.telling.http} | {code.telling.proxy_status} "
-        f"| {code.telling.next.value} | {code.telling.text} |"
+        f"| `{code}` | 0x{code.reply.socks:02x} | {code.reply.http} | {code.reply.proxy_status} "
+        f"| {code.reply.next.value} | {code.reply.text} |"
         for code in Refusal
     ]
 

@@ -39,7 +39,7 @@ def _missing(config: Config, role: str) -> Iterator[Problem]:
         if reason := _file_fault(config.get(key)):
             yield config.problem(key, reason)
     if role == "standalone":
-        yield from _standalone_needs(config)
+        yield from _standalone_preflight(config)
     elif is_memory(config) and role == "gateway":
         reason = f"{_ONE_PROCESS}: a gateway of its own would never see a tuple"
         yield config.problem("registry.url", reason, _SHARE)
@@ -132,7 +132,7 @@ _ONE_PROCESS = "the memory registry lives inside one process"
 _SHARE = "use redis://..., or run `rtunnel standalone`"
 
 
-def _standalone_needs(config: Config) -> Iterator[Problem]:
+def _standalone_preflight(config: Config) -> Iterator[Problem]:
     yield from check_ports(config, role_sections("standalone"))
     if config.broker.dial_security != config.gateway.dial_security:
         reason = f"is {config.gateway.dial_security}, and broker.dial_security is {config.broker.dial_security}"
@@ -143,7 +143,7 @@ def _standalone_needs(config: Config) -> Iterator[Problem]:
             yield config.problem(key, "`rtunnel standalone` is one process", fix)
 
 
-def _broker_needs(config: Config) -> Iterator[Problem]:
+def _broker_preflight(config: Config) -> Iterator[Problem]:
     broker = config.broker
     yield from _need(config, "broker.cluster_key", "Dials are checked with it", _PKI)
     if broker.security == "plain":
@@ -157,7 +157,7 @@ def _broker_needs(config: Config) -> Iterator[Problem]:
         yield from _need(config, "broker.key", why, _PKI)
 
 
-def _agent_needs(config: Config) -> Iterator[Problem]:
+def _agent_preflight(config: Config) -> Iterator[Problem]:
     agent = config.agent
     yield from _need(config, "agent.brokers", "there is nothing to dial", 'write brokers = ["vip.example:7000"]')
     if agent.security == "plain":
@@ -175,7 +175,7 @@ def _agent_needs(config: Config) -> Iterator[Problem]:
         yield from check_publish(config, [address])
 
 
-def _gateway_needs(config: Config) -> Iterator[Problem]:
+def _gateway_preflight(config: Config) -> Iterator[Problem]:
     for address in config.gateway.source_addresses:
         if not _is_own(address):
             yield config.problem("gateway.source_addresses", f"{address} is not an address of this machine")
@@ -196,15 +196,15 @@ def _is_own(address: str) -> bool:
     return True
 
 
-def _authority_needs(config: Config) -> Iterator[Problem]:
+def _authority_preflight(config: Config) -> Iterator[Problem]:
     yield from _need(config, "authority.directory", "certificates come from there", _PKI)
 
 
 _NEEDS: dict[str, Callable[[Config], Iterator[Problem]]] = {
-    "broker": _broker_needs,
-    "agent": _agent_needs,
-    "gateway": _gateway_needs,
-    "authority": _authority_needs,
+    "broker": _broker_preflight,
+    "agent": _agent_preflight,
+    "gateway": _gateway_preflight,
+    "authority": _authority_preflight,
 }
 
 
@@ -228,8 +228,8 @@ def _file_fault(name: str) -> str:
             return f"{name} is not a file"
         with Path(name).open("rb"):
             return ""
-    except (OSError, ValueError) as fault:
-        return f"{name} can't be read: {getattr(fault, 'strerror', None) or fault}"
+    except (OSError, ValueError) as error:
+        return f"{name} can't be read: {getattr(error, 'strerror', None) or error}"
 
 
 def _open_to_others(config: Config, key: str, path: Path) -> Iterator[Problem]:

@@ -20,7 +20,7 @@ from rtunnel.config import parse_endpoint
 from rtunnel.relay.link import certificate_fault
 from rtunnel.trust.certificates import AUTHORITY_NAME
 from rtunnel.trust.files import PUBLIC, replace
-from rtunnel.trust.identity import Roots
+from rtunnel.trust.identity import TrustStore
 from rtunnel.trust.keys import TrustError
 from rtunnel.trust.tls import client_context_of
 from rtunnel.watch import Watched, watch
@@ -51,7 +51,7 @@ _MAX_FILE: Final = 1 << 16
 Apply = Callable[[Callable[[], Any]], Awaitable[Any]]
 
 
-class Anchor:
+class TrustFollower:
     """The CAs in force and the revocations of one process.
 
     `roots` belongs to the thread in which `apply` runs what it is given; `changed` is called there after each change.
@@ -68,7 +68,7 @@ class Anchor:
         changed: Callable[[], object],
     ) -> None:
         """Reads `ca`, and `trust` if it is there. Raises TrustError."""
-        self.roots = Roots(_read(ca), str(ca))
+        self.trust_store = TrustStore(_read(ca), str(ca))
         self._ca = ca
         self._trust = trust
         self._authority = authority
@@ -103,19 +103,19 @@ class Anchor:
             raise Refused(Refusal.AUTHORITY_UNAVAILABLE, "no authority is configured here: certificates come by hand")
         try:
             answer = await self._ask(request, Enrolled | Refuse)
-        except (_Silent, TrustError) as fault:
-            raise Refused(Refusal.AUTHORITY_UNAVAILABLE, f"the authority can't be reached: {fault}") from None
+        except (_Silent, TrustError) as error:
+            raise Refused(Refusal.AUTHORITY_UNAVAILABLE, f"the authority can't be reached: {error}") from None
         if isinstance(answer, Refuse):
             raise Refused(Refusal.parse(answer.code), answer.text)
         assert isinstance(answer, Enrolled)
         return answer
 
-    def shown(self) -> dict[str, object]:
+    def status(self) -> dict[str, object]:
         """For /statusz."""
         return {
-            "number": self.roots.number,
-            "generation": self.roots.generation,
-            "revoked": len(self.roots.revoked),
+            "number": self.trust_store.number,
+            "generation": self.trust_store.generation,
+            "revoked": len(self.trust_store.revoked),
             "authority": (self._fault or "ok") if self._authority else "none",
             "kept": self._unkept or ("ok" if self._trust else "no file"),
         }
@@ -124,15 +124,15 @@ class Anchor:
 
     async def _put_ca(self, pem: bytes) -> dict[str, object]:
         def begin_again() -> bool:
-            self.roots.begin_again(pem, str(self._ca))
+            self.trust_store.begin_again(pem, str(self._ca))
             return True
 
         await self._change(begin_again)
-        return {"number": self.roots.number}
+        return {"number": self.trust_store.number}
 
     async def _put_trust(self, signed: bytes) -> dict[str, object]:
         news = await self._change(partial(self._take, signed, f"{self._trust}: "))
-        return {"number": self.roots.number, "news": news}
+        return {"number": self.trust_store.number, "news": news}
 
     async def _change(self, change: Callable[[], bool]) -> bool:
         """Run where `roots` may be changed; whether it was. Raises TrustError."""
@@ -150,30 +150,30 @@ class Anchor:
 
     def _take(self, signed: bytes, where: str = "") -> bool:
         try:
-            return self.roots.take(signed)
-        except TrustError as fault:
-            raise TrustError(f"{where}{fault}") from None
+            return self.trust_store.take(signed)
+        except TrustError as error:
+            raise TrustError(f"{where}{error}") from None
 
     # The authority.
 
     async def _follow(self) -> None:
         while True:
             try:
-                answer = await self._ask(Follow(VERSION, self.roots.number), Trust | Refuse)
+                answer = await self._ask(Follow(VERSION, self.trust_store.number), Trust | Refuse)
                 if isinstance(answer, Refuse):
                     raise _Silent(f"it refuses: {answer.text}")
                 if answer.signed and await self._change(partial(self._take, answer.signed)):
                     self._log.info("trust_list_taken", **self._news())
                     await self._keep(answer.signed)
                 elif self._unkept:
-                    await self._keep(self.roots.signed)
+                    await self._keep(self.trust_store.signed)
                 self._heard("")
-            except (_Silent, TrustError) as fault:
-                self._heard(str(fault))
+            except (_Silent, TrustError) as error:
+                self._heard(str(error))
             await trio.sleep(FOLLOW_SECONDS)
 
     def _news(self) -> dict[str, object]:
-        return {"number": self.roots.number, "revoked": len(self.roots.revoked)}
+        return {"number": self.trust_store.number, "revoked": len(self.trust_store.revoked)}
 
     def _heard(self, fault: str) -> None:
         """Say it once when it changes."""
@@ -190,11 +190,11 @@ class Anchor:
         try:
             await trio.to_thread.run_sync(replace, self._trust, PUBLIC, signed)
             self._unkept = ""
-        except TrustError as fault:
-            if str(fault) != self._unkept:
+        except TrustError as error:
+            if str(error) != self._unkept:
                 hint = "the next start begins with an older list"
-                self._log.warning("trust_list_not_kept", reason=str(fault), hint=hint)
-            self._unkept = str(fault)
+                self._log.warning("trust_list_not_kept", reason=str(error), hint=hint)
+            self._unkept = str(error)
 
     async def _ask(self, request: Message, expected: Any) -> Any:
         """One question, one answer. Raises _Silent."""
@@ -224,10 +224,10 @@ class Anchor:
         host, port = parse_endpoint(self._authority)
         try:
             tcp = await trio.open_tcp_stream(host, port)
-        except OSError as fault:
-            raise _Silent(_reason(fault)) from None
+        except OSError as error:
+            raise _Silent(_reason(error)) from None
         if self._context is None:  # only now: a list that came meanwhile has taken it away
-            self._context = client_context_of(self.roots.pem)
+            self._context = client_context_of(self.trust_store.pem)
         return _Line(trio.SSLStream(tcp, self._context, server_hostname=AUTHORITY_NAME, https_compatible=True))
 
 
@@ -256,10 +256,10 @@ class _Line:
                 if not data:
                     raise _Silent("it closed the connection")
                 self._decoder.feed(data)
-        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as fault:
-            raise _Silent(_reason(fault)) from None
-        except MessageError as fault:
-            raise _Silent(f"it does not speak our protocol: {fault}") from None
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
+            raise _Silent(_reason(error)) from None
+        except MessageError as error:
+            raise _Silent(f"it does not speak our protocol: {error}") from None
         return answer
 
 
@@ -280,8 +280,8 @@ def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_FILE + 1)
-    except OSError as fault:
-        raise TrustError(f"{path}: can't be read: {fault.strerror}") from None
+    except OSError as error:
+        raise TrustError(f"{path}: can't be read: {error.strerror}") from None
     if len(data) > _MAX_FILE:
         raise TrustError(f"{path}: is far too long")
     return data

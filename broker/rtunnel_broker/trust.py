@@ -14,12 +14,12 @@ from typing import Final, Protocol, TypeVar
 import trio
 from structlog.typing import FilteringBoundLogger
 
-from rtunnel.anchor import Anchor
 from rtunnel.bridge import Bridge
 from rtunnel.config import BrokerConfig
+from rtunnel.follower import TrustFollower
 from rtunnel.relay.relay import Relay
 from rtunnel.trust.certificates import DAY
-from rtunnel.trust.identity import Roots
+from rtunnel.trust.identity import TrustStore
 from rtunnel.trust.keys import TrustError
 from rtunnel.trust.tls import certificate_der, certificate_fingerprint, days_left, dial_server_context, server_context
 from rtunnel.watch import Watched, watch
@@ -45,7 +45,7 @@ TELL_PAUSE: Final = 0.004
 JUDGE_SECONDS: Final = 0.001
 
 
-class StandingNode(Protocol):
+class TrustNode(Protocol):
     """The node, as its standing sees it."""
 
     node: str
@@ -68,10 +68,10 @@ class Shown:
     clients: str = ""  # the CAs that certificates of links are asked for from
 
 
-class Standing:
+class BrokerTrust:
     """The CAs and revocations of one node, its own certificates, and the sessions that stand and fall with them."""
 
-    def __init__(self, node: StandingNode, broker: BrokerConfig, log: FilteringBoundLogger) -> None:
+    def __init__(self, node: TrustNode, broker: BrokerConfig, log: FilteringBoundLogger) -> None:
         """Raises TrustError."""
         self._node = node
         self._config = broker
@@ -79,18 +79,18 @@ class Standing:
         self._certified: set[Session] = set()  # by certificate, from a good Hello on
         self._enrolling = 0
         self._refused: dict[str, float] = {}  # sources; when nothing will be held against them any more
-        self.anchor = self._make_anchor() if broker.ca else None
-        self._generation = self.roots.generation if self.roots is not None else 0
-        self.shown = self._load()
+        self.follower = self._make_follower() if broker.ca else None
+        self._generation = self.trust_store.generation if self.trust_store is not None else 0
+        self.presented = self._load()
         self._showing = trio.Lock()
 
-    def _make_anchor(self) -> Anchor:
+    def _make_follower(self) -> TrustFollower:
         async def apply(call: Callable[[], object]) -> object:
             return await self._node.bridge.run(call)
 
         broker = self._config
         trust = Path(broker.trust) if broker.trust else None
-        return Anchor(
+        return TrustFollower(
             ca=Path(broker.ca), trust=trust, authority=broker.authority, log=self._log, apply=apply,
             changed=self.changed,
         )  # fmt: skip
@@ -98,19 +98,19 @@ class Standing:
     async def run(self) -> None:
         """Follow the authority and the files, for ever."""
         async with trio.open_nursery() as nursery:
-            if self.anchor is not None:
-                nursery.start_soon(self.anchor.run)
+            if self.follower is not None:
+                nursery.start_soon(self.follower.run)
             if "tls" in (self._config.security, self._config.dial_security):
                 nursery.start_soon(self._watch_certificate)
 
     @property
-    def roots(self) -> Roots | None:
+    def trust_store(self) -> TrustStore | None:
         """What certificates are judged by; None: none is taken."""
-        return self.anchor.roots if self.anchor is not None else None
+        return self.follower.trust_store if self.follower is not None else None
 
     def is_revoked(self, key: str) -> bool:
         """Of a gateway's key."""
-        return self.roots is not None and f"gateway/{key}" in self.roots.revoked
+        return self.trust_store is not None and f"gateway/{key}" in self.trust_store.revoked
 
     def _review(self) -> None:
         """Pairs of gateways whose key is revoked end."""
@@ -130,7 +130,7 @@ class Standing:
 
     def enrols(self, session: Session, request: Enrol) -> None:
         """A request for a certificate, for the authority. In the relay's thread."""
-        if self.anchor is None or not self._config.authority:
+        if self.follower is None or not self._config.authority:
             text = "this broker can't pass requests for certificates on (broker.authority)"
             session.refuse(Refusal.AUTHORITY_UNAVAILABLE, text)
         elif self._enrolling >= MAX_ENROLLING:
@@ -140,7 +140,7 @@ class Standing:
             session.refuse(Refusal.RATE_LIMITED, text)
         else:
             self._enrolling += 1
-            self._node.bridge.spawn(self._enrol, self.anchor, session, request)
+            self._node.bridge.spawn(self._enrol, self.follower, session, request)
 
     def _refused_too_often(self, source: str) -> bool:
         waits = self._refused.get(source, 0.0) - self._node.relay.loop.now
@@ -153,12 +153,12 @@ class Standing:
         if len(self._refused) < MAX_REFUSED or source in self._refused:
             self._refused[source] = max(now, self._refused.get(source, 0.0)) + REFUSED_SECONDS
 
-    async def _enrol(self, anchor: Anchor, session: Session, request: Enrol) -> None:
+    async def _enrol(self, follower: TrustFollower, session: Session, request: Enrol) -> None:
         """Ask the authority. The link's deadline goes on."""
         try:
-            answer = await anchor.enrol(request)
-        except Refused as refused:
-            code, text = refused.code, refused.text
+            answer = await follower.enrol(request)
+        except Refused as error:
+            code, text = error.code, error.text
 
             def refuse() -> None:
                 if code is not Refusal.AUTHORITY_UNAVAILABLE:
@@ -177,30 +177,30 @@ class Standing:
 
     def changed(self) -> None:
         """In the relay's thread: there are other CAs, or revocations."""
-        roots = self.roots
-        assert roots is not None
-        self._judge(list(self._certified), roots)
+        trust_store = self.trust_store
+        assert trust_store is not None
+        self._judge(list(self._certified), trust_store)
         self._review()
-        if roots.pem != self.shown.clients:
+        if trust_store.pem != self.presented.clients:
             self._node.bridge.spawn(self._show_other_cas)
-        if roots.generation > self._generation:
-            self._generation = roots.generation
-            self._tell(list(self._node.sessions.values()), Trust(signed=roots.signed))
+        if trust_store.generation > self._generation:
+            self._generation = trust_store.generation
+            self._tell(list(self._node.sessions.values()), Trust(signed=trust_store.signed))
 
-    def _judge(self, sessions: list[Session], roots: Roots) -> None:
+    def _judge(self, sessions: list[Session], trust_store: TrustStore) -> None:
         """First all of them lose what they have no right to; then they are told, and their links end."""
         void: list[tuple[Session, Refused]] = []
 
         def judge(session: Session) -> None:
-            if fault := session.judge(roots):
+            if fault := session.judge(trust_store):
                 void.append((session, fault))
 
         def expel(entry: tuple[Session, Refused]) -> None:
-            entry[0].expel(entry[1], roots.signed)
+            entry[0].expel(entry[1], trust_store.signed)
 
-        self._by_and_by(sessions, judge, lambda: self._by_and_by(void, expel))
+        self._in_slices(sessions, judge, lambda: self._in_slices(void, expel))
 
-    def _by_and_by(self, things: list[_T], call: Callable[[_T], None], then: Callable[[], None] | None = None) -> None:
+    def _in_slices(self, things: list[_T], call: Callable[[_T], None], then: Callable[[], None] | None = None) -> None:
         """A part of a turn for some of them, and the others in the next turns: there may be 50,000."""
         until = time.monotonic() + JUDGE_SECONDS
         try:
@@ -208,7 +208,7 @@ class Standing:
                 call(things.pop())
         finally:  # a fault with one of them is no reason to forget the others
             if things:
-                self._node.relay.loop.soon(lambda: self._by_and_by(things, call, then))
+                self._node.relay.loop.soon(lambda: self._in_slices(things, call, then))
             elif then is not None:
                 then()
 
@@ -223,7 +223,7 @@ class Standing:
     def _load(self) -> Shown:
         """Raises TrustError."""
         broker = self._config
-        clients = self.roots.pem if self.roots is not None else ""
+        clients = self.trust_store.pem if self.trust_store is not None else ""
         dials = dial_server_context(broker.certificate, broker.key) if broker.dial_security == "tls" else None
         if broker.security == "plain" and dials is None:
             return Shown(clients=clients)
@@ -243,7 +243,7 @@ class Standing:
             shown = await trio.to_thread.run_sync(self._load)
 
             def put() -> None:
-                self.shown = shown
+                self.presented = shown
 
             await self._node.bridge.run(put)
             return shown
@@ -251,9 +251,9 @@ class Standing:
     async def _show_other_cas(self) -> None:
         try:
             await self._show()
-        except TrustError as fault:
+        except TrustError as error:
             # The files are looked at as well: a good pair will come. Of a CA that is gone nobody gets past the Hello.
-            self._log.error("certificate_rejected", node=self._node.node, reason=str(fault))
+            self._log.error("certificate_rejected", node=self._node.node, reason=str(error))
 
     async def _put_certificate(self, _: Shown) -> dict[str, object]:
         shown = await self._show()

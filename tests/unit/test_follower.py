@@ -13,17 +13,17 @@ import pytest
 import trio
 from structlog.testing import capture_logs
 
-from rtunnel import anchor as anchor_module
+from rtunnel import follower as follower_module
 from rtunnel.config import format_endpoint
 from rtunnel.trust import pki
 from rtunnel.trust.certificates import new_key
 from rtunnel.trust.files import PUBLIC, replace
-from rtunnel.trust.identity import Roots
+from rtunnel.trust.identity import TrustStore
 from rtunnel.trust.keys import TrustError
 from rtunnel.trust.pki import Directory, open_directory
 from rtunnel.trust.tls import certificate_der, server_context
 from rtunnel.wire.refusal import Refusal, Refused
-from support.authority import Anchored, address, anchored, authority, change, enrol, renewal, token
+from support.authority import Following, address, authority, change, enrol, following, renewal, token
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def made(tmp_path: Path) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """News are asked for often."""
-    monkeypatch.setattr(anchor_module, "FOLLOW_SECONDS", 0.05)
+    monkeypatch.setattr(follower_module, "FOLLOW_SECONDS", 0.05)
 
 
 def list_of(directory: Path) -> bytes:
@@ -64,62 +64,62 @@ async def test_it_follows_the_authority_and_keeps_what_it_heard(made: Path, tmp_
     """A revocation arrives within 5 s, is told once, and is there at the next start without the authority."""
     der = certificate_der(made / "a1.pem")
     kept = tmp_path / "trust"
-    async with authority(made) as server, anchored(made / "ca.pem", kept, address(server)) as here:
-        await here.until(lambda: here.anchor.roots.number > 0)
-        here.anchor.roots.verify(der)
+    async with authority(made) as server, following(made / "ca.pem", kept, address(server)) as here:
+        await here.until(lambda: here.follower.trust_store.number > 0)
+        here.follower.trust_store.verify(der)
         revoke_a1(made)
         with trio.fail_after(5):
-            await here.until(lambda: bool(here.anchor.roots.revoked))
+            await here.until(lambda: bool(here.follower.trust_store.revoked))
         with pytest.raises(TrustError, match="revoked"):
-            here.anchor.roots.verify(der)
-        await until(lambda: kept.exists() and kept.read_bytes() == here.anchor.roots.signed)
+            here.follower.trust_store.verify(der)
+        await until(lambda: kept.exists() and kept.read_bytes() == here.follower.trust_store.signed)
         assert here.changes == sorted(set(here.changes)) and len(here.changes) == 2
-        assert here.anchor.shown() == {
-            "number": here.anchor.roots.number,
-            "generation": here.anchor.roots.generation,
+        assert here.follower.status() == {
+            "number": here.follower.trust_store.number,
+            "generation": here.follower.trust_store.generation,
             "revoked": 1,
             "authority": "ok",
             "kept": "ok",
         }
     assert stat.S_IMODE(kept.stat().st_mode) == 0o644
-    later = Anchored(made / "ca.pem", kept).anchor
+    later = Following(made / "ca.pem", kept).follower
     with pytest.raises(TrustError, match="revoked"):
-        later.roots.verify(der)
+        later.trust_store.verify(der)
 
 
 async def test_it_carries_enrols(made: Path) -> None:
     """Enrolled and Refused come through; the certificate is of a CA in force."""
     key = new_key()
     one = token(made)
-    async with authority(made) as server, anchored(made / "ca.pem", None, address(server)) as here:
-        answer = await here.anchor.enrol(enrol(one, key, agent_id="a2"))
-        who = here.anchor.roots.verify(answer.certificate)
+    async with authority(made) as server, following(made / "ca.pem", None, address(server)) as here:
+        answer = await here.follower.enrol(enrol(one, key, agent_id="a2"))
+        who = here.follower.trust_store.verify(answer.certificate)
         assert (who.subject, who.addresses) == ("agent/default/a2", frozenset({"10.1.0.7"}))
-        again = await here.anchor.enrol(renewal(answer.certificate, key, agent_id="a2"))
-        assert here.anchor.roots.verify(again.certificate).subject == who.subject
+        again = await here.follower.enrol(renewal(answer.certificate, key, agent_id="a2"))
+        assert here.follower.trust_store.verify(again.certificate).subject == who.subject
         with pytest.raises(Refused) as caught:
-            await here.anchor.enrol(enrol(one))
+            await here.follower.enrol(enrol(one))
         assert caught.value.code is Refusal.BAD_TOKEN and "used up" in caught.value.text
 
 
 async def test_a_list_that_comes_while_the_authority_is_dialled(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The TLS context of before is gone then; the request goes on with one of the CAs in force now."""
     dial = trio.open_tcp_stream
-    async with authority(made) as server, anchored(made / "ca.pem", None, address(server)) as here:
+    async with authority(made) as server, following(made / "ca.pem", None, address(server)) as here:
 
         async def dial_slowly(host: str, port: int) -> trio.SocketStream:
             stream = await dial(host, port)
-            here.anchor._context = None
+            here.follower._context = None
             return stream
 
         monkeypatch.setattr(trio, "open_tcp_stream", dial_slowly)
-        assert (await here.anchor.enrol(enrol(token(made), agent_id="a2"))).certificate
+        assert (await here.follower.enrol(enrol(token(made), agent_id="a2"))).certificate
 
 
 async def test_who_is_no_ca_is_none(made: Path) -> None:
     """A CA file with somebody's certificate is refused at once, and not met by the first Enrol; from lists as well."""
     with pytest.raises(TrustError, match=r"broker\.pem: .* is no CA's"):
-        Anchored(made / "broker.pem")
+        Following(made / "broker.pem")
     with pytest.raises(TrustError, match="CAs in force"):
         server_context(made / "broker.pem", made / "broker.key", clients="noise")
 
@@ -127,29 +127,29 @@ async def test_who_is_no_ca_is_none(made: Path) -> None:
 async def test_a_list_is_kept_as_soon_as_it_can_be(made: Path, tmp_path: Path, quick: None) -> None:
     """The disk was full: the next start must not begin with the list of before."""
     file = tmp_path / "folder" / "trust"
-    async with authority(made) as server, anchored(made / "ca.pem", file, address(server)) as here:
-        await until(lambda: "can't be written" in str(here.anchor.shown()["kept"]))
+    async with authority(made) as server, following(made / "ca.pem", file, address(server)) as here:
+        await until(lambda: "can't be written" in str(here.follower.status()["kept"]))
         file.parent.mkdir()
         await until(file.exists)
-        await until(lambda: here.anchor.shown()["kept"] == "ok")
-        assert file.read_bytes() == here.anchor.roots.signed
+        await until(lambda: here.follower.status()["kept"] == "ok")
+        assert file.read_bytes() == here.follower.trust_store.signed
 
 
 async def test_a_storm_of_enrols(made: Path) -> None:
     """Many at once are all answered, over a few connections."""
     by = token(made, uses=100)
-    async with authority(made) as server, anchored(made / "ca.pem", None, address(server)) as here:
+    async with authority(made) as server, following(made / "ca.pem", None, address(server)) as here:
         done: list[bytes] = []
 
         async def one(number: int) -> None:
-            answer = await here.anchor.enrol(enrol(by, agent_id=f"b{number}", addresses=[f"10.1.0.{number}"]))
+            answer = await here.follower.enrol(enrol(by, agent_id=f"b{number}", addresses=[f"10.1.0.{number}"]))
             done.append(answer.certificate)
 
         async with trio.open_nursery() as nursery:
             for number in range(100):
                 nursery.start_soon(one, number)
         assert len(set(done)) == 100
-        assert server.connections <= anchor_module.MAX_LINES + 1
+        assert server.connections <= follower_module.MAX_LINES + 1
 
 
 async def test_it_outlives_the_authority(made: Path, quick: None) -> None:
@@ -159,24 +159,24 @@ async def test_it_outlives_the_authority(made: Path, quick: None) -> None:
     reserved.close()
     by = token(made, uses=5)
     with capture_logs() as lines:
-        async with anchored(made / "ca.pem", None, where) as here:
+        async with following(made / "ca.pem", None, where) as here:
             with pytest.raises(Refused) as caught:
-                await here.anchor.enrol(enrol(by, agent_id="a2"))
+                await here.follower.enrol(enrol(by, agent_id="a2"))
             assert caught.value.code is Refusal.AUTHORITY_UNAVAILABLE and "refused" in caught.value.text
-            await until(lambda: "refused" in str(here.anchor.shown()["authority"]))
+            await until(lambda: "refused" in str(here.follower.status()["authority"]))
             async with authority(made, where):
-                await here.until(lambda: here.anchor.roots.number > 0)
-                await here.anchor.enrol(enrol(by, agent_id="a2"))
+                await here.until(lambda: here.follower.trust_store.number > 0)
+                await here.follower.enrol(enrol(by, agent_id="a2"))
                 revoke_a1(made)
-                await here.until(lambda: bool(here.anchor.roots.revoked))
-            number = here.anchor.roots.number
-            await until(lambda: here.anchor.shown()["authority"] != "ok")
+                await here.until(lambda: bool(here.follower.trust_store.revoked))
+            number = here.follower.trust_store.number
+            await until(lambda: here.follower.status()["authority"] != "ok")
             with pytest.raises(Refused):
-                await here.anchor.enrol(enrol(by, agent_id="a2"))
-            assert (here.anchor.roots.number, len(here.anchor.roots.revoked)) == (number, 1)
+                await here.follower.enrol(enrol(by, agent_id="a2"))
+            assert (here.follower.trust_store.number, len(here.follower.trust_store.revoked)) == (number, 1)
             async with authority(made, where):
-                await here.anchor.enrol(enrol(by, agent_id="a2"))
-                await until(lambda: here.anchor.shown()["authority"] == "ok")
+                await here.follower.enrol(enrol(by, agent_id="a2"))
+                await until(lambda: here.follower.status()["authority"] == "ok")
     events = [line["event"] for line in lines]
     assert events.count("authority_reached") == 2
     assert 2 <= events.count("authority_unavailable") <= 4, "an outage is told when it begins, or looks different"
@@ -184,24 +184,24 @@ async def test_it_outlives_the_authority(made: Path, quick: None) -> None:
 
 async def test_a_silent_authority_is_given_up(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that takes connections and answers nothing is unavailable after its time."""
-    monkeypatch.setattr(anchor_module, "PATIENCE", 0.2)
+    monkeypatch.setattr(follower_module, "PATIENCE", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:
-        here = Anchored(made / "ca.pem", None, format_endpoint(*mute.getsockname()))
+        here = Following(made / "ca.pem", None, format_endpoint(*mute.getsockname()))
         with pytest.raises(Refused) as caught:
-            await here.anchor.enrol(enrol(token(made), agent_id="a2"))
+            await here.follower.enrol(enrol(token(made), agent_id="a2"))
     assert caught.value.code is Refusal.AUTHORITY_UNAVAILABLE and "no answer within" in caught.value.text
 
 
 async def test_an_authority_of_another_cluster_is_none(made: Path, tmp_path: Path, quick: None) -> None:
     """Its certificate is not good: nothing of it is taken, no token is shown to it."""
     pki.init(tmp_path / "theirs")
-    async with authority(tmp_path / "theirs") as server, anchored(made / "ca.pem", None, address(server)) as here:
+    async with authority(tmp_path / "theirs") as server, following(made / "ca.pem", None, address(server)) as here:
         with pytest.raises(Refused) as caught:
-            await here.anchor.enrol(enrol(token(made), agent_id="a2"))
+            await here.follower.enrol(enrol(token(made), agent_id="a2"))
         assert "certificate is not good" in caught.value.text
-        await until(lambda: "certificate is not good" in str(here.anchor.shown()["authority"]))
-        assert here.anchor.roots.number == 0 and here.changes == []
-        assert server.shown()["refused"] == {}
+        await until(lambda: "certificate is not good" in str(here.follower.status()["authority"]))
+        assert here.follower.trust_store.number == 0 and here.changes == []
+        assert server.status()["refused"] == {}
 
 
 async def test_a_broker_is_no_authority(made: Path) -> None:
@@ -214,29 +214,32 @@ async def test_a_broker_is_no_authority(made: Path) -> None:
 
     async with trio.open_nursery() as nursery:
         listeners = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
-        here = Anchored(made / "ca.pem", None, format_endpoint(*listeners[0].socket.getsockname()))
+        here = Following(made / "ca.pem", None, format_endpoint(*listeners[0].socket.getsockname()))
         with pytest.raises(Refused) as caught:
-            await here.anchor.enrol(enrol(token(made), agent_id="a2"))
+            await here.follower.enrol(enrol(token(made), agent_id="a2"))
         assert "certificate is not good" in caught.value.text
         nursery.cancel_scope.cancel()
 
 
 async def test_without_an_authority(made: Path) -> None:
     """Lists come by file only, and nobody enrols."""
-    here = Anchored(made / "ca.pem")
+    here = Following(made / "ca.pem")
     with pytest.raises(Refused) as caught:
-        await here.anchor.enrol(enrol(token(made), agent_id="a2"))
+        await here.follower.enrol(enrol(token(made), agent_id="a2"))
     assert caught.value.code is Refusal.AUTHORITY_UNAVAILABLE and "no authority is configured" in caught.value.text
-    assert here.anchor.shown() | {"authority": "none", "kept": "no file", "number": 0} == here.anchor.shown()
+    assert here.follower.status() | {"authority": "none", "kept": "no file", "number": 0} == here.follower.status()
 
 
 async def test_a_list_that_cant_be_kept_is_in_force(made: Path, tmp_path: Path, quick: None) -> None:
     """The folder is not there: said, and nothing else."""
-    async with authority(made) as server, anchored(made / "ca.pem", tmp_path / "no" / "trust", address(server)) as here:
-        await until(lambda: "can't be written" in str(here.anchor.shown()["kept"]))
-        assert here.anchor.roots.number > 0
+    async with (
+        authority(made) as server,
+        following(made / "ca.pem", tmp_path / "no" / "trust", address(server)) as here,
+    ):
+        await until(lambda: "can't be written" in str(here.follower.status()["kept"]))
+        assert here.follower.trust_store.number > 0
         revoke_a1(made)
-        await here.until(lambda: bool(here.anchor.roots.revoked))
+        await here.until(lambda: bool(here.follower.trust_store.revoked))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -247,17 +250,17 @@ async def test_a_list_by_hand(made: Path, tmp_path: Path) -> None:
     file = tmp_path / "trust"
     old = list_of(made)
     replace(file, PUBLIC, old)
-    async with anchored(made / "ca.pem", file) as here:
-        number = here.anchor.roots.number
+    async with following(made / "ca.pem", file) as here:
+        number = here.follower.trust_store.number
         assert number > 0
         revoke_a1(made)
         replace(file, PUBLIC, list_of(made))
-        await here.until(lambda: here.anchor.roots.number > number)
-        assert here.anchor.roots.revoked
+        await here.until(lambda: here.follower.trust_store.number > number)
+        assert here.follower.trust_store.revoked
         with capture_logs() as lines:
             replace(file, PUBLIC, old)
             await until(lambda: [line for line in lines if line["event"] == "trust_loaded"])
-        assert here.anchor.roots.number > number and len(here.changes) == 1
+        assert here.follower.trust_store.number > number and len(here.changes) == 1
 
 
 @pytest.mark.parametrize("fault", ["garbage", "tampered", "theirs", "gone"])
@@ -274,7 +277,7 @@ async def test_bad_lists_change_nothing(made: Path, tmp_path: Path, fault: str) 
         "theirs": _later(tmp_path / "theirs"),
     }.get(fault)
     replace(file, PUBLIC, good)
-    async with anchored(made / "ca.pem", file) as here:
+    async with following(made / "ca.pem", file) as here:
         change(made, lambda opened: opened.publish())
         with capture_logs() as lines:
             if bad is None:
@@ -284,10 +287,10 @@ async def test_bad_lists_change_nothing(made: Path, tmp_path: Path, fault: str) 
             await until(lambda: [line for line in lines if line["event"] == "trust_rejected"])
         (line,) = [line for line in lines if line["event"] == "trust_rejected"]
         assert str(file) in line["reason"]
-        assert here.anchor.roots.signed == good and here.changes == []
+        assert here.follower.trust_store.signed == good and here.changes == []
     if bad is not None:
         with pytest.raises(TrustError, match=str(file)):
-            Anchored(made / "ca.pem", file)
+            Following(made / "ca.pem", file)
 
 
 def _tampered(directory: Path) -> bytes:
@@ -309,45 +312,45 @@ async def test_another_ca_file(made: Path, tmp_path: Path) -> None:
     replace(ca, PUBLIC, (made / "ca.pem").read_bytes())
     replace(file, PUBLIC, list_of(made))
     pki.init(tmp_path / "other")
-    async with anchored(ca, file) as here:
-        assert here.anchor.roots.number > 0
+    async with following(ca, file) as here:
+        assert here.follower.trust_store.number > 0
         replace(ca, PUBLIC, (tmp_path / "other" / "ca.pem").read_bytes())
         await here.until(lambda: bool(here.changes))
-        assert here.anchor.roots.number == 0
+        assert here.follower.trust_store.number == 0
         with pytest.raises(TrustError):
-            here.anchor.roots.verify(certificate_der(made / "a1.pem"))
+            here.follower.trust_store.verify(certificate_der(made / "a1.pem"))
         replace(file, PUBLIC, list_of(tmp_path / "other"))
-        await here.until(lambda: here.anchor.roots.number > 0)
-        here.anchor.roots.verify(certificate_der(tmp_path / "other" / "broker.pem"))
+        await here.until(lambda: here.follower.trust_store.number > 0)
+        here.follower.trust_store.verify(certificate_der(tmp_path / "other" / "broker.pem"))
 
 
 def test_the_list_in_force_survives_a_ca_file_of_its_own_ca(made: Path) -> None:
     """Roots.begin_again: a list that one of the CAs has signed stays; else only its revocations do."""
     revoke_a1(made)
-    roots = Roots((made / "ca.pem").read_bytes())
-    roots.take(list_of(made))
-    number, revoked = roots.number, roots.revoked
-    roots.begin_again((made / "ca.pem").read_bytes())
-    assert (roots.number, roots.revoked) == (number, revoked)
+    trust_store = TrustStore((made / "ca.pem").read_bytes())
+    trust_store.take(list_of(made))
+    number, revoked = trust_store.number, trust_store.revoked
+    trust_store.begin_again((made / "ca.pem").read_bytes())
+    assert (trust_store.number, trust_store.revoked) == (number, revoked)
     with pytest.raises(TrustError, match="no PEM"):
-        roots.begin_again(b"")
-    assert roots.number == number
+        trust_store.begin_again(b"")
+    assert trust_store.number == number
     other = made.parent / "other"
     pki.init(other)
-    roots.begin_again((other / "ca.pem").read_bytes())
-    assert (roots.number, roots.revoked) == (0, revoked)
+    trust_store.begin_again((other / "ca.pem").read_bytes())
+    assert (trust_store.number, trust_store.revoked) == (0, revoked)
 
 
 def test_files_that_cant_be_used(made: Path, tmp_path: Path) -> None:
     """Named at the start."""
     with pytest.raises(TrustError, match="none: can't be read"):
-        Anchored(tmp_path / "none")
+        Following(tmp_path / "none")
     (tmp_path / "empty").touch()
     with pytest.raises(TrustError, match="empty: has no PEM"):
-        Anchored(tmp_path / "empty")
+        Following(tmp_path / "empty")
     (tmp_path / "long").write_bytes(b"x" * 70_000)
     with pytest.raises(TrustError, match="long: is far too long"):
-        Anchored(made / "ca.pem", tmp_path / "long")
+        Following(made / "ca.pem", tmp_path / "long")
 
 
 # --- from CA to CA ----------------------------------------------------------------------------------------------------
@@ -360,37 +363,37 @@ async def test_through_a_whole_rotation(made: Path, tmp_path: Path, quick: None)
     replace(ca, PUBLIC, (made / "ca.pem").read_bytes())
     old = certificate_der(made / "a1.pem")
     async with authority(made) as server:
-        async with anchored(ca, file, address(server)) as here:
-            await here.until(lambda: here.anchor.roots.number > 0)
+        async with following(ca, file, address(server)) as here:
+            await here.until(lambda: here.follower.trust_store.number > 0)
 
             async def heard() -> None:
                 number = number_of(made)
-                await here.until(lambda: here.anchor.roots.number == number)
+                await here.until(lambda: here.follower.trust_store.number == number)
 
             change(made, lambda opened: opened.start_rotation())
             await heard()
-            here.anchor.roots.verify(old)
+            here.follower.trust_store.verify(old)
             change(made, lambda opened: opened.switch_rotation())
             pki.issue_agent(made, "n1", agent_id="a1", namespace="default", addresses=["10.1.0.7"])
             pki.issue_broker(made, "broker", into=tmp_path / "new")
             new = certificate_der(made / "n1.pem")
             for der in (old, new):
-                here.anchor.roots.verify(der)
+                here.follower.trust_store.verify(der)
             await heard()
             change(made, lambda opened: opened.finish_rotation())
             await heard()
-            here.anchor.roots.verify(new)
+            here.follower.trust_store.verify(new)
             with pytest.raises(TrustError, match="not from a CA in force"):
-                here.anchor.roots.verify(old)
+                here.follower.trust_store.verify(old)
             assert len(set(here.changes)) == len(here.changes) == 4
         change(made, lambda opened: opened.publish())
-        async with anchored(ca, file, address(server)) as again:
-            again.anchor.roots.verify(new)
+        async with following(ca, file, address(server)) as again:
+            again.follower.trust_store.verify(new)
             number = number_of(made)
-            await again.until(lambda: again.anchor.roots.number == number)
-        away = Anchored(ca)
-        assert away.anchor.roots.take(list_of(made))
-        away.anchor.roots.verify(new)
+            await again.until(lambda: again.follower.trust_store.number == number)
+        away = Following(ca)
+        assert away.follower.trust_store.take(list_of(made))
+        away.follower.trust_store.verify(new)
 
 
 async def test_it_finds_the_authority_of_the_new_ca(made: Path, quick: None) -> None:
@@ -398,7 +401,7 @@ async def test_it_finds_the_authority_of_the_new_ca(made: Path, quick: None) -> 
     reserved = socket.create_server(("127.0.0.1", 0))
     where = format_endpoint(*reserved.getsockname())
     reserved.close()
-    async with anchored(made / "ca.pem", None, where) as here:
+    async with following(made / "ca.pem", None, where) as here:
         for step in (Directory.start_rotation, Directory.switch_rotation, _finish):
             async with authority(made, where):
                 change(made, step)
@@ -409,8 +412,8 @@ def _finish(directory: Directory) -> None:
     directory.finish_rotation(force=True)
 
 
-def _has(here: Anchored, number: int) -> bool:
-    return here.anchor.roots.number == number
+def _has(here: Following, number: int) -> bool:
+    return here.follower.trust_store.number == number
 
 
 def number_of(directory: Path) -> int:
