@@ -31,6 +31,7 @@ from rtunnel.wire.messages import (
     Enrol,
     Enrolled,
     Follow,
+    M,
     Message,
     MessageError,
     Refuse,
@@ -102,12 +103,11 @@ class TrustFollower:
         if not self._authority:
             raise Refused(Refusal.AUTHORITY_UNAVAILABLE, "no authority is configured here: certificates come by hand")
         try:
-            answer = await self._ask(request, Enrolled | Refuse)
+            answer = await self._ask(request, Decoder[Enrolled | Refuse](Enrolled, Refuse, limit=MAX_MESSAGE))
         except (_Silent, TrustError) as error:
             raise Refused(Refusal.AUTHORITY_UNAVAILABLE, f"the authority can't be reached: {error}") from None
         if isinstance(answer, Refuse):
             raise Refused(Refusal.parse(answer.code), answer.text)
-        assert isinstance(answer, Enrolled)
         return answer
 
     def status(self) -> dict[str, object]:
@@ -159,7 +159,8 @@ class TrustFollower:
     async def _follow(self) -> None:
         while True:
             try:
-                answer = await self._ask(Follow(VERSION, self.trust_store.number), Trust | Refuse)
+                question = Follow(VERSION, self.trust_store.number)
+                answer = await self._ask(question, Decoder[Trust | Refuse](Trust, Refuse, limit=MAX_MESSAGE))
                 if isinstance(answer, Refuse):
                     raise _Silent(f"it refuses: {answer.text}")
                 if answer.signed and await self._change(partial(self._take, answer.signed)):
@@ -196,8 +197,8 @@ class TrustFollower:
                 self._log.warning("trust_list_not_kept", reason=str(error), hint=hint)
             self._unkept = str(error)
 
-    async def _ask(self, request: Message, expected: Any) -> Any:
-        """One question, one answer. Raises _Silent."""
+    async def _ask(self, request: Message, answers: Decoder[M]) -> M:
+        """Send one request and return its answer. Raises _Silent."""
         # News do not wait behind a storm of new agents.
         limit = self._limit if isinstance(request, Enrol) else nullcontext()
         with trio.move_on_after(PATIENCE):
@@ -205,15 +206,15 @@ class TrustFollower:
                 while self._lines:  # the authority closes those that are silent: then the next one
                     line = self._lines.pop()
                     try:
-                        return await self._converse(line, request, expected)
+                        return await self._converse(line, request, answers)
                     except _Silent:
                         continue
-                return await self._converse(await self._connect(), request, expected)
+                return await self._converse(await self._connect(), request, answers)
         raise _Silent(f"no answer within {PATIENCE:g} s")
 
-    async def _converse(self, line: _Line, request: Message, expected: Any) -> Any:
+    async def _converse(self, line: _Line, request: Message, answers: Decoder[M]) -> M:
         try:
-            answer = await line.ask(request, expected)
+            answer = await line.ask(request, answers)
         except BaseException:
             line.close()
             raise
@@ -240,22 +241,20 @@ class _Line:
 
     def __init__(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
         self.stream = stream
-        self._decoder = Decoder(None, MAX_MESSAGE)
 
     def close(self) -> None:
         """At once."""
         self.stream.transport_stream.socket.close()
 
-    async def ask(self, request: Message, expected: Any) -> Any:
-        """Raises _Silent."""
-        self._decoder.expect(expected)
+    async def ask(self, request: Message, answers: Decoder[M]) -> M:
+        """Send the request and return its answer. Raises _Silent."""
         try:
             await self.stream.send_all(encode(request))
-            while (answer := self._decoder.next()) is None:
+            while (answer := answers.next()) is None:
                 data = await self.stream.receive_some(MAX_MESSAGE)
                 if not data:
                     raise _Silent("it closed the connection")
-                self._decoder.feed(data)
+                answers.feed(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
             raise _Silent(_reason(error)) from None
         except MessageError as error:

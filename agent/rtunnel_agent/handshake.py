@@ -11,7 +11,7 @@ import hmac
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Final, Protocol, assert_never
 
 from rtunnel.relay.ends import EndHandler
 from rtunnel.relay.link import Link
@@ -42,6 +42,9 @@ from rtunnel.wire.yamux import INITIAL_WINDOW
 
 #: A broker answers a Hello with a token by its Challenge at once: it asks nobody for that.
 CHALLENGE_SECONDS: Final = 2.0
+
+#: What a broker sends in a session.
+FromBroker = Challenge | Welcome | Trust | Drain | Bye | Refuse
 
 
 class SessionOwner(Protocol):
@@ -85,7 +88,7 @@ class AgentSession:
     streams: int = 0
 
     _control: StreamEnd | None = None
-    _decoder: Decoder = field(default_factory=lambda: Decoder(Challenge | Refuse))
+    _decoder: Decoder[FromBroker] = field(default_factory=lambda: Decoder(Challenge, Refuse))
     _code: Refusal | None = None
     _why: str = ""
     _deadline: Timer | None = None
@@ -120,7 +123,7 @@ class AgentSession:
             # Without TLS this is the first that a silent address is asked.
             self._wait_for("Challenge", min(self.timeout, CHALLENGE_SECONDS))
         else:
-            self._decoder.expect(Welcome | Refuse)
+            self._decoder.expect(Welcome, Refuse)
             self._decoder.limit = messages.MAX_MESSAGE
             self._wait_for("Welcome", self.timeout)
         self._control = link.open(self, self._frame)
@@ -163,30 +166,36 @@ class AgentSession:
         if why != "link_lost":
             self.end(f"control stream {why}")
 
-    def _take(self, message: Any) -> None:
+    def _take(self, message: FromBroker) -> None:
         self.answered = True
-        if isinstance(message, Challenge):
-            self._prove(message)
-        elif isinstance(message, Welcome):
-            if self._deadline is not None:
-                self._deadline.cancel()
-            assert self.link is not None and self.hello is not None
-            if message.start_window not in (INITIAL_WINDOW, self.hello.start_window):
-                raise MessageError(f"the broker's start_window {message.start_window} is not the Hello's")
-            self.link.start_window = message.start_window
-            self.welcome = message
-            self._decoder.expect(Trust | Drain | Bye | Refuse)
-            self.owner.session_up(self)
-        elif isinstance(message, Trust):
-            self.owner.session_trust(self, message.signed)
-        elif isinstance(message, Refuse):
-            self._code = Refusal.parse(message.code)
-            self.end(f"{message.code}: {message.text}")
-        elif isinstance(message, Drain):
-            self.draining = True
-            self.owner.session_draining(self, message.deadline)
-        elif isinstance(message, Bye):
-            self.end(f"the broker said goodbye: {message.reason}")
+        match message:
+            case Challenge():
+                self._prove(message)
+            case Welcome():
+                self._take_welcome(message)
+            case Trust(signed):
+                self.owner.session_trust(self, signed)
+            case Refuse(code, text):
+                self._code = Refusal.parse(code)
+                self.end(f"{code}: {text}")
+            case Drain(deadline):
+                self.draining = True
+                self.owner.session_draining(self, deadline)
+            case Bye(reason):
+                self.end(f"the broker said goodbye: {reason}")
+            case _:
+                assert_never(message)
+
+    def _take_welcome(self, welcome: Welcome) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        assert self.link is not None and self.hello is not None
+        if welcome.start_window not in (INITIAL_WINDOW, self.hello.start_window):
+            raise MessageError(f"the broker's start_window {welcome.start_window} is not the Hello's")
+        self.link.start_window = welcome.start_window
+        self.welcome = welcome
+        self._decoder.expect(Trust, Drain, Bye, Refuse)
+        self.owner.session_up(self)
 
     def _prove(self, challenge: Challenge) -> None:
         """The broker must know the token as well: TLS says who it is, this says that it is of our cluster."""
@@ -201,7 +210,7 @@ class AgentSession:
             self.end("the broker does not know our join token's secret: wrong token, or not our broker")
             return
         mac = token_mac(self.secret, AGENT_LABEL, self._frame, challenge.nonce, binding)
-        self._decoder.expect(Welcome | Refuse)
+        self._decoder.expect(Welcome, Refuse)
         self._decoder.limit = messages.MAX_MESSAGE
         self._wait_for("Welcome", self.timeout)
         self._control_say(encode(Proof(mac=mac)))
@@ -247,7 +256,9 @@ class Enrolment:
     attempt: Attempt | None = None  # while there is no link
     link: Link | None = None
 
-    _decoder: Decoder = field(default_factory=lambda: Decoder(Enrolled | Refuse, messages.MAX_MESSAGE))
+    _decoder: Decoder[Enrolled | Refuse] = field(
+        default_factory=lambda: Decoder(Enrolled, Refuse, limit=messages.MAX_MESSAGE)
+    )
     _deadline: Timer | None = None
     _outcome: Enrolled | Refuse | str = ""
 

@@ -206,7 +206,7 @@ class Server:
 
     async def _converse(self, stream: trio.SSLStream[_Visitor], peer: str) -> None:
         """Until the peer has nothing more to say, or says it too slowly or wrongly."""
-        decoder = Decoder(Enrol | Follow)
+        decoder = Decoder[Enrol | Follow](Enrol, Follow)
         with trio.move_on_after(DEADLINE) as shaking:
             await stream.do_handshake()
         if shaking.cancelled_caught:

@@ -28,6 +28,7 @@ from rtunnel.strangers import MADE_ROOM, Loss, Strangers
 from rtunnel.trust.keys import DialKeys, NonceWindow
 from rtunnel.wire import messages
 from rtunnel.wire.messages import (
+    DIAL_ANSWERS,
     Accepted,
     Decoder,
     Dial,
@@ -297,7 +298,7 @@ class OpenConnection:
     def __init__(self, port: OpenPortServer, client: SocketEnd) -> None:
         self._port = port
         self._client = client
-        self._decoder = Decoder(DialAnswer)
+        self._decoder = Decoder[DialAnswer](*DIAL_ANSWERS)
         self._diallings = 0
         self._place = port.counts.answers.enter(port.session.owner, self, client.loop.now)
         self._stream: StreamEnd | None = None

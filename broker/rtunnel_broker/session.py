@@ -14,7 +14,7 @@ import secrets
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Final, Protocol, assert_never
 
 import msgspec
 
@@ -59,6 +59,9 @@ UPDATE_SECONDS: Final = 1.0
 
 #: Streams of one agent may hold such a part of `broker.stream_memory`.
 HELD_PART: Final = 4
+
+#: What an agent sends.
+FromAgent = Hello | Enrol | Proof | Update | Bye
 
 
 class SessionKeeper(Protocol):
@@ -130,7 +133,7 @@ class Session:
     why: str = ""
 
     _control: StreamEnd | None = None
-    _decoder: Decoder = field(default_factory=lambda: Decoder(Hello | Enrol, messages.MAX_HELLO))
+    _decoder: Decoder[FromAgent] = field(default_factory=lambda: Decoder(Hello, Enrol, limit=messages.MAX_HELLO))
     _hello_frame: bytes = b""
     _nonce: bytes = b""
     _deadline: Timer | None = None
@@ -196,21 +199,24 @@ class Session:
         if why != "link_lost":
             self.end(f"control stream {why}")
 
-    def _take(self, message: Any, frame: bytes) -> None:
-        if isinstance(message, Enrol):
-            if len(frame) > 4 + messages.MAX_UNAUTHENTICATED:  # the authority would hang up on this broker
-                raise MessageError(
-                    f"enrol of {len(frame) - 4} bytes is over the limit of {messages.MAX_UNAUTHENTICATED}"
-                )
-            self._take_enrol(message)
-        elif self.state == "new":
-            self._take_hello(message, frame)
-        elif self.state == "hello":
-            self._take_proof(message)
-        elif isinstance(message, Update):
-            self._take_update(message)
-        else:
-            self.end(f"agent said goodbye: {message.reason}" if message.reason else "agent said goodbye")
+    def _take(self, message: FromAgent, frame: bytes) -> None:
+        match message:  # the decoder returns only what the session's state allows
+            case Enrol():
+                if len(frame) > 4 + messages.MAX_UNAUTHENTICATED:  # the authority would hang up on this broker
+                    raise MessageError(
+                        f"enrol of {len(frame) - 4} bytes is over the limit of {messages.MAX_UNAUTHENTICATED}"
+                    )
+                self._take_enrol(message)
+            case Hello():
+                self._take_hello(message, frame)
+            case Proof():
+                self._take_proof(message)
+            case Update():
+                self._take_update(message)
+            case Bye(reason):
+                self.end(f"agent said goodbye: {reason}" if reason else "agent said goodbye")
+            case _:
+                assert_never(message)
 
     def _take_hello(self, hello: Hello, frame: bytes) -> None:
         self.hello = hello
@@ -303,7 +309,7 @@ class Session:
         if not hmac.compare_digest(proof.mac, expected):
             self.refuse(Refusal.BAD_TOKEN, f"the proof for join token {self.hello.token_id!r} is wrong")
             return
-        decoder = Decoder(Hello, messages.MAX_HELLO)
+        decoder = Decoder(Hello, limit=messages.MAX_HELLO)
         decoder.feed(self._hello_frame)
         self.hello = decoder.next()
         self._hello_frame = b""
@@ -313,7 +319,7 @@ class Session:
         self.state = "proven"
         if self.link is not None:
             self.link.allowance = None
-        self._decoder.expect(Update | Bye)
+        self._decoder.expect(Update, Bye)
         self._decoder.limit = messages.MAX_MESSAGE
         self.keeper.wants(self)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 from functools import cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Final, Generic, TypeVar, Union
 
 import msgspec
 
@@ -266,10 +266,11 @@ class Accepted(Message, tag="accepted", frozen=True):
 
 ControlMessage = Hello | Enrol | Enrolled | Trust | Challenge | Proof | Welcome | Refuse | Update | Drain | Bye
 DialAnswer = Dialling | Accepted | Refuse
+DIAL_ANSWERS: Final[tuple[type[DialAnswer], ...]] = (Dialling, Accepted, Refuse)
 
 _encoder = msgspec.msgpack.Encoder()
 _body_decoder = msgspec.msgpack.Decoder(DialBody)
-_M = TypeVar("_M")
+M = TypeVar("M", bound=Message)
 
 
 def encode(message: Message) -> bytes:
@@ -292,43 +293,48 @@ def decode_body(body: bytes) -> DialBody:
 
 
 @cache
-def _decoder_of(expected: Any) -> msgspec.msgpack.Decoder[Any]:
-    """Making one takes longer than decoding with it, and each connection needs some.
+def _decoder_of(expected: tuple[type[M], ...]) -> msgspec.msgpack.Decoder[M]:
+    """Return the decoder for these types. It is kept: to make one takes longer than to decode with it.
 
-    Where one type alone is expected msgspec takes a map without `t`; where two are, it doesn't.
+    Where one type alone is expected, msgspec takes a map without `t`; where two are, it does not.
     """
-    return msgspec.msgpack.Decoder(expected | _Nothing)
+    return msgspec.msgpack.Decoder(Union[(*expected, _Nothing)])
 
 
-class Decoder:
-    """Cuts a byte stream into messages of the expected types.
+class Decoder(Generic[M]):
+    """Cuts a byte stream into messages of the expected types, and of no other type.
 
-    `feed` bytes, then call `next` until it returns None. After the last message that is wanted, `rest()` hands
-    over the bytes that followed it: they belong to the raw stream.
+    Call `feed` with bytes, then `next` until it returns None. After the last message that is wanted,
+    `rest` returns the bytes that followed it: they belong to the raw stream.
+
+    Where several types are expected, name them as the type parameter too:
+    `Decoder[Hello | Enrol](Hello, Enrol)`. Then mypy checks that a `match` on a message has a case
+    for each of them.
     """
 
     __slots__ = ("_buffer", "_decoder", "limit")
 
-    def __init__(self, expected: Any, limit: int = MAX_UNAUTHENTICATED) -> None:
-        self._decoder = _decoder_of(expected)
+    def __init__(self, *expected: type[M], limit: int = MAX_UNAUTHENTICATED) -> None:
+        """Expect messages of these types, with bodies of at most `limit` bytes."""
+        self._decoder: msgspec.msgpack.Decoder[M] = _decoder_of(expected)
         self._buffer = bytearray()
         self.limit = limit
 
-    def expect(self, expected: Any) -> None:
-        """Take messages of other types from here on."""
+    def expect(self, *expected: type[M]) -> None:
+        """Accept messages of these types only, from the next message on."""
         self._decoder = _decoder_of(expected)
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Take bytes in any split."""
         self._buffer += data
 
-    def next(self) -> Any:
-        """The next whole message, or None when more bytes are needed. Raises MessageError."""
+    def next(self) -> M | None:
+        """Return the next whole message, or None when more bytes are needed. Raises MessageError."""
         frame = self.next_frame()
         return None if frame is None else frame[0]
 
-    def next_frame(self) -> tuple[Any, bytes] | None:
-        """Like `next`, with the frame's exact bytes beside the message (to pass on, or to put under a MAC)."""
+    def next_frame(self) -> tuple[M, bytes] | None:
+        """Return what `next` does, with the frame's exact bytes (to pass on, or for a MAC)."""
         buffer = self._buffer
         if len(buffer) < 4:
             return None

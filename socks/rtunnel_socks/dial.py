@@ -29,7 +29,18 @@ from rtunnel.trust.certificates import BROKER_NAME
 from rtunnel.trust.identity import Identity, TrustStore
 from rtunnel.trust.keys import GatewayKey
 from rtunnel.wire import messages
-from rtunnel.wire.messages import Accepted, Decoder, Dial, DialAnswer, DialBody, Dialling, MessageError, Refuse, encode
+from rtunnel.wire.messages import (
+    DIAL_ANSWERS,
+    Accepted,
+    Decoder,
+    Dial,
+    DialAnswer,
+    DialBody,
+    Dialling,
+    MessageError,
+    Refuse,
+    encode,
+)
 from rtunnel.wire.refusal import Next, Refusal, Refused
 from rtunnel_socks.hedge import Hedging, Path
 from rtunnel_socks.proof import Known, Proofs
@@ -338,7 +349,7 @@ class Attempt:
     _end: SocketEnd | None = None
     _body: bytes = b""  # of the Dial as it was sent: what the proof is over
     _known: Known | None = None  # who may prove it by MAC
-    _decoder: Decoder = field(default_factory=lambda: Decoder(DialAnswer))
+    _decoder: Decoder[DialAnswer] = field(default_factory=lambda: Decoder(*DIAL_ANSWERS))
 
     @property
     def path(self) -> Path:

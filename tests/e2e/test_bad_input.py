@@ -64,6 +64,7 @@ from rtunnel_broker.node import STRANGERS_LINES
 from rtunnel_broker.session import HELD_PART
 from support.cluster import Cluster, Part, SocksRefused, Target, in_thread, read_line, running_cluster
 from support.logs import Events, named
+from support.messages import decoder_of
 from support.plumbing import free_range, kept, refusing_port, reset
 from support.redis_server import RedisServer
 from support.secrecy import is_secret
@@ -375,7 +376,7 @@ class Wire(yamux.Session):
     def hear_frame(self, wanted: Any, stream: Stream | None = None) -> tuple[Any, bytes]:
         """The same, with its bytes."""
         source = stream or self.control
-        decoder = messages.Decoder(wanted, messages.MAX_MESSAGE)
+        decoder = decoder_of(wanted, messages.MAX_MESSAGE)
         while True:
             decoder.feed(source.data)
             source.data.clear()
@@ -654,7 +655,7 @@ def session_of(cluster: Cluster, agent: str = "a1", slot: int = 0) -> Welcome:
 
 def first_answer(data: bytes) -> tuple[str, str]:
     """The first message in what a guarded port said: (code, text) of a refusal, ("accepted", "")."""
-    decoder = messages.Decoder(DialAnswer, messages.MAX_MESSAGE)
+    decoder = decoder_of(DialAnswer, messages.MAX_MESSAGE)
     decoder.feed(data)
     answer = decoder.next()
     if answer is None:

@@ -36,7 +36,6 @@ from rtunnel.trust.proof import ACCEPTED, Exchange, sign
 from rtunnel.trust.tls import certificate_der
 from rtunnel.wire.messages import (
     Accepted,
-    Decoder,
     Dial,
     DialAnswer,
     DialBody,
@@ -52,6 +51,7 @@ from rtunnel_agent.proof import Answer, Prover
 from rtunnel_socks.proof import Proofs
 from support.cluster import Cluster, SocksRefused, Target, in_thread, read_line, running_cluster
 from support.logs import Events, named
+from support.messages import decoder_of
 from support.plumbing import free_port, kept, read_exactly
 from support.polling import until
 
@@ -106,7 +106,7 @@ class Rogue:
 
 def one_message(sock: socket.socket, expected: Any) -> Any:
     """The next message; OSError when the connection ends before."""
-    decoder = Decoder(expected)
+    decoder = decoder_of(expected)
     while (message := decoder.next()) is None:
         data = sock.recv(1)
         if not data:

@@ -53,9 +53,10 @@ from rtunnel.trust.keys import TrustError
 from rtunnel.trust.proof import ACCEPTED, Exchange, is_signed, sign
 from rtunnel.trust.tls import certificate_der, client_context, server_context
 from rtunnel.wire import http, http_body, http_response, messages, socks5, yamux
-from rtunnel.wire.messages import ControlMessage, Decoder, Dial, DialAnswer, Follow, MessageError
+from rtunnel.wire.messages import ControlMessage, Dial, DialAnswer, Follow, MessageError
 from rtunnel.wire.refusal import Refusal, Refused
 from support import hostile
+from support.messages import decoder_of
 
 _DER: Final = serialization.Encoding.DER
 #: Longer inputs find little more, and cost more.
@@ -250,7 +251,7 @@ _EXPECTED: Final = (messages.Hello | messages.Enrol, ControlMessage | Follow, Di
 
 def _decode(parts: Sequence[bytes], expected: Any) -> tuple[list[tuple[Any, bytes]], str, bytes]:
     limit = messages.MAX_UNAUTHENTICATED
-    decoder = Decoder(expected, limit)
+    decoder = decoder_of(expected, limit)
     found = []
     try:
         for part in parts:

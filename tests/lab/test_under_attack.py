@@ -60,7 +60,7 @@ def _whole(lab: Lab) -> Iterator[None]:
 
 def ask_port(host: Host, place: tuple[str, int], dial: bytes) -> str:
     """Raw bytes to a guarded port from a place: the code of the refusal, or the first other answer's type."""
-    decoder = Decoder(messages.DialAnswer)
+    decoder = Decoder[messages.DialAnswer](*messages.DIAL_ANSWERS)
     with host.connect(*place) as sock:
         sock.sendall(dial)
         while (answer := decoder.next()) is None:

@@ -55,6 +55,7 @@ from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_authority import server as server_module
 from rtunnel_authority.server import Server
 from support.authority import authority, change, csr, enrol, renewal, token
+from support.messages import decoder_of
 
 DAY = 86400
 
@@ -554,7 +555,7 @@ async def dialled(server: Server, made: Path) -> trio.SSLStream[trio.SocketStrea
 
 
 async def ask(stream: trio.SSLStream[trio.SocketStream], question: Message) -> Any:
-    decoder = Decoder(Enrolled | Trust | Refuse, 1 << 16)
+    decoder = decoder_of(Enrolled | Trust | Refuse, 1 << 16)
     await stream.send_all(encode(question))
     with trio.fail_after(10):
         while (answer := decoder.next()) is None:
@@ -591,7 +592,8 @@ async def test_what_is_no_question_ends_the_connection(made: Path) -> None:
                 with trio.fail_after(10):
                     async for piece in stream:
                         decoder.feed(piece)
-                assert decoder.next().code == Refusal.PROTOCOL_ERROR
+                answer = decoder.next()
+                assert answer is not None and answer.code == Refusal.PROTOCOL_ERROR
 
 
 async def test_the_slow_are_closed(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -769,7 +771,7 @@ def test_the_process(made: Path) -> None:
                 context.wrap_socket(tcp, server_hostname=AUTHORITY_NAME) as stream,
             ):
                 stream.sendall(encode(enrol(by)))
-                decoder = Decoder(Enrolled | Refuse, 1 << 16)
+                decoder = decoder_of(Enrolled | Refuse, 1 << 16)
                 while (answer := decoder.next()) is None:
                     decoder.feed(stream.recv(1 << 16))
                 assert isinstance(answer, Enrolled)

@@ -365,7 +365,7 @@ def test_what_an_agent_tells_brokers_fits() -> None:
     hello = consistency.longest_hello(agent)
     frame = encode(hello)
     assert networks > 64 and MAX_HELLO - 64 < len(frame) - 4 <= MAX_HELLO
-    decoder = Decoder(Hello | Enrol, MAX_HELLO)
+    decoder = Decoder[Hello | Enrol](Hello, Enrol, limit=MAX_HELLO)
     decoder.feed(frame)
     assert decoder.next() == hello
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from rtunnel.wire import messages, yamux
 from rtunnel.wire.messages import Dial, DialAnswer, DialBody, Dialling, Enrol, Hello, MessageError, Publish, encode
 from rtunnel_broker.session import hello_fault
+from support.messages import decoder_of
 from support.work import bytecodes
 
 #: A byte of the dearest input may cost so much more than a byte of an ordinary one.
@@ -126,7 +127,7 @@ def test_a_frame_costs_the_same_however_many_came_before(step: int) -> None:
 def told(message: Hello | Enrol) -> float:
     """What a broker pays for each byte of a first message."""
     frame = encode(message)
-    decoder = messages.Decoder(Hello | Enrol, messages.MAX_HELLO)
+    decoder = messages.Decoder[Hello | Enrol](Hello, Enrol, limit=messages.MAX_HELLO)
 
     def take() -> None:
         decoder.feed(frame)
@@ -196,7 +197,7 @@ DIAL: Final = encode(
 
 def decoded(data: bytes, expected: Any, piece: int) -> float:
     """What a decoder pays for each byte, in pieces of this size."""
-    decoder = messages.Decoder(expected)
+    decoder = decoder_of(expected)
 
     def take() -> None:
         for at in range(0, len(data), piece):

@@ -54,6 +54,7 @@ from rtunnel.wire.messages import (
     encode,
     encode_body,
 )
+from support.messages import decoder_of
 
 NONCE = bytes(range(16))
 MAC = bytes(range(32))
@@ -161,7 +162,7 @@ def packed(value: object) -> bytes:
 
 def decode(frame: bytes, expected: Any = ANY, limit: int = MAX_MESSAGE) -> Any:
     """The one message of a frame."""
-    decoder = Decoder(expected, limit)
+    decoder = decoder_of(expected, limit)
     decoder.feed(frame)
     message = decoder.next()
     assert decoder.next() is None
@@ -436,7 +437,7 @@ def test_a_length_over_the_limit_is_refused_before_the_body_comes(limit: int) ->
 
 def test_the_limit_may_be_raised_in_between() -> None:
     """A peer that has proved itself may send longer messages from then on."""
-    decoder = Decoder(ANY)
+    decoder = decoder_of(ANY)
     long = encode(Update(exposes=["x" * 128] * 256))
     decoder.feed(encode(Proof(mac=MAC)) + long)
     assert decoder.next() == Proof(mac=MAC)
@@ -545,7 +546,7 @@ def test_deep_nesting_does_no_harm(opener: bytes, depth: int) -> None:
     limit = 1 << 20
     nest = opener * depth + b"\xc0"
     for body in (nest, b"\x82\xa1t\xa3bye\xa1z" + nest, b"\x82\xa1t\xa3bye\xa6reason" + nest):
-        decoder = Decoder(ANY, limit)
+        decoder = decoder_of(ANY, limit)
         decoder.feed(framed(body))
         try:
             assert decoder.next() == Bye()
@@ -588,7 +589,7 @@ def test_no_version_is_blamed_without_reason(body: object) -> None:
 
 def take_all(pieces: Iterable[bytes]) -> tuple[list[Any], bytes, int]:
     """The messages in these pieces, the rest, and the most that was held between two feeds."""
-    decoder = Decoder(ANY, MAX_MESSAGE)
+    decoder = decoder_of(ANY, MAX_MESSAGE)
     found: list[Any] = []
     most = 0
     for piece in pieces:
@@ -649,7 +650,7 @@ def test_rest_hands_over_the_raw_stream_once() -> None:
 
 def test_expectations_change_between_messages_of_one_read() -> None:
     """The type of the second message is checked by what is expected when it is taken."""
-    decoder = Decoder(Hello)
+    decoder = Decoder[Hello | Proof](Hello)
     decoder.feed(packed(example_of("hello")) + packed(example_of("proof")))
     assert isinstance(decoder.next(), Hello)
     decoder.expect(Proof)
@@ -660,7 +661,7 @@ def test_expectations_change_between_messages_of_one_read() -> None:
 @given(st.lists(st.binary(min_size=1, max_size=3000), max_size=12), st.sampled_from((0, 64, MAX_UNAUTHENTICATED)))
 def test_nothing_is_held_beyond_one_frame(pieces: list[bytes], limit: int) -> None:
     """Who takes messages after each feed holds less than one frame of the limit; in a feed, that and the piece."""
-    decoder = Decoder(ANY, limit)
+    decoder = decoder_of(ANY, limit)
     try:
         for piece in pieces:
             decoder.feed(piece)
@@ -699,7 +700,7 @@ JSONISH = st.recursive(
 def test_arbitrary_bytes_raise_only_a_message_error(noise: bytes, expected: Any) -> None:
     """As a stream, as one frame's body, and as a Dial's body."""
     for feed in (noise, framed(noise)):
-        decoder = Decoder(expected)
+        decoder = decoder_of(expected)
         decoder.feed(feed)
         try:
             while decoder.next() is not None:

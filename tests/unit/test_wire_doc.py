@@ -23,9 +23,10 @@ from rtunnel.trust import certificates, identity
 from rtunnel.trust import proof as proofs
 from rtunnel.trust.keys import AGENT_LABEL, BROKER_LABEL, GATEWAY_LABEL, DialKeys, gateway_key, token_mac
 from rtunnel.wire import messages
-from rtunnel.wire.messages import Decoder, Dial, Hello, Message, Proof, decode_body
+from rtunnel.wire.messages import Dial, Hello, Message, Proof, decode_body
 from rtunnel.wire.refusal import Refusal
 from rtunnel.wire.yamux import Fault
+from support.messages import decoder_of
 
 TEXT = (Path(__file__).parents[2] / "docs" / "wire.md").read_text(encoding="utf-8")
 
@@ -93,7 +94,7 @@ def test_the_binding_is_the_certificates_hash() -> None:
 
 def one(frame: bytes, expected: Any) -> Any:
     """The one message of a frame."""
-    decoder = Decoder(expected)
+    decoder = decoder_of(expected)
     decoder.feed(frame)
     message = decoder.next()
     assert message is not None
