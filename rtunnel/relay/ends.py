@@ -17,6 +17,9 @@ READS_A_TURN: Final = 4
 DROPS_A_TURN: Final = 16
 #: How long a closing end may take to get its last words through.
 LINGER_SECONDS: Final = 5.0
+#: Bytes that a closing end throws away. The buffers of both kernels hold some 10 MiB, so a peer that sends more has had
+#: the last words for long.
+LINGER_BYTES: Final = 16 * 1024 * 1024
 
 _RST_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
@@ -68,6 +71,7 @@ class SocketEnd:
     __slots__ = (
         "_awaits_room",
         "_deadline",
+        "_dropped",
         "_dying",
         "_fin_sent",
         "_handler",
@@ -99,6 +103,7 @@ class SocketEnd:
         self._reading = False
         self._out = b""
         self._dying = False
+        self._dropped = 0  # bytes that came while it was closing
         self._fin_sent = False
         self._queued = False
         self._deadline: Timer | None = None
@@ -169,6 +174,13 @@ class SocketEnd:
             reset_on_close(self.sock)
             self._handler = None
             self._bury()
+
+    def cut_short(self) -> None:
+        """Close at once: in order if it is closing and the kernel has its last words, else with a reset."""
+        if self._dying and not self._out and not self.closed:
+            self._bury()
+        else:
+            self.abort()
 
     def await_room(self) -> None:
         """A write found no room: be told when there is some."""
@@ -255,8 +267,13 @@ class SocketEnd:
                 self._fin_sent = True
                 self.sock.shutdown(socket.SHUT_WR)
             for _ in range(DROPS_A_TURN):
-                if not self.sock.recv(TALK_BYTES):
+                dropped = len(self.sock.recv(TALK_BYTES))
+                self._dropped += dropped
+                if not dropped:
                     break
+                if self._dropped >= LINGER_BYTES:
+                    self.abort()
+                    return
             else:
                 self._die_later()  # it talks and talks: others get their turn
                 return

@@ -39,6 +39,12 @@ UNPROVEN_FRAMES_A_TURN: Final = 32
 #: streams a second that is five days; then it is closed, and the agent dials a new one.
 LAST_STREAM_ID: Final = 2**32 - 2**20
 
+#: Unsent bytes of a link that ends; with more than these its peer reads nothing, and would not hear why.
+LAST_WORDS_BYTES: Final = 1024 * 1024
+#: Ended links whose last words are on their way. They have no place among strangers or sessions any more, so a flood of
+#: broken handshakes must not take all descriptors.
+MAX_LEAVING: Final = 256
+
 DEAD_AFTER: Final = 15.0
 #: So often each end looks whether the other was silent; the broker asks only when the agent seems not to.
 PING_AFTER_CLIENT: Final = 5.0
@@ -89,7 +95,7 @@ class Link(WindowedSession):
         server_name: str | None = None,
         handshake_timeout: float = 10.0,
         watched: bool = False,
-        live: set[Link],
+        live: Links,
     ) -> None:
         super().__init__(loop, scratch.memory, client=client)
         self.scratch = scratch
@@ -386,22 +392,20 @@ class Link(WindowedSession):
             self.measured(self.rtt)
 
     def close(self, why: str) -> None:
-        """End in order: what was written goes out first, as far as the kernel takes it."""
-        if self.over:
-            return
-        if self.up:
-            self.go_away(yamux.GoAwayCode.NORMAL)
-            self._flush()
-            if not self.blocked and not self.over:
-                self._transport.finish()
-        self._down(why)
+        """End in order, with a GoAway behind all that was written."""
+        self._leave(yamux.GoAwayCode.NORMAL, why)
 
     def break_off(self, fault: str) -> None:
         """End, and tell the peer by GoAway that it broke the protocol."""
-        if not self.over:
-            self.go_away(yamux.GoAwayCode.PROTOCOL_ERROR)
+        self._leave(yamux.GoAwayCode.PROTOCOL_ERROR, f"protocol error: {fault}")
+
+    def _leave(self, code: yamux.GoAwayCode, why: str) -> None:
+        if self.over:
+            return
+        if self.up:
+            self.go_away(code)
             self._flush()
-            self._down(f"protocol error: {fault}")
+        self._down(why, linger=self.up)
 
     def kill(self, why: str) -> None:
         """End now; the peer gets a reset."""
@@ -422,7 +426,7 @@ class Link(WindowedSession):
             self._timer.cancel()
         self._live.discard(self)
         if linger:
-            SocketEnd(self.loop, self.sock, self.peer, watched=True).close()
+            self._linger()
         else:
             self.loop.close(self.sock)
         self._out.clear()
@@ -435,6 +439,33 @@ class Link(WindowedSession):
         for value in list(self._probes):
             self._probed(value, False)
         self._owner.link_down(self, why)
+
+    def _linger(self) -> None:
+        """Close the socket behind the last words. What the peer still sends is dropped: no reset overtakes them."""
+        words = self._transport.last(self._out if self.up else b"")
+        if len(words) > LAST_WORDS_BYTES:
+            self.loop.close(self.sock)
+            return
+        end = SocketEnd(self.loop, self.sock, self.peer, watched=True)
+        end.write(bytes(words))
+        end.close()
+        self._live.leave(end)
+
+
+class Links(set[Link]):
+    """The links of one relay. Links that have ended may still have last words on their way: `leave`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._leaving: deque[SocketEnd] = deque()
+
+    def leave(self, end: SocketEnd) -> None:
+        """Take an end that is closing; with too many of them the oldest is cut short."""
+        leaving = self._leaving
+        while leaving and (leaving[0].closed or len(leaving) >= MAX_LEAVING):
+            leaving.popleft().cut_short()
+        if not end.closed:
+            leaving.append(end)
 
 
 def _tune(sock: socket.socket) -> None:

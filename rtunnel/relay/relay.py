@@ -12,7 +12,7 @@ from typing import Final
 
 from rtunnel.relay.ends import End, SocketEnd, reset_on_close
 from rtunnel.relay.join import Account, Ending, OnEnd, Pair, Pipes, SocketPair, StreamPair
-from rtunnel.relay.link import Link, LinkOwner
+from rtunnel.relay.link import Link, LinkOwner, Links
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Poller, Timer
 from rtunnel.relay.memory import BUDGET, Memory, trim
 from rtunnel.relay.stream import StreamEnd
@@ -363,7 +363,7 @@ class Relay:
         self.memory = self.scratch.memory
         self.pairs: set[Pair] = set()
         self.listeners: set[Listener] = set()
-        self.links: set[Link] = set()
+        self.links = Links()
         self._thread = threading.Thread(target=self.loop.run, name=name, daemon=True)
 
     # From any thread.
@@ -532,7 +532,7 @@ class Relay:
         for handler in list(self.loop.handlers.values()):
             owner = getattr(handler, "__self__", None)
             if isinstance(owner, SocketEnd):
-                owner.abort()  # neither joined nor refused yet
+                owner.cut_short()  # neither joined nor refused yet, or on its way out
             elif isinstance(owner, Attempt):
                 owner.cancel()
             elif isinstance(owner, TlsSocket):

@@ -96,8 +96,9 @@ class Transport:
         """The peer's certificate (DER); None without TLS or from a client that sent none."""
         return None
 
-    def finish(self) -> None:
-        """Say goodbye as well as the transport can; nothing is sent afterwards."""
+    def last(self, data: bytes | bytearray) -> bytes | memoryview:
+        """Return what the socket has still to send so that `data` and an orderly end arrive; no `send` afterwards."""
+        return bytes(self.pending) + data if data else self.pending
 
 
 class TlsTransport(Transport):
@@ -189,13 +190,12 @@ class TlsTransport(Transport):
         """See Transport."""
         return self._tls.getpeercert(binary_form=True)
 
-    def finish(self) -> None:
-        """See Transport: close_notify."""
+    def last(self, data: bytes | bytearray) -> bytes | memoryview:
+        """See Transport: close_notify is behind it."""
         try:
+            if data:
+                self._tls.write(data)
             self._tls.unwrap()
         except (ssl.SSLError, ValueError, OSError):
-            pass
-        try:
-            self._push()
-        except OSError:
-            pass
+            pass  # the peer's close_notify has not come, which nobody waits for
+        return bytes(self.pending) + self._outgoing.read()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from rtunnel.relay import join
 from rtunnel.relay.ends import SocketEnd
-from rtunnel.relay.link import COALESCE_BYTES, Link
+from rtunnel.relay.link import COALESCE_BYTES, Link, Links
 from rtunnel.relay.loop import HUP, IN, LOST, OUT
 from rtunnel.relay.transport import TlsTransport
 from support.hostile import World, play, tape_of
@@ -250,7 +250,7 @@ def test_a_large_frame_behind_a_flush_that_blocks_is_sent() -> None:
     ours, theirs = map(kept, socket.socketpair())
     ours.setblocking(False)
     loop = Loop(lambda crash: None)
-    made = Link(loop, Scratch(), ours, Owner(), peer="x", client=True, live=set())
+    made = Link(loop, Scratch(), ours, Owner(), peer="x", client=True, live=Links())
 
     def turn() -> None:
         loop.turn(loop._epoll.poll(0, 16), loop.now)
