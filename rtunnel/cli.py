@@ -595,7 +595,3 @@ def _summary_line(url: str, summary: Mapping[str, int]) -> str:
         f"({summary['agents_on_one_node']} on one node only, {summary['agents_on_one_host']} on one host only), "
         f"{sessions}, {plural(summary['tuples'], 'tuple')} in {url}"
     )
-
-
-if __name__ == "__main__":
-    main()

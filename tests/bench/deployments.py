@@ -221,7 +221,8 @@ def start_role(
 ) -> Process:
     """One rtunnel process."""
     path = site.write(f"{name}.toml", _toml({"log": {"format": "json"}, **code.fitting(keys)}))
-    command = [sys.executable, "-m", "rtunnel.cli", role, "--config", path]
+    # Not `-m rtunnel`: an older revision has no rtunnel/__main__.py.
+    command = [sys.executable, "-c", "from rtunnel.cli import main; main()", role, "--config", path]
     return site.start(name, command, port, code.environ)
 
 

@@ -59,7 +59,7 @@ def run(*command: str, code: int | None = 0) -> str:
 
 def rtunnel(*arguments: str, code: int = 0) -> str:
     """The command `rtunnel` to its end; its output."""
-    return run(sys.executable, "-m", "rtunnel.cli", *arguments, code=code)
+    return run(sys.executable, "-m", "rtunnel", *arguments, code=code)
 
 
 def in_process(*arguments: str, code: int = 0) -> str:
@@ -77,7 +77,7 @@ class Process:
     def __init__(self, directory: Path, name: str, *arguments: str) -> None:
         self.name = name
         self._log = directory / f"{name}.{time.monotonic_ns()}.log"
-        command = [sys.executable, "-m", "rtunnel.cli", *arguments]
+        command = [sys.executable, "-m", "rtunnel", *arguments]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment())
 

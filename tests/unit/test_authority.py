@@ -758,7 +758,7 @@ async def test_its_own_certificate_follows_the_ca(made: Path) -> None:
 def test_the_process(made: Path) -> None:
     """`rtunnel authority` says where it listens, answers, and ends in order at SIGTERM."""
     by = token(made)
-    command = [sys.executable, "-m", "rtunnel.cli", "authority", "--directory", str(made), "--listen", "127.0.0.1:0"]
+    command = [sys.executable, "-m", "rtunnel", "authority", "--directory", str(made), "--listen", "127.0.0.1:0"]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RTUNNEL_LOG_FORMAT": "json"}
     with subprocess.Popen([*command, "--admin", ""], stderr=subprocess.PIPE, text=True, env=environ) as process:
         assert process.stderr is not None

@@ -20,7 +20,7 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
-from rtunnel import cli, config, roles
+from rtunnel import __version__, cli, config, roles
 from rtunnel.console import plural
 from rtunnel.registry import COUNTER_BITS, NodeRecord, PortLease, Registration, Registry, RegistryUnavailable, Tuple
 from rtunnel.registry.memory import MemoryRegistry
@@ -72,8 +72,10 @@ def test_help_shows_commands_and_examples() -> None:
 
 
 def test_version() -> None:
-    """--version says it."""
-    assert rtunnel("--version").output.startswith("rtunnel 0.")
+    """--version says it; `python -m rtunnel` is the same command."""
+    assert rtunnel("--version").output == f"rtunnel {__version__}\n"
+    run = subprocess.run([sys.executable, "-m", "rtunnel", "-V"], capture_output=True, text=True, cwd=ROOT, timeout=20)
+    assert (run.returncode, run.stdout) == (0, f"rtunnel {__version__}\n")
 
 
 @pytest.mark.parametrize("section", ["broker", "agent", "gateway", "authority"])
@@ -614,7 +616,7 @@ def test_standalone_runs_both_and_drains_both() -> None:
 
 def test_a_closed_pipe_is_silent() -> None:
     """`rtunnel --help | head -1` prints no traceback."""
-    command = f"{sys.executable} -m rtunnel.cli --help | head -c 1"
+    command = f"{sys.executable} -m rtunnel --help | head -c 1"
     result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=20)
     assert result.stderr == ""
 

@@ -727,9 +727,10 @@ def test_the_image_runs_rtunnel_without_root() -> None:
 
 
 def test_manifests_run_this_version() -> None:
-    """The image's tag is the version of this source, in manifests and page."""
+    """The image's tag is the version of this source, in manifests, Dockerfile and page."""
     images = {workload(role).container["image"] for role in ALL}
     assert images == {f"registry.example/rtunnel:{rtunnel.__version__}"}
+    assert set(re.findall(r"registry\.example/rtunnel:[\w.]+", (DEPLOY / "Dockerfile").read_text())) == images
     page = (ROOT / "docs" / "deploy.md").read_text()
     assert set(re.findall(r"registry\.example/rtunnel:[\w.]+", page)) == images
     assert f"rtunnel-{rtunnel.__version__}-py3-none-any.whl" in page
@@ -760,6 +761,7 @@ def test_the_wheel_holds_all_packages(wheel: Path) -> None:
         source = ROOT / package
         modules = {path.relative_to(source.parent).as_posix() for path in source.rglob("*.py")}
         assert modules <= names
+        assert f"{source.name}/py.typed" in names, "type checkers ignore a package without it"
     assert "rtunnel = rtunnel.cli:main" in entry_points
     for role, target in project()["project"]["entry-points"][roles.GROUP].items():
         assert f"{role} = {target}" in entry_points

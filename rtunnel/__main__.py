@@ -1,0 +1,5 @@
+"""`python -m rtunnel` is the command `rtunnel`."""
+
+from rtunnel.cli import main
+
+main()
