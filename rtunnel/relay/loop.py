@@ -100,6 +100,15 @@ class Loop:
         self.handlers[fd] = handler
         self._epoll.register(fd, _EVERYTHING if out else _READING)
 
+    def add_listener(self, fd: int, handler: Handler) -> None:
+        """Watch a listening socket. Level-triggered: each turn in which connections wait is an event."""
+        self.handlers[fd] = handler
+        self._epoll.register(fd, IN)
+
+    def hold_listener(self, fd: int, *, hold: bool) -> None:
+        """Make no event of waiting connections, or make events again."""
+        self._epoll.modify(fd, 0 if hold else IN)
+
     def add_out(self, fd: int) -> None:
         """Watch it for room to write as well; if there is room by now, that is an event too."""
         self._epoll.modify(fd, _EVERYTHING)

@@ -8,6 +8,7 @@ import ssl
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from rtunnel.relay.ends import End, SocketEnd, reset_on_close
@@ -20,7 +21,8 @@ from rtunnel.relay.tls import TlsEnd, TlsSocket
 from rtunnel.relay.transport import Scratch
 from rtunnel.wire.refusal import Refusal
 
-#: Connections accepted from one listener before others get their turn.
+#: Connections accepted from one listener in a turn, at most. It begins with one and doubles while more wait: the call
+#: that finds nobody costs a third of one that finds somebody, and most turns have one newcomer.
 ACCEPTS_A_TURN: Final = 64
 #: Connections accepted from a listener that is about to close: a full queue (rtunnel.net.BACKLOG).
 MAX_LAST_ACCEPTS: Final = 4096
@@ -75,7 +77,7 @@ def _keep_alive(sock: socket.socket) -> None:
 class Listener:
     """Accepts from one socket until `close`; survives running out of descriptors."""
 
-    __slots__ = ("_accept", "_held", "_loop", "_paused", "_report", "closed", "sock")
+    __slots__ = ("_accept", "_burst", "_held", "_loop", "_paused", "_report", "closed", "sock")
 
     def __init__(self, loop: Loop, sock: socket.socket, accept: Accept, report: Report, *, client_speaks: bool) -> None:
         self._loop = loop
@@ -83,6 +85,7 @@ class Listener:
         self._report = report
         self._paused: Timer | None = None
         self._held = False
+        self._burst = 1
         self.sock = sock
         self.closed = False
         sock.setblocking(False)
@@ -91,7 +94,7 @@ class Listener:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # else recv leaves urgent bytes out (tcp(7))
         if client_speaks:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_SECONDS)
-        loop.add(sock.fileno(), self._event, out=False)
+        loop.add_listener(sock.fileno(), self._accept_some)
 
     @property
     def bound(self) -> tuple[str, int]:
@@ -141,24 +144,28 @@ class Listener:
 
     def hold(self) -> None:
         """Accept no more until `release`: the kernel's queue keeps the next ones, and drops SYNs when it is full."""
-        self._held = True
+        if not self._held and not self.closed:
+            self._held = True
+            self._loop.hold_listener(self.sock.fileno(), hold=True)
 
     def release(self) -> None:
         """See `hold`."""
         if self._held:
             self._held = False
-            self._loop.soon(self._accept_some)
+            self._watch_again()
 
-    def _event(self, _mask: int) -> None:
-        self._accept_some()
+    def _watch_again(self) -> None:
+        if not (self.closed or self._held or self._paused is not None):
+            self._loop.hold_listener(self.sock.fileno(), hold=False)
 
-    def _accept_some(self) -> None:
-        for _ in range(ACCEPTS_A_TURN):
+    def _accept_some(self, _mask: int) -> None:
+        for _ in range(self._burst):
             if self.closed or self._held or self._paused is not None:
                 return
             try:
                 sock, address = self.sock.accept()
             except BlockingIOError:
+                self._burst = 1
                 return
             except OSError as error:
                 if error.errno in _EXHAUSTED:
@@ -167,15 +174,16 @@ class Listener:
                 continue  # the peer was gone before we came: the next one
             sock.setblocking(False)
             self._accept(sock, address[0])
-        self._loop.soon(self._accept_some)
+        self._burst = min(2 * self._burst, ACCEPTS_A_TURN)
 
     def _pause(self, error: OSError) -> None:
         self._report("accept_paused", {"reason": error.strerror, "seconds": ACCEPT_PAUSE})
         self._paused = self._loop.after(ACCEPT_PAUSE, self._resume)
+        self._loop.hold_listener(self.sock.fileno(), hold=True)
 
     def _resume(self) -> None:
         self._paused = None
-        self._accept_some()
+        self._watch_again()
 
 
 def _finds_source(host: str) -> bool:
@@ -217,6 +225,15 @@ def _connect_refusal(code: int, host: str, where: str) -> tuple[Refusal, str]:
     return _CONNECT_REFUSALS.get(code, Refusal.INTERNAL), f"connect to {where}: {name}"
 
 
+def ephemeral_ports() -> range:
+    """Return the ports that the kernel chooses source ports from; all ports when it does not say."""
+    try:
+        first, last = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+        return range(int(first), int(last) + 1)
+    except (OSError, ValueError):
+        return range(1, 65536)
+
+
 def _is_self_connected(sock: socket.socket, port: int) -> bool:
     """Whether the socket is connected to itself.
 
@@ -232,12 +249,13 @@ def _is_self_connected(sock: socket.socket, port: int) -> bool:
 class Attempt:
     """A connect under way; `cancel` drops it without a call."""
 
-    __slots__ = ("_done", "_host", "_loop", "_port", "_sock", "_timer", "errno", "where")
+    __slots__ = ("_done", "_host", "_loop", "_may_meet_itself", "_port", "_sock", "_timer", "errno", "where")
 
-    def __init__(self, loop: Loop, host: str, port: int, done: Connected) -> None:
+    def __init__(self, loop: Loop, host: str, port: int, done: Connected, *, may_meet_itself: bool) -> None:
         self._loop = loop
         self._host = host
         self._port = port
+        self._may_meet_itself = may_meet_itself
         self._done: Connected | None = done
         self._sock: socket.socket | None = None
         self._timer: Timer | None = None
@@ -250,12 +268,12 @@ class Attempt:
         The outcome comes in a later step of the loop, never from within this call.
         """
         try:
-            sock = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET, socket.SOCK_STREAM)
+            family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         except OSError as error:
             self._fail_soon(error.errno or 0)
             return
         self._sock = sock
-        sock.setblocking(False)
         if source and (code := bind_address(sock, source)):
             self._drop()
             self._loop.soon(lambda: self._tell(*_bind_refusal(code, source, self.where)))
@@ -269,7 +287,7 @@ class Attempt:
                 code = sock.connect_ex((self._host, self._port))
         except OSError as error:
             code = error.errno or errno.EINVAL
-        if not code and _is_self_connected(sock, self._port):
+        if not code and self._may_meet_itself and _is_self_connected(sock, self._port):
             code = self._refuse_self()
         if not code:
             self._loop.soon(self._at_once)
@@ -300,7 +318,7 @@ class Attempt:
         if sock is None or not mask & (OUT | LOST):
             return
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if not code and _is_self_connected(sock, self._port):
+        if not code and self._may_meet_itself and _is_self_connected(sock, self._port):
             code = self._refuse_self()
         if code:
             self._fail(code)
@@ -364,6 +382,7 @@ class Relay:
         self.pairs: set[Pair] = set()
         self.listeners: set[Listener] = set()
         self.links = Links()
+        self._ephemeral = ephemeral_ports()
         self._thread = threading.Thread(target=self.loop.run, name=name, daemon=True)
 
     # From any thread.
@@ -428,7 +447,7 @@ class Relay:
 
         `source`: the local address to connect from. A host without this address gets STALE_TARGET.
         """
-        attempt = Attempt(self.loop, host, port, done)
+        attempt = Attempt(self.loop, host, port, done, may_meet_itself=port in self._ephemeral)
         attempt.begin(timeout, source)
         return attempt
 
@@ -508,7 +527,8 @@ class Relay:
         some()
 
     def _watch_over(self) -> None:
-        """Pairs that have come to stay notice when a peer dies without a word."""
+        """Let pairs that have come to stay notice when a peer dies without a word; see whether the sysctl changed."""
+        self._ephemeral = ephemeral_ports()
         for pair in self.pairs:
             if not pair.watched and self.loop.now - pair.account.started >= WATCH_SECONDS:
                 pair.watched = True

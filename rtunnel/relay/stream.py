@@ -35,7 +35,6 @@ class StreamEnd(yamux.Stream):
         "_deadline",
         "_handler",
         "_reading",
-        "_widened",
         "backlog",
         "closed",
         "eof",
@@ -44,7 +43,8 @@ class StreamEnd(yamux.Stream):
         "link",
         "pair",
         "start",
-    )  # fmt: skip
+        "wide",
+    )
     session: Link
     broken = False  # see End: a stream's failure is its link's, and comes as a reset
 
@@ -60,7 +60,7 @@ class StreamEnd(yamux.Stream):
         self.backlog = bytearray()  # came while nobody was reading; at most the window
         self._handler: EndHandler | None = None
         self._reading = False
-        self._widened = False  # it was looked at once, with our first words
+        self.wide = self.start >= yamux.INITIAL_WINDOW  # or it has been widened as far as the budget let it
         self._deadline: Timer | None = None
 
     def talk(self, handler: EndHandler, deadline: float | None = None) -> None:
@@ -75,12 +75,14 @@ class StreamEnd(yamux.Stream):
         """See End."""
         if not self.gone:
             frame = self.frame(data)
-            if self.receive_window < yamux.INITIAL_WINDOW and not self._widened:
-                self._widened = True
-                more = self.link.memory.widen(yamux.INITIAL_WINDOW - self.receive_window)
-                if more:
-                    frame += self.widened(more)
+            if not self.wide and self.link.widens_early and (more := self.widen()):
+                frame += self.widened(more)
             self.link.write(frame)
+
+    def widen(self) -> int:
+        """Take the rest of an ordinary first window out of the budget, once. Return how many bytes there were."""
+        self.wide = True
+        return self.link.memory.widen(yamux.INITIAL_WINDOW - self.receive_window)
 
     def pause(self) -> None:
         """See End."""

@@ -29,7 +29,7 @@ MAX_STREAM_WINDOW: Final = 16 * 1024 * 1024
 class WindowedSession(yamux.Session):
     """A yamux session of `StreamEnd`s whose windows follow what they move."""
 
-    __slots__ = ("_least_rtt", "held", "loop", "memory", "speaker", "spoke_another")
+    __slots__ = ("_least_rtt", "held", "loop", "memory", "speaker", "spoke_another", "widens_early")
 
     def __init__(self, loop: Loop, memory: Memory, *, client: bool) -> None:
         super().__init__(client=client)
@@ -37,6 +37,7 @@ class WindowedSession(yamux.Session):
         self.speaker = 0  # the stream that spoke last,
         self.spoke_another = loop.now  # and when it was another one
         self._least_rtt = 0.0  # 0: none yet
+        self.widens_early = True  # windows that begin small are widened with the stream's first words
         self.memory = memory
         self.held = 0  # bytes of its streams that wait in this process
 
@@ -53,12 +54,18 @@ class WindowedSession(yamux.Session):
     def measured(self, rtt: float) -> None:
         """A round trip on this link took so many seconds."""
         self._least_rtt = min(rtt, self._least_rtt or rtt)
-        self.give_back = 2 if self._least_rtt < NEAR_RTT else FAR_GIVE_BACK
+        far = self._least_rtt >= NEAR_RTT
+        self.give_back = FAR_GIVE_BACK if far else 2
+        # A far sender would wait a round trip for more than START_WINDOW. A near one waits less than a millisecond, and
+        # most of its streams never send that much: two frames a stream saved.
+        self.widens_early = far
 
     def grows(self, stream: yamux.Stream) -> int:
         """See yamux.Session."""
         assert isinstance(stream, StreamEnd)
         stream.given += stream.owed
+        if not stream.wide:
+            return stream.widen()
         now = self.loop.now
         seconds = now - stream.granted
         if seconds < RATE_SECONDS:

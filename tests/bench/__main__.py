@@ -215,7 +215,7 @@ class Bench:
         """Of all processes of a system, before any load."""
         rows = []
         for system in systems:
-            if system.trust_store:
+            if system.roots:
                 held = memory(system.pids)
                 for metric, value in (("rss", held.rss), ("pss", held.pss)):
                     rows.append(median_row(_who(system, "idle"), metric, "KiB", [float(value)]))
@@ -225,7 +225,7 @@ class Bench:
         """Of a stalled stream; once, while the processes are fresh, because memory that was freed is not given back."""
         rows = []
         for system in systems:
-            if system.trust_store and system.path == OPEN and any(w.name == "trip-stalled" for w in self.workloads):
+            if system.roots and system.path == OPEN and any(w.name == "trip-stalled" for w in self.workloads):
                 growth = stalled_memory(Measurement(site, system, self.seconds, self.warm_up))
                 rows.append(median_row(_who(system, "trip-stalled"), "stalled", METRICS["stalled"][0], [growth]))
         return rows

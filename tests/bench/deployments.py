@@ -52,13 +52,13 @@ class System:
     mode: str
     path: str
     way: Way
-    trust_store: tuple[int, ...]  # process ids of the deployment that this way leads through
+    roots: tuple[int, ...]  # process ids of the deployment that this way leads through
     reference: str = ""  # the system that ratios are taken against: frp in the same mode and path
 
     @property
     def pids(self) -> list[int]:
         """Of all processes whose CPU time counts."""
-        return with_children(self.trust_store)
+        return with_children(self.roots)
 
 
 @dataclass
@@ -308,11 +308,11 @@ def frp(site: Site, mode: str) -> Iterator[System]:
     frps = _start_frps(site, name, server, mux=mode != "nomux")
     port, socks = free_port(), free_port()
     frpc = _start_frpc(site, name, mode, server, port, socks)
-    trust_store = (frps.pid, frpc.pid)
+    roots = (frps.pid, frpc.pid)
     way = Way(("127.0.0.1", port), site.target)
-    yield System(name, "frp", _frp_mode(mode), OPEN, way, trust_store, _same_or_mux(mode, ""))
+    yield System(name, "frp", _frp_mode(mode), OPEN, way, roots, _same_or_mux(mode, ""))
     way = Way(("127.0.0.1", socks), site.target, socks=True)
-    yield System(f"{name}-socks", "frp", _frp_mode(mode), SOCKS, way, trust_store, _same_or_mux(mode, "-socks"))
+    yield System(f"{name}-socks", "frp", _frp_mode(mode), SOCKS, way, roots, _same_or_mux(mode, "-socks"))
 
 
 def frp_long(site: Site) -> Iterator[System]:
@@ -403,9 +403,9 @@ default_token = "bench"
 local_addr = "127.0.0.1:{site.target[1]}"
 """
     second = site.start(f"{name}-client", [find("rathole"), "--client", site.write(f"{name}-client.toml", text)])
-    trust_store = (first.pid, second.pid)
+    roots = (first.pid, second.pid)
     reference = "frp-plain" if mode == "plain" else "frp-tls"
-    yield System(name, "rathole", mode, OPEN, Way(("127.0.0.1", port), site.target), trust_store, reference)
+    yield System(name, "rathole", mode, OPEN, Way(("127.0.0.1", port), site.target), roots, reference)
 
 
 def _rathole_transport(site: Site, mode: str) -> tuple[str, str]:
@@ -438,10 +438,10 @@ def chisel(site: Site) -> Iterator[System]:
     remotes = [f"R:127.0.0.1:{port}:127.0.0.1:{site.target[1]}", f"R:127.0.0.1:{socks}:socks"]
     second = site.start("chisel-client", [find("chisel"), "client", f"http://127.0.0.1:{server}", *remotes], port)
     wait_for(lambda: accepts(socks), "chisel's SOCKS")
-    trust_store = (first.pid, second.pid)
-    yield System("chisel", "chisel", "ssh", OPEN, Way(("127.0.0.1", port), site.target), trust_store, "frp-tls")
+    roots = (first.pid, second.pid)
+    yield System("chisel", "chisel", "ssh", OPEN, Way(("127.0.0.1", port), site.target), roots, "frp-tls")
     way = Way(("127.0.0.1", socks), site.target, socks=True)
-    yield System("chisel-socks", "chisel", "ssh", SOCKS, way, trust_store, "frp-tls-socks")
+    yield System("chisel-socks", "chisel", "ssh", SOCKS, way, roots, "frp-tls-socks")
 
 
 def ssh(site: Site) -> Iterator[System]:
@@ -471,8 +471,8 @@ LogLevel ERROR
     key = str(site.directory / "ssh-user")
     command = [find("ssh"), "-F", "/dev/null", *options, "-i", key, "-p", str(server), "-N", "-R", forward]
     second = site.start("ssh", [*command, f"{getpass.getuser()}@127.0.0.1"], port)
-    trust_store = (first.pid, second.pid)
-    yield System("ssh", "ssh -R", "ssh", OPEN, Way(("127.0.0.1", port), site.target), trust_store, "frp-tls")
+    roots = (first.pid, second.pid)
+    yield System("ssh", "ssh -R", "ssh", OPEN, Way(("127.0.0.1", port), site.target), roots, "frp-tls")
 
 
 def haproxy(site: Site) -> Iterator[System]:
@@ -496,10 +496,8 @@ listen bench
 """
         command = [find("haproxy"), "-db", "-f", site.write(f"haproxy-{name}.cfg", text)]
         processes.append(site.start(f"haproxy-{name}", command, port))
-    trust_store = tuple(process.pid for process in processes)
-    yield System(
-        "haproxy", "HAProxy x2", "plain", OPEN, Way(("127.0.0.1", outer), site.target), trust_store, "frp-plain"
-    )
+    roots = tuple(process.pid for process in processes)
+    yield System("haproxy", "HAProxy x2", "plain", OPEN, Way(("127.0.0.1", outer), site.target), roots, "frp-plain")
 
 
 # --- the list -----------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ async def test_what_the_gateway_lacks_is_no_fault_of_a_broker(
         gateway, target = cluster.gateway, Target("127.1.0.1")
 
         def connect(host: str, port: int, timeout: float, done: Any, **_: Any) -> Attempt:
-            attempt = Attempt(gateway.relay.loop, host, port, done)
+            attempt = Attempt(gateway.relay.loop, host, port, done, may_meet_itself=False)
             attempt._fail_soon(code)
             return attempt
 

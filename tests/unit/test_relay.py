@@ -9,6 +9,7 @@ import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -658,27 +659,37 @@ class TestMemory:
         relay.settle(lambda: held() == 0)
         client.close()
 
-    def test_a_small_start_is_widened_out_of_the_budget(self) -> None:
-        """Streams of a link that begins small may send 256 KiB while there is budget, and 16 KiB when there is none."""
+    @pytest.mark.parametrize("far_away", [True, False])
+    def test_a_small_start_is_widened_out_of_the_budget(self, far_away: bool) -> None:
+        """Streams of a link that begins small may send 256 KiB while there is budget, and 16 KiB when there is none.
+
+        On a far path they may from the first words on, on a near one as soon as they have moved a half of 16 KiB.
+        """
         with running_relay() as near, running_relay() as far:
             tunnel = Tunnel(near, far)
-            near.do(lambda: setattr(tunnel.near_link, "start_window", START_WINDOW))
-            far.do(lambda: setattr(tunnel.far_link, "start_window", START_WINDOW))
+            for relay, link in ((near, tunnel.near_link), (far, tunnel.far_link)):
+                relay.do(partial(setattr, link, "start_window", START_WINDOW))
+                relay.do(partial(setattr, link, "widens_early", far_away))
             budget = near.memory.left
+
+            def window() -> int:
+                return list(tunnel.near_link.streams.values())[-1].receive_window
+
+            def receive(sock: socket.socket, peer: socket.socket, size: int) -> None:
+                peer.sendall(bytes(size))
+                assert len(read_exactly(sock, size)) == size
+
             client, served = tunnel.through()
-            served.sendall(b"!")
-            assert read_exactly(client, 1) == b"!"
-            (stream,) = near.do(lambda: list(tunnel.near_link.streams.values()))
-            assert stream.receive_window == INITIAL_WINDOW
+            receive(client, served, 1)
+            assert near.do(window) == (INITIAL_WINDOW if far_away else START_WINDOW)
+            receive(client, served, START_WINDOW // 2)
+            near.settle(lambda: window() == INITIAL_WINDOW)
             assert near.memory.left == budget - (INITIAL_WINDOW - START_WINDOW)
             near.do(lambda: setattr(near.memory, "left", 0))
             poor, rich = tunnel.through()
-            rich.sendall(b"!")
-            assert read_exactly(poor, 1) == b"!"
-            (_, second) = near.do(lambda: list(tunnel.near_link.streams.values()))
-            assert second.receive_window == START_WINDOW
-            rich.sendall(bytes(1 << 20))  # and bytes go on
-            assert len(read_exactly(poor, 1 << 20)) == 1 << 20
+            receive(poor, rich, START_WINDOW // 2)
+            assert near.do(window) == START_WINDOW
+            receive(poor, rich, 1 << 20)  # and bytes go on
             for sock in (client, served, poor, rich):
                 sock.close()
             near.settle(lambda: near.memory.left == INITIAL_WINDOW - START_WINDOW)  # what the first one had
