@@ -82,12 +82,15 @@ class Strangers(Generic[T]):
 
     def has_room(self, source: str) -> bool:
         """Return whether one more of this source finds a place."""
-        return not self.full and len(self._sources.get(source, ())) < self.share
+        return self._count < self.most and len(self._sources.get(source, ())) < self.share
 
     def enter(self, source: str, entry: T, now: float) -> Place[T]:
         """Take a place, whether there is one or not: ask `has_room` before."""
         place = Place(source, entry, now)
-        self._sources.setdefault(source, OrderedDict())[place] = None
+        places = self._sources.get(source)
+        if places is None:
+            places = self._sources[source] = OrderedDict()
+        places[place] = None
         self._count += 1
         return place
 

@@ -143,8 +143,10 @@ class Pair:
         account = self.account
         account.ended = self.loop.now
         account.ending = ending
-        account.up = max(0, account.up)
-        account.down = max(0, account.down)
+        if account.up < 0:
+            account.up = 0
+        if account.down < 0:
+            account.down = 0
         self.on_end(account)
 
     def _idle_check(self) -> None:
@@ -651,8 +653,9 @@ class StreamPair(Pair):
             self._over(ending)
 
     def _over(self, ending: Ending) -> None:
-        self._stream.link.release(len(self._held))
-        self._held.clear()
+        if self._held:
+            self._stream.link.release(len(self._held))
+            self._held.clear()
         self._socket.closed = True
         self._stream.pair = None
         self._stream.closed = True

@@ -177,8 +177,9 @@ class Loop:
             self._run_timers()
         for _ in range(len(ready)):
             self._guarded(ready.popleft())
-        for _ in range(min(LONG_A_TURN, len(self._long))):
-            self._guarded(self._long.popleft())
+        if self._long:
+            for _ in range(min(LONG_A_TURN, len(self._long))):
+                self._guarded(self._long.popleft())
         if self._graves:
             self._bury()
 

@@ -114,7 +114,7 @@ class StreamEnd(yamux.Stream):
         self._stop_deadline()
         self._handler = None
         self.pair = pair
-        return self._take_backlog()
+        return self._take_backlog() if self.backlog else b""
 
     # Hooks of yamux.Stream.
 
@@ -177,12 +177,11 @@ class StreamEnd(yamux.Stream):
         self.closed = True
         self._handler = None
         self.pair = None
-        self._take_backlog()
+        if self.backlog:
+            self._take_backlog()
         self._stop_deadline()
 
     def _take_backlog(self) -> bytes:
-        if not self.backlog:
-            return b""
         backlog, self.backlog = self.backlog, bytearray()
         self.link.release(len(backlog))
         return bytes(backlog)

@@ -350,9 +350,12 @@ class Session:
             raise YamuxError(Fault.STREAM_ZERO, "SYN for the session")
         if bool(stream_id & 1) == self._client:
             raise YamuxError(Fault.WRONG_PARITY, f"SYN for stream {stream_id}, an id of this end")
-        if not self._is_free(stream_id):
+        if stream_id == self._peer_last_id + 2 and not self._passed_over:
+            self._peer_last_id = stream_id  # the ordinary case
+        elif self._is_free(stream_id):
+            self._take_id(stream_id)
+        else:
             raise YamuxError(Fault.STREAM_REUSED, f"SYN for stream {stream_id} after {self._peer_last_id}")
-        self._take_id(stream_id)
         stream = self.accepts()
         if self.over:  # accepts() has ended it
             if stream is not None and not stream.gone:
