@@ -17,7 +17,7 @@ import trio
 from structlog.typing import FilteringBoundLogger
 
 from rtunnel.config import parse_endpoint
-from rtunnel.relay.link import certificate_fault
+from rtunnel.relay.lost import certificate_fault
 from rtunnel.trust.certificates import AUTHORITY_NAME
 from rtunnel.trust.files import PUBLIC, replace
 from rtunnel.trust.identity import TrustStore

@@ -13,6 +13,8 @@ from enum import StrEnum
 from itertools import islice
 from typing import Final, Generic, TypeVar
 
+from rtunnel.relay.lost import Lost, LostKind
+
 T = TypeVar("T")
 
 
@@ -25,17 +27,19 @@ class Loss(StrEnum):
     BROKEN = "broken"  # no TLS, not our protocol, a reset
 
     @classmethod
-    def of(cls, why: str, *, silent: bool) -> Loss:
-        """Return the word for a reason as links and ends give it."""
-        if why.startswith(MADE_ROOM):
+    def of(cls, kind: LostKind, *, silent: bool) -> Loss:
+        """Return the word for an end of this kind; `silent`: the peer has sent nothing."""
+        if kind is LostKind.MADE_ROOM:
             return cls.MADE_ROOM
-        if "deadline" in why:
+        if kind is LostKind.DEADLINE:
             return cls.DEADLINE
         return cls.PROBE if silent else cls.BROKEN
 
 
-#: The reason for whoever `Strangers.weakest` has chosen.
-MADE_ROOM: Final = "made room for another connection"
+def made_room(reason: str) -> Lost:
+    """Return the end of a connection that `Strangers.weakest` has chosen."""
+    return Lost(LostKind.MADE_ROOM, f"made room for another connection: {reason}")
+
 
 #: Seconds that a connection may be silent before it can be ended for another one: a round trip of a far path.
 SILENT_GRACE: Final = 0.25

@@ -35,6 +35,7 @@ from rtunnel.config import (
 from rtunnel.logs import get_logger
 from rtunnel.relay.ends import EndHandler, SocketEnd
 from rtunnel.relay.link import Link, LinkOwner
+from rtunnel.relay.lost import Lost, LostKind
 from rtunnel.relay.memory import START_WINDOW
 from rtunnel.relay.relay import Relay
 from rtunnel.relay.stream import StreamEnd
@@ -160,25 +161,27 @@ class Agent:
         """See SessionOwner."""
         self.bridge.post(self._settle, session, Outcome(session=session))
 
-    def session_down(self, session: AgentSession, code: Refusal | None, why: str) -> None:
+    def session_down(self, session: AgentSession, code: Refusal | None, lost: Lost) -> None:
         """See SessionOwner."""
-        self.bridge.post(self._gone, session, Outcome(code=code, why=self._explained(session, why)))
+        explained = Lost(lost.kind, self._explained(session, code, lost))
+        self.bridge.post(self._gone, session, Outcome(code=code, lost=explained))
 
-    def _explained(self, session: AgentSession, why: str) -> str:
-        """With the keys to look at, where two ends that can't talk to each other can't tell each other why."""
-        if session.link is not None and not session.secret:
-            if why.startswith("TLS:") and "alert" in why and ("certificate" in why or "unknown ca" in why):
-                return f"the broker does not accept this agent's certificate ({why}): compare CAs and clocks"
-            if why.startswith(Refusal.REVOKED.value):
-                fix = "it enrols anew when agent.join_token has another token"
-                return f"{why}; {fix}" if self.config.identity else why
-        if "certificate not accepted" in why:
-            return f"{why}; see agent.ca ({self.config.ca}) and agent.server_name ({self.config.server_name})"
-        if why.startswith("handshake: TLS"):
-            return f"{why}; if the broker has security = plain, agent.security must say so"
+    def _explained(self, session: AgentSession, code: Refusal | None, lost: Lost) -> str:
+        """Return the reason with the keys to look at, where the two ends cannot tell each other."""
+        by_certificate = session.link is not None and not session.secret
+        if by_certificate and lost.kind is LostKind.CERTIFICATE_REFUSED:
+            return f"the broker does not accept this agent's certificate ({lost}): compare CAs and clocks"
+        if by_certificate and code is Refusal.REVOKED:
+            fix = "; it enrols anew when agent.join_token has another token" if self.config.identity else ""
+            return f"{lost}{fix}"
+        if lost.kind is LostKind.CERTIFICATE:
+            return f"{lost}; see agent.ca ({self.config.ca}) and agent.server_name ({self.config.server_name})"
+        in_handshake = session.link is not None and not session.link.up
+        if in_handshake and lost.kind in (LostKind.TLS, LostKind.NOT_TLS):
+            return f"{lost}; if the broker has security = plain, agent.security must say so"
         if self.config.security == "plain" and session.link is not None and not session.answered:
-            return f"{why}; if the broker speaks TLS, agent.security must be tls"
-        return why
+            return f"{lost}; if the broker speaks TLS, agent.security must be tls"
+        return str(lost)
 
     def session_draining(self, session: AgentSession, deadline: float) -> None:
         """See SessionOwner."""
@@ -356,7 +359,7 @@ class Agent:
     def _empty(self, slot: Slot, watch: Watch) -> None:
         session, slot.session = slot.session, None
         assert session is not None
-        slot.reason = f"{session.node} is draining" if not watch.down.is_set() else watch.outcome.why
+        slot.reason = f"{session.node} is draining" if not watch.down.is_set() else str(watch.outcome.lost)
         self._log.warning(
             "session_down" if watch.down.is_set() else "session_draining",
             agent=self.agent_id, broker=session.node, reason=slot.reason, redundancy=self.redundancy,
@@ -365,10 +368,10 @@ class Agent:
     async def _wait(self, slot: Slot, outcome: Outcome) -> None:
         """Before the next dial: a moment while the search for another node is young, full jitter after a failure."""
         duplicate = outcome.code is Refusal.DUPLICATE_NODE
-        reason = outcome.why
+        reason = str(outcome.lost)
         # A session elsewhere proves that the VIP works: then a refused connection is just one dead node behind it, and
         # a draining one may still be there for a moment.
-        gone = outcome.unreached or outcome.code is Refusal.DRAINING
+        gone = outcome.lost.kind is LostKind.UNREACHED or outcome.code is Refusal.DRAINING
         if duplicate or (gone and self.state != "down"):
             slot.searches += 1
             late = slot.searches - QUICK_REDIALS - ANY_HOST_REDIALS
@@ -430,7 +433,7 @@ class Agent:
         try:
             host, port = await self._brokers.next()
         except OSError as error:
-            watch.outcome = Outcome(why=str(error))
+            watch.outcome = Outcome(lost=Lost(LostKind.NO_ADDRESS, str(error)))
             return watch
         secret = b"" if self.credentials.by_certificate or self._token is None else self._token.secret
         session = watch.session = AgentSession(self, None, secret, self.config.handshake_timeout)
@@ -439,8 +442,8 @@ class Agent:
         race.add(watch, lambda: self.bridge.relay.call(lambda: session.end("another broker was faster")))
         tls = self.credentials.context
 
-        def failed(why: str) -> None:
-            self.bridge.post(self._gone, session, Outcome(why=why, unreached=True))
+        def failed(lost: Lost) -> None:
+            self.bridge.post(self._gone, session, Outcome(lost=lost))
 
         self.bridge.relay.call(lambda: self._connect(session, host, port, tls, failed))
         return watch
@@ -467,14 +470,14 @@ class Agent:
         host: str,
         port: int,
         tls: ssl.SSLContext | None,
-        failed: Callable[[str], None],
+        failed: Callable[[Lost], None],
     ) -> None:
         """In the relay's thread: a link for this owner; `failed` gets why there is none."""
 
         def connected(end: SocketEnd | None, code: Refusal, why: str) -> None:
             owner.attempt = None
             if end is None:
-                failed(f"broker: {why}")
+                failed(Lost(LostKind.UNREACHED, f"broker: {why}"))
             else:
                 owner.link = self._make_link(owner, end, tls)
 
@@ -500,7 +503,7 @@ class Agent:
         race = Race[Asked]()
         try:
             asked = await self._begin_to_ask(race, request)
-            while race and isinstance(asked.answer, str):
+            while race and isinstance(asked.answer, Lost):
                 if (news := await race.next()) is not None:
                     asked = await self._answered(news)
                 elif not race.full:
@@ -510,7 +513,7 @@ class Agent:
         answer = asked.answer
         if isinstance(answer, Refuse):
             raise Refused(Refusal.parse(answer.code), answer.text)
-        if isinstance(answer, str):
+        if isinstance(answer, Lost):
             raise OSError(f"broker {asked.broker}: {answer}")
         return answer
 
@@ -519,7 +522,7 @@ class Agent:
         host, port = await self._brokers.next()
         asked = Asked(broker=format_endpoint(host, port))
 
-        def done(answer: Enrolled | Refuse | str) -> None:
+        def done(answer: Enrolled | Refuse | Lost) -> None:
             self.bridge.post(self._put_answer, asked, answer)
 
         enrolment = Enrolment(request, lambda: self.bridge.post(asked.tell), done, self.config.handshake_timeout)
@@ -529,7 +532,7 @@ class Agent:
         self.bridge.relay.call(lambda: self._connect(enrolment, host, port, tls, done))
         return asked
 
-    def _put_answer(self, asked: Asked, answer: Enrolled | Refuse | str) -> None:
+    def _put_answer(self, asked: Asked, answer: Enrolled | Refuse | Lost) -> None:
         asked.answer = answer
         asked.settle()
 

@@ -16,6 +16,7 @@ from typing import Final, Protocol, assert_never
 from rtunnel.relay.ends import EndHandler
 from rtunnel.relay.link import Link
 from rtunnel.relay.loop import Timer
+from rtunnel.relay.lost import Lost, LostKind
 from rtunnel.relay.relay import Attempt
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.trust.identity import PrivateKey, prove_session
@@ -56,7 +57,7 @@ class SessionOwner(Protocol):
     def session_up(self, session: AgentSession) -> None:
         """Welcome."""
 
-    def session_down(self, session: AgentSession, code: Refusal | None, why: str) -> None:
+    def session_down(self, session: AgentSession, code: Refusal | None, lost: Lost) -> None:
         """Refused (with a code) or lost. Once, also when it never came up."""
 
     def session_draining(self, session: AgentSession, deadline: float) -> None:
@@ -90,7 +91,7 @@ class AgentSession:
     _control: StreamEnd | None = None
     _decoder: Decoder[FromBroker] = field(default_factory=lambda: Decoder(Challenge, Refuse))
     _code: Refusal | None = None
-    _why: str = ""
+    _lost: Lost | None = None
     _deadline: Timer | None = None
     _frame: bytes = b""
 
@@ -133,7 +134,7 @@ class AgentSession:
         if self._deadline is not None:
             self._deadline.cancel()
         why = f"no {word} within the handshake deadline ({seconds:g} s)"
-        self._deadline = self.link.loop.after(seconds, lambda: self.end(why))
+        self._deadline = self.link.loop.after(seconds, lambda: self.end(why, LostKind.DEADLINE))
 
     def link_stream(self, stream: StreamEnd) -> EndHandler | None:
         """See LinkOwner: the broker opens streams only on a live session."""
@@ -141,11 +142,11 @@ class AgentSession:
             return None
         return self.owner.serve_stream(self, stream)
 
-    def link_down(self, link: Link, why: str) -> None:
+    def link_down(self, link: Link, lost: Lost) -> None:
         """See LinkOwner."""
         if self._deadline is not None:
             self._deadline.cancel()
-        self.owner.session_down(self, self._code, self._why or why)
+        self.owner.session_down(self, self._code, self._lost or lost)
 
     def received(self, data: bytes) -> None:
         """See Talker."""
@@ -155,16 +156,16 @@ class AgentSession:
                 self._take(message)
         except MessageError as error:
             self._code = Refusal.PROTOCOL_ERROR
-            self.end(f"protocol error: {error}")
+            self.end(f"protocol error: {error}", LostKind.PROTOCOL_ERROR)
 
     def finished(self) -> None:
         """See Talker."""
         self.end("the broker closed the control stream")
 
-    def lost(self, why: str) -> None:
-        """See Talker. A lost link has a reason of its own, which comes by `link_down`."""
-        if why != "link_lost":
-            self.end(f"control stream {why}")
+    def lost(self, lost: Lost) -> None:
+        """See EndHandler. A lost link has a reason of its own, which comes by `link_down`."""
+        if lost.kind is not LostKind.LINK_LOST:
+            self.end(f"control stream {lost}", lost.kind)
 
     def _take(self, message: FromBroker) -> None:
         self.answered = True
@@ -177,7 +178,7 @@ class AgentSession:
                 self.owner.session_trust(self, signed)
             case Refuse(code, text):
                 self._code = Refusal.parse(code)
-                self.end(f"{code}: {text}")
+                self.end(f"{code}: {text}", LostKind.REFUSED)
             case Drain(deadline):
                 self.draining = True
                 self.owner.session_draining(self, deadline)
@@ -201,13 +202,15 @@ class AgentSession:
         """The broker must know the token as well: TLS says who it is, this says that it is of our cluster."""
         if challenge.version != messages.VERSION:
             self._code = Refusal.VERSION
-            self.end(f"the broker speaks protocol version {challenge.version}, this agent {messages.VERSION}")
+            text = f"the broker speaks protocol version {challenge.version}, this agent {messages.VERSION}"
+            self.end(text, LostKind.REFUSED)
             return
         binding = self._binding
         expected = token_mac(self.secret, BROKER_LABEL, self._frame, challenge.nonce, binding)
         if not hmac.compare_digest(challenge.mac, expected):
             self._code = Refusal.BAD_TOKEN
-            self.end("the broker does not know our join token's secret: wrong token, or not our broker")
+            text = "the broker does not know our join token's secret: wrong token, or not our broker"
+            self.end(text, LostKind.REFUSED)
             return
         mac = token_mac(self.secret, AGENT_LABEL, self._frame, challenge.nonce, binding)
         self._decoder.expect(Welcome, Refuse)
@@ -230,15 +233,15 @@ class AgentSession:
         """Send a control message."""
         self._control_say(encode(message))
 
-    def end(self, why: str) -> None:
-        """End the link in order, or the connect."""
-        self._why = self._why or why
+    def end(self, why: str, kind: LostKind = LostKind.CLOSED) -> None:
+        """End the link in order, or the connect; `why` is for the log."""
+        self._lost = self._lost or Lost(kind, why)
         if self.link is not None:
-            self.link.close(why)
+            self.link.close(self._lost)
         elif self.attempt is not None:
             attempt, self.attempt = self.attempt, None
             attempt.cancel()
-            self.owner.session_down(self, None, self._why)
+            self.owner.session_down(self, None, self._lost)
 
     def _control_say(self, data: bytes) -> None:
         if self._control is not None:
@@ -251,7 +254,7 @@ class Enrolment:
 
     request: Enrol
     ready: Callable[[], None]  # called when the link is up: `ask` then
-    done: Callable[[Enrolled | Refuse | str], None]  # called once, with the answer or with why there is none
+    done: Callable[[Enrolled | Refuse | Lost], None]  # called once, with the answer or with why there is none
     timeout: float
     attempt: Attempt | None = None  # while there is no link
     link: Link | None = None
@@ -260,7 +263,7 @@ class Enrolment:
         default_factory=lambda: Decoder(Enrolled, Refuse, limit=messages.MAX_MESSAGE)
     )
     _deadline: Timer | None = None
-    _outcome: Enrolled | Refuse | str = ""
+    _outcome: Enrolled | Refuse | Lost | None = None
 
     def link_up(self, link: Link) -> None:
         """See LinkOwner."""
@@ -271,18 +274,18 @@ class Enrolment:
         """Send the request. No effect when the link is gone."""
         link = self.link
         if link is not None and not link.over:
-            self._deadline = link.loop.after(self.timeout, lambda: self.end("no answer within the handshake deadline"))
+            self._deadline = link.loop.after(self.timeout, self._late)
             link.open(self, encode(self.request))
 
     def link_stream(self, stream: StreamEnd) -> EndHandler | None:
         """See LinkOwner."""
         return None
 
-    def link_down(self, link: Link, why: str) -> None:
+    def link_down(self, link: Link, lost: Lost) -> None:
         """See LinkOwner."""
         if self._deadline is not None:
             self._deadline.cancel()
-        self.done(self._outcome or why)
+        self.done(self._outcome or lost)
 
     def received(self, data: bytes) -> None:
         """See Talker."""
@@ -290,7 +293,7 @@ class Enrolment:
         try:
             answer = self._decoder.next()
         except MessageError as error:
-            self.end(f"protocol error: {error}")
+            self.end(f"protocol error: {error}", LostKind.PROTOCOL_ERROR)
             return
         if answer is not None:
             self._outcome = answer
@@ -300,16 +303,20 @@ class Enrolment:
         """See Talker."""
         self.end("the broker closed the control stream")
 
-    def lost(self, why: str) -> None:
-        """See Talker. A lost link has a reason of its own, which comes by `link_down`."""
-        if why != "link_lost":
-            self.end(f"control stream {why}")
+    def lost(self, lost: Lost) -> None:
+        """See EndHandler. A lost link has a reason of its own, which comes by `link_down`."""
+        if lost.kind is not LostKind.LINK_LOST:
+            self.end(f"control stream {lost}", lost.kind)
 
-    def end(self, why: str) -> None:
-        """End the link in order, or the connect."""
-        self._outcome = self._outcome or why
+    def _late(self) -> None:
+        self.end("no answer within the handshake deadline", LostKind.DEADLINE)
+
+    def end(self, why: str, kind: LostKind = LostKind.CLOSED) -> None:
+        """End the link in order, or the connect; `why` is for the log."""
+        lost = Lost(kind, why)
+        self._outcome = self._outcome or lost
         if self.link is not None:
-            self.link.close(why)
+            self.link.close(lost)
         elif self.attempt is not None:
             attempt, self.attempt = self.attempt, None
             attempt.cancel()

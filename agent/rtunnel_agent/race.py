@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import trio
 
+from rtunnel.relay.lost import Lost, LostKind
 from rtunnel.wire.messages import Enrolled, Refuse
 from rtunnel.wire.refusal import Refusal
 
@@ -30,8 +31,7 @@ class Outcome:
 
     session: AgentSession | None = None
     code: Refusal | None = None
-    why: str = ""
-    unreached: bool = False  # there was no connection
+    lost: Lost = Lost(LostKind.NO_ADDRESS, "")  # noqa: RUF009 - frozen
 
 
 @dataclass(eq=False)
@@ -69,7 +69,7 @@ class Asked(Entrant):
 
     broker: str = ""
     enrolment: Enrolment | None = None
-    answer: Enrolled | Refuse | str = ""
+    answer: Enrolled | Refuse | Lost = Lost(LostKind.NO_ADDRESS, "")  # noqa: RUF009 - frozen
 
 
 class Race(Generic[E]):

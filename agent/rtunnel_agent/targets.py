@@ -12,6 +12,7 @@ from rtunnel.counts import StreamCounts
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account, Ending
 from rtunnel.relay.loop import Timer
+from rtunnel.relay.lost import Lost
 from rtunnel.relay.relay import Attempt, Relay
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.wire import messages
@@ -203,7 +204,7 @@ class IncomingStream:
         """See Talker: the FIN came before a whole Dial."""
         self._refuse(Refusal.PROTOCOL_ERROR, "the stream ended before a whole Dial")
 
-    def lost(self, why: str) -> None:
+    def lost(self, lost: Lost) -> None:
         """See Talker: nobody waits for the target any more."""
         self._stop()
 

@@ -30,8 +30,9 @@ from rtunnel.net import bound_socket, listen, source_of
 from rtunnel.registry import Duplicate, NodeRecord, Registration, Registry, RegistryUnavailable, Superseded
 from rtunnel.relay.link import Link
 from rtunnel.relay.loop import Timer
+from rtunnel.relay.lost import Lost, LostKind
 from rtunnel.relay.relay import Listener, Relay
-from rtunnel.strangers import MADE_ROOM, SILENT_GRACE, Loss, Strangers
+from rtunnel.strangers import SILENT_GRACE, Loss, Strangers, made_room
 from rtunnel.trust.identity import TrustStore
 from rtunnel.trust.keys import DialKeys, load_cluster_keys, load_tokens
 from rtunnel.wire.messages import Bye, Drain, Enrol
@@ -137,7 +138,7 @@ class Node:
         """See SessionKeeper."""
         self._trust.enrols(session, request)
 
-    def lost(self, session: Session, why: str) -> None:
+    def lost(self, session: Session, lost: Lost) -> None:
         """See SessionKeeper."""
         self._trust.discard(session)
         for listener in session.listeners:
@@ -146,9 +147,9 @@ class Node:
         if session.handshaking:
             self._handshake_over(session)
             if not session.answered:
-                self._lost_stranger(session, why)
+                self._lost_stranger(session, lost)
         else:
-            self.bridge.spawn(self._registrar.unregister, session, why)
+            self.bridge.spawn(self._registrar.unregister, session, str(lost))
 
     def updated(self, session: Session) -> None:
         """See SessionKeeper."""
@@ -201,7 +202,7 @@ class Node:
         """End what was opened to a guarded port without a word."""
         loop = self.relay.loop
         for connection in self.counts.dials.silent(loop.now - FIRST_BYTES):
-            connection.expel(f"deadline: nothing was said within {FIRST_BYTES:.0f} s")
+            connection.expel(Lost(LostKind.DEADLINE, f"deadline: nothing was said within {FIRST_BYTES:.0f} s"))
         loop.after(SWEEP_SECONDS, self._sweep)
 
     def _accept_link(self, sock: socket.socket, peer: str) -> None:
@@ -214,7 +215,7 @@ class Node:
                 self.refused(Refusal.TOO_MANY_HANDSHAKES)
                 self._warn("source_has_too_many_handshakes", limit=strangers.share, peer=peer)
                 return
-            weakest.kill(f"{MADE_ROOM}: too many links prove nothing")
+            weakest.kill(made_room("too many links prove nothing"))
         shown = self._trust.presented
         session = Session(self, binding=shown.binding, source=source)
         link = self.relay.link(
@@ -253,12 +254,12 @@ class Node:
         self._room_timer = None
         self._hold_until_room()
 
-    def _lost_stranger(self, session: Session, why: str) -> None:
+    def _lost_stranger(self, session: Session, lost: Lost) -> None:
         silent = session.place is not None and not session.place.entry.has_spoken
-        loss = Loss.of(why, silent=silent)
+        loss = Loss.of(lost.kind, silent=silent)
         self.links_lost[loss.value] += 1
         if loss is not Loss.PROBE:  # one each second of each VIP is told by the metric only
-            self.log_stranger("link_lost", loss.value, peer=session.peer, reason=why)
+            self.log_stranger("link_lost", loss.value, peer=session.peer, reason=str(lost))
 
     def log_stranger(self, event: str, kind: str, **fields: object) -> None:
         """See SessionKeeper."""

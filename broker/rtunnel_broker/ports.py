@@ -21,10 +21,11 @@ from rtunnel.net import source_of
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account
 from rtunnel.relay.link import Link
+from rtunnel.relay.lost import Lost, LostKind
 from rtunnel.relay.relay import Relay
 from rtunnel.relay.stream import StreamEnd
-from rtunnel.relay.tls import NOT_TLS, TlsEnd
-from rtunnel.strangers import MADE_ROOM, Loss, Strangers
+from rtunnel.relay.tls import TlsEnd
+from rtunnel.strangers import Loss, Strangers, made_room
 from rtunnel.trust.keys import DialKeys, NonceWindow
 from rtunnel.wire import messages
 from rtunnel.wire.messages import (
@@ -178,10 +179,10 @@ class GuardedConnection:
         """The peer has sent nothing yet, neither of TLS nor of a Dial."""
         return not (self._heard or (isinstance(self._end, TlsEnd) and self._end.tls.shaken))
 
-    def expel(self, why: str) -> None:
+    def expel(self, lost: Lost) -> None:
         """End it for its silence."""
         self._end.abort()
-        self.lost(why)
+        self.lost(lost)
 
     def received(self, data: bytes) -> None:
         """See Talker."""
@@ -209,15 +210,15 @@ class GuardedConnection:
         """See Talker."""
         self._refuse(Refused(Refusal.PROTOCOL_ERROR, "the connection ended before a whole Dial"))
 
-    def lost(self, why: str) -> None:
+    def lost(self, lost: Lost) -> None:
         """See Talker."""
         self._port.counts.dials.leave(self._place)
-        loss = Loss.of(why, silent=self.is_silent)
+        loss = Loss.of(lost.kind, silent=self.is_silent)
         self._port.counts.lost[loss.value] += 1
         if loss is not Loss.PROBE:
-            fix = {"hint": "gateway.dial_security must be tls"} if why == NOT_TLS else {}
+            fix = {"hint": "gateway.dial_security must be tls"} if lost.kind is LostKind.NOT_TLS else {}
             self._port.session.keeper.log_stranger(
-                "dial_lost", loss.value, reason=why, peer=self._peer, port=self._port.number, **fix
+                "dial_lost", loss.value, reason=str(lost), peer=self._peer, port=self._port.number, **fix
             )
 
     def _refuse(self, refused: Refused) -> None:
@@ -245,7 +246,7 @@ class GuardedPort:
             if weakest is None:
                 self._turn_away(sock, plain=tls is None)
                 return
-            weakest.expel(f"{MADE_ROOM}: too many say no Dial")
+            weakest.expel(made_room("too many say no Dial"))
         end = self.relay.end(sock, peer, spoken=True)
         if tls is not None:
             end = self.relay.secure(end, tls, otherwise=_TLS_ONLY)
@@ -329,9 +330,10 @@ class OpenConnection:
         """See Talker."""
         self._fail(Refusal.PROTOCOL_ERROR, "the agent ended the stream without an answer")
 
-    def lost(self, why: str) -> None:
+    def lost(self, lost: Lost) -> None:
         """See Talker."""
-        self._fail(Refusal.LINK_LOST if why == "link_lost" else Refusal.DIAL_TIMEOUT, why)
+        ended = lost.kind is LostKind.LINK_LOST
+        self._fail(Refusal.LINK_LOST if ended else Refusal.DIAL_TIMEOUT, str(lost))
 
     def client_lost(self) -> None:
         """Nobody waits for the target any more."""
@@ -377,7 +379,7 @@ class _ClientWatch:
     def finished(self) -> None:
         """See Talker: neither."""
 
-    def lost(self, why: str) -> None:
+    def lost(self, lost: Lost) -> None:
         """See Talker."""
         self._connection.client_lost()
 

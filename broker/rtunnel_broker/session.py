@@ -24,6 +24,7 @@ from rtunnel.relay.ends import EndHandler
 from rtunnel.relay.join import Ending, Pair
 from rtunnel.relay.link import Link
 from rtunnel.relay.loop import Timer
+from rtunnel.relay.lost import Lost, LostKind
 from rtunnel.relay.relay import Listener
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.strangers import Place
@@ -87,7 +88,7 @@ class SessionKeeper(Protocol):
     def enrols(self, session: Session, request: Enrol) -> None:
         """A request for a certificate: pass it on and answer `enrolled` or `refuse`."""
 
-    def lost(self, session: Session, why: str) -> None:
+    def lost(self, session: Session, lost: Lost) -> None:
         """The link is gone."""
 
     def updated(self, session: Session) -> None:
@@ -130,7 +131,7 @@ class Session:
     replaced: tuple[bytes, ...] = ()  # the instances of this agent_id that it, and sessions before it, replaced here
     answered: bool = False  # refused, or enrolled
     state: str = "new"  # new, hello, proven, live; enrolling; void; over
-    why: str = ""
+    lost_by: Lost | None = None  # why it ends, once that is known
 
     _control: StreamEnd | None = None
     _decoder: Decoder[FromAgent] = field(default_factory=lambda: Decoder(Hello, Enrol, limit=messages.MAX_HELLO))
@@ -158,7 +159,8 @@ class Session:
         self.link = link
         link.allowance = UNPROVEN_BYTES
         self._deadline = link.loop.after(
-            self.keeper.handshake_timeout, lambda: self.end("no Welcome within the handshake deadline")
+            self.keeper.handshake_timeout,
+            lambda: self.end("no Welcome within the handshake deadline", LostKind.DEADLINE),
         )
 
     def link_stream(self, stream: StreamEnd) -> EndHandler | None:
@@ -170,13 +172,13 @@ class Session:
         self._control = stream
         return self
 
-    def link_down(self, link: Link, why: str) -> None:
+    def link_down(self, link: Link, lost: Lost) -> None:
         """See LinkOwner."""
         self.link = link
         self._stop_deadline()
-        self.why = self.why or why
+        self.lost_by = self.lost_by or lost
         self.state = "over"
-        self.keeper.lost(self, self.why)
+        self.keeper.lost(self, self.lost_by)
 
     # The control stream.
 
@@ -194,10 +196,10 @@ class Session:
         """See Talker: an agent that closes its control stream leaves."""
         self.end("the agent closed the control stream")
 
-    def lost(self, why: str) -> None:
-        """See Talker. A lost link has a reason of its own, which comes by `link_down`."""
-        if why != "link_lost":
-            self.end(f"control stream {why}")
+    def lost(self, lost: Lost) -> None:
+        """See EndHandler. A lost link has a reason of its own, which comes by `link_down`."""
+        if lost.kind is not LostKind.LINK_LOST:
+            self.end(f"control stream {lost}", lost.kind)
 
     def _take(self, message: FromAgent, frame: bytes) -> None:
         match message:  # the decoder returns only what the session's state allows
@@ -430,7 +432,7 @@ class Session:
         else:
             self.keeper.log("session_refused", **fields)
         self._say(encode(Refuse(code=code.value, text=text[:512])))
-        self.end(f"refused: {code}")
+        self.end(f"refused: {code}", LostKind.REFUSED)
 
     def judge(self, trust_store: TrustStore) -> Refused | None:
         """Other CAs are in force, or somebody is revoked. Without a good certificate its streams end, and there are no
@@ -464,7 +466,7 @@ class Session:
         if fault.code is Refusal.BAD_CERTIFICATE and signed:
             self.tell(Trust(signed=signed))
         self._say(encode(Refuse(code=fault.code.value, text=fault.text)))
-        self.end(f"{fault.code}: {fault.text}")
+        self.end(f"{fault.code}: {fault.text}", LostKind.REFUSED)
 
     # Streams.
 
@@ -490,11 +492,11 @@ class Session:
         """Send a control message."""
         self._say(encode(message))
 
-    def end(self, why: str) -> None:
-        """End the link in order."""
-        self.why = self.why or why
+    def end(self, why: str, kind: LostKind = LostKind.CLOSED) -> None:
+        """End the link in order; `why` is for the log."""
+        self.lost_by = self.lost_by or Lost(kind, why)
         if self.link is not None:
-            self.link.close(why)
+            self.link.close(self.lost_by)
 
     def _say(self, data: bytes) -> None:
         if self._control is not None:

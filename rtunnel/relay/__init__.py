@@ -7,6 +7,7 @@
 - `link`: one TCP connection between agent and broker, plain or TLS, carrying yamux; `windows`: how much its peer may
   send ahead.
 - `join`: two ends become a pair; bytes, half-closes and resets flow from one to the other, and are counted.
+- `lost`: why an end, a link or a session ended, as a type.
 - `relay`: the thread, and the verbs: listen, connect, link, join.
 
 It knows no role, no registry and no trio. Follow a byte: `ends.SocketEnd` -> `join` -> `link.Link` ->

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
+from rtunnel.relay.lost import DEADLINE, RESET, Lost, lost_by
 
 #: A talking end reads pieces of this size: negotiations are short.
 TALK_BYTES: Final = 16 * 1024
@@ -33,8 +34,8 @@ class EndHandler(Protocol):
     def finished(self) -> None:
         """The peer shut down its sending side."""
 
-    def lost(self, why: str) -> None:
-        """The end is gone (reset, deadline, link lost); it is closed already."""
+    def lost(self, lost: Lost) -> None:
+        """Hear that the end is gone (reset, deadline, link lost); it is closed already."""
 
 
 class End(Protocol):
@@ -45,7 +46,7 @@ class End(Protocol):
     broken: bool  # `write` failed: the talker hears `lost` in the next turn, and no pair may be made of it
 
     def talk(self, handler: EndHandler, deadline: float | None = None) -> None:
-        """Give what the peer says to this talker. `deadline` seconds without `pause` or a join: lost("deadline")."""
+        """Give what the peer says to this talker. `deadline` seconds without `pause` or a join: lost(DEADLINE)."""
 
     def write(self, data: bytes) -> None:
         """Send; small, and only while talking."""
@@ -136,9 +137,9 @@ class SocketEnd:
             sent = 0
         except OSError as error:
             # The talker is in the middle of something: it hears of it in the next turn.
-            why = error.strerror or "reset"
+            lost = lost_by(error)
             self.broken = True
-            self.loop.soon(lambda: self._lose(why))
+            self.loop.soon(lambda: self._lose(lost))
             return
         if sent < len(data):
             self._out = data[sent:]
@@ -219,7 +220,7 @@ class SocketEnd:
         if self._reading:
             self._read()  # first: a peer's last words may stand before its reset
         if mask & LOST and not self._dying and self.loop.handlers.get(self.fd) == self._event:
-            self._lose("reset")  # still ours: the talker may have closed or joined it in that read
+            self._lose(RESET)  # still ours: the talker may have closed or joined it in that read
 
     def _read(self) -> None:
         for _ in range(READS_A_TURN):
@@ -231,7 +232,7 @@ class SocketEnd:
                 self.readable = False
                 return
             except OSError as error:
-                self._lose(error.strerror or "reset")
+                self._lose(lost_by(error))
                 return
             if not data:
                 self.eof = True
@@ -248,7 +249,7 @@ class SocketEnd:
         except BlockingIOError:
             return
         except OSError as error:
-            self._lose(error.strerror or "reset")
+            self._lose(lost_by(error))
             return
         self._out = self._out[sent:]
 
@@ -284,15 +285,15 @@ class SocketEnd:
         self._bury()
 
     def _late(self) -> None:
-        self._lose("deadline")
+        self._lose(DEADLINE)
 
-    def _lose(self, why: str) -> None:
+    def _lose(self, lost: Lost) -> None:
         if self.closed:
             return
         handler = self._handler
         self.abort()
         if handler is not None:
-            handler.lost(why)
+            handler.lost(lost)
 
     def _stop_deadline(self) -> None:
         if self._deadline is not None:

@@ -21,6 +21,7 @@ from typing import Final
 
 from rtunnel.relay.ends import SocketEnd, reset_on_close
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, URGENT, Loop, Timer
+from rtunnel.relay.lost import Lost, LostKind
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.relay.transport import Scratch
 from rtunnel.wire.yamux import HEADER_BYTES
@@ -635,12 +636,12 @@ class StreamPair(Pair):
             self._stream.reset()
             self._over(Ending.CLIENT_RESET if self._is_client else Ending.TARGET_RESET)
 
-    def stream_lost(self, why: str) -> None:
+    def stream_lost(self, lost: Lost) -> None:
         """See StreamJoin."""
         if self.done:
             return
         reset_on_close(self._socket.sock)
-        if why == "link_lost":
+        if lost.kind is LostKind.LINK_LOST:
             self._over(Ending.LINK_LOST)
         else:
             self._over(Ending.TARGET_RESET if self._is_client else Ending.CLIENT_RESET)

@@ -16,9 +16,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from rtunnel.clock import CHECK_CLOCK
 from rtunnel.relay.ends import EndHandler, SocketEnd, reset_on_close
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
+from rtunnel.relay.lost import Lost, LostKind, closed, lost_by
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.relay.transport import READ_BYTES, UNPROVEN_READ_BYTES, Scratch, TlsTransport, Transport
 from rtunnel.relay.windows import WindowedSession
@@ -52,6 +52,9 @@ PING_AFTER_SERVER: Final = 8.0
 #: Unsent bytes that the kernel may queue: what a small frame waits behind.
 NOTSENT_LOWAT: Final = 128 * 1024
 
+_LATE: Final = Lost(LostKind.DEADLINE, "handshake deadline")
+_TAKES_NOTHING: Final = Lost(LostKind.SILENT, "the peer takes no bytes")
+
 
 class LinkOwner(Protocol):
     """The role's side of a link. All calls come in the relay's thread."""
@@ -62,7 +65,7 @@ class LinkOwner(Protocol):
     def link_stream(self, stream: StreamEnd) -> EndHandler | None:
         """The peer opened a stream: its talker, or None to refuse it."""
 
-    def link_down(self, link: Link, why: str) -> None:
+    def link_down(self, link: Link, lost: Lost) -> None:
         """The link is gone, and with it every stream. Called once, also when it never came up."""
 
 
@@ -110,7 +113,7 @@ class Link(WindowedSession):
         self.up = False
         self._shaking = False  # it stands in line
         self._spoken = False  # something came before the proof
-        self._timer: Timer | None = loop.after(handshake_timeout, lambda: self.kill("handshake deadline"))
+        self._timer: Timer | None = loop.after(handshake_timeout, lambda: self.kill(_LATE))
         # Out.
         self.blocked = False
         self.waiting: deque[BytesSender] = deque()
@@ -199,7 +202,7 @@ class Link(WindowedSession):
             self._flushing = True
             self.loop.soon(self._flush)
         elif len(self._out) > MAX_BACKLOG:
-            self.loop.soon(lambda: self.kill("the peer takes no bytes"))
+            self.loop.soon(lambda: self.kill(_TAKES_NOTHING))
 
     def _flush(self) -> None:
         self._flushing = False
@@ -263,10 +266,10 @@ class Link(WindowedSession):
             done = self._transport.handshake()
         except ssl.SSLCertVerificationError as error:
             # The peer may believe that it is up (TLS 1.3): a reset could overtake the alert that tells it why not.
-            self._down(f"handshake: {reason_of(error)}", linger=True)
+            self._down(lost_by(error).during("handshake"), linger=True)
             return
         except OSError as error:
-            self.kill(f"handshake: {reason_of(error)}")
+            self.kill(lost_by(error).during("handshake"))
             return
         self.blocked = bool(self._transport.pending)
         if done:
@@ -300,7 +303,7 @@ class Link(WindowedSession):
                 if self.over:
                     return
                 if transport.eof:
-                    self._down("closed by peer")
+                    self._down(closed("closed by peer"))
                     return
                 if transport.drained:
                     return
@@ -308,7 +311,7 @@ class Link(WindowedSession):
             self.break_off(str(error))
             return
         except OSError as error:
-            self._down(reason_of(error))
+            self._down(lost_by(error))
             return
         if not self._queued:
             self._queued = True
@@ -348,10 +351,10 @@ class Link(WindowedSession):
         """Every few seconds: ping a silent peer, give up a dead one."""
         silent = self.silence
         if self._next_id > LAST_STREAM_ID:
-            self.close("its stream ids are used up")
+            self.close(closed("its stream ids are used up"))
             return
         if silent >= DEAD_AFTER:
-            self.kill(f"no sign of life for {silent:.0f} s")
+            self.kill(Lost(LostKind.SILENT, f"no sign of life for {silent:.0f} s"))
             return
         ping_after = PING_AFTER_CLIENT if self.is_client else PING_AFTER_SERVER
         if self._pings == 1 or silent >= ping_after * 0.7:  # the first was slow: a handshake was under way
@@ -391,35 +394,35 @@ class Link(WindowedSession):
             self.rtt = self.loop.now - self._ping_sent
             self.measured(self.rtt)
 
-    def close(self, why: str) -> None:
+    def close(self, lost: Lost) -> None:
         """End in order, with a GoAway behind all that was written."""
-        self._leave(yamux.GoAwayCode.NORMAL, why)
+        self._leave(yamux.GoAwayCode.NORMAL, lost)
 
     def break_off(self, fault: str) -> None:
         """End, and tell the peer by GoAway that it broke the protocol."""
-        self._leave(yamux.GoAwayCode.PROTOCOL_ERROR, f"protocol error: {fault}")
+        self._leave(yamux.GoAwayCode.PROTOCOL_ERROR, Lost(LostKind.PROTOCOL_ERROR, f"protocol error: {fault}"))
 
-    def _leave(self, code: yamux.GoAwayCode, why: str) -> None:
+    def _leave(self, code: yamux.GoAwayCode, lost: Lost) -> None:
         if self.over:
             return
         if self.up:
             self.go_away(code)
             self._flush()
-        self._down(why, linger=self.up)
+        self._down(lost, linger=self.up)
 
-    def kill(self, why: str) -> None:
+    def kill(self, lost: Lost) -> None:
         """End now; the peer gets a reset."""
         if not self.over:
             reset_on_close(self.sock)
-            self._down(why)
+            self._down(lost)
 
     def _die_soon(self, error: OSError) -> None:
         """A write failed, deep in somebody's call: the link goes down in the next turn and takes nothing until then."""
         self.blocked = True
-        why = reason_of(error)
-        self.loop.soon(lambda: self._down(why))
+        lost = lost_by(error)
+        self.loop.soon(lambda: self._down(lost))
 
-    def _down(self, why: str, *, linger: bool = False) -> None:
+    def _down(self, lost: Lost, *, linger: bool = False) -> None:
         if self.over:
             return
         if self._timer is not None:
@@ -438,7 +441,7 @@ class Link(WindowedSession):
         self._transport = Transport(self.sock)
         for value in list(self._probes):
             self._probed(value, False)
-        self._owner.link_down(self, why)
+        self._owner.link_down(self, lost)
 
     def _linger(self) -> None:
         """Close the socket behind the last words. What the peer still sends is dropped: no reset overtakes them."""
@@ -477,23 +480,5 @@ def _tune(sock: socket.socket) -> None:
         pass  # the peer is gone already: the first read tells
 
 
-def certificate_fault(error: ssl.SSLCertVerificationError) -> str:
-    """Say what is wrong with the peer's certificate, and that it may be the clock here."""
-    hint = f" ({CHECK_CLOCK})" if error.verify_code in _OF_TIME else ""
-    return f"{error.verify_message}{hint}"
-
-
-def reason_of(error: OSError) -> str:
-    """In words, without the library's own."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"certificate not accepted: {certificate_fault(error)}"
-    if isinstance(error, ssl.SSLError):
-        guess = "; the peer does not seem to speak TLS" if error.reason == "WRONG_VERSION_NUMBER" else ""
-        return f"TLS: {(error.reason or str(error)).replace('_', ' ').lower()}{guess}"
-    return error.strerror or str(error)
-
-
-#: X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED (openssl/x509_vfy.h).
-_OF_TIME: Final = (9, 10)
 #: Not in Python's socket module before 3.12 (linux/tcp.h).
 TCP_NOTSENT_LOWAT_OPTION: Final = 25

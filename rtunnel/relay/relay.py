@@ -15,6 +15,7 @@ from rtunnel.relay.ends import End, SocketEnd, reset_on_close
 from rtunnel.relay.join import Account, Ending, OnEnd, Pair, Pipes, SocketPair, StreamPair
 from rtunnel.relay.link import Link, LinkOwner, Links
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Poller, Timer
+from rtunnel.relay.lost import closed
 from rtunnel.relay.memory import BUDGET, Memory, trim
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.relay.tls import TlsEnd, TlsSocket
@@ -548,7 +549,7 @@ class Relay:
         for pair in list(self.pairs):
             pair.abort(Ending.DRAINED)
         for link in list(self.links):
-            link.kill("stopped")
+            link.kill(closed("stopped"))
         for handler in list(self.loop.handlers.values()):
             owner = getattr(handler, "__self__", None)
             if isinstance(owner, SocketEnd):

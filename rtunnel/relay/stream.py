@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from rtunnel.relay.ends import LINGER_SECONDS, EndHandler
 from rtunnel.relay.loop import Timer
+from rtunnel.relay.lost import DEADLINE, LINK_LOST, RESET, Lost
 from rtunnel.wire import yamux
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class StreamJoin(Protocol):
     def stream_fin(self) -> None:
         """The peer sends no more."""
 
-    def stream_lost(self, why: str) -> None:
+    def stream_lost(self, lost: Lost) -> None:
         """Reset, or the link is gone."""
 
     def stream_window(self) -> None:
@@ -143,7 +144,7 @@ class StreamEnd(yamux.Stream):
 
     def on_reset(self) -> None:
         """See yamux.Stream."""
-        self._lose("link_lost" if self.session.over else "reset")
+        self._lose(LINK_LOST if self.session.over else RESET)
 
     def on_window(self) -> None:
         """See yamux.Stream."""
@@ -163,15 +164,15 @@ class StreamEnd(yamux.Stream):
 
     def _late(self) -> None:
         self.reset()
-        self._lose("deadline")
+        self._lose(DEADLINE)
 
-    def _lose(self, why: str) -> None:
+    def _lose(self, lost: Lost) -> None:
         handler, pair = self._handler, self.pair
         self._let_go()
         if pair is not None:
-            pair.stream_lost(why)
+            pair.stream_lost(lost)
         elif handler is not None:
-            handler.lost(why)
+            handler.lost(lost)
 
     def _let_go(self) -> None:
         self.closed = True
@@ -207,7 +208,7 @@ class _Discard:
     def stream_fin(self) -> None:
         self._timer.cancel()
 
-    def stream_lost(self, why: str) -> None:
+    def stream_lost(self, lost: Lost) -> None:
         self._timer.cancel()
 
     def stream_window(self) -> None:

@@ -16,8 +16,8 @@ from contextlib import suppress
 from typing import Any, Final
 
 from rtunnel.relay.ends import SocketEnd
-from rtunnel.relay.link import reason_of
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
+from rtunnel.relay.lost import Lost, LostKind, lost_by
 from rtunnel.relay.transport import HANDSHAKE_BYTES, RECORD_BYTES, UNPROVEN_READ_BYTES, Scratch
 from rtunnel.wire.messages import DIAL_ALPN
 
@@ -29,10 +29,6 @@ LINGER_SECONDS: Final = 120.0
 _HANDSHAKE: Final = 0x16
 #: Header, tag and content type of a record; and the most that can be left of one.
 _OVERHEAD: Final = 64
-
-
-#: The reason that a talker hears when a client speaks no TLS.
-NOT_TLS: Final = "the peer does not speak TLS"
 
 
 class NotTls(ConnectionError):
@@ -130,7 +126,7 @@ class TlsSocket(socket.socket):
         if self._server:
             self._server = False
             if cipher[0] != _HANDSHAKE:
-                raise NotTls(NOT_TLS)
+                raise NotTls("the peer does not speak TLS")
         if self.shaken > HANDSHAKE_BYTES:
             raise ConnectionResetError(f"the peer's TLS handshake is over {HANDSHAKE_BYTES} bytes")
         self._incoming.write(cipher[:size])
@@ -385,18 +381,18 @@ class TlsEnd(SocketEnd):
             self.tls.flush()
         except NotTls as error:
             self.tls.say_plainly(self._otherwise)
-            self._turn_away(str(error))
+            self._turn_away(Lost(LostKind.NOT_TLS, str(error)))
         except OSError as error:
-            self._turn_away(reason_of(error))
+            self._turn_away(lost_by(error))
         else:
             self._go_on()
 
-    def _turn_away(self, why: str) -> None:
+    def _turn_away(self, lost: Lost) -> None:
         """In order: a reset could overtake the alert."""
         handler, self._handler = self._handler, None
         self._bury()
         if handler is not None:
-            handler.lost(why)
+            handler.lost(lost)
 
     def _go_on(self) -> None:
         self.readable = True  # bytes may have come with the handshake's last

@@ -12,6 +12,7 @@ from rtunnel.registry import Tuple
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account, Ending
 from rtunnel.relay.loop import Timer
+from rtunnel.relay.lost import Lost
 from rtunnel.trust.users import Hash
 from rtunnel.wire import http, socks5
 from rtunnel.wire.refusal import Refusal, Refused
@@ -114,12 +115,12 @@ class Client:
             text = "the client ended before its request was whole"
             self._turn_away(Refused(Refusal.BAD_REQUEST, text), told=False)
 
-    def lost(self, why: str) -> None:
+    def lost(self, lost: Lost) -> None:
         """See Talker: before the request was whole, or while it was being dialled."""
         if self._dial is not None:
             self._dial.cancel()
         if self._wait is None:
-            self.asked.log(self._gateway, "client_lost", reason=why)
+            self.asked.log(self._gateway, "client_lost", reason=str(lost))
         self._leave()
 
     def _begin(self, first_byte: int) -> None:

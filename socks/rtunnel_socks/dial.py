@@ -22,6 +22,7 @@ from rtunnel.registry import NodeRecord, Tuple
 from rtunnel.registry.routes import RouteTable
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.loop import Timer
+from rtunnel.relay.lost import Lost
 from rtunnel.relay.relay import Attempt as Connecting
 from rtunnel.relay.relay import Relay
 from rtunnel.relay.tls import TlsEnd
@@ -472,14 +473,14 @@ class Attempt:
         """See Talker."""
         self._fail(Refusal.LINK_LOST, "the broker closed the connection without an answer")
 
-    def lost(self, why: str) -> None:
+    def lost(self, lost: Lost) -> None:
         """See Talker."""
         end, self._end = self._end, None
         if isinstance(end, TlsEnd) and not end.up:
-            text = f"no TLS with the broker: {why}; see gateway.ca, and broker.dial_security, which must be tls"
+            text = f"no TLS with the broker: {lost}; see gateway.ca, and broker.dial_security, which must be tls"
             self.dial.failed(self, Refusal.BROKER_UNREACHABLE, text)
         else:
-            self.dial.failed(self, Refusal.LINK_LOST, f"the connection to the broker ended without an answer: {why}")
+            self.dial.failed(self, Refusal.LINK_LOST, f"the connection to the broker ended without an answer: {lost}")
 
     def _fail(self, code: Refusal, text: str) -> None:
         end, self._end = self._end, None

@@ -22,6 +22,7 @@ from bench.load import ERRORS, UNITS, Board, become_a_load_process
 from bench.procs import BenchError, Memory, cpu_seconds, memory
 from rtunnel.config import AgentConfig
 from rtunnel.relay.ends import EndHandler, SocketEnd
+from rtunnel.relay.lost import Lost, LostKind
 from rtunnel.relay.relay import Relay
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.trust.certificates import DAY, key_pem, new_key, pem
@@ -74,7 +75,7 @@ class Fleet:
 
         def connected(end: SocketEnd | None, code: Refusal, why: str) -> None:
             if end is None:
-                self.session_down(session, code, why)
+                self.session_down(session, code, Lost(LostKind.UNREACHED, why))
                 return
             session.link = self._relay.link(
                 end.sock, session, peer=end.peer, client=True, tls=self._tls[number], server_name="broker.rtunnel",
@@ -91,7 +92,7 @@ class Fleet:
         self._backoff[self._sessions[session]] = BACKOFF_FIRST
         self._slots[UNITS] += 1
 
-    def session_down(self, session: AgentSession, code: Refusal | None, why: str) -> None:
+    def session_down(self, session: AgentSession, code: Refusal | None, lost: Lost) -> None:
         """See SessionOwner."""
         number = self._sessions.pop(session, -1)
         if number < 0:

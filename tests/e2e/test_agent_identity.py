@@ -16,6 +16,7 @@ from cryptography import x509
 from rtunnel.clock import CHECK_CLOCK
 from rtunnel.config import RegistryConfig
 from rtunnel.registry import connect
+from rtunnel.relay.lost import Lost
 from rtunnel.relay.relay import Relay
 from rtunnel.roles import check
 from rtunnel.trust import pki
@@ -87,8 +88,8 @@ class Knock:
     def session_up(self, session: AgentSession) -> None:
         self._token.run_sync_soon(self.done.set)
 
-    def session_down(self, session: AgentSession, code: Refusal | None, why: str) -> None:
-        self.code, self.why = code, why
+    def session_down(self, session: AgentSession, code: Refusal | None, lost: Lost) -> None:
+        self.code, self.why = code, str(lost)
         self._token.run_sync_soon(self.done.set)
 
 
@@ -621,7 +622,7 @@ async def test_a_session_goes_over_to_its_agents_certificate_only(tmp_path: Path
             key = load_private_key(cluster.secrets / f"{spare}.key")
         await part.in_relay(lambda: session.go_over(["1-65535"], der, key))
         await cluster.until(lambda: before.state == "over")
-        assert "bad_certificate" in before.why
+        assert "bad_certificate" in str(before.lost_by)
 
 
 async def other_sessions(cluster: Cluster) -> None:

@@ -17,6 +17,7 @@ from rtunnel.config import RegistryConfig
 from rtunnel.net import listening_socket
 from rtunnel.registry import COUNTER_BITS, Beat, NodeRecord, Registration, Superseded, Tuple, connect, incarnation_of
 from rtunnel.registry.memory import MemoryRegistry
+from rtunnel.relay.lost import Lost, LostKind
 from rtunnel.wire.refusal import Refusal
 from rtunnel_agent.race import Outcome
 from support.cluster import HEDGE_DELAY, Cluster, Part, SocksRefused, Target, in_thread, read_line, running_cluster
@@ -363,7 +364,7 @@ async def test_a_draining_node_is_a_step_of_the_search(tmp_path: Path) -> None:
         await cluster.start(brokers=2)
         agent = cluster.agents["a1"].agent
         first, second = agent.slots
-        draining = Outcome(code=Refusal.DRAINING, why="draining")
+        draining = Outcome(code=Refusal.DRAINING, lost=Lost(LostKind.REFUSED, "draining"))
         backoff = first.backoff
         await agent._wait(first, draining)
         assert (first.searches, first.backoff) == (1, backoff)

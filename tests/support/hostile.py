@@ -35,6 +35,7 @@ from rtunnel.relay import link as link_module
 from rtunnel.relay.ends import End, EndHandler, SocketEnd
 from rtunnel.relay.join import Account, Ending
 from rtunnel.relay.link import Link
+from rtunnel.relay.lost import Lost
 from rtunnel.relay.relay import Relay
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.wire.messages import DIAL_ALPN
@@ -205,7 +206,7 @@ class Waits(EndHandler):
     def finished(self) -> None:
         raise AssertionError("it was paused")
 
-    def lost(self, why: str) -> None:
+    def lost(self, lost: Lost) -> None:
         self._lost()
 
 
@@ -226,7 +227,7 @@ class Hears(EndHandler):
     def finished(self) -> None:
         raise AssertionError("an orderly end in front of the first words")
 
-    def lost(self, why: str) -> None:
+    def lost(self, lost: Lost) -> None:
         self._lost()
 
 
@@ -602,9 +603,9 @@ class Owner:
         """See LinkOwner."""
         return self._world._answering(stream, self._relay, [])
 
-    def link_down(self, link: Link, why: str) -> None:
+    def link_down(self, link: Link, lost: Lost) -> None:
         """See LinkOwner."""
-        assert self._world.cut, f"the link is lost, and nobody has cut it: {why}"
+        assert self._world.cut, f"the link is lost, and nobody has cut it: {lost}"
 
 
 def tape_of(seed: int) -> bytes:

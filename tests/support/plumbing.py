@@ -12,6 +12,7 @@ from typing import TypeVar
 from rtunnel.relay.ends import EndHandler, SocketEnd
 from rtunnel.relay.join import Account
 from rtunnel.relay.link import Link
+from rtunnel.relay.lost import Lost
 from rtunnel.relay.relay import Relay
 from rtunnel.relay.stream import StreamEnd
 from support.ports import as_text, loose_ports
@@ -182,8 +183,8 @@ class Quiet:
     def finished(self) -> None:
         self.eof = True
 
-    def lost(self, why: str) -> None:
-        self.why = why
+    def lost(self, lost: Lost) -> None:
+        self.why = str(lost)
 
 
 class Tunnel:
@@ -253,8 +254,8 @@ class Tunnel:
         self.far.connect(host, port, PATIENCE, connected)
         return handler
 
-    def link_down(self, link: Link, why: str) -> None:
-        self.downs.append(why)
+    def link_down(self, link: Link, lost: Lost) -> None:
+        self.downs.append(str(lost))
 
     def _accept(self, sock: socket.socket, peer: str) -> None:
         end = self.near.end(sock, peer)

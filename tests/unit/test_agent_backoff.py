@@ -12,6 +12,7 @@ import trio
 import trio.testing
 
 from rtunnel.config import load
+from rtunnel.relay.lost import closed
 from rtunnel.trust import pki
 from rtunnel.wire.messages import Welcome
 from rtunnel_agent import agent as module
@@ -57,7 +58,7 @@ async def dials(agent: Agent, monkeypatch: pytest.MonkeyPatch, lasts: float, sec
 
         async def over() -> None:
             await trio.sleep(lasts)
-            watch.outcome = Outcome(why="replaced")
+            watch.outcome = Outcome(lost=closed("replaced"))
             watch.down.set()
             watch.retire.set()
 

@@ -18,6 +18,7 @@ from rtunnel.relay import join
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.link import COALESCE_BYTES, Link, Links
 from rtunnel.relay.loop import HUP, IN, LOST, OUT
+from rtunnel.relay.lost import RESET, Lost
 from rtunnel.relay.transport import TlsTransport
 from support.hostile import World, play, tape_of
 from support.kernel import Choices, Kernel
@@ -100,7 +101,7 @@ def lose_at_every_hup(self: SocketEnd, mask: int) -> None:
     elif self._reading:
         self._read()
     if mask & LOST:
-        self._lose("reset")
+        self._lose(RESET)
 
 
 def forget_what_is_pending(self: TlsTransport, scratch: object, *sizes: int) -> memoryview:
@@ -245,7 +246,7 @@ def test_a_large_frame_behind_a_flush_that_blocks_is_sent() -> None:
     class Owner:
         def link_up(self, link: Link) -> None: ...
         def link_stream(self, stream: object) -> None: ...
-        def link_down(self, link: Link, why: str) -> None: ...
+        def link_down(self, link: Link, lost: Lost) -> None: ...
 
     ours, theirs = map(kept, socket.socketpair())
     ours.setblocking(False)

@@ -18,6 +18,7 @@ from rtunnel.relay import ends
 from rtunnel.relay import link as link_module
 from rtunnel.relay.ends import EndHandler, SocketEnd
 from rtunnel.relay.link import LAST_WORDS_BYTES, Link
+from rtunnel.relay.lost import Lost, closed
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.wire.yamux import GoAwayCode
 from support.hostile import SimRelay, contexts, tape_of
@@ -39,7 +40,7 @@ class Listens(EndHandler):
 
     def finished(self) -> None: ...
 
-    def lost(self, why: str) -> None: ...
+    def lost(self, lost: Lost) -> None: ...
 
 
 class Owner:
@@ -56,9 +57,9 @@ class Owner:
         self.stream = stream
         return self.talker
 
-    def link_down(self, link: Link, why: str) -> None:
+    def link_down(self, link: Link, lost: Lost) -> None:
         assert not self.why
-        self.why = why
+        self.why = str(lost)
 
 
 class World:
@@ -99,7 +100,7 @@ class World:
         stream = self.owners[0].stream
         assert stream is not None
         stream.write(_REFUSED)
-        self.near.close("refused")
+        self.near.close(closed("refused"))
 
     def send(self) -> None:
         """The agent sends more, as long as its link lives."""

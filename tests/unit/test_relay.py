@@ -19,6 +19,7 @@ from rtunnel.relay.ends import READS_A_TURN, TALK_BYTES, SocketEnd
 from rtunnel.relay.join import Account, Ending, StreamPair
 from rtunnel.relay.link import FRAMES_A_TURN, UNPROVEN_FRAMES_A_TURN
 from rtunnel.relay.loop import LONG_A_TURN, Loop
+from rtunnel.relay.lost import closed
 from rtunnel.relay.memory import START_WINDOW
 from rtunnel.relay.relay import WATCH_SECONDS
 from rtunnel.relay.windows import LEAST_RTT, MAX_STREAM_WINDOW
@@ -441,7 +442,7 @@ def test_a_dead_link_resets_its_streams(tls: tuple[object, object]) -> None:
     with running_relay() as near, running_relay() as far:
         tunnel = Tunnel(near, far, tls=tls)
         client, served = tunnel.through()
-        far.do(lambda: tunnel.far_link.kill("test"))
+        far.do(lambda: tunnel.far_link.kill(closed("test")))
         with pytest.raises(ConnectionResetError):
             client.recv(1)
         with pytest.raises(ConnectionResetError):
@@ -769,7 +770,7 @@ class TestWindows:
             client, served = tunnel.through()
             self.push(client, served, 32 << 20)
             assert far.memory.left < budget
-            far.do(lambda: tunnel.far_link.kill("test"))
+            far.do(lambda: tunnel.far_link.kill(closed("test")))
             assert far.memory.left == budget
 
     def test_a_short_path_needs_no_window(self) -> None:

@@ -25,6 +25,7 @@ import pytest
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account, Ending
 from rtunnel.relay.loop import Loop
+from rtunnel.relay.lost import Lost
 from rtunnel.relay.tls import PIECE, TlsEnd, TlsSocket
 from rtunnel.relay.transport import HANDSHAKE_BYTES, Scratch, TlsTransport
 from rtunnel.trust import pki
@@ -69,8 +70,8 @@ class Opening:
     def finished(self) -> None:
         self.losses.append("finished")
 
-    def lost(self, why: str) -> None:
-        self.losses.append(why)
+    def lost(self, lost: Lost) -> None:
+        self.losses.append(str(lost))
 
 
 @dataclass

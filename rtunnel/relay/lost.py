@@ -1,0 +1,97 @@
+"""Why a link, an end or a session ended, as a type.
+
+Code compares `Lost.kind`; `Lost.detail` is a sentence for the log and for people, and nothing reads it.
+"""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from rtunnel.clock import CHECK_CLOCK
+
+
+class LostKind(StrEnum):
+    """The kind of the end; also the word for logs."""
+
+    CLOSED = "closed"  # one of the two sides ended it in order
+    RESET = "reset"  # the peer reset it, or the socket failed
+    LINK_LOST = "link_lost"  # a stream whose link has ended
+    DEADLINE = "deadline"  # what was due did not come in time
+    SILENT = "silent"  # the peer shows no sign of life
+    MADE_ROOM = "made_room"  # ended so that another connection finds a place
+    NO_ADDRESS = "no_address"  # no address is known that could be dialled
+    UNREACHED = "unreached"  # there never was a connection
+    REFUSED = "refused"  # this side or the peer refused it with a code
+    PROTOCOL_ERROR = "protocol_error"  # the peer broke the protocol
+    NOT_TLS = "not_tls"  # the peer's first bytes are not TLS
+    TLS = "tls"  # TLS failed, for a reason that is none of the others
+    CERTIFICATE = "certificate"  # this side does not accept the peer's certificate
+    CERTIFICATE_REFUSED = "certificate_refused"  # the peer does not accept this side's certificate
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Why something ended: the kind, and one sentence for people."""
+
+    kind: LostKind
+    detail: str
+
+    def __str__(self) -> str:
+        return self.detail
+
+    def during(self, phase: str) -> Lost:
+        """Return the same end with the phase, such as "handshake", in front of its detail."""
+        return Lost(self.kind, f"{phase}: {self.detail}")
+
+
+def closed(detail: str) -> Lost:
+    """Return the end that one side chose, in order."""
+    return Lost(LostKind.CLOSED, detail)
+
+
+#: The deadline of an end that talks; its owner says which deadline that was.
+DEADLINE: Final = Lost(LostKind.DEADLINE, "deadline")
+#: What a stream's handler hears when the link has ended.
+LINK_LOST: Final = Lost(LostKind.LINK_LOST, "link_lost")
+RESET: Final = Lost(LostKind.RESET, "reset")
+
+
+def lost_by(error: OSError) -> Lost:
+    """Return the end that this error of a socket or of OpenSSL causes, in words of our own."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return Lost(LostKind.CERTIFICATE, f"certificate not accepted: {certificate_fault(error)}")
+    if isinstance(error, ssl.SSLError):
+        return _lost_by_tls(error)
+    return Lost(LostKind.RESET, error.strerror or str(error) or "reset")
+
+
+def _lost_by_tls(error: ssl.SSLError) -> Lost:
+    detail = f"TLS: {(error.reason or str(error)).replace('_', ' ').lower()}"
+    if error.reason == "WRONG_VERSION_NUMBER":
+        return Lost(LostKind.NOT_TLS, f"{detail}; the peer does not seem to speak TLS")
+    kind = LostKind.CERTIFICATE_REFUSED if error.reason in _CERTIFICATE_ALERTS else LostKind.TLS
+    return Lost(kind, detail)
+
+
+def certificate_fault(error: ssl.SSLCertVerificationError) -> str:
+    """Return what is wrong with the peer's certificate; a fault of its dates names this clock too."""
+    hint = f" ({CHECK_CLOCK})" if error.verify_code in _OF_TIME else ""
+    return f"{error.verify_message}{hint}"
+
+
+#: OpenSSL's names of the alerts by which a peer rejects a certificate (openssl/sslerr.h; RFC 8446 section 6.2).
+_CERTIFICATE_ALERTS: Final = frozenset({
+    "SSLV3_ALERT_BAD_CERTIFICATE",
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED",
+    "SSLV3_ALERT_CERTIFICATE_REVOKED",
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN",
+    "SSLV3_ALERT_NO_CERTIFICATE",
+    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE",
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED",
+    "TLSV1_ALERT_UNKNOWN_CA",
+})  # fmt: skip
+#: X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED (openssl/x509_vfy.h).
+_OF_TIME: Final = (9, 10)
