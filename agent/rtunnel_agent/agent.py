@@ -611,6 +611,11 @@ class Agent:
 
     async def _follow_addresses(self) -> None:
         """Look whether this host still has its addresses, and whether lost ones are back."""
+        for address in self._own.lost:  # from the start; `address_lost` and `address_found` tell of changes
+            self._log.warning(
+                "address_missing", agent=self.agent_id, address=address,
+                reason="this host does not have it: add it to an interface, or change agent.addresses",
+            )  # fmt: skip
         ask_until = 0.0
         while True:
             await trio.sleep(self.config.address_check)

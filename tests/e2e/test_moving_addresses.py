@@ -96,6 +96,24 @@ async def test_an_address_that_another_agent_still_has_is_asked_for_again(
         assert agent.slots[0].session is session
 
 
+async def test_an_agent_that_starts_without_an_address_logs_it_once(tmp_path: Path, host: Host, events: Events) -> None:
+    """One warning at the start, however often it looks; the address is taken up when it comes."""
+    host.lost = {TWO}
+    looks: list[str] = []
+    async with running_cluster(tmp_path, agent__address_check=LOOK) as cluster:
+        await cluster.start_broker("b1")
+        agent = (await cluster.start_agent("a1", ONE, TWO, redundancy=1)).agent
+        has = agent._own._has
+        agent._own._has = lambda ip: looks.append(ip) or has(ip)  # type: ignore[func-returns-value]
+        await cluster.until(lambda: len(looks) >= 6)
+        (line,) = named(events, "address_missing")
+        assert line["address"] == TWO
+        assert "add it to an interface, or change agent.addresses" in line["reason"]
+        host.lost = set()
+        await cluster.until(lambda: bool(cluster.registry.lookup("default", TWO)))
+        assert len(named(events, "address_missing")) == 1 and not named(events, "address_lost")
+
+
 async def test_an_agent_that_has_lost_all_addresses_leaves(tmp_path: Path, host: Host) -> None:
     """No session stays, and why is said; with the address it comes back."""
     async with running_cluster(tmp_path, agent__address_check=LOOK) as cluster:
