@@ -33,13 +33,15 @@ from rtunnel.registry import Registry
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.relay import Relay
-from rtunnel.roles import find_role
+from rtunnel.roles import ListenError, find_role
 from rtunnel.trust import pki
 from rtunnel.wire.refusal import Refusal
 
 HOSTS: Final = ("127.77.0.1", "127.77.0.2", "127.77.0.3")
 NODES: Final = ("broker-1", "broker-2")
 PATIENCE: Final = 20.0
+#: RFC 1928 section 3.
+SOCKS_PORT: Final = 1080
 
 
 class DemoFailed(Exception):
@@ -178,7 +180,7 @@ class Cluster:
         for node in NODES:
             await self.start_broker(node)
         self._vip_port = await self.vip.start()
-        self.gateway = await self._serve("gateway", {"gateway.listen": self._gateway_listen()})
+        self.gateway = await self._start_gateway()
         self.proxy = self.gateway.role.bound
         for number, ip in enumerate(HOSTS, 1):
             self.agents.append(await self._start_agent(f"host-{number}", ip, self.directory / "pki"))
@@ -276,14 +278,13 @@ class Cluster:
         }
         return load(None, {}, common | keys)
 
-    @staticmethod
-    def _gateway_listen() -> str:
-        """SOCKS's own port when it is free, so that `--stay` prints what people expect."""
+    async def _start_gateway(self) -> Running:
+        """On SOCKS's own port, so that `--stay` prints what people expect; on any free one when somebody has that."""
         try:
-            listening_socket("127.0.0.1", 1080).close()
-        except OSError:
-            return "127.0.0.1:0"
-        return "127.0.0.1:1080"
+            return await self._serve("gateway", {"gateway.listen": f"127.0.0.1:{SOCKS_PORT}"})
+        except* ListenError:
+            pass
+        return await self._serve("gateway", {"gateway.listen": "127.0.0.1:0"})
 
     def tuples(self, ip: str) -> dict[str, str]:
         """node -> "PS IP:port", as the registry has them."""
@@ -351,6 +352,7 @@ async def tell(story: Story, stay: bool) -> None:
             story.chapter("Two brokers, a VIP in front of them, three agents, a gateway")
             await cluster.start()
             story.who_sits_where(cluster)
+            story.console.print("gateway (SOCKS5 and HTTP proxy): {}:{}".format(*cluster.proxy))
             story.chapter("Every host by its original IP; its agent proves to the gateway that it has it")
             await story.fetch_all(cluster)
             story.chapter(f"Another agent says that it is {HOSTS[0]}, with a certificate of its own making")
