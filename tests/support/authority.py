@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -16,11 +17,14 @@ from rtunnel.config import AuthorityConfig, format_endpoint
 from rtunnel.follower import TrustFollower
 from rtunnel.logs import get_logger
 from rtunnel.trust import keys
+from rtunnel.trust.authority import Authority, Granted
 from rtunnel.trust.certificates import ENROL_LABEL, agent_request, new_key, sign_renewal
+from rtunnel.trust.identity import Identity, read_certificate
 from rtunnel.trust.keys import Token, token_mac
 from rtunnel.trust.pki import Directory, open_directory
 from rtunnel.trust.store import TokenRecord
 from rtunnel.wire.messages import VERSION, Enrol
+from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_authority.server import Server
 
 PATIENCE = 15.0
@@ -128,3 +132,30 @@ async def following(ca: Path, trust: Path | None = None, authority: str = "") ->
         nursery.start_soon(made.follower.run)
         yield made
         nursery.cancel_scope.cancel()
+
+
+class Clock:
+    """Time that stands until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = float(int(time.time()))
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def at(directory: Path, clock: Callable[[], float] = time.time) -> Authority:
+    """Return the authority of a directory, without its process."""
+    return Authority(Directory(directory, clock))
+
+
+def refusal(decide: Authority, question: Enrol) -> tuple[Refusal, str]:
+    """Return the code and the text with which a request is refused."""
+    with pytest.raises(Refused) as caught:
+        decide.enrol(question)
+    return caught.value.code, caught.value.text
+
+
+def who(granted: Granted) -> Identity:
+    """Return the identity in a certificate that was granted."""
+    return read_certificate(granted.answer.certificate)

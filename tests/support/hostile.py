@@ -614,6 +614,16 @@ def tape_of(seed: int) -> bytes:
     return dice.randbytes(dice.choice((20, 100, 400, 1500)))
 
 
+def fails_soon(play: Callable[[bytes], None], tapes: int) -> bool:
+    """Return whether one of the first tapes finds a broken promise: a fault was put in."""
+    for seed in range(tapes):
+        try:
+            play(tape_of(seed))
+        except AssertionError:
+            return True
+    return False
+
+
 def play(tape: bytes) -> None:
     """Build a world, let the tape rule, let everything end, and look. Raises AssertionError for a broken promise."""
     world = World(tape)

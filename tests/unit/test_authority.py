@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,9 @@ from structlog.testing import capture_logs
 from rtunnel import roles
 from rtunnel.config import ConfigError, load
 from rtunnel.trust import pki
-from rtunnel.trust.authority import Authority, Granted
+from rtunnel.trust.authority import Authority
 from rtunnel.trust.certificates import AUTHORITY_NAME, load_request, new_key, read_request, requested_key
-from rtunnel.trust.identity import Identity, TrustStore, load_private_key, read_certificate
+from rtunnel.trust.identity import TrustStore, load_private_key, read_certificate
 from rtunnel.trust.keys import Token, TrustError, token_mac
 from rtunnel.trust.pki import Directory, open_directory
 from rtunnel.trust.tls import certificate_der, client_context
@@ -54,7 +53,7 @@ from rtunnel.wire.messages import (
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_authority import server as server_module
 from rtunnel_authority.server import Server
-from support.authority import authority, change, csr, enrol, renewal, token
+from support.authority import Clock, at, authority, change, csr, enrol, refusal, renewal, token, who
 from support.messages import decoder_of
 
 DAY = 86400
@@ -65,31 +64,6 @@ def made(tmp_path: Path) -> Path:
     directory = tmp_path / "pki"
     pki.init(directory)
     return directory
-
-
-class Clock:
-    """Time that stands until it is moved."""
-
-    def __init__(self) -> None:
-        self.now = float(int(time.time()))
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def at(directory: Path, clock: Callable[[], float] = time.time) -> Authority:
-    """As the process has it, without one; closed with the interpreter."""
-    return Authority(Directory(directory, clock))
-
-
-def refusal(decide: Authority, question: Enrol) -> tuple[Refusal, str]:
-    with pytest.raises(Refused) as caught:
-        decide.enrol(question)
-    return caught.value.code, caught.value.text
-
-
-def who(granted: Granted) -> Identity:
-    return read_certificate(granted.answer.certificate)
 
 
 # --- enrolment --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import itertools
 import shutil
 import sqlite3
 import tempfile
-import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,15 +20,14 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from rtunnel.cli_pki import pki_group
 from rtunnel.trust import pki
-from rtunnel.trust.authority import Authority, Granted
+from rtunnel.trust.authority import Granted
 from rtunnel.trust.certificates import new_key, sign_renewal
-from rtunnel.trust.identity import Identity, read_certificate
 from rtunnel.trust.keys import Token
-from rtunnel.trust.pki import AddressHeld, Directory, open_directory
+from rtunnel.trust.pki import AddressHeld, open_directory
 from rtunnel.trust.store import FILE, Store
 from rtunnel.wire.messages import Enrol
 from rtunnel.wire.refusal import Refusal, Refused
-from support.authority import change, enrol, renewal, token
+from support.authority import Clock, at, change, enrol, refusal, renewal, token, who
 
 DAY = 86400
 
@@ -39,30 +37,6 @@ def made(tmp_path: Path) -> Path:
     directory = tmp_path / "pki"
     pki.init(directory)
     return directory
-
-
-class Clock:
-    """Time that stands until it is moved."""
-
-    def __init__(self) -> None:
-        self.now = float(int(time.time()))
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def at(directory: Path, clock: Clock | None = None) -> Authority:
-    return Authority(Directory(directory, clock or time.time))
-
-
-def refusal(decide: Authority, question: Enrol) -> tuple[Refusal, str]:
-    with pytest.raises(Refused) as caught:
-        decide.enrol(question)
-    return caught.value.code, caught.value.text
-
-
-def who(granted: Granted) -> Identity:
-    return read_certificate(granted.answer.certificate)
 
 
 # --- addresses --------------------------------------------------------------------------------------------------------

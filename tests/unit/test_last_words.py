@@ -21,7 +21,7 @@ from rtunnel.relay.link import LAST_WORDS_BYTES, Link
 from rtunnel.relay.lost import Lost, closed
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.wire.yamux import GoAwayCode
-from support.hostile import SimRelay, contexts, tape_of
+from support.hostile import SimRelay, contexts, fails_soon, tape_of
 from support.kernel import Choices, Kernel
 
 _CAPACITIES = (300, 4096, 70_000)
@@ -206,9 +206,7 @@ def forget_the_rest(self: Link) -> None:
 def test_a_fault_is_found(faulty: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a fault put in, one of the first tapes fails."""
     monkeypatch.setattr(Link, "_linger", faulty)
-    with pytest.raises(AssertionError):
-        for seed in range(100):
-            play(tape_of(seed))
+    assert fails_soon(play, 100)
 
 
 # --- what bounds them ---------------------------------------------------------------------------------------
