@@ -8,10 +8,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from support import secrecy
 from support.plumbing import close_kept
 from support.redis_server import RedisServer
+
+# How long an example takes depends on what else the machine does: `timeout` in pyproject.toml is the only clock.
+settings.register_profile("rtunnel", deadline=None)
+settings.load_profile("rtunnel")
 
 
 def pytest_configure(config: pytest.Config) -> None:

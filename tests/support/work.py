@@ -26,6 +26,7 @@ def bytecodes(call: Callable[[], object]) -> int:
         return trace
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # CPython 3.12 looks at it only when a trace function is set
     gc.disable()  # Hypothesis watches collections by a Python function
     sys.settrace(trace)
     try:

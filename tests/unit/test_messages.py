@@ -551,7 +551,7 @@ def test_deep_nesting_does_no_harm(opener: bytes, depth: int) -> None:
         try:
             assert decoder.next() == Bye()
             assert body[8:9] == b"z"
-            assert depth < 1000
+            assert depth < 20_000, "CPython 3.11 stops at 1000, newer ones at some thousands"
         except MessageError as error:
             assert str(error).startswith("bad message: ")
 

@@ -34,7 +34,9 @@ def verbs() -> set[str]:
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_help_lists_every_verb() -> None:
     """Each verb has a comment behind ##, which `make help` shows."""
-    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
+    )
     assert {line.split()[0] for line in done.stdout.splitlines() if len(line.split()) > 1} == verbs()
 
 

@@ -612,6 +612,7 @@ class TestUnproven:
         """However they are spread over turns; with the next byte the link ends."""
         with running_relay() as near, running_relay() as far:
             tunnel = Tunnel(near, far)
+            near.settle(lambda: tunnel.near_link.rtt > 0)  # the far end has nothing more to send
             pings = len(self.PING) * UNPROVEN_FRAMES_A_TURN * turns
 
             def take() -> None:  # in one call: pings of the far end must not come between
