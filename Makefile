@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-lowest test-pythons coverage lint lock fuzz lab soak bench bench-quick clean
+.PHONY: help demo test test-lowest test-pythons coverage lint lock fuzz lab soak bench bench-quick docs pages clean
 .DEFAULT_GOAL := test
 
 help: ## this list
@@ -99,5 +99,18 @@ bench: .venv/.ready ## side by side with every peer on PATH or in RTUNNEL_BENCH_
 bench-quick: .venv/.ready ## a subset of it in under 3 minutes
 	PYTHONPATH=tests $(BIN)/python -m bench --quick $(ARGS)
 
+.venv-docs/.ready: pyproject.toml
+	@echo "building .venv-docs ..."
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])' \
+	    | xargs .venv-docs/bin/python -m pip install --quiet --disable-pip-version-check
+	@touch $@
+
+docs: .venv-docs/.ready ## the documentation as a site, in build/site; a dead link fails
+	.venv-docs/bin/zensical build --strict --clean
+
+pages: .venv/.ready ## the pages of refusal codes, from the table in the code and docs/refusals.toml
+	PYTHONPATH=tests $(BIN)/python -m support.refusal_pages
+
 clean: ## remove the venvs, builds and caches
-	rm -rf .venv .venv-lowest .venv-3.* .coverage .coverage.* htmlcov build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-docs .venv-lowest .venv-3.* .coverage .coverage.* htmlcov build dist .mypy_cache .ruff_cache .pytest_cache .cache

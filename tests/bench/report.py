@@ -8,6 +8,7 @@ import os
 import platform
 import statistics
 import subprocess
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
@@ -461,19 +462,30 @@ def write_plots(run: Run, directory: Path) -> int:
 _PAGE: Final = """\
 # Benchmarks
 
-A run of `make bench` (`tests/bench`), written by it: every system in one run on one machine, interleaved rounds.
-Each cell is the median with the least and the largest round; `/frp` is the ratio against frp in the same mode
-and path of this run. CPU times are those of the tunnel's own processes, user and system, all threads: on a machine
-that others use as well they are the steady figures. `load` and `others` are cores that the load generator and
-everybody else on the machine kept busy meanwhile; `none` is the load generator without a tunnel: its own ceiling.
+Every system ran on one machine, in one run, in interleaved rounds. `make bench` (`tests/bench`)
+ran them and wrote this page. Each cell has the median, and in brackets the lowest and the highest
+round.
+
+- `/frp` is the ratio against frp in the same mode and path of this run.
+- CPU times are user and system time of all threads of the tunnel's own processes. On a machine that
+  others use as well they are the steady figures.
+- `load` and `others` are the cores that the load generator and everything else on the machine used
+  meanwhile.
+- `none` is the load generator without a tunnel: its own ceiling.
 
 {about}
 
-Systems: `rtunnel-*` is broker and agent on an open port (2 processes); `-socks` adds the gateway (3 processes) and
-looks the target up as in production, with a real Redis. `frp-tls` is frp as it comes (yamux, TLS), `frp-plain` is
-yamux without TLS, `frp-nomux` neither; `-socks` is frpc's socks5 plugin, still 2 processes. `chisel` and `ssh -R` are
-always SSH. `haproxy` is two HAProxies in a row with one thread each, splicing: no tunnel, but the limit of a relay in
-C. `-long` has {long:g} ms of round trip time between its two processes.
+| system | what it is |
+| --- | --- |
+| `rtunnel-*` | broker and agent on an open port (2 processes) |
+| `rtunnel-*-socks` | the same with the gateway (3 processes), which looks targets up in a real Redis |
+| `frp-tls` | frp with its defaults: yamux and TLS |
+| `frp-plain` | frp with yamux and without TLS |
+| `frp-nomux` | frp without yamux and without TLS |
+| `frp-*-socks` | frp with the socks5 plugin of frpc, still 2 processes |
+| `chisel`, `ssh` | always SSH; `ssh` is `ssh -R` |
+| `haproxy` | two HAProxies in a row with one thread each, splicing: no tunnel, but the limit of a relay in C |
+| `*-long` | the same system with {long:g} ms of round trip time between its two processes |
 """
 
 
@@ -486,7 +498,7 @@ def write_page(run: Run, docs: Path) -> Path:
         f" {about['cpu']}, Linux {about['kernel']}; {about['rounds']} rounds of {about['seconds']:g} s."
         f" Peers: {versions or 'none'}."
     )
-    parts = [_PAGE.format(about=facts, long=about.get("long_way_ms", 50))]
+    parts = [_PAGE.format(about=textwrap.fill(facts, 100, break_on_hyphens=False), long=about.get("long_way_ms", 50))]
     parts += [f"Left out: {note}\n" for note in run.missing]
     if verdicts := list(judge(run)):
         head = ["what", "rtunnel", "against", "limit", "measured", "verdict"]

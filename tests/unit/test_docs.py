@@ -1,0 +1,147 @@
+"""docs/ as a site: every link leads somewhere, every page can be found, and generated pages are up to date."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rtunnel.wire.refusal import Refusal
+from rtunnel_socks import dial
+from support import refusal_pages
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+ALL = [*PAGES, *sorted(ROOT.glob("*.md"))]
+SITE: dict[str, Any] = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+MAX_COLUMNS = 100
+
+
+def name_of(path: Path) -> str:
+    """The path as people write it."""
+    return path.relative_to(ROOT).as_posix()
+
+
+def prose(path: Path) -> str:
+    """The page without its blocks of code."""
+    return re.sub(r"^( *)```.*?^\1```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def links(path: Path) -> list[str]:
+    """The targets of the page's links and pictures, but for those that lead out of the repository."""
+    text = re.sub(r"`[^`\n]*`", lambda found: found[0] if "](" not in found[0] else "", prose(path))
+    found = re.findall(r"\]\(([^()\s]+)\)", text)
+    return [target for target in found if not re.match(r"[a-z]+:", target)]
+
+
+@cache
+def anchors(path: Path) -> frozenset[str]:
+    """The anchors of a page's headings that mkdocs and code hosts spell in the same way."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.*)$", prose(path), re.MULTILINE):
+        bare = re.sub(r"[^\w\s-]", "", heading).strip().lower()
+        by_host, by_site = bare.replace(" ", "-"), re.sub(r"[-\s]+", "-", bare)
+        if by_host == by_site:
+            found.add(by_site)
+    return frozenset(found)
+
+
+@pytest.mark.parametrize("path", ALL, ids=name_of)
+def test_links_lead_somewhere(path: Path) -> None:
+    """Each link's file exists, and its anchor is a heading there; a page of the site links to nothing outside."""
+    dead = []
+    for target in links(path):
+        file, _, anchor = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        outside = DOCS in path.parents and DOCS not in there.parents
+        if outside or not there.exists() or (anchor and anchor not in anchors(there)):
+            dead.append(target)
+    assert not dead
+
+
+def nav(entries: Any) -> Iterator[str]:
+    """The pages of the navigation, in order."""
+    if isinstance(entries, str):
+        yield entries
+    else:
+        for entry in entries.values() if isinstance(entries, dict) else entries:
+            yield from nav(entry)
+
+
+def test_the_navigation_has_every_page() -> None:
+    """Once; but for those that mkdocs.yml leaves to an index page, which links to each."""
+    pages = {path.relative_to(DOCS).as_posix() for path in PAGES}
+    listed = list(nav(SITE["nav"]))
+    assert len(listed) == len(set(listed))
+    assert set(listed) <= pages
+    patterns = SITE["not_in_nav"].split()
+    left = {page for page in pages - set(listed) if not any(fnmatch(page, pattern) for pattern in patterns)}
+    assert not left
+    for folder in ("decisions", "refusals"):
+        index = DOCS / folder / "index.md"
+        others = {path.name for path in index.parent.glob("*.md")} - {"index.md"}
+        assert others <= {target.partition("#")[0] for target in links(index)}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_prose_is_narrow(path: Path) -> None:
+    """A line of prose has at most 100 columns; code, tables and links are as long as they are."""
+    lines = prose(path).splitlines()
+    wide = [line for line in lines if len(line) > MAX_COLUMNS and not line.startswith(("|", "![", "    ", "<!--"))]
+    assert not wide
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "decisions").glob("0*.md")), ids=name_of)
+def test_a_decision_says_why_on_one_screen(path: Path) -> None:
+    """Its number, date, context, decision and evidence, in at most 50 lines."""
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith(f"# {path.name[:4]} ")
+    assert re.search(r"^Date: \d{4}-\d\d-\d\d$", text, re.MULTILINE)
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["Context", "Decision", "Evidence"]
+    assert len(text.splitlines()) <= 50
+
+
+# The pages of refusal codes.
+
+
+def test_the_pages_of_refusal_codes_are_up_to_date() -> None:
+    """They are what `make pages` writes, for every code and no other."""
+    written = {path.name: path.read_text(encoding="utf-8") for path in refusal_pages.PAGES.glob("*.md")}
+    assert written == refusal_pages.pages()
+
+
+def test_every_refusal_code_has_advice() -> None:
+    """In the order of the enum, with a cause, a speaker and something to do."""
+    advices = refusal_pages.load_advice()
+    assert list(advices) == [code.value for code in Refusal]
+    for word, advice in advices.items():
+        assert advice.means and advice.said_by and advice.do, word
+        assert advice.client in refusal_pages.CLIENT_WORDS, word
+
+
+def test_who_gets_a_code_is_what_the_gateway_does() -> None:
+    """A client gets a code of a path only if all paths gave it; the page says of which codes that is true."""
+    alike = {word for word, advice in refusal_pages.load_advice().items() if advice.client == "alike"}
+    assert alike == {code.value for code in dial._NOT_THE_PATHS}
+
+
+def test_events_and_series_on_the_pages_exist() -> None:
+    """The sources have each log event, by its role, and each metric."""
+    sources = {
+        role: "".join(path.read_text() for path in (ROOT / folder).rglob("*.py"))
+        for role, folder in [("gateway", "socks"), ("broker", "broker"), ("agent", "agent"), ("authority", "authority")]
+    }
+    series = (ROOT / "rtunnel/metrics.py").read_text()
+    for word, advice in refusal_pages.load_advice().items():
+        for entry in advice.log:
+            role, _, event = entry.partition(": ")
+            assert f'"{event}"' in sources[role], (word, entry)
+        for name in advice.series:
+            assert f'"{name.removesuffix("_total")}' in series, (word, name)
