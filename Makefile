@@ -74,7 +74,7 @@ lint: .venv/.ready ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy tests
+	$(BIN)/mypy tests examples
 	$(BIN)/lint-imports --no-cache
 
 lock: .venv/.ready ## renew uv.lock: the newest allowed versions on PyPI
