@@ -249,7 +249,7 @@ class GuardedPort:
             weakest.expel(made_room("too many say no Dial"))
         end = self.relay.end(sock, peer, spoken=True)
         if tls is not None:
-            end = self.relay.secure(end, tls, otherwise=_TLS_ONLY)
+            end = self.relay.secure(end, tls, alpn=messages.DIAL_ALPN, otherwise=_TLS_ONLY)
         end.talk(GuardedConnection(self, end, source), self.timeout)
 
     def _turn_away(self, sock: socket.socket, *, plain: bool) -> None:

@@ -172,7 +172,7 @@ class SocketEnd:
     def abort(self) -> None:
         """See End."""
         if not self.closed:
-            reset_on_close(self.sock)
+            self.reset_on_close()
             self._handler = None
             self._bury()
 
@@ -182,6 +182,10 @@ class SocketEnd:
             self._bury()
         else:
             self.abort()
+
+    def reset_on_close(self) -> None:
+        """Let the socket's close send a reset."""
+        reset_on_close(self.sock)
 
     def await_room(self) -> None:
         """A write found no room: be told when there is some."""

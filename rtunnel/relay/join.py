@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from rtunnel.relay.ends import SocketEnd, reset_on_close
+from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, URGENT, Loop, Timer
 from rtunnel.relay.lost import Lost, LostKind
 from rtunnel.relay.stream import StreamEnd
@@ -398,8 +398,8 @@ class SocketPair(Pair):
     def abort(self, ending: Ending) -> None:
         """See Pair."""
         if not self.done:
-            reset_on_close(self.client.sock)
-            reset_on_close(self.target.sock)
+            self.client.reset_on_close()
+            self.target.reset_on_close()
             self._over(ending)
 
     def _over(self, ending: Ending) -> None:
@@ -640,7 +640,7 @@ class StreamPair(Pair):
         """See StreamJoin."""
         if self.done:
             return
-        reset_on_close(self._socket.sock)
+        self._socket.reset_on_close()
         if lost.kind is LostKind.LINK_LOST:
             self._over(Ending.LINK_LOST)
         else:
@@ -649,7 +649,7 @@ class StreamPair(Pair):
     def abort(self, ending: Ending) -> None:
         """See Pair."""
         if not self.done:
-            reset_on_close(self._socket.sock)
+            self._socket.reset_on_close()
             self._stream.reset()
             self._over(ending)
 

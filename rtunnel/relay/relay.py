@@ -438,10 +438,16 @@ class Relay:
         return end
 
     def secure(
-        self, end: SocketEnd, context: ssl.SSLContext, *, server_name: str | None = None, otherwise: bytes = b""
+        self,
+        end: SocketEnd,
+        context: ssl.SSLContext,
+        *,
+        alpn: str,
+        server_name: str | None = None,
+        otherwise: bytes = b"",
     ) -> TlsEnd:
         """The same connection under TLS, for an end that nobody has talked to. See `TlsEnd`."""
-        return TlsEnd(end, context, self.scratch, server_name, otherwise)
+        return TlsEnd(end, context, self.scratch, server_name=server_name, alpn=alpn, otherwise=otherwise)
 
     def connect(self, host: str, port: int, timeout: float, done: Connected, *, source: str = "") -> Attempt:
         """Connect to an IP: `done(end, _, "")` or `done(None, refusal, text)`. See `Attempt.begin`.

@@ -15,11 +15,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
-from rtunnel.relay.ends import SocketEnd
+from rtunnel.compat import override
+from rtunnel.relay.ends import SocketEnd, reset_on_close
+from rtunnel.relay.engine import RECORD_BYTES, TlsEngine
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
 from rtunnel.relay.lost import Lost, LostKind, lost_by
-from rtunnel.relay.transport import HANDSHAKE_BYTES, RECORD_BYTES, UNPROVEN_READ_BYTES, Scratch
-from rtunnel.wire.messages import DIAL_ALPN
+from rtunnel.relay.transport import UNPROVEN_READ_BYTES, Scratch
 
 #: What goes through OpenSSL's memory at once: its buffers stay as large as the largest piece was.
 PIECE: Final = 64 * 1024
@@ -40,42 +41,41 @@ class TlsSocket(socket.socket):
 
     __slots__ = (
         "_ahead",
+        "_alpn",
         "_bye",
+        "_engine",
         "_fault",
         "_fin",
-        "_incoming",
+        "_first",
         "_loop",
-        "_outgoing",
         "_pending",
         "_reset",
         "_scratch",
-        "_server",
         "_timer",
-        "_tls",
-        "eof",
         "full",
-        "shaken",
         "up",
     )
 
     def __init__(
-        self, sock: socket.socket, context: ssl.SSLContext, loop: Loop, scratch: Scratch, server_name: str | None
+        self,
+        sock: socket.socket,
+        context: ssl.SSLContext,
+        loop: Loop,
+        scratch: Scratch,
+        *,
+        server_name: str | None,
+        alpn: str,
     ) -> None:
-        """Takes over the descriptor. `server_name` None: the server's side."""
+        """Takes over the descriptor. `server_name` None: the server's side. A peer must agree to `alpn` (RFC 7301)."""
         super().__init__(sock.family, sock.type, sock.proto, sock.detach())
         self.setblocking(False)
         self.full: Callable[[], None]
         self.up = False  # the handshake is done
-        self.eof = False  # the peer's close_notify
-        self.shaken = 0  # bytes that the peer has sent in the handshake
         self._loop = loop
         self._scratch = scratch
-        self._server = server_name is None
-        self._incoming = ssl.MemoryBIO()
-        self._outgoing = ssl.MemoryBIO()
-        self._tls = context.wrap_bio(
-            self._incoming, self._outgoing, server_side=self._server, server_hostname=server_name
-        )
+        self._engine = TlsEngine(context, server_name)
+        self._alpn = alpn
+        self._first = server_name is None  # the client's first byte is to come
         self._pending: bytes | memoryview = b""  # encrypted, and not in the kernel yet
         self._ahead = b""  # plain text that had to be read before our close_notify
         self._bye = False  # that was said
@@ -87,7 +87,12 @@ class TlsSocket(socket.socket):
     @property
     def certificate(self) -> bytes | None:
         """The peer's, DER, when the handshake is done and it showed one."""
-        return self._tls.getpeercert(binary_form=True)
+        return self._engine.certificate
+
+    @property
+    def shaken(self) -> int:
+        """Bytes that the peer has sent in the handshake."""
+        return self._engine.shaken
 
     # The handshake.
 
@@ -96,41 +101,27 @@ class TlsSocket(socket.socket):
 
         Raises NotTls, or another OSError (ssl.SSLError is one).
         """
-        while True:
-            try:
-                self._tls.do_handshake()
-            except ssl.SSLWantReadError:
-                self.flush()
-                if not self._pull():
-                    return False
-            except ssl.SSLError:
-                with suppress(OSError):
-                    self.flush()  # the alert tells the peer why
-                raise
-            else:
-                break
-        if self._tls.selected_alpn_protocol() != DIAL_ALPN:
-            raise ConnectionError("the peer speaks TLS, but not for Dials")
+        try:
+            if not self._engine.handshake(self._pull, self.flush):
+                return False
+        except ssl.SSLError:
+            with suppress(OSError):
+                self.flush()  # the alert tells the peer why
+            raise
+        if self._engine.alpn != self._alpn:
+            raise ConnectionError(f"the peer speaks TLS, but not {self._alpn}")
         self.up = True
         return True
 
-    def _pull(self) -> bool:
+    def _pull(self) -> memoryview:
         cipher = self._scratch.cipher[:UNPROVEN_READ_BYTES]
-        try:
-            size = super().recv_into(cipher)
-        except BlockingIOError:
-            return False
-        if not size:
-            raise ConnectionResetError(errno.ECONNRESET, "the peer closed the connection during the TLS handshake")
-        self.shaken += size
-        if self._server:
-            self._server = False
+        size = super().recv_into(cipher)
+        if size and self._first:
+            self._first = False
             if cipher[0] != _HANDSHAKE:
+                self._engine.shaken = size
                 raise NotTls("the peer does not speak TLS")
-        if self.shaken > HANDSHAKE_BYTES:
-            raise ConnectionResetError(f"the peer's TLS handshake is over {HANDSHAKE_BYTES} bytes")
-        self._incoming.write(cipher[:size])
-        return True
+        return cipher[:size]
 
     def say_plainly(self, data: bytes) -> None:
         """For a peer that does not speak TLS: as much as goes out at once."""
@@ -150,15 +141,15 @@ class TlsSocket(socket.socket):
             raise self._fault
         if not self.up:
             raise BlockingIOError
-        view, filled, spent, drained = memoryview(buffer), 0, 0, False
+        engine, view, filled, spent, drained = self._engine, memoryview(buffer), 0, 0, False
         wanted = len(view)
         if self._ahead:
             filled = min(wanted, len(self._ahead))
             view[:filled] = self._ahead[:filled]
             self._ahead = self._ahead[filled:]
-        while filled < wanted and not self.eof:
+        while filled < wanted and not engine.eof:
             filled += self._decrypt(view[filled:])
-            if filled == wanted or self.eof or (drained and filled):
+            if filled == wanted or engine.eof or (drained and filled):
                 break  # with nothing filled, a FIN may stand behind a part of a record: it has no edge of its own
             if spent > wanted + PIECE:  # nothing but key updates, or tiny records: others want their turn
                 self._loop.soon(self._tell_again)
@@ -174,8 +165,8 @@ class TlsSocket(socket.socket):
                 raise ConnectionResetError(errno.ECONNRESET, "the peer ended the connection without close_notify")
             drained = size < len(cipher)
             spent += size
-            self._incoming.write(cipher[:size])
-        if self.eof and not self._ahead:
+            engine.feed(cipher[:size])
+        if engine.eof and not self._ahead:
             if filled:
                 self._loop.soon(self._tell_again)  # a close_notify has no edge of its own
         elif not filled:
@@ -183,20 +174,8 @@ class TlsSocket(socket.socket):
         return filled
 
     def _decrypt(self, view: memoryview) -> int:
-        """What there is, as much as fits. Reads stop at an empty BIO: an exception costs as much as a record."""
-        tls, incoming, filled, wanted = self._tls, self._incoming, 0, len(view)
-        try:
-            while filled < wanted and (incoming.pending or tls.pending()):
-                size = int(tls.read(wanted - filled, view[filled:]))
-                if not size:  # close_notify; after our own it is the exception
-                    self.eof = True
-                    break
-                filled += size
-        except ssl.SSLWantReadError:
-            pass  # a part of a record
-        except ssl.SSLZeroReturnError:
-            self.eof = True
-        if self._outgoing.pending:
+        filled = self._engine.decrypt(view)
+        if self._engine.outgoing:
             self.flush()  # key updates
         return filled
 
@@ -215,15 +194,15 @@ class TlsSocket(socket.socket):
             raise BlockingIOError
         view, sent = memoryview(data), 0
         while sent < len(view) and not self._pending:
-            sent += self._tls.write(view[sent : sent + PIECE])
+            sent += self._engine.encrypt(view[sent : sent + PIECE])
             self.flush()
         return sent
 
     def flush(self) -> None:
         """What is pending, then the FIN if it is due. Raises OSError; `recv_into` and `send` do so from then on."""
         try:
-            if self._outgoing.pending:
-                more = self._outgoing.read()
+            if self._engine.outgoing:
+                more = self._engine.take()
                 if len(self._pending) > 2 * PIECE:  # `send` leaves less: these are answers to key updates
                     raise ConnectionResetError(errno.ECONNRESET, "the peer asks for keys, and takes no answer")
                 self._pending = bytes(self._pending) + more if self._pending else more
@@ -254,24 +233,21 @@ class TlsSocket(socket.socket):
     def _say_bye(self) -> None:
         # OpenSSL looks for the peer's close_notify at once, and drops data that it finds in its place: so read that
         # before, also the rest of a record that was read in part. There is not more than a piece of it.
-        while (self._incoming.pending or self._tls.pending()) and not self.eof:
+        engine = self._engine
+        while engine.holds and not engine.eof:
             room = bytearray(PIECE + RECORD_BYTES)
             size = self._decrypt(memoryview(room))
             if not size:
                 break
             self._ahead += room[:size]
         self._bye = True
-        try:
-            self._tls.unwrap()
-        except ssl.SSLError:
-            pass  # the peer's close_notify is not there yet
+        engine.close()
         self.flush()
 
-    def setsockopt(self, level: int, option: int, *value: Any) -> None:
-        """See socket.socket. `reset_on_close` is heard here: then nothing is said any more."""
-        if level == socket.SOL_SOCKET and option == socket.SO_LINGER:
-            self._reset = True
-        super().setsockopt(level, option, *value)
+    def reset_on_close(self) -> None:
+        """Let `close` send a reset: nothing is said any more, and what is pending is dropped."""
+        self._reset = True
+        reset_on_close(self)
 
     def getsockopt(self, level: int, option: int, *size: Any) -> Any:
         """See socket.socket. An error that a write has met is the socket's still."""
@@ -307,8 +283,7 @@ class TlsSocket(socket.socket):
 
     def abandon(self) -> None:
         """Give up what is pending: the peer gets a reset."""
-        with suppress(OSError):
-            super().setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        self.reset_on_close()
         self._end()
 
     def _end(self) -> None:
@@ -322,7 +297,8 @@ class TlsSocket(socket.socket):
             self._timer.cancel()
         super().close()
         # We and our owner name each other: OpenSSL's buffers must not wait for a garbage collection.
-        del self._tls, self._incoming, self._outgoing, self.full
+        self._engine.free()
+        del self.full
 
 
 class TlsEnd(SocketEnd):
@@ -335,11 +311,18 @@ class TlsEnd(SocketEnd):
     can_splice = False
 
     def __init__(
-        self, end: SocketEnd, context: ssl.SSLContext, scratch: Scratch, server_name: str | None, otherwise: bytes
+        self,
+        end: SocketEnd,
+        context: ssl.SSLContext,
+        scratch: Scratch,
+        *,
+        server_name: str | None,
+        alpn: str,
+        otherwise: bytes,
     ) -> None:
         """Takes over an end that nobody talks to. `server_name` None: the server's side; then a client that speaks no
         TLS is told `otherwise` in plain, and turned away."""
-        self.tls = TlsSocket(end.sock, context, end.loop, scratch, server_name)
+        self.tls = TlsSocket(end.sock, context, end.loop, scratch, server_name=server_name, alpn=alpn)
         super().__init__(end.loop, self.tls, end.peer, watched=True)
         self.tls.full = self.await_room
         self._awaits_room = end._awaits_room
@@ -353,16 +336,19 @@ class TlsEnd(SocketEnd):
         """The handshake is done."""
         return self.tls.up
 
+    @override
     def write(self, data: bytes) -> None:
-        """See End."""
         if self.up:
             super().write(data)
         else:
             self._out += data
 
-    def hand_over(self, handler: Callable[[int], None]) -> bytes:
-        """See SocketEnd."""
+    @override
+    def reset_on_close(self) -> None:
+        self.tls.reset_on_close()
 
+    @override
+    def hand_over(self, handler: Callable[[int], None]) -> bytes:
         def event(mask: int) -> None:
             if mask & OUT:
                 mask |= self._make_room()

@@ -385,7 +385,7 @@ class Attempt:
                 self.dial.failed(self, Refusal.BROKER_UNREACHABLE, why)
             return
         if owner.dial_tls is not None:
-            end = owner.relay.secure(end, owner.dial_tls, server_name=BROKER_NAME)
+            end = owner.relay.secure(end, owner.dial_tls, alpn=messages.DIAL_ALPN, server_name=BROKER_NAME)
         self._end = end
         end.talk(self)
         end.write(self._frame())

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from rtunnel.relay.ends import SocketEnd, reset_on_close
+from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import PIECE, QUANTUM, Ending, OnEnd, Pair
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Timer
 from rtunnel.relay.memory import Memory
@@ -141,7 +141,7 @@ class _Side:
 
     def reset(self) -> None:
         """Close it at once."""
-        reset_on_close(self.end.sock)
+        self.end.reset_on_close()
         self.bury()
 
     def bury(self) -> None:

@@ -393,8 +393,8 @@ class World:
         if self._tls_hop:
             self._tls_sides += a, b
             server, client = contexts()
-            near = relay.secure(near, client, server_name="x")
-            far = hop.relay.secure(far, server)
+            near = relay.secure(near, client, alpn=DIAL_ALPN, server_name="x")
+            far = hop.relay.secure(far, server, alpn=DIAL_ALPN)
         near.talk(handler)
         near.write(words)
         far.talk(self._answering(far, hop.relay, hops[1:]))
@@ -582,7 +582,7 @@ def ask_for_keys(link: Link) -> None:
 
     Python has no word for it. The request goes out with the link's next frame.
     """
-    tls = link._transport._tls  # type: ignore[attr-defined]
+    tls = link._transport._engine._tls  # type: ignore[attr-defined]
     session = ctypes.c_void_p(ctypes.c_void_p.from_address(id(tls._sslobj) + _SSL_AT).value)
     assert _OPENSSL.SSL_key_update(session, 1) == 1
     tls.do_handshake()

@@ -22,7 +22,7 @@ def tls_error(reason: str) -> ssl.SSLError:
     ("error", "kind", "detail"),
     [
         (ConnectionResetError(104, "Connection reset by peer"), LostKind.RESET, "Connection reset by peer"),
-        (ConnectionError("the peer speaks TLS, but not for Dials"), LostKind.RESET, "the peer speaks TLS, but"),
+        (ConnectionError("the peer speaks TLS, but not rtunnel-dial/1"), LostKind.RESET, "the peer speaks TLS, but"),
         (OSError(), LostKind.RESET, "reset"),
         (ssl.SSLCertVerificationError(1, "no"), LostKind.CERTIFICATE, "certificate not accepted: "),
         (tls_error("WRONG_VERSION_NUMBER"), LostKind.NOT_TLS, "TLS: wrong version number; the peer does not seem"),

@@ -23,13 +23,15 @@ from typing import Any
 import pytest
 
 from rtunnel.relay.ends import SocketEnd
+from rtunnel.relay.engine import HANDSHAKE_BYTES
 from rtunnel.relay.join import Account, Ending
 from rtunnel.relay.loop import Loop
 from rtunnel.relay.lost import Lost
 from rtunnel.relay.tls import PIECE, TlsEnd, TlsSocket
-from rtunnel.relay.transport import HANDSHAKE_BYTES, Scratch, TlsTransport
+from rtunnel.relay.transport import Scratch, TlsTransport
 from rtunnel.trust import pki
 from rtunnel.trust.tls import client_context, dial_client_context, dial_server_context, server_context
+from rtunnel.wire.messages import DIAL_ALPN
 from support.plumbing import (
     PATIENCE,
     TestRelay,
@@ -98,7 +100,7 @@ class Tunnel:
 
         def connected(end: SocketEnd | None, *_: object) -> None:
             assert end is not None
-            secured = self.relay.secure(end, self.client, server_name="broker.rtunnel")
+            secured = self.relay.secure(end, self.client, alpn=DIAL_ALPN, server_name="broker.rtunnel")
             secured.talk(Opening(secured, joined, self.lost), self.deadline)
             secured.write(b"open")
 
@@ -110,7 +112,7 @@ class Tunnel:
         self.relay.connect(host, port, 5.0, connected)
 
     def _accept_inner(self, sock: socket.socket, peer: str) -> None:
-        end = self.relay.secure(self.relay.end(sock, peer), self.server, otherwise=OTHERWISE)
+        end = self.relay.secure(self.relay.end(sock, peer), self.server, alpn=DIAL_ALPN, otherwise=OTHERWISE)
 
         def opened(end: SocketEnd, data: bytes) -> None:
             assert data.startswith(b"open")
@@ -346,7 +348,7 @@ def test_a_handshake_holds_little_memory(made: Path, kind: str) -> None:
         shake = TlsTransport(ours, server_context(made / "broker.pem", made / "broker.key"), None).handshake
     else:
         context = dial_server_context(made / "broker.pem", made / "broker.key")
-        end = TlsSocket(ours, context, Loop(lambda _: None), Scratch(), None)
+        end = TlsSocket(ours, context, Loop(lambda _: None), Scratch(), server_name=None, alpn=DIAL_ALPN)
         end.full = lambda: None
         kept(end)
         shake = end.handshake
@@ -391,7 +393,7 @@ def test_links_are_not_dials(made: Path) -> None:
                 client.sendall(b"open")
                 assert not_answered(client)
             here.relay.settle(lambda n=number: len(here.lost) == n)  # type: ignore[misc]
-        assert set(here.lost) == {"the peer speaks TLS, but not for Dials"}
+        assert set(here.lost) == {"the peer speaks TLS, but not rtunnel-dial/1"}
 
 
 def not_answered(client: ssl.SSLSocket) -> bool:
@@ -411,7 +413,7 @@ def test_pieces_are_bounded(made: Path) -> None:
         socks = [sock for pair in ends for sock in pair.sockets if isinstance(sock, TlsSocket)]
         assert len(socks) == 2
         for sock in socks:
-            assert len(sock._pending) <= PIECE + 1024 and sock._incoming.pending <= PIECE + 1024
+            assert len(sock._pending) <= PIECE + 1024 and sock._engine._incoming.pending <= PIECE + 1024
         client.close()
 
 
@@ -484,7 +486,14 @@ def test_key_updates_without_end_take_nobody_elses_turn(made: Path, monkeypatch:
     ours, theirs = map(kept, socket.socketpair())
     turns: list[Any] = []
     loop: Any = SimpleNamespace(soon=turns.append, handlers={}, stopped=False)
-    server = TlsSocket(ours, dial_server_context(made / "broker.pem", made / "broker.key"), loop, Scratch(), None)
+    server = TlsSocket(
+        ours,
+        dial_server_context(made / "broker.pem", made / "broker.key"),
+        loop,
+        Scratch(),
+        server_name=None,
+        alpn=DIAL_ALPN,
+    )
     server.full = lambda: None
     client = Updates.shaken(made, server, theirs)
     reads = 0
@@ -517,7 +526,14 @@ def test_answers_to_key_updates_that_nobody_reads_end_the_connection(made: Path)
     """Each costs the peer 27 bytes, and us 27 bytes of memory."""
     ours, theirs = map(kept, socket.socketpair())
     loop: Any = SimpleNamespace(soon=lambda call: None, handlers={}, stopped=False)
-    server = TlsSocket(ours, dial_server_context(made / "broker.pem", made / "broker.key"), loop, Scratch(), None)
+    server = TlsSocket(
+        ours,
+        dial_server_context(made / "broker.pem", made / "broker.key"),
+        loop,
+        Scratch(),
+        server_name=None,
+        alpn=DIAL_ALPN,
+    )
     server.full = lambda: None
     client = Updates.shaken(made, server, theirs)
     with pytest.raises(ConnectionResetError, match="takes no answer"):

@@ -1,0 +1,132 @@
+"""TLS 1.3 without a socket: one engine for links (`transport`) and for single connections (`tls`).
+
+TLS goes through memory BIOs and not through `ssl.SSLSocket`: OpenSSL then takes any amount at once (SSLSocket has no
+partial writes and must be retried with the same length), 16 KiB records share one system call each way, and no read
+ever wants a write. Measured on pieces of 64 KiB: 0.40 against 0.55 CPU s/GB on the sending side.
+"""
+
+from __future__ import annotations
+
+import errno
+import ssl
+from collections.abc import Callable
+from typing import Final
+
+#: Bytes that a peer may send in a TLS handshake. A flight with a certificate is 2 KiB, one with a long chain 12 KiB;
+#: OpenSSL alone would keep a ClientHello of 128 KiB.
+HANDSHAKE_BYTES: Final = 32 * 1024
+#: The most that one TLS record carries (RFC 8446 section 5.1).
+RECORD_BYTES: Final = 16 * 1024
+
+Data = bytes | bytearray | memoryview
+
+
+class TlsEngine:
+    """One TLS connection between two buffers. In the relay's thread.
+
+    `feed` takes what came from the network and `decrypt` gives the plain text; `encrypt` takes plain text and `take`
+    gives what has to go to the network. `eof`: the peer's close_notify came.
+    """
+
+    __slots__ = ("_incoming", "_outgoing", "_tls", "eof", "shaken")
+
+    def __init__(self, context: ssl.SSLContext, server_name: str | None) -> None:
+        """`server_name` None: the server's side."""
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._tls = context.wrap_bio(
+            self._incoming, self._outgoing, server_side=server_name is None, server_hostname=server_name
+        )
+        self.eof = False
+        self.shaken = 0  # bytes that the peer has sent in the handshake
+
+    @property
+    def certificate(self) -> bytes | None:
+        """The peer's certificate in DER, when the handshake is done and the peer showed one."""
+        return self._tls.getpeercert(binary_form=True)
+
+    @property
+    def alpn(self) -> str | None:
+        """The protocol that both ends agreed on (RFC 7301)."""
+        return self._tls.selected_alpn_protocol()
+
+    def handshake(self, receive: Callable[[], Data], push: Callable[[], None]) -> bool:
+        """Go on with the handshake as far as there are bytes; return whether it is done.
+
+        `receive` returns bytes of the peer, nothing at its end, or raises BlockingIOError; `push` sends what `take`
+        gives. What the handshake says last is left for `take`, an alert too. Raises OSError (ssl.SSLError is one).
+        """
+        while True:
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                push()
+            else:
+                return True
+            try:
+                data = receive()
+            except BlockingIOError:
+                return False
+            if not data:
+                text = "the peer closed the connection during the TLS handshake"
+                raise ConnectionResetError(errno.ECONNRESET, text)
+            self.shaken += len(data)
+            if self.shaken > HANDSHAKE_BYTES:
+                raise ConnectionResetError(f"the peer's TLS handshake is over {HANDSHAKE_BYTES} bytes")
+            self._incoming.write(data)
+
+    def feed(self, data: Data) -> None:
+        """Take bytes from the network."""
+        self._incoming.write(data)
+
+    def decrypt(self, view: memoryview) -> int:
+        """Put as much plain text into `view` as there is and fits; return its size. Sets `eof`. Raises ssl.SSLError.
+
+        Less than `view` holds: there is no more, but perhaps a part of a record. Reads stop at an empty buffer and not
+        at SSLWantReadError: an exception costs as much as a record.
+        """
+        tls, incoming, filled, wanted = self._tls, self._incoming, 0, len(view)
+        try:
+            while filled < wanted and (incoming.pending or tls.pending()):
+                size = int(tls.read(wanted - filled, view[filled:]))
+                if not size:  # close_notify; after our own it is the exception
+                    self.eof = True
+                    break
+                filled += size
+        except ssl.SSLWantReadError:
+            pass  # a part of a record
+        except ssl.SSLZeroReturnError:
+            self.eof = True
+        return filled
+
+    @property
+    def holds(self) -> bool:
+        """Whether `decrypt` has something to look at."""
+        return bool(self._incoming.pending or self._tls.pending())
+
+    def encrypt(self, data: Data) -> int:
+        """Take plain text; return how much: all of it."""
+        return int(self._tls.write(data))
+
+    @property
+    def outgoing(self) -> int:
+        """How many bytes `take` has, at least answers to key updates after `decrypt`."""
+        return self._outgoing.pending
+
+    def take(self) -> bytes:
+        """Return the bytes for the network."""
+        return self._outgoing.read()
+
+    def close(self) -> None:
+        """Say close_notify, for `take`.
+
+        OpenSSL looks for the peer's close_notify at once, and drops plain text that was not decrypted before.
+        """
+        try:
+            self._tls.unwrap()
+        except (ssl.SSLError, ValueError, OSError):
+            pass  # the peer's close_notify is not there yet, which nobody waits for
+
+    def free(self) -> None:
+        """Free OpenSSL's buffers, which would wait for a garbage collection. Only `eof` and `shaken` are left."""
+        del self._tls, self._incoming, self._outgoing
