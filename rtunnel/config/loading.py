@@ -6,6 +6,7 @@ import difflib
 import re
 import tomllib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
@@ -217,9 +218,15 @@ def _type_problem(leaf: Leaf, given: _Given, text: str) -> Problem:
 
 def _build(struct: type[Any], path: str, values: Mapping[str, Any]) -> Any:
     arguments: dict[str, Any] = {}
-    for name, hint in get_type_hints(struct).items():
+    for name, hint in _hints(struct).items():
         if isinstance(hint, type) and issubclass(hint, Section):
             arguments[name] = _build(hint, f"{path}{name}.", values)
         elif path + name in values:
             arguments[name] = values[path + name]
     return struct(**arguments)
+
+
+@cache
+def _hints(struct: type[Any]) -> dict[str, Any]:
+    """Return the types of a section's fields. They never change, and to evaluate them is most of a `load`."""
+    return get_type_hints(struct)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ from rtunnel.registry import Registry
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.relay import Relay
-from rtunnel.roles import find_role
+from rtunnel.roles import Role, find_role
 from rtunnel.trust import pki
 from rtunnel_agent.agent import Agent
 from rtunnel_broker.node import Node
@@ -33,6 +34,12 @@ _T = TypeVar("_T")
 PATIENCE = 15.0
 #: Not silent, only slow, is what a loaded machine makes of a broker: tests of the hedge say how soon it comes.
 HEDGE_DELAY = 5.0
+
+
+@cache
+def _role(name: str) -> Role:
+    """Find a role once for all clusters: each search reads the entry points of every installed package."""
+    return find_role(name)
 
 
 @dataclass
@@ -285,7 +292,7 @@ class Cluster:
         }
         section = {key: value for key, value in self._keys.items() if str(key).startswith((name, "registry"))}
         config = load(file, {}, common | section | keys)
-        role = find_role(name)
+        role = _role(name)
         part = Part(None, trio.CancelScope(), trio.Event())
 
         async def live(*, task_status: trio.TaskStatus[Any]) -> None:

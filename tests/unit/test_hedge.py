@@ -80,28 +80,34 @@ def test_the_memory_of_paths_is_bounded_and_keeps_those_in_use(monkeypatch: pyte
 
 
 @dataclass
+class Timer:
+    """A call at a time; `cancel` is idempotent."""
+
+    call: Callable[[], None]
+    live: bool = True
+
+    def cancel(self) -> None:
+        self.live = False
+
+
+@dataclass
 class Clock:
     """A loop that only has timers."""
 
     now: float = 0.0
-    _timers: list[tuple[float, int, Callable[[], None], list[bool]]] = field(default_factory=list)
+    _timers: list[tuple[float, int, Timer]] = field(default_factory=list)
     _ids: Any = field(default_factory=count)
 
-    def after(self, delay: float, call: Callable[[], None]) -> Any:
-        live = [True]
-        heapq.heappush(self._timers, (self.now + delay, next(self._ids), call, live))
-
-        class Handle:
-            def cancel(self) -> None:
-                live[0] = False
-
-        return Handle()
+    def after(self, delay: float, call: Callable[[], None]) -> Timer:
+        timer = Timer(call)
+        heapq.heappush(self._timers, (self.now + delay, next(self._ids), timer))
+        return timer
 
     def run(self, until: float) -> None:
         while self._timers and self._timers[0][0] <= until:
-            self.now, _, call, live = heapq.heappop(self._timers)
-            if live[0]:
-                call()
+            self.now, _, timer = heapq.heappop(self._timers)
+            if timer.live:
+                timer.call()
         self.now = until
 
 
