@@ -81,10 +81,13 @@ lock: .venv/.ready ## renew uv.lock: the newest allowed versions on PyPI
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv lock --upgrade --default-index https://pypi.org/simple
 
-fuzz: .venv/.ready ## coverage-guided, FUZZ_SECONDS (30) a target, then SCHEDULES (100000) on the hostile kernel; findings stay in tests/fuzz/cases
+# `make test` tries few random examples of each test in these files. RTUNNEL_TEST_EFFORT multiplies their number.
+RANDOM_TESTS = $(shell grep -lE '^from (hypothesis|support\.effort)' tests/unit/*.py)
+fuzz: .venv/.ready ## coverage-guided, FUZZ_SECONDS (30) a target; SCHEDULES (100000) on the hostile kernel; random tests with EFFORT (10) times the examples
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
 	PYTHONPATH=tests $(BIN)/python -m fuzz.schedules $(SCHEDULES)
+	RTUNNEL_TEST_EFFORT=$(or $(EFFORT),10) $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 1800 $(RANDOM_TESTS)
 
 lab: .venv/.ready ## isolated VPCs in network namespaces (root)
 	$(BIN)/python -m pytest tests/lab -v --timeout 300

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from support import secrecy
+from support import effort, secrecy
 from support.plumbing import close_kept
 from support.redis_server import RedisServer
 
@@ -20,8 +20,9 @@ settings.load_profile("rtunnel")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """No secret in a log, whatever the tests do."""
+    """Listen for secrets in logs, and set how many random examples are tried."""
     config.pluginmanager.register(secrecy, "secrecy")
+    effort.load_profile()
     # A shell's background jobs ignore it, and so would the processes under test.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

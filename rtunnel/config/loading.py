@@ -6,7 +6,6 @@ import difflib
 import re
 import tomllib
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
@@ -226,7 +225,12 @@ def _build(struct: type[Any], path: str, values: Mapping[str, Any]) -> Any:
     return struct(**arguments)
 
 
-@cache
+#: The types of each section's fields, once they were asked for: to evaluate them is most of a `load`.
+_hints_of: dict[type[Any], dict[str, Any]] = {}
+
+
 def _hints(struct: type[Any]) -> dict[str, Any]:
-    """Return the types of a section's fields. They never change, and to evaluate them is most of a `load`."""
-    return get_type_hints(struct)
+    """Return the types of a section's fields by name."""
+    if struct not in _hints_of:
+        _hints_of[struct] = get_type_hints(struct)
+    return _hints_of[struct]

@@ -54,6 +54,7 @@ from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_authority import server as server_module
 from rtunnel_authority.server import Server
 from support.authority import Clock, at, authority, change, csr, enrol, refusal, renewal, token, who
+from support.effort import times
 from support.messages import decoder_of
 
 DAY = 86400
@@ -189,7 +190,7 @@ def test_a_signature_of_another_kind_of_key_is_not_checked() -> None:
 SAN = _uri("rtunnel:agent/default/a1", ips=("10.1.0.7", "fd00::7")).public_bytes()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=times(60), deadline=None)
 @given(
     st.one_of(
         st.binary(max_size=40),
@@ -217,7 +218,7 @@ _ODD_KEY = new_key()
 ODD = csr(_ODD_KEY)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=times(100), deadline=None)
 @given(st.integers(0, 9999), st.integers(0, 255), st.sampled_from(("set", "cut", "double")))
 def test_odd_requests_are_refused(place: int, value: int, how: str) -> None:
     """Any byte of a request changed, cut or doubled."""

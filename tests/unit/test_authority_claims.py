@@ -28,6 +28,7 @@ from rtunnel.trust.store import FILE, Store
 from rtunnel.wire.messages import Enrol
 from rtunnel.wire.refusal import Refusal, Refused
 from support.authority import Clock, at, change, enrol, refusal, renewal, token, who
+from support.effort import times
 
 DAY = 86400
 
@@ -345,6 +346,6 @@ class Claims(RuleBasedStateMachine):
 
 
 Claims.TestCase.settings = settings(
-    max_examples=12, stateful_step_count=15, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=times(8), stateful_step_count=15, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestClaims = Claims.TestCase

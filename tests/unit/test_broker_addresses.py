@@ -17,12 +17,13 @@ from structlog.testing import capture_logs
 from rtunnel.logs import get_logger
 from rtunnel_agent import brokers
 from rtunnel_agent.brokers import MAX_ADDRESSES, Address, AddressQueue, Brokers
+from support.effort import times
 from support.logs import named
 
 _ADDRESSES = st.lists(st.integers(1, 9).map(lambda n: (f"10.0.0.{n}", 7000)), min_size=1, max_size=6, unique=True)
 
 
-@settings(max_examples=40)
+@settings(max_examples=times(40))
 @given(st.lists(_ADDRESSES, min_size=1, max_size=4), st.integers(), st.data())
 def test_every_address_is_dialled_however_the_resolver_rotates(
     answers: list[list[Address]], seed: int, data: st.DataObject
@@ -46,7 +47,7 @@ def test_every_address_is_dialled_however_the_resolver_rotates(
             assert set(dialled[-len(known) :]) == known
 
 
-@settings(max_examples=40)
+@settings(max_examples=times(40))
 @given(st.lists(_ADDRESSES, min_size=1, max_size=40), st.integers())
 def test_an_address_that_stays_is_dialled_although_others_come_and_go(answers: list[list[Address]], seed: int) -> None:
     """New addresses do not push in: what is known for as many dials as there are addresses is dialled."""

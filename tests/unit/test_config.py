@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from rtunnel import config
 from rtunnel.config import Config, ConfigError, Flag, consistency, load, loading, preflight
 from rtunnel.wire.messages import MAX_HELLO, Decoder, Enrol, Hello, encode
+from support.effort import times
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -391,7 +392,7 @@ _values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=times(100), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(sorted(config.KEYS)), _values, st.booleans())
 @example("broker.drain", 10**400, True)
 @example("agent.publish", [{"target": "\ud800:1"}], True)
@@ -414,7 +415,7 @@ def test_any_value_is_taken_or_refused(key: str, value: Any, from_file: bool) ->
         assert all("\n" not in str(problem) for problem in error.problems)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=times(80), deadline=None)
 @given(
     st.dictionaries(st.sampled_from(sorted(config.KEYS)).map(lambda key: config.KEYS[key].env), st.text(), max_size=3)
 )

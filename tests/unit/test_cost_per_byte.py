@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from rtunnel.wire import messages, yamux
 from rtunnel.wire.messages import Dial, DialAnswer, DialBody, Dialling, Enrol, Hello, MessageError, Publish, encode
 from rtunnel_broker.session import hello_fault
+from support.effort import times
 from support.messages import decoder_of
 from support.work import bytecodes
 
@@ -23,7 +24,7 @@ from support.work import bytecodes
 MOST: Final = 20
 
 #: Counting makes everything slow, which is no fault.
-TRACED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+TRACED = settings(max_examples=times(30), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def cost(call: Any, size: int) -> float:

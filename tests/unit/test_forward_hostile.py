@@ -27,6 +27,7 @@ from rtunnel_socks import forward
 from rtunnel_socks.client import Client, ClientOwner
 from rtunnel_socks.dial import Paths, Reached, Target
 from rtunnel_socks.limits import Limits
+from support.effort import times
 from support.hostile import SimRelay, fails_soon, tape_of
 from support.kernel import Choices, Kernel, Side
 
@@ -421,10 +422,10 @@ def play(tape: bytes) -> None:
                 sock.close()
 
 
-@pytest.mark.parametrize("first", range(0, 600, 300))
+@pytest.mark.parametrize("first", range(0, times(300), 150))
 def test_no_schedule_damages_an_answer(first: int) -> None:
     """Seeded tapes."""
-    for seed in range(first, first + 300):
+    for seed in range(first, first + 150):
         play(tape_of(seed))
 
 
@@ -467,7 +468,7 @@ def test_a_fault_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fails_soon(play, 300)
 
 
-@settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=times(60), derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(min_size=20, max_size=600))
 def test_no_tape_damages_an_answer(tape: bytes) -> None:
     """The same with tapes of Hypothesis, which makes a failing one short."""

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from fuzz import targets
 from fuzz.targets import MAX_INPUT, TARGETS, Target
+from support.effort import times
 
 CASES = Path(targets.__file__).with_name("cases")
-#: About a second for each target.
+#: Half a second for each target.
 EXAMPLES = {
-    "admin_request": 60, "certificate": 150, "hostile_kernel": 100, "policy_file": 100, "tls_handshake": 60,
-    "trust_list": 100,
+    "admin_request": 30, "hostile_kernel": 40, "policy_file": 50, "tls_handshake": 40, "trust_list": 50,
 }  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def test_promises_hold_for_whatever_comes(target: Target) -> None:
         target.check(seed)
 
     @settings(
-        max_examples=EXAMPLES.get(target.name, 300), deadline=None, derandomize=True, database=None,
+        max_examples=times(EXAMPLES.get(target.name, 100)), deadline=None, derandomize=True, database=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(st.one_of(changed(seeds), changed(seeds), st.binary(max_size=200)))

@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rtunnel import logs
+from support.effort import times
 
 #: What breaks lines for some reader (str.splitlines knows them all), drives terminals, turns text around, or ends a
 #: quoted string.
@@ -84,7 +85,7 @@ def assert_harmless(text: str) -> None:
     assert len(text.splitlines()) <= 1
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=times(80), deadline=None, derandomize=True)
 @given(TEXT, FIELDS, TEXT)
 @example("x", {"agent": FORGED[0]}, FORGED[0])
 def test_a_json_line_is_one_object_with_our_fields(event: str, fields: dict[str, Any], trace: str) -> None:
@@ -131,7 +132,7 @@ def unquoted(word: str) -> str:
     return re.sub(r"\\(?:u[0-9a-f]{4}|U[0-9a-f]{8}|.)", char, word[1:-1])
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=times(80), deadline=None, derandomize=True)
 @given(TEXT, FIELDS, TEXT)
 @example("x", {"text": FORGED[4], "error": ValueError(FORGED[5])}, "")
 def test_a_console_line_has_our_fields_and_no_others(event: str, fields: dict[str, Any], trace: str) -> None:

@@ -54,6 +54,7 @@ from rtunnel.wire.messages import (
     encode,
     encode_body,
 )
+from support.effort import times
 from support.messages import decoder_of
 
 NONCE = bytes(range(16))
@@ -695,7 +696,7 @@ JSONISH = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=times(100), deadline=None)
 @given(st.binary(max_size=200), st.sampled_from((ANY, Hello, Dial, DialAnswer)))
 def test_arbitrary_bytes_raise_only_a_message_error(noise: bytes, expected: Any) -> None:
     """As a stream, as one frame's body, and as a Dial's body."""
@@ -713,7 +714,7 @@ def test_arbitrary_bytes_raise_only_a_message_error(noise: bytes, expected: Any)
         assert str(error)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=times(100), deadline=None)
 @given(st.data())
 def test_arbitrary_values_give_a_message_or_an_error(data: st.DataObject) -> None:
     """Good maps with some keys replaced by anything: what is taken can be encoded and taken again, unchanged."""

@@ -19,6 +19,7 @@ from rtunnel.wire.http_body import Chunked
 from rtunnel.wire.http_response import ResponseReader
 from rtunnel.wire.refusal import Refused
 from rtunnel.wire.socks5 import Authenticate, Socks5Server
+from support.effort import times
 from support.work import bytecodes
 
 #: How much dearer than an ordinary byte any byte may be.
@@ -104,7 +105,7 @@ def test_no_byte_is_dear(read: Callable[[bytes], None], ordinary: bytes) -> None
     """Whatever comes, in one piece."""
     limit = MOST * instructions(lambda: read(ordinary)) / len(ordinary)
 
-    @settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=times(60), derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(hostile)
     @example(b"GET http://a/ HTTP/1.1\r\nHost: a\r\n" + b"a:\r\n" * (SIZE // 4) + b"\r\n")
     @example(b"GET http://a/ HTTP/1.1\r\nHost: a\r\nConnection: " + b"a," * (SIZE // 2) + b"\r\n\r\n")

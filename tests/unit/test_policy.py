@@ -18,6 +18,7 @@ from rtunnel.config import parse_exposes
 from rtunnel.trust import policy
 from rtunnel.trust.keys import TrustError
 from rtunnel.trust.policy import LOCAL_ONLY, SPECIAL, Networks, Policy, Question, Rule, Verdict, load_policy
+from support.effort import times
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -123,7 +124,7 @@ questions = st.builds(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=times(120), deadline=None)
 @given(st.lists(rules, max_size=12), st.lists(questions, min_size=1, max_size=20))
 def test_it_is_the_first_match(some: list[Rule], asked: list[Question]) -> None:
     """Whatever the rules are, the verdict is that of a walk over them."""
@@ -135,7 +136,7 @@ def test_it_is_the_first_match(some: list[Rule], asked: list[Question]) -> None:
         assert verdict.allowed == (number > 0 and some[number - 1].action == "allow")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=times(40), deadline=None)
 @given(st.lists(rules, max_size=6), questions)
 def test_nearly_is_all_but_one_key(some: list[Rule], ask: Question) -> None:
     """The rules that `policy test` shows would fit if the key that it names were not given."""

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from rtunnel.registry import COUNTER_BITS, NodeRecord, PortLease, Registration, RegistryUnavailable
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.registry.ports import AVOID, PortAllocator, PortsExhausted, PortTaken
+from support.effort import times
 
 TTL, QUARANTINE = 15.0, 60.0
 IP, NODE = "10.0.0.1", "n1"
@@ -423,4 +424,4 @@ class Allocation(RuleBasedStateMachine):
 
 
 TestAllocation = Allocation.TestCase
-TestAllocation.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestAllocation.settings = settings(max_examples=times(80), stateful_step_count=40, deadline=None)

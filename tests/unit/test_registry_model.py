@@ -29,6 +29,7 @@ from rtunnel.registry import (
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.registry.redis import RedisRegistry, _Script
 from rtunnel.registry.routes import Mirror, RouteTable
+from support.effort import times
 from support.redis_server import RedisServer
 
 # Model seconds. So long that a test run, which Redis really waits for, is nothing beside them.
@@ -421,13 +422,15 @@ def test_two_beats_make_redis_equal_to_the_sessions(redis_server: RedisServer, m
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=times(12), stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
 
 
 def test_two_beats_make_the_memory_registry_equal_to_the_sessions() -> None:
-    run_state_machine_as_test(MemoryMachine, settings=settings(max_examples=30, stateful_step_count=25, deadline=None))
+    run_state_machine_as_test(
+        MemoryMachine, settings=settings(max_examples=times(20), stateful_step_count=25, deadline=None)
+    )
 
 
 def test_start_that_comes_late_does_not_take_the_node_id_back(redis_server: RedisServer) -> None:

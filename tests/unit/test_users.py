@@ -16,6 +16,7 @@ from rtunnel.config import BadValue
 from rtunnel.trust import users
 from rtunnel.trust.keys import TrustError
 from rtunnel.trust.users import Hash, Users, load_users, new_hash, put_user, remove_user
+from support.effort import times
 
 #: RFC 7914 section 12, the second vector, cut to 64 bytes as it is there.
 VECTOR = bytes.fromhex(
@@ -45,7 +46,7 @@ def test_new_hashes_cost_what_they_should(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @given(password=st.text(min_size=1, max_size=60), other=st.text(max_size=60))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=times(30), deadline=None)
 def test_only_the_password_fits(password: str, other: str) -> None:
     """Any text is a password, up to 255 bytes; surrogates can't come from UTF-8."""
     # With an end of its own: Hypothesis also draws words of our sources, which stand in logs and are no secrets there.

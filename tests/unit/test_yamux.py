@@ -23,6 +23,7 @@ from rtunnel.wire.yamux import (
     Stream,
     YamuxError,
 )
+from support.effort import times
 
 # The spec's numbers, written down once more.
 DATA, WINDOW_UPDATE, PING, GO_AWAY = 0, 1, 2, 3
@@ -978,7 +979,7 @@ def any_frame() -> st.SearchStrategy[bytes]:
     return st.one_of(small, small, small, full, header, st.binary(max_size=30))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=times(120), deadline=None)
 @given(
     st.lists(any_frame(), max_size=25),
     st.lists(st.integers(1, 60_000), max_size=20),
@@ -1010,7 +1011,7 @@ def test_arbitrary_bytes_raise_only_a_fault(
     assert end.streams == {}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=times(80), deadline=None)
 @given(st.binary(max_size=300), st.booleans())
 def test_noise_raises_only_a_fault(noise: bytes, client: bool) -> None:
     """Bytes without any plan."""
@@ -1229,5 +1230,5 @@ class BackToBack(RuleBasedStateMachine):
                 assert torn or (other is not None and other.heard == stream.said and other.finished)
 
 
-BackToBack.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+BackToBack.TestCase.settings = settings(max_examples=times(25), stateful_step_count=60, deadline=None)
 TestBackToBack = BackToBack.TestCase
