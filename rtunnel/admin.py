@@ -18,8 +18,8 @@ import trio
 
 from rtunnel import logs, metrics, pulse
 from rtunnel.config import format_endpoint, parse_endpoint
+from rtunnel.errors import ListenError
 from rtunnel.net import listening_socket
-from rtunnel.roles import ListenError
 
 #: A request's line and headers: a probe sends 100 to 500 bytes.
 MAX_HEAD = 8 * 1024

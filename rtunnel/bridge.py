@@ -8,7 +8,7 @@ from typing import TypeVar, TypeVarTuple, Unpack
 
 import trio
 
-from rtunnel.registry import RegistryUnavailable
+from rtunnel.errors import RegistryUnavailable
 from rtunnel.relay.relay import Relay
 
 _T = TypeVar("_T")

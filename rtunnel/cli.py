@@ -19,9 +19,9 @@ from rtunnel import __version__, config, roles, workers
 from rtunnel.cli_pki import pki_group
 from rtunnel.config import Config, Flag
 from rtunnel.console import Failure, plural, print_json, print_table, report_errors
+from rtunnel.errors import EXIT_FAILED, EXIT_USAGE, RoleMissing
 from rtunnel.logs import printable
 from rtunnel.registry import Duplicate, NodeRecord, Registry, Snapshot, Tuple, connect
-from rtunnel.roles import EXIT_FAILED, EXIT_USAGE, RoleMissing
 from rtunnel.trust import policy, users
 from rtunnel.trust.policy import Policy, Question, Verdict
 

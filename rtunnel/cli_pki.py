@@ -16,12 +16,11 @@ from cryptography.hazmat.primitives import hashes
 
 from rtunnel.config import BadValue, canonical_ip, check_network, check_word
 from rtunnel.console import Failure, plural, print_json, print_table, report_errors
+from rtunnel.errors import EXIT_USAGE, TrustError
 from rtunnel.logs import printable
-from rtunnel.roles import EXIT_USAGE
 from rtunnel.trust import certificates, keys, pki
 from rtunnel.trust.certificates import DAY, read_request, requested_key
 from rtunnel.trust.files import PUBLIC, SECRET, Made, replace, write_new
-from rtunnel.trust.keys import TrustError
 from rtunnel.trust.pki import Directory, open_directory, utc
 from rtunnel.trust.store import TokenRecord
 

@@ -15,10 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rtunnel.config import ConfigError
+from rtunnel.errors import EXIT_FAILED, EXIT_USAGE, RegistryUnavailable, RoleMissing, TrustError
 from rtunnel.logs import printable
-from rtunnel.registry import RegistryUnavailable
-from rtunnel.roles import EXIT_FAILED, EXIT_USAGE, RoleMissing
-from rtunnel.trust.keys import TrustError
 
 
 class Failure(click.ClickException):

@@ -28,12 +28,13 @@ from rich.table import Table
 from rtunnel import logs
 from rtunnel.bridge import Bridge
 from rtunnel.config import Config, LogConfig, load
+from rtunnel.errors import ListenError
 from rtunnel.net import listening_socket
 from rtunnel.registry import Registry
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.relay import Relay
-from rtunnel.roles import ListenError, find_role
+from rtunnel.roles import find_role
 from rtunnel.trust import pki
 from rtunnel.wire.refusal import Refusal
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from rtunnel.config import canonical_ip, format_endpoint
-from rtunnel.roles import ListenError
+from rtunnel.errors import ListenError
 
 #: Connections that the kernel holds until they are accepted; net.core.somaxconn may cap it.
 BACKLOG: Final = 4096

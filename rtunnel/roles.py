@@ -22,18 +22,24 @@ import trio
 
 from rtunnel import __version__, logs, pulse
 from rtunnel.config import Config, ConfigError, Problem, check_role, role_sections, warnings
+from rtunnel.errors import (
+    EXIT_FAILED,
+    EXIT_LISTEN,
+    EXIT_OK,
+    EXIT_USAGE,
+    ListenError,
+    RegistryUnavailable,
+    RoleMissing,
+    Superseded,
+    TrustError,
+)
 from rtunnel.pulse import Part, Watcher
-from rtunnel.registry import Registry, RegistryUnavailable, Superseded, connect
+from rtunnel.registry import Registry, connect
 from rtunnel.trust import identity, keys, pki, policy, tls, users
-from rtunnel.trust.keys import TrustError
 from rtunnel.watch import look_now
 
 GROUP = "rtunnel.roles"
 
-EXIT_OK = 0
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_LISTEN = 3
 
 #: A certificate that ends sooner is worth a warning at every start.
 SOON_DAYS = 30
@@ -67,24 +73,6 @@ class Role:
     help: str
     serve: Serve
     needs_registry: bool = True
-
-
-class RoleMissing(Exception):
-    """No usable role of this name is installed; the text says why."""
-
-
-class ListenError(Exception):
-    """An address can't be listened on; the text names the key that gave it."""
-
-    def __init__(self, key: str, address: str, fault: OSError) -> None:
-        reason = (fault.strerror or str(fault)).lower()
-        if fault.errno == errno.EADDRINUSE:
-            reason = "the address is in use: choose another one, or stop the process that has it"
-        elif fault.errno == errno.EADDRNOTAVAIL:
-            reason = "this machine does not have that address"
-        super().__init__(f"{key}: can't listen on {address}: {reason}")
-        self.key = key
-        self.address = address
 
 
 def role_names() -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import trio
 from structlog.typing import FilteringBoundLogger
 
-from rtunnel.trust.keys import TrustError
+from rtunnel.errors import TrustError
 
 LOOK_SECONDS: Final = 0.5
 

@@ -31,9 +31,10 @@ import trio
 
 from rtunnel import admin, logs, pulse, roles
 from rtunnel.config import BrokerConfig, Config, format_endpoint, host_name, parse_endpoint, slice_of
+from rtunnel.errors import EXIT_FAILED, EXIT_LISTEN, EXIT_OK, EXIT_USAGE
 from rtunnel.net import bound_socket
 from rtunnel.pulse import Watcher
-from rtunnel.roles import EXIT_FAILED, EXIT_LISTEN, EXIT_OK, EXIT_USAGE, Role
+from rtunnel.roles import Role
 from rtunnel.watch import look_now
 
 #: A worker that died is started again at once, the next time after this, doubled up to the cap; anew when it has lived

@@ -32,6 +32,7 @@ from rtunnel.config import (
     reread,
     split_exposes,
 )
+from rtunnel.errors import TrustError
 from rtunnel.logs import get_logger
 from rtunnel.relay.ends import EndHandler, SocketEnd
 from rtunnel.relay.link import Link, LinkOwner
@@ -39,7 +40,7 @@ from rtunnel.relay.lost import Lost, LostKind
 from rtunnel.relay.memory import START_WINDOW
 from rtunnel.relay.relay import Relay
 from rtunnel.relay.stream import StreamEnd
-from rtunnel.trust.keys import Token, TrustError, load_token
+from rtunnel.trust.keys import Token, load_token
 from rtunnel.watch import Watched, watch
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Bye, Enrol, Enrolled, Hello, Publish, Refuse

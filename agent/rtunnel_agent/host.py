@@ -25,8 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from rtunnel.errors import TrustError
 from rtunnel.trust.files import SECRET, replace
-from rtunnel.trust.keys import TrustError
 
 SECRET_FILE: Final = "host.secret"  # noqa: S105 - a file's name
 SECRET_BYTES: Final = 32

@@ -33,6 +33,7 @@ from structlog.typing import FilteringBoundLogger
 
 from rtunnel.clock import CHECK_CLOCK, utc
 from rtunnel.config import AgentConfig
+from rtunnel.errors import TrustError
 from rtunnel.trust.certificates import ENROL_LABEL, agent_request, key_pem, new_key, pem, sign_renewal
 from rtunnel.trust.files import SECRET, replace
 from rtunnel.trust.identity import (
@@ -44,7 +45,7 @@ from rtunnel.trust.identity import (
     load_trust_store,
     void_cas,
 )
-from rtunnel.trust.keys import Token, TrustError, load_token, token_mac
+from rtunnel.trust.keys import Token, load_token, token_mac
 from rtunnel.trust.tls import link_context
 from rtunnel.watch import Watched, watch
 from rtunnel.wire.messages import VERSION, Enrol, Enrolled

@@ -6,7 +6,7 @@ from typing import Final, TypeVar
 
 from msgspec.structs import replace
 
-from rtunnel.trust.keys import TrustError
+from rtunnel.errors import TrustError
 from rtunnel.trust.proof import Exchange, PairKey, said_by, sign
 from rtunnel.wire.messages import Accepted, DialBody, Refuse
 from rtunnel_agent.identity import AgentIdentity

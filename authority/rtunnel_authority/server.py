@@ -16,12 +16,12 @@ import trio
 
 import rtunnel
 from rtunnel.config import AuthorityConfig, format_endpoint, parse_endpoint
+from rtunnel.errors import TrustError
 from rtunnel.logs import Throttle, get_logger
 from rtunnel.net import listening_socket, source_of
 from rtunnel.strangers import Place, Strangers
 from rtunnel.trust.authority import Authority, Granted, claimed
 from rtunnel.trust.certificates import DAY, Ca, authority_certificate, key_pem, new_key, pem
-from rtunnel.trust.keys import TrustError
 from rtunnel.trust.pki import Directory
 from rtunnel.trust.tls import server_context
 from rtunnel.wire.messages import VERSION, Decoder, Enrol, Follow, Message, MessageError, Refuse, Trust, encode

@@ -24,15 +24,16 @@ from rtunnel.config import (
     host_name,
     parse_endpoint,
 )
-from rtunnel.follower import TrustFollower
+from rtunnel.errors import RegistryUnavailable, Superseded
 from rtunnel.logs import Throttle, get_logger
 from rtunnel.net import bound_socket, listen, source_of
-from rtunnel.registry import Duplicate, NodeRecord, Registration, Registry, RegistryUnavailable, Superseded
+from rtunnel.registry import Duplicate, NodeRecord, Registration, Registry
 from rtunnel.relay.link import Link
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.lost import Lost, LostKind
 from rtunnel.relay.relay import Listener, Relay
 from rtunnel.strangers import SILENT_GRACE, Loss, Strangers, made_room
+from rtunnel.trust.follower import TrustFollower
 from rtunnel.trust.identity import TrustStore
 from rtunnel.trust.keys import DialKeys, load_cluster_keys, load_tokens
 from rtunnel.wire.messages import Bye, Drain, Enrol

@@ -16,17 +16,9 @@ from structlog.typing import FilteringBoundLogger
 import rtunnel
 from rtunnel.bridge import Bridge
 from rtunnel.config import BrokerConfig, parse_endpoint, parse_range
+from rtunnel.errors import AddressTaken, RegistryUnavailable
 from rtunnel.net import listening_socket
-from rtunnel.registry import (
-    COUNTER_BITS,
-    AddressTaken,
-    DuplicateAgent,
-    PortLease,
-    Registration,
-    Registry,
-    RegistryUnavailable,
-    Tuple,
-)
+from rtunnel.registry import COUNTER_BITS, DuplicateAgent, PortLease, Registration, Registry, Tuple
 from rtunnel.registry.ports import PortAllocator, PortsExhausted, PortTaken
 from rtunnel.relay.relay import Relay
 from rtunnel.wire.messages import OpenPort, Publish, Welcome

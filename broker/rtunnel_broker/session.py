@@ -19,6 +19,7 @@ from typing import Final, Protocol, assert_never
 import msgspec
 
 from rtunnel.config import canonical_ip, check_word, parse_exposes
+from rtunnel.errors import TrustError
 from rtunnel.registry import Registration
 from rtunnel.relay.ends import EndHandler
 from rtunnel.relay.join import Ending, Pair
@@ -29,7 +30,7 @@ from rtunnel.relay.relay import Listener
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.strangers import Place
 from rtunnel.trust.identity import Identity, Revoked, TrustStore, is_session_proof
-from rtunnel.trust.keys import AGENT_LABEL, BROKER_LABEL, TrustError, token_mac
+from rtunnel.trust.keys import AGENT_LABEL, BROKER_LABEL, token_mac
 from rtunnel.wire import messages
 from rtunnel.wire.messages import (
     Bye,

@@ -16,11 +16,11 @@ from structlog.typing import FilteringBoundLogger
 
 from rtunnel.bridge import Bridge
 from rtunnel.config import BrokerConfig
-from rtunnel.follower import TrustFollower
+from rtunnel.errors import TrustError
 from rtunnel.relay.relay import Relay
 from rtunnel.trust.certificates import DAY
+from rtunnel.trust.follower import TrustFollower
 from rtunnel.trust.identity import TrustStore
-from rtunnel.trust.keys import TrustError
 from rtunnel.trust.tls import certificate_der, certificate_fingerprint, days_left, dial_server_context, server_context
 from rtunnel.watch import Watched, watch
 from rtunnel.wire.messages import Enrol, Trust

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from rtunnel.registry.base import (
     COUNTER_BITS,
-    AddressTaken,
     Beat,
     Change,
     CursorLost,
@@ -16,9 +15,7 @@ from rtunnel.registry.base import (
     PortLease,
     Registration,
     Registry,
-    RegistryUnavailable,
     Snapshot,
-    Superseded,
     Tuple,
     incarnation_of,
 )
@@ -28,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COUNTER_BITS",
-    "AddressTaken",
     "Beat",
     "Change",
     "CursorLost",
@@ -38,9 +34,7 @@ __all__ = [
     "PortLease",
     "Registration",
     "Registry",
-    "RegistryUnavailable",
     "Snapshot",
-    "Superseded",
     "Tuple",
     "connect",
     "incarnation_of",

@@ -14,6 +14,7 @@ from typing import Annotated, Protocol
 
 import msgspec
 
+from rtunnel.errors import AddressTaken
 from rtunnel.wire.messages import Id, Port, PortOrAny
 
 # An epoch is (incarnation << 32 | counter): 64 bits, so a JSON or Lua number would round it (docs/registry.md).
@@ -23,26 +24,6 @@ COUNTER_BITS = 32
 def incarnation_of(epoch: int) -> int:
     """The incarnation of the node that gave out this epoch."""
     return epoch >> COUNTER_BITS
-
-
-class RegistryUnavailable(Exception):
-    """The registry can't be reached or does not answer; the text names its URL (no password) and the reason."""
-
-
-class Superseded(Exception):
-    """Another process has started under this node_id: this incarnation is over and must stop."""
-
-
-class AddressTaken(Exception):
-    """A live tuple of another agent has this address; the text says whose and where."""
-
-    def __init__(self, namespace: str, ip: str, agent_id: str, node: str) -> None:
-        where = ip if namespace == "default" else f"{ip} of namespace {namespace!r}"
-        super().__init__(f"{where} is taken: the agent {agent_id!r} has it, with a session on the node {node!r}")
-        self.namespace = namespace
-        self.ip = ip
-        self.agent_id = agent_id  # who has it
-        self.node = node
 
 
 class DuplicateAgent(AddressTaken):

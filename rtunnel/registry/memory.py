@@ -15,9 +15,9 @@ from itertools import islice
 
 import msgspec
 
+from rtunnel.errors import AddressTaken, Superseded
 from rtunnel.registry.base import (
     COUNTER_BITS,
-    AddressTaken,
     Beat,
     Change,
     CursorLost,
@@ -26,7 +26,6 @@ from rtunnel.registry.base import (
     PortLease,
     Registration,
     Snapshot,
-    Superseded,
     Tuple,
     incarnation_of,
 )

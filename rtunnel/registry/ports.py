@@ -16,7 +16,8 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from rtunnel.registry.base import PortLease, Registry, RegistryUnavailable
+from rtunnel.errors import RegistryUnavailable
+from rtunnel.registry.base import PortLease, Registry
 
 
 class Bound(Protocol):

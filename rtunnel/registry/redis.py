@@ -24,11 +24,11 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel, SentinelConnectionPool
 
 from rtunnel.config import canonical_ip
+from rtunnel.errors import AddressTaken, RegistryUnavailable, Superseded
 from rtunnel.logs import get_logger
 from rtunnel.registry import lua
 from rtunnel.registry.base import (
     COUNTER_BITS,
-    AddressTaken,
     Beat,
     Change,
     CursorLost,
@@ -36,9 +36,7 @@ from rtunnel.registry.base import (
     NodeRecord,
     PortLease,
     Registration,
-    RegistryUnavailable,
     Snapshot,
-    Superseded,
     Tuple,
     incarnation_of,
 )

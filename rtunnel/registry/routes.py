@@ -16,16 +16,8 @@ from sys import intern
 
 import msgspec
 
-from rtunnel.registry.base import (
-    Change,
-    CursorLost,
-    NodeRecord,
-    Registry,
-    RegistryUnavailable,
-    Snapshot,
-    Tuple,
-    incarnation_of,
-)
+from rtunnel.errors import RegistryUnavailable
+from rtunnel.registry.base import Change, CursorLost, NodeRecord, Registry, Snapshot, Tuple, incarnation_of
 
 _Key = tuple[str, str]  # (namespace, agent_ip)
 _Id = tuple[str, str, str, int]  # and node, agent_port: at most one tuple each

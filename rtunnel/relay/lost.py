@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from rtunnel.clock import CHECK_CLOCK
+from rtunnel.errors import certificate_fault
 
 
 class LostKind(StrEnum):
@@ -76,12 +76,6 @@ def _lost_by_tls(error: ssl.SSLError) -> Lost:
     return Lost(kind, detail)
 
 
-def certificate_fault(error: ssl.SSLCertVerificationError) -> str:
-    """Return what is wrong with the peer's certificate; a fault of its dates names this clock too."""
-    hint = f" ({CHECK_CLOCK})" if error.verify_code in _OF_TIME else ""
-    return f"{error.verify_message}{hint}"
-
-
 #: OpenSSL's names of the alerts by which a peer rejects a certificate (openssl/sslerr.h; RFC 8446 section 6.2).
 _CERTIFICATE_ALERTS: Final = frozenset({
     "SSLV3_ALERT_BAD_CERTIFICATE",
@@ -93,5 +87,3 @@ _CERTIFICATE_ALERTS: Final = frozenset({
     "TLSV13_ALERT_CERTIFICATE_REQUIRED",
     "TLSV1_ALERT_UNKNOWN_CA",
 })  # fmt: skip
-#: X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED (openssl/x509_vfy.h).
-_OF_TIME: Final = (9, 10)

@@ -11,9 +11,10 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from rtunnel.errors import TrustError
 from rtunnel.trust.certificates import ENROL_LABEL, RENEW_LABEL, Request, key_hash, load_request, read_request
 from rtunnel.trust.identity import Identity, read_certificate
-from rtunnel.trust.keys import TrustError, token_mac
+from rtunnel.trust.keys import token_mac
 from rtunnel.trust.pki import AddressHeld, Directory, KeyRevoked, utc
 from rtunnel.trust.store import StoreFault, TokenRecord
 from rtunnel.wire.messages import VERSION, Enrol, Enrolled

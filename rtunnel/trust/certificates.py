@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
 from rtunnel.config import MAX_ADDRESSES, canonical_ip, check_word
+from rtunnel.errors import TrustError
 from rtunnel.trust.identity import BACKDATE, UNREADABLE, PrivateKey, PublicKey, agent_uri, read_names
-from rtunnel.trust.keys import TrustError
 
 #: What TLS looks for in the certificates of brokers and of the authority.
 BROKER_NAME: Final = "broker.rtunnel"

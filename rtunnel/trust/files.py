@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from rtunnel.trust.keys import TrustError
+from rtunnel.errors import TrustError
 
 PUBLIC: Final = 0o644
 SECRET: Final = 0o600

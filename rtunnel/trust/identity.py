@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from rtunnel.clock import CHECK_CLOCK, utc
-from rtunnel.trust.keys import TrustError
+from rtunnel.errors import TrustError
 from rtunnel.trust.tls import certificate_der
 from rtunnel.wire.messages import MAX_LIST
 

@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from rtunnel.errors import TrustError
+
 KEY_BYTES = 32
 #: What a gateway's key is derived over, in front of its id.
 GATEWAY_LABEL: Final = b"rtunnel gateway 1\0"
@@ -41,10 +43,6 @@ _TOKEN = "rtunnel-token-1"  # noqa: S105 - a format's name
 _TOKEN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _GATEWAY_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _LENGTH = struct.Struct(">I")
-
-
-class TrustError(Exception):
-    """A key, token or certificate can't be used; the text names the file and the reason."""
 
 
 # --- files ------------------------------------------------------------------------------------------------

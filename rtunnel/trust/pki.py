@@ -18,6 +18,7 @@ from typing import Final
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from rtunnel.errors import TrustError
 from rtunnel.trust import certificates, keys
 from rtunnel.trust.certificates import DAY, Ca, key_hash, key_pem, new_ca, new_key, pem
 from rtunnel.trust.files import PUBLIC, SECRET, Made, replace, write_new
@@ -31,7 +32,6 @@ from rtunnel.trust.identity import (
     read_certificate,
     sign_list,
 )
-from rtunnel.trust.keys import TrustError
 from rtunnel.trust.store import FILE, CaRecord, Issued, Store
 from rtunnel.wire.messages import MAX_CERTIFICATE
 

@@ -30,7 +30,7 @@ from typing import Any, Final, Literal, NamedTuple
 import msgspec
 
 from rtunnel.config import BadValue, check_network, check_word, parse_exposes
-from rtunnel.trust.keys import TrustError
+from rtunnel.errors import TrustError
 
 MAX_RULES: Final = 20_000
 _MAX_FILE: Final = 16 << 20

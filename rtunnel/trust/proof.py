@@ -16,8 +16,8 @@ from typing import Final
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
+from rtunnel.errors import TrustError
 from rtunnel.trust.identity import ECDSA_SHA256, PrivateKey, PublicKey
-from rtunnel.trust.keys import TrustError
 from rtunnel.wire.messages import PAIR_ID_BYTES, Accepted, Refuse
 
 #: In front of what a pair's key is made of.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from rtunnel.trust.keys import TrustError
+from rtunnel.errors import TrustError
 
 FILE: Final = "authority.db"
 #: Others hold it for milliseconds.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from rtunnel.trust.keys import TrustError
+from rtunnel.errors import TrustError
 from rtunnel.wire.messages import ALPN, DIAL_ALPN
 
 

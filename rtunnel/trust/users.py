@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from rtunnel.config import BadValue, check_word
-from rtunnel.trust.keys import TrustError
+from rtunnel.errors import TrustError
 
 #: What RFC 1929 can carry.
 MAX_PASSWORD: Final = 255

@@ -15,13 +15,14 @@ from rtunnel.bridge import Bridge, running
 from rtunnel.clock import ClockWatch, registry_offset
 from rtunnel.config import Config, GatewayConfig, canonical_ip, format_endpoint, host_name, parse_endpoint
 from rtunnel.counts import StreamCounts
-from rtunnel.follower import TrustFollower
+from rtunnel.errors import RegistryUnavailable
 from rtunnel.logs import Throttle, get_logger
 from rtunnel.net import listening_socket
-from rtunnel.registry import Registry, RegistryUnavailable, Tuple
+from rtunnel.registry import Registry, Tuple
 from rtunnel.registry.routes import Mirror, RouteTable
 from rtunnel.relay.join import Pair
 from rtunnel.relay.relay import Listener, Relay
+from rtunnel.trust.follower import TrustFollower
 from rtunnel.trust.identity import TrustStore
 from rtunnel.trust.keys import load_gateway_key
 from rtunnel.trust.tls import dial_client_context

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from rtunnel.errors import TrustError
 from rtunnel.trust.identity import Identity, Revoked, TrustStore
-from rtunnel.trust.keys import TrustError
 from rtunnel.trust.proof import Exchange, PairKey, is_signed, said_by
 from rtunnel.wire.messages import EXCHANGE_BYTES, Accepted, Refuse
 from rtunnel.wire.refusal import Refusal, Refused

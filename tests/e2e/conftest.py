@@ -9,7 +9,8 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from rtunnel import follower, watch
+from rtunnel import watch
+from rtunnel.trust import follower
 from rtunnel_socks import gateway, hedge
 from support.cluster import HEDGE_DELAY
 from support.logs import Events

@@ -15,13 +15,14 @@ from cryptography import x509
 
 from rtunnel.clock import CHECK_CLOCK
 from rtunnel.config import RegistryConfig
+from rtunnel.errors import TrustError
 from rtunnel.registry import connect
 from rtunnel.relay.lost import Lost
 from rtunnel.relay.relay import Relay
 from rtunnel.roles import check
 from rtunnel.trust import pki
 from rtunnel.trust.identity import load_pair, load_private_key
-from rtunnel.trust.keys import Token, TrustError, load_token
+from rtunnel.trust.keys import Token, load_token
 from rtunnel.trust.tls import certificate_der, certificate_fingerprint, link_context
 from rtunnel.wire import messages
 from rtunnel.wire.messages import Hello, Trust

@@ -14,8 +14,9 @@ import pytest
 import trio
 
 from rtunnel.config import RegistryConfig
+from rtunnel.errors import Superseded
 from rtunnel.net import listening_socket
-from rtunnel.registry import COUNTER_BITS, Beat, NodeRecord, Registration, Superseded, Tuple, connect, incarnation_of
+from rtunnel.registry import COUNTER_BITS, Beat, NodeRecord, Registration, Tuple, connect, incarnation_of
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.relay.lost import Lost, LostKind
 from rtunnel.wire.refusal import Refusal

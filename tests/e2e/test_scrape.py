@@ -14,7 +14,8 @@ import pytest
 import trio
 
 from rtunnel.config import format_endpoint, load
-from rtunnel.registry import Change, RegistryUnavailable
+from rtunnel.errors import RegistryUnavailable
+from rtunnel.registry import Change
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.roles import find_role
 from rtunnel.trust import pki

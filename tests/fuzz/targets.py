@@ -34,7 +34,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from rtunnel import admin, config
 from rtunnel.config import ConfigError, canonical_ip
-from rtunnel.registry.base import CursorLost, RegistryUnavailable, Tuple
+from rtunnel.errors import RegistryUnavailable, TrustError
+from rtunnel.registry.base import CursorLost, Tuple
 from rtunnel.registry.redis import RedisRegistry
 from rtunnel.registry.routes import RouteTable
 from rtunnel.relay.transport import Scratch, TlsTransport
@@ -49,7 +50,6 @@ from rtunnel.trust.identity import (
     read_certificate,
     sign_list,
 )
-from rtunnel.trust.keys import TrustError
 from rtunnel.trust.proof import ACCEPTED, Exchange, is_signed, sign
 from rtunnel.trust.tls import certificate_der, client_context, server_context
 from rtunnel.wire import http, http_body, http_response, messages, socks5, yamux

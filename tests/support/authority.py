@@ -14,11 +14,11 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from rtunnel.config import AuthorityConfig, format_endpoint
-from rtunnel.follower import TrustFollower
 from rtunnel.logs import get_logger
 from rtunnel.trust import keys
 from rtunnel.trust.authority import Authority, Granted
 from rtunnel.trust.certificates import ENROL_LABEL, agent_request, new_key, sign_renewal
+from rtunnel.trust.follower import TrustFollower
 from rtunnel.trust.identity import Identity, read_certificate
 from rtunnel.trust.keys import Token, token_mac
 from rtunnel.trust.pki import Directory, open_directory

@@ -15,7 +15,7 @@ import trio.testing
 
 from rtunnel import admin
 from rtunnel.admin import Route, health_routes, json_answer, serve
-from rtunnel.roles import ListenError
+from rtunnel.errors import ListenError
 
 ROUTES = health_routes(list, lambda: {"node": "b1", "sessions": 3})
 

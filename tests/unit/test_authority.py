@@ -31,11 +31,12 @@ from structlog.testing import capture_logs
 
 from rtunnel import roles
 from rtunnel.config import ConfigError, load
+from rtunnel.errors import TrustError
 from rtunnel.trust import pki
 from rtunnel.trust.authority import Authority
 from rtunnel.trust.certificates import AUTHORITY_NAME, load_request, new_key, read_request, requested_key
 from rtunnel.trust.identity import TrustStore, load_private_key, read_certificate
-from rtunnel.trust.keys import Token, TrustError, token_mac
+from rtunnel.trust.keys import Token, token_mac
 from rtunnel.trust.pki import Directory, open_directory
 from rtunnel.trust.tls import certificate_der, client_context
 from rtunnel.wire.messages import (

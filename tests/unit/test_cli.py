@@ -20,9 +20,10 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
-from rtunnel import __version__, cli, config, roles
+from rtunnel import __version__, cli, config, errors, roles
 from rtunnel.console import plural
-from rtunnel.registry import COUNTER_BITS, NodeRecord, PortLease, Registration, Registry, RegistryUnavailable, Tuple
+from rtunnel.errors import RegistryUnavailable
+from rtunnel.registry import COUNTER_BITS, NodeRecord, PortLease, Registration, Registry, Tuple
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.roles import Role
 from rtunnel.trust import pki
@@ -150,7 +151,7 @@ def test_config_check_reads_rules_and_users(secrets: Path, tmp_path: Path) -> No
         '[registry]\nurl = "redis://10.0.0.5/0"\n'
     )
     result = rtunnel("config", "check", str(file), "--role", "gateway")
-    assert result.exit_code == roles.EXIT_USAGE
+    assert result.exit_code == errors.EXIT_USAGE
     assert "gateway.policy: " in result.output and "rule 1: to: '10.0.0.1/8' has bits set" in result.output
     assert "gateway.users: " in result.output and "users:1: alice: the hash is not" in result.output
     assert "hunter2" not in result.output
@@ -386,7 +387,7 @@ def test_roles_come_from_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(roles, "entry_points", entry_points)
     for name, reason in (("good", "is not a Role"), ("broken", "No module named"), ("none", "no role 'none'")):
-        with pytest.raises(roles.RoleMissing, match=reason):
+        with pytest.raises(errors.RoleMissing, match=reason):
             roles.find_role(name)
 
 
@@ -394,7 +395,7 @@ def test_a_role_that_cant_be_loaded_is_still_listed(monkeypatch: pytest.MonkeyPa
     """One broken role does not break --help, and is exit code 2 when it is run."""
 
     def missing(name: str) -> Role:
-        raise roles.RoleMissing(f"the role {name!r} can't be loaded: no such module")
+        raise errors.RoleMissing(f"the role {name!r} can't be loaded: no such module")
 
     monkeypatch.setattr(roles, "find_role", missing)
     assert "broker" in rtunnel("--help").output
@@ -445,9 +446,8 @@ def test_flags_are_named_in_refusals() -> None:
 PROGRAM = """
 import os, signal, socket, sys, warnings
 import trio
-from rtunnel import cli, config, roles
-from rtunnel.registry import RegistryUnavailable
-from rtunnel.trust.keys import TrustError
+from rtunnel import cli, config, errors, roles
+from rtunnel.errors import RegistryUnavailable, TrustError
 
 def say(word):
     print(word, flush=True)
@@ -470,7 +470,7 @@ async def serve(config, registry, *, stop, task_status):
                 if what == "taken-raw":
                     raise
                 async with trio.open_nursery():
-                    raise roles.ListenError("broker.listen", "127.0.0.1:7000", fault)
+                    raise errors.ListenError("broker.listen", "127.0.0.1:7000", fault)
     if what == "early":
         os.kill(os.getpid(), signal.SIGTERM)
         await stop.wait()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtunnel.clock import EVIDENCE_SECONDS, TELL_AGAIN, ClockWatch, registry_offset
-from rtunnel.relay.lost import certificate_fault
+from rtunnel.errors import certificate_fault
 
 
 class Scene:

@@ -28,7 +28,7 @@ import pytest
 import yaml
 
 import rtunnel
-from rtunnel import config, roles
+from rtunnel import config, errors, roles
 from rtunnel.cli import cli
 from rtunnel.config import KEYS, Config, parse_endpoint, parse_range, preflight
 from rtunnel.trust import pki
@@ -594,7 +594,7 @@ def test_units_run_their_role(role: str) -> None:
     assert float(service(role, "WatchdogSec")) > SILENCE, "a supervisor has replaced its silent workers by then"
     assert service(role, "WatchdogSignal") == "SIGKILL"
     assert unit(role)["Unit"]["StartLimitIntervalSec"] == ["0"]
-    assert service(role, "RestartPreventExitStatus") == str(roles.EXIT_USAGE)
+    assert service(role, "RestartPreventExitStatus") == str(errors.EXIT_USAGE)
     assert unit(role)["Install"]["WantedBy"] == ["multi-user.target"]
 
 

@@ -13,13 +13,13 @@ import pytest
 import trio
 from structlog.testing import capture_logs
 
-from rtunnel import follower as follower_module
 from rtunnel.config import format_endpoint
+from rtunnel.errors import TrustError
+from rtunnel.trust import follower as follower_module
 from rtunnel.trust import pki
 from rtunnel.trust.certificates import new_key
 from rtunnel.trust.files import PUBLIC, replace
 from rtunnel.trust.identity import TrustStore
-from rtunnel.trust.keys import TrustError
 from rtunnel.trust.pki import Directory, open_directory
 from rtunnel.trust.tls import certificate_der, server_context
 from rtunnel.wire.refusal import Refusal, Refused

@@ -10,6 +10,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
+from rtunnel.errors import TrustError
 from rtunnel.trust import identity, pki
 from rtunnel.trust.certificates import pem
 from rtunnel.trust.identity import (
@@ -22,7 +23,6 @@ from rtunnel.trust.identity import (
     sign_list,
     void_cas,
 )
-from rtunnel.trust.keys import TrustError
 from rtunnel.trust.proof import ACCEPTED as SAID
 from rtunnel.trust.proof import Exchange, is_signed, sign
 from rtunnel.trust.tls import certificate_der

@@ -15,11 +15,11 @@ from click.testing import CliRunner, Result
 from cryptography import x509
 
 from rtunnel import cli
+from rtunnel.errors import TrustError
 from rtunnel.trust import keys, pki
 from rtunnel.trust.authority import Authority
 from rtunnel.trust.certificates import new_key
 from rtunnel.trust.identity import TrustStore, load_private_key
-from rtunnel.trust.keys import TrustError
 from rtunnel.trust.pki import Directory, open_directory
 from rtunnel.trust.tls import certificate_der
 from support.authority import change, enrol, renewal, token

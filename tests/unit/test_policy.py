@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from rtunnel import cli
 from rtunnel.config import parse_exposes
+from rtunnel.errors import TrustError
 from rtunnel.trust import policy
-from rtunnel.trust.keys import TrustError
 from rtunnel.trust.policy import LOCAL_ONLY, SPECIAL, Networks, Policy, Question, Rule, Verdict, load_policy
 from support.effort import times
 

@@ -13,7 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from rtunnel.registry import COUNTER_BITS, NodeRecord, PortLease, Registration, RegistryUnavailable
+from rtunnel.errors import RegistryUnavailable
+from rtunnel.registry import COUNTER_BITS, NodeRecord, PortLease, Registration
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.registry.ports import AVOID, PortAllocator, PortsExhausted, PortTaken
 from support.effort import times

@@ -16,9 +16,9 @@ import pytest
 from redis import exceptions as errors
 
 from rtunnel.config import RegistryConfig
+from rtunnel.errors import AddressTaken, RegistryUnavailable, Superseded
 from rtunnel.registry import (
     COUNTER_BITS,
-    AddressTaken,
     Change,
     CursorLost,
     DuplicateAgent,
@@ -26,8 +26,6 @@ from rtunnel.registry import (
     PortLease,
     Registration,
     Registry,
-    RegistryUnavailable,
-    Superseded,
     Tuple,
     connect,
     incarnation_of,

@@ -16,16 +16,8 @@ from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from rtunnel.registry import (
-    COUNTER_BITS,
-    NodeRecord,
-    PortLease,
-    Registration,
-    Registry,
-    RegistryUnavailable,
-    Snapshot,
-    Tuple,
-)
+from rtunnel.errors import RegistryUnavailable
+from rtunnel.registry import COUNTER_BITS, NodeRecord, PortLease, Registration, Registry, Snapshot, Tuple
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.registry.redis import RedisRegistry, _Script
 from rtunnel.registry.routes import Mirror, RouteTable

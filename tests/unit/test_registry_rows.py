@@ -10,7 +10,8 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from rtunnel.registry.base import COUNTER_BITS, NodeRecord, PortLease, Registration, RegistryUnavailable, Tuple
+from rtunnel.errors import RegistryUnavailable
+from rtunnel.registry.base import COUNTER_BITS, NodeRecord, PortLease, Registration, Tuple
 from rtunnel.registry.redis import RedisRegistry
 from rtunnel.registry.routes import Mirror, RouteTable
 from support.redis_server import RedisServer

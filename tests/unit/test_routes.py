@@ -13,16 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rtunnel.registry import (
-    Change,
-    CursorLost,
-    NodeRecord,
-    PortLease,
-    Registration,
-    RegistryUnavailable,
-    Snapshot,
-    Tuple,
-)
+from rtunnel.errors import RegistryUnavailable
+from rtunnel.registry import Change, CursorLost, NodeRecord, PortLease, Registration, Snapshot, Tuple
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.registry.redis import RedisRegistry
 from rtunnel.registry.routes import Mirror, RouteTable

@@ -19,8 +19,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rtunnel.errors import TrustError
 from rtunnel.trust import keys, pki, tls
-from rtunnel.trust.keys import DialKeys, GatewayKey, NonceWindow, TrustError, gateway_key, token_mac
+from rtunnel.trust.keys import DialKeys, GatewayKey, NonceWindow, gateway_key, token_mac
 
 SECRETS = ("ca.key", "authority.db", "broker.key", "cluster.key", "gateway.key", "join.token")
 PUBLIC = ("ca.pem", "broker.pem")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from rtunnel import cli
 from rtunnel.config import BadValue
+from rtunnel.errors import TrustError
 from rtunnel.trust import users
-from rtunnel.trust.keys import TrustError
 from rtunnel.trust.users import Hash, Users, load_users, new_hash, put_user, remove_user
 from support.effort import times
 

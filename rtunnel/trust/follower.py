@@ -17,11 +17,10 @@ import trio
 from structlog.typing import FilteringBoundLogger
 
 from rtunnel.config import parse_endpoint
-from rtunnel.relay.lost import certificate_fault
+from rtunnel.errors import TrustError, certificate_fault
 from rtunnel.trust.certificates import AUTHORITY_NAME
 from rtunnel.trust.files import PUBLIC, replace
 from rtunnel.trust.identity import TrustStore
-from rtunnel.trust.keys import TrustError
 from rtunnel.trust.tls import client_context_of
 from rtunnel.watch import Watched, watch
 from rtunnel.wire.messages import (
