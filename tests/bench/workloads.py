@@ -160,11 +160,20 @@ class Measurement:
         return Look(time.monotonic(), cpu_seconds(pids), cpu_seconds(mine), machine_busy_seconds(), boards)
 
     def two_looks(self, *workers: Worker, more: float = 0.0) -> tuple[Look, Look]:
-        """After the warm-up (and `more` of it), and `seconds` later."""
+        """After the warm-up (and `more` of it), and `seconds` later.
+
+        The second look waits for two units or some bytes, and for a tick of the CPU clock: on a
+        busy machine a short measurement would see neither.
+        """
         time.sleep(self.warm_up + more)
         first = self.look(*workers)
+        deadline = time.monotonic() + self.seconds + load.PATIENCE
         time.sleep(self.seconds)
-        return first, self.look(*workers)
+        second = self.look(*workers)
+        while not _shows(first, second) and time.monotonic() < deadline:
+            time.sleep(0.005)
+            second = self.look(*workers)
+        return first, second
 
     def common(self, first: Look, second: Look) -> Figures:
         """What every workload tells: the generator's share, and everybody else's."""
@@ -175,6 +184,13 @@ class Measurement:
             "others": max(0.0, (second.busy - first.busy - ours) / span),
             "left": float(self.left),
         }
+
+
+def _shows(first: Look, second: Look) -> bool:
+    """Whether there is something to measure. The first unit may have ended before the first look's time."""
+    counts = [after[UNITS] - before[UNITS] for before, after in zip(first.boards[1:], second.boards[1:], strict=True)]
+    moved = any(after[BYTES] > before[BYTES] for before, after in zip(first.boards, second.boards, strict=True))
+    return second.load > first.load and (moved or any(count >= 2 for count in counts))
 
 
 # --- streams ------------------------------------------------------------------------------------------------------

@@ -44,6 +44,13 @@ def test_every_workload_gives_figures_without_a_tunnel(site: Site, bare: System,
     assert 0 < figures["load"] < 3
 
 
+def test_a_measurement_waits_for_something_to_measure(site: Site, bare: System) -> None:
+    """On a busy machine no connection may be made in the time of a short one."""
+    (conn1,) = (workload for workload in WORKLOADS if workload.name == "conn1")
+    figures = conn1.measure(Measurement(site, bare, 0.0, 0.0))
+    assert figures["conns"] > 0 and figures["load"] > 0
+
+
 def test_bytes_come_late_over_the_long_way(site: Site) -> None:
     """And the relay of the long way lets go of ended connections."""
     system = next(none_long(site))
