@@ -26,6 +26,7 @@ from rtunnel.trust.store import TokenRecord
 from rtunnel.wire.messages import VERSION, Enrol
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_authority.server import Server
+from support.plumbing import kept
 
 PATIENCE = 15.0
 
@@ -146,7 +147,7 @@ class Clock:
 
 def at(directory: Path, clock: Callable[[], float] = time.time) -> Authority:
     """Return the authority of a directory, without its process."""
-    return Authority(Directory(directory, clock))
+    return Authority(kept(Directory(directory, clock)))
 
 
 def refusal(decide: Authority, question: Enrol) -> tuple[Refusal, str]:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from rtunnel.relay.ends import EndHandler, SocketEnd
 from rtunnel.relay.join import Account
@@ -72,13 +72,20 @@ def running_relay() -> Iterator[TestRelay]:
         assert not crashes, crashes
 
 
-_made: list[socket.socket] = []
+class Closable(Protocol):
+    """A socket, or anything else that is closed."""
+
+    def close(self) -> object: ...
 
 
-def kept(sock: socket.socket) -> socket.socket:
-    """Closed at the end of the test by `close_kept`."""
-    _made.append(sock)
-    return sock
+_C = TypeVar("_C", bound=Closable)
+_made: list[Closable] = []
+
+
+def kept(opened: _C) -> _C:
+    """Return it; it is closed at the end of the test by `close_kept`."""
+    _made.append(opened)
+    return opened
 
 
 def close_kept() -> None:

@@ -57,6 +57,7 @@ from rtunnel_authority.server import Server
 from support.authority import Clock, at, authority, change, csr, enrol, refusal, renewal, token, who
 from support.effort import times
 from support.messages import decoder_of
+from support.plumbing import kept
 
 DAY = 86400
 
@@ -442,7 +443,7 @@ def test_what_was_not_given_out_here_is_not_renewed(made: Path, tmp_path: Path) 
     code, text = refusal(at(made), question)
     assert code is Refusal.BAD_CERTIFICATE and "agent/default/db was not given out here" in text
     assert "authority.renew = all" in text
-    renewed = Authority(Directory(made), renew_unknown=True).enrol(question)
+    renewed = Authority(kept(Directory(made)), renew_unknown=True).enrol(question)
     assert who(renewed).subject == "agent/default/db"
 
 
