@@ -115,7 +115,6 @@ class SocketEnd:
             loop.add(self.fd, self._event, out=False)
 
     def talk(self, handler: EndHandler, deadline: float | None = None) -> None:
-        """See End."""
         self._handler = handler
         self._reading = True
         self._stop_deadline()
@@ -125,7 +124,6 @@ class SocketEnd:
             self.loop.soon(self._read)
 
     def write(self, data: bytes) -> None:
-        """See End."""
         if self.closed:
             return
         if self._out:
@@ -146,18 +144,16 @@ class SocketEnd:
             self.await_room()
 
     def pause(self) -> None:
-        """See End."""
         self._reading = False
         self._stop_deadline()
 
     def resume(self) -> None:
-        """See End."""
         self._reading = True
         if self.readable:
             self.loop.soon(self._read)
 
     def close(self) -> None:
-        """See End. What the peer still sends is read and dropped, so that no reset overtakes our last words."""
+        """Read and drop what the peer still sends, so that no reset overtakes our last words."""
         if self.closed:
             return
         self._handler = None
@@ -170,7 +166,6 @@ class SocketEnd:
             self._bury()
 
     def abort(self) -> None:
-        """See End."""
         if not self.closed:
             self.reset_on_close()
             self._handler = None

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from rtunnel.compat import override
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, URGENT, Loop, Timer
 from rtunnel.relay.lost import Lost, LostKind
@@ -360,9 +361,9 @@ class SocketPair(Pair):
         if not self.done:
             self.downward.run()
 
+    @override
     @property
     def sockets(self) -> tuple[socket.socket, ...]:
-        """See Pair."""
         return self.client.sock, self.target.sock
 
     def _client_event(self, mask: int) -> None:
@@ -395,8 +396,8 @@ class SocketPair(Pair):
         """A socket failed: reset the other."""
         self.abort(Ending.CLIENT_RESET if end is self.client else Ending.TARGET_RESET)
 
+    @override
     def abort(self, ending: Ending) -> None:
-        """See Pair."""
         if not self.done:
             self.client.reset_on_close()
             self.target.reset_on_close()
@@ -467,9 +468,9 @@ class StreamPair(Pair):
         if not self.done:
             self._run_out()
 
+    @override
     @property
     def sockets(self) -> tuple[socket.socket, ...]:
-        """See Pair."""
         return (self._socket.sock,)
 
     def _stream_bytes_first(self, unread: bytes) -> None:
@@ -529,20 +530,17 @@ class StreamPair(Pair):
             self.loop.soon(self._run_out)
 
     def link_ready(self) -> None:
-        """See BytesSender."""
         self._waits = False
         if not self.done:
             self._run_out()
 
     def stream_window(self) -> None:
-        """See StreamJoin."""
         if self._readable:
             self._queue()  # not at once: this call comes from within the link's read
 
     # Back: stream -> socket.
 
     def stream_data(self, data: memoryview) -> None:
-        """See StreamJoin."""
         if self._held:
             self._held += data
             self._stream.link.hold(len(data))
@@ -579,7 +577,6 @@ class StreamPair(Pair):
             self._fin_back()
 
     def stream_fin(self) -> None:
-        """See StreamJoin."""
         if not self._held:
             self._fin_back()
 
@@ -637,7 +634,6 @@ class StreamPair(Pair):
             self._over(Ending.CLIENT_RESET if self._is_client else Ending.TARGET_RESET)
 
     def stream_lost(self, lost: Lost) -> None:
-        """See StreamJoin."""
         if self.done:
             return
         self._socket.reset_on_close()
@@ -646,8 +642,8 @@ class StreamPair(Pair):
         else:
             self._over(Ending.TARGET_RESET if self._is_client else Ending.CLIENT_RESET)
 
+    @override
     def abort(self, ending: Ending) -> None:
-        """See Pair."""
         if not self.done:
             self._socket.reset_on_close()
             self._stream.reset()

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from rtunnel.compat import override
 from rtunnel.relay.ends import EndHandler, SocketEnd, reset_on_close
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
 from rtunnel.relay.lost import Lost, LostKind, closed, lost_by
@@ -171,8 +172,8 @@ class Link(WindowedSession):
         stream.write(first)
         return stream
 
+    @override
     def accepts(self) -> yamux.Stream | None:
-        """See yamux.Session."""
         stream = StreamEnd(self)
         handler = self._owner.link_stream(stream)
         if handler is None:
@@ -183,8 +184,8 @@ class Link(WindowedSession):
 
     # Out.
 
+    @override
     def emit(self, frame: bytes) -> None:
-        """See yamux.Session."""
         self.write(frame)
 
     def write(self, data: bytes | memoryview) -> None:
@@ -387,8 +388,8 @@ class Link(WindowedSession):
         if done is not None:
             done(lives)
 
+    @override
     def on_pong(self, value: int) -> None:
-        """See yamux.Session."""
         self._probed(value, True)
         if value == self._pings & 0xFFFFFFFF:
             self.rtt = self.loop.now - self._ping_sent

@@ -150,7 +150,6 @@ class Listener:
             self._loop.hold_listener(self.sock.fileno(), hold=True)
 
     def release(self) -> None:
-        """See `hold`."""
         if self._held:
             self._held = False
             self._watch_again()

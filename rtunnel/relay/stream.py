@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from rtunnel.compat import override
 from rtunnel.relay.ends import LINGER_SECONDS, EndHandler
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.lost import DEADLINE, LINK_LOST, RESET, Lost
@@ -65,7 +66,6 @@ class StreamEnd(yamux.Stream):
         self._deadline: Timer | None = None
 
     def talk(self, handler: EndHandler, deadline: float | None = None) -> None:
-        """See End."""
         self._handler = handler
         self._stop_deadline()
         if deadline is not None:
@@ -73,7 +73,6 @@ class StreamEnd(yamux.Stream):
         self.resume()
 
     def write(self, data: bytes) -> None:
-        """See End."""
         if not self.gone:
             frame = self.frame(data)
             if not self.wide and self.link.widens_early and (more := self.widen()):
@@ -86,18 +85,16 @@ class StreamEnd(yamux.Stream):
         return self.link.memory.widen(yamux.INITIAL_WINDOW - self.receive_window)
 
     def pause(self) -> None:
-        """See End."""
         self._reading = False
         self._stop_deadline()
 
     def resume(self) -> None:
-        """See End."""
         self._reading = True
         if self.backlog or self.eof:
             self.link.loop.soon(self._replay)
 
     def close(self) -> None:
-        """See End. What the peer still sends is dropped; a reset now would overtake our last words further on."""
+        """What the peer still sends is dropped; a reset now would overtake our last words further on."""
         if not self.closed:
             self._let_go()
             self.finish()
@@ -105,7 +102,6 @@ class StreamEnd(yamux.Stream):
                 self.pair = _Discard(self)
 
     def abort(self) -> None:
-        """See End."""
         if not self.closed:
             self._let_go()
             self.reset()
@@ -119,8 +115,8 @@ class StreamEnd(yamux.Stream):
 
     # Hooks of yamux.Stream.
 
+    @override
     def on_data(self, data: memoryview) -> None:
-        """See yamux.Stream."""
         link = self.link
         if link.speaker != self.id:
             link.speaker = self.id
@@ -134,20 +130,20 @@ class StreamEnd(yamux.Stream):
             self.backlog += data
             self.link.hold(len(data))
 
+    @override
     def on_fin(self) -> None:
-        """See yamux.Stream."""
         self.eof = True
         if self.pair is not None:
             self.pair.stream_fin()
         elif self._reading and self._handler is not None and not self.backlog:
             self._handler.finished()
 
+    @override
     def on_reset(self) -> None:
-        """See yamux.Stream."""
         self._lose(LINK_LOST if self.session.over else RESET)
 
+    @override
     def on_window(self) -> None:
-        """See yamux.Stream."""
         if self.pair is not None:
             self.pair.stream_window()
 

@@ -130,13 +130,13 @@ class TlsSocket(socket.socket):
 
     # As the joins use it.
 
+    @override
     def recv(self, size: int, flags: int = 0) -> bytes:
-        """See socket.socket."""
         view = self._scratch.plain[:size]
         return bytes(view[: self.recv_into(view)])
 
+    @override
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        """See socket.socket, and the module."""
         if self._fault is not None:
             raise self._fault
         if not self.up:
@@ -184,8 +184,9 @@ class TlsSocket(socket.socket):
         if handler is not None:
             handler(IN)
 
+    @override
     def send(self, data: Any, flags: int = 0) -> int:
-        """See socket.socket, and the module. Nothing is taken while some of the last piece is pending."""
+        """Nothing is taken while some of the last piece is pending."""
         if self._fault is not None:
             raise self._fault
         if self._pending:
@@ -222,8 +223,9 @@ class TlsSocket(socket.socket):
             self._pending = b""
             raise
 
+    @override
     def shutdown(self, how: int) -> None:
-        """See socket.socket: close_notify, then FIN, behind what is pending. Only for SHUT_WR."""
+        """Close_notify, then FIN, behind what is pending. Only for SHUT_WR."""
         if self.up:
             self._fin = True
             self._say_bye()
@@ -249,14 +251,16 @@ class TlsSocket(socket.socket):
         self._reset = True
         reset_on_close(self)
 
+    @override
     def getsockopt(self, level: int, option: int, *size: Any) -> Any:
-        """See socket.socket. An error that a write has met is the socket's still."""
+        """An error that a write has met is the socket's still."""
         if self._fault is not None and (level, option) == (socket.SOL_SOCKET, socket.SO_ERROR):
             return self._fault.errno or errno.ECONNRESET
         return super().getsockopt(level, option, *size)
 
+    @override
     def close(self) -> None:
-        """See socket.socket. In order, unless it is to be reset: what is pending goes out first."""
+        """In order, unless it is to be reset: what is pending goes out first."""
         if self.up and not self._reset and self._fault is None and not self._loop.stopped and self.fileno() >= 0:
             self.full = self._linger
             with suppress(OSError):

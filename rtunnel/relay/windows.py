@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from rtunnel.compat import override
 from rtunnel.relay.loop import Loop
 from rtunnel.relay.memory import Memory
 from rtunnel.relay.stream import StreamEnd
@@ -60,8 +61,8 @@ class WindowedSession(yamux.Session):
         # most of its streams never send that much: two frames a stream saved.
         self.widens_early = far
 
+    @override
     def grows(self, stream: yamux.Stream) -> int:
-        """See yamux.Session."""
         assert isinstance(stream, StreamEnd)
         stream.given += stream.owed
         if not stream.wide:
@@ -84,7 +85,7 @@ class WindowedSession(yamux.Session):
         memory.left -= more
         return more
 
+    @override
     def gave_up(self, stream: yamux.Stream) -> None:
-        """See yamux.Session."""
         assert isinstance(stream, StreamEnd)
         self.memory.left += stream.receive_window - stream.start
