@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from rtunnel.clock import ClockWatch
@@ -67,6 +68,13 @@ FIRST_BYTES: Final = 3.0
 MAX_DIALLINGS: Final = 64
 
 Networks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
+
+
+@lru_cache(maxsize=4096)
+def _address_of(peer: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Return a client's address, as IPv4 where it is that. Cached: parsing takes 5 us, and clients come again."""
+    address = ipaddress.ip_address(peer)
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 class PortCounts(StreamCounts):
@@ -404,9 +412,7 @@ class OpenPortServer:
             sock.close()
             return
         end = self.relay.end(sock, peer)
-        source = ipaddress.ip_address(peer)
-        source = getattr(source, "ipv4_mapped", None) or source
-        session = self.session
+        source, session = _address_of(peer), self.session
         if not all(any(source in network for network in networks) for networks in self.allow):
             self.refuse(end, Refusal.NOT_AUTHORISED, "the source is not on the allow-list")
         elif session.link is None or session.state != "live" or not _takes_streams(session.link):
