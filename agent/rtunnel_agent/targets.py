@@ -15,9 +15,9 @@ from rtunnel.relay.loop import Timer
 from rtunnel.relay.lost import Lost
 from rtunnel.relay.relay import Attempt, Relay
 from rtunnel.relay.stream import StreamEnd
-from rtunnel.wire import messages
-from rtunnel.wire.messages import Accepted, Decoder, Dial, DialBody, Dialling, MessageError, Refuse, decode_body, encode
-from rtunnel.wire.refusal import Next, Refusal, Refused
+from rtunnel.wire.dial import DialReceiver
+from rtunnel.wire.messages import DialBody, MessageError
+from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_agent.handshake import AgentSession
 from rtunnel_agent.proof import Prover
 
@@ -25,10 +25,6 @@ from rtunnel_agent.proof import Prover
 DIALLING_AFTER: Final = 0.1
 #: A broker sends the Dial with the stream's first frame.
 DIAL_DEADLINE: Final = 10.0
-
-_ACCEPTED: Final = Accepted()
-_DIALLING: Final = encode(Dialling())
-
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -99,9 +95,6 @@ class Targets:
         """The address to connect to. Raises Refused unless this Dial is for us, for this session, and for something
         that is exposed.
         """
-        if body.version != messages.VERSION:
-            text = f"the Dial is of protocol version {body.version}, this agent speaks {messages.VERSION}"
-            raise Refused(Refusal.VERSION, text)
         if body.namespace != self.namespace or body.ip not in self.addresses:
             raise Refused(Refusal.STALE_TARGET, f"{body.namespace}/{body.ip} is not this agent's address")
         welcome = session.welcome
@@ -138,39 +131,29 @@ class Served:
 
 
 class IncomingStream:
-    """One stream from a broker: Dial, connect, answer, join."""
+    """One stream from a broker, until it is joined: the handler of its end, and of the connect."""
 
-    __slots__ = ("_attempt", "_body", "_decoder", "_dialled", "_late", "_served", "_session", "_stream", "_targets")
+    __slots__ = ("_attempt", "_dial", "_late", "_served", "_session", "_stream", "_targets")
 
     def __init__(self, targets: Targets, session: AgentSession, stream: StreamEnd) -> None:
         self._targets = targets
         self._session = session
         self._stream = stream
-        self._decoder = Decoder(Dial)
-        self._body: DialBody | None = None
-        self._dialled: tuple[DialBody, bytes] | None = None  # the Dial of a gateway that wants a proof, as it came
+        self._dial = DialReceiver()
         self._served: Served | None = None
         self._attempt: Attempt | None = None
         self._late: Timer | None = None
         stream.talk(self, DIAL_DEADLINE)
 
     def received(self, data: bytes) -> None:
-        """See Talker."""
-        self._decoder.feed(data)
+        """See EndHandler."""
         try:
-            dial = self._decoder.next()
-            if dial is None:
-                return
-            self._body = body = decode_body(dial.body)
-            if body.exchange:
-                self._dialled = body, dial.body
-            way = self._targets.check(body, self._session)
+            for event in self._dial.receive(data):
+                self._connect(event.body, self._targets.check(event.body, self._session))
         except MessageError as error:
-            self._refuse(Refusal.PROTOCOL_ERROR, str(error))
+            self._refuse(Refused(Refusal.PROTOCOL_ERROR, str(error)))
         except Refused as error:
-            self._refuse(error.code, error.text)
-        else:
-            self._connect(body, way)
+            self._refuse(error)
 
     def _connect(self, body: DialBody, way: str) -> None:
         self._stream.pause()
@@ -182,48 +165,43 @@ class IncomingStream:
         self._attempt = relay.connect(way, body.port, self._targets.timeout, self._connected, source=source)
 
     def _say_dialling(self) -> None:
-        self._stream.write(_DIALLING)
+        self._stream.write(self._dial.dialling())
 
     def _connected(self, target: SocketEnd | None, code: Refusal, why: str) -> None:
         self._stop()
         if target is None:
-            self._refuse(code, why)
+            self._refuse(Refused(code, why))
             return
-        served = self._served
+        served, targets = self._served, self._targets
         assert served is not None
-        if not self._targets.leads(served):
+        if not targets.leads(served):
             target.abort()
-            self._refuse(Refusal.NOT_EXPOSED, f"the agent does not expose {served.ip}, port {served.port} any more")
+            text = f"the agent does not expose {served.ip}, port {served.port} any more"
+            self._refuse(Refused(Refusal.NOT_EXPOSED, text))
             return
-        self._targets.counts.began()
+        targets.counts.began()
         self._session.streams += 1
-        self._stream.write(self._proven(_ACCEPTED))
-        self._targets.relay.join(self._stream, target, up=self._decoder.rest(), on_end=served)
+        self._stream.write(self._dial.accept(targets.prover))
+        targets.relay.join(self._stream, target, up=self._dial.rest, on_end=served)
 
     def finished(self) -> None:
-        """See Talker: the FIN came before a whole Dial."""
-        self._refuse(Refusal.PROTOCOL_ERROR, "the stream ended before a whole Dial")
+        """See EndHandler: the FIN came before a whole Dial."""
+        self._refuse(Refused(Refusal.PROTOCOL_ERROR, "the stream ended before a whole Dial"))
 
     def lost(self, lost: Lost) -> None:
-        """See Talker: nobody waits for the target any more."""
+        """See EndHandler: nobody waits for the target any more."""
         self._stop()
 
-    def _refuse(self, code: Refusal, why: str) -> None:
+    def _refuse(self, refused: Refused) -> None:
         self._stop()
-        self._targets.counts.refuse(code)
-        body = self._body
+        self._targets.counts.refuse(refused.code)
+        body = self._dial.body
         self._targets.log.info(
-            "dial_refused", code=code.value, reason=why, who=body.who if body else "",
+            "dial_refused", code=refused.code.value, reason=refused.text, who=body.who if body else "",
             target=format_endpoint(body.ip, body.port) if body else "", node=self._session.node,
         )  # fmt: skip
-        refuse = Refuse(code=code.value, text=why[:512])
-        # What another path could change needs no proof: it will be tried anyway.
-        self._stream.write(self._proven(refuse) if code.reply.next is Next.STOP else encode(refuse))
+        self._stream.write(self._dial.refuse(refused, self._targets.prover))
         self._stream.close()
-
-    def _proven(self, answer: Accepted | Refuse) -> bytes:
-        prover, dialled = self._targets.prover, self._dialled
-        return encode(answer if prover is None or dialled is None else prover.prove(answer, *dialled))
 
     def _stop(self) -> None:
         if self._late is not None:

@@ -6,7 +6,7 @@ Everything here runs in the relay's thread, once per connection.
 from __future__ import annotations
 
 import ipaddress
-import secrets
+import os
 import socket
 import time
 from collections import Counter
@@ -29,20 +29,8 @@ from rtunnel.relay.tls import TlsEnd
 from rtunnel.strangers import Loss, Strangers, made_room
 from rtunnel.trust.keys import DialKeys, NonceWindow
 from rtunnel.wire import messages
-from rtunnel.wire.messages import (
-    DIAL_ANSWERS,
-    Accepted,
-    Decoder,
-    Dial,
-    DialAnswer,
-    DialBody,
-    Dialling,
-    MessageError,
-    Refuse,
-    decode_body,
-    encode,
-    encode_body,
-)
+from rtunnel.wire.dial import DialAccepted, DialReceiver, DialRefused, DialSender
+from rtunnel.wire.messages import Dial, DialBody, MessageError, Refuse, encode
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_broker.session import Session
 
@@ -64,8 +52,6 @@ OPEN_DEADLINE: Final = 30.0
 #: A gateway says its Dial at once: a guarded connection without a first byte ends after so many seconds. A lost segment
 #: comes again after one second, and again after two.
 FIRST_BYTES: Final = 3.0
-#: An agent says Dialling once. One that says it without end would keep all others waiting.
-MAX_DIALLINGS: Final = 64
 
 Networks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
 
@@ -115,20 +101,16 @@ class DialChecker:
         self._clock = clock
         self._nonces = NonceWindow(2 * window)
 
-    def authentic(self, dial: Dial) -> DialBody:
-        """Return what the Dial asks for. Raises Refused or MessageError unless a gateway's key in force made it."""
+    def verify(self, dial: Dial) -> None:
+        """Raises Refused unless a gateway's key in force made the MAC."""
         if not self._keys.verify(dial.key, dial.body, dial.mac):
             text = f"the Dial's MAC is not by the gateway's key {dial.key!r}: is that from this cluster's key?"
             raise Refused(Refusal.BAD_MAC, text)
         if self.is_revoked(dial.key):
             raise Refused(Refusal.REVOKED, f"the gateway's key {dial.key} is revoked")
-        return decode_body(dial.body)
 
     def check(self, body: DialBody, session: Session, key: str) -> None:
         """Raises Refused unless the Dial is fresh, and for exactly this session. `key`: the id of the gateway's key."""
-        if body.version != messages.VERSION:
-            text = f"the gateway speaks protocol version {body.version}, this broker {messages.VERSION}"
-            raise Refused(Refusal.VERSION, text)
         age = time.time() - body.time / 1000
         if abs(age) > self._window:
             self._clock.differs(f"gateway {key}", age, time.monotonic())
@@ -171,16 +153,15 @@ class Guarded:
 class GuardedConnection:
     """One connection to a guarded port: a Dial, then a stream on the session's link."""
 
-    __slots__ = ("_body", "_decoder", "_end", "_heard", "_peer", "_place", "_port")
+    __slots__ = ("_dial", "_end", "_heard", "_peer", "_place", "_port")
 
     def __init__(self, port: GuardedPort, end: SocketEnd, source: str) -> None:
         self._port = port
         self._end = end
-        self._decoder = Decoder(Dial)
+        self._dial = DialReceiver(port.checker.verify)
         self._heard = False
         self._place = port.counts.dials.enter(source, self, end.loop.now)
         self._peer = end.peer
-        self._body: DialBody | None = None  # of the Dial, once its MAC is good
 
     @property
     def is_silent(self) -> bool:
@@ -193,33 +174,29 @@ class GuardedConnection:
         self.lost(lost)
 
     def received(self, data: bytes) -> None:
-        """See Talker."""
+        """See EndHandler."""
         port = self._port
         self._heard = True
-        self._decoder.feed(data)
         try:
-            frame = self._decoder.next_frame()
-            if frame is None:
-                return
-            self._body = body = port.checker.authentic(frame[0])
-            port.checker.check(body, port.session, frame[0].key)
-            if full := port.session.full:
-                raise full
+            for event in self._dial.receive(data):
+                key, body = event.dial.key, event.body
+                port.checker.check(body, port.session, key)
+                if full := port.session.full:
+                    raise full
+                port.counts.dials.leave(self._place)
+                port.pass_on(self._end, self._dial.forward(), key, body)
         except MessageError as error:
             text = "a TLS handshake came, and broker.dial_security is plain" if data.startswith(_TLS) else str(error)
             self._refuse(Refused(Refusal.PROTOCOL_ERROR, text))
         except Refused as error:
             self._refuse(error)
-        else:
-            port.counts.dials.leave(self._place)
-            port.pass_on(self._end, frame[1] + self._decoder.rest(), frame[0].key, body)
 
     def finished(self) -> None:
-        """See Talker."""
+        """See EndHandler."""
         self._refuse(Refused(Refusal.PROTOCOL_ERROR, "the connection ended before a whole Dial"))
 
     def lost(self, lost: Lost) -> None:
-        """See Talker."""
+        """See EndHandler."""
         self._port.counts.dials.leave(self._place)
         loss = Loss.of(lost.kind, silent=self.is_silent)
         self._port.counts.lost[loss.value] += 1
@@ -231,7 +208,9 @@ class GuardedConnection:
 
     def _refuse(self, refused: Refused) -> None:
         self._port.counts.dials.leave(self._place)
-        self._port.refuse(self._end, refused, self._body)
+        self._port.refused(self._end.peer, refused, self._dial.body)
+        self._end.write(self._dial.refuse(refused, time=int(time.time() * 1000)))
+        self._end.close()
 
 
 @dataclass(eq=False)
@@ -282,11 +261,11 @@ class GuardedPort:
         self.session.streams += 1
         self.relay.join(end, stream, on_end=Guarded(self.counts, self.session, key, body))
 
-    def refuse(self, end: SocketEnd, refused: Refused, body: DialBody | None) -> None:
-        """Tell the gateway why not; `body` is the Dial's, when its MAC was good."""
+    def refused(self, peer: str, refused: Refused, body: DialBody | None) -> None:
+        """Count and log a refusal; `body` is the Dial's, when its MAC was good."""
         self.counts.refuse(refused.code)
         fields = {
-            "code": refused.code.value, "reason": refused.text, "peer": end.peer, "port": self.number,
+            "code": refused.code.value, "reason": refused.text, "peer": peer, "port": self.number,
             "agent": self.session.hello.agent_id if self.session.hello else "", "who": body.who if body else "",
             "target": format_endpoint(body.ip, body.port) if body else "",
         }  # fmt: skip
@@ -294,52 +273,43 @@ class GuardedPort:
             self.session.keeper.log_stranger("dial_refused", refused.code.value, **fields)
         else:
             self.session.keeper.log("dial_refused", **fields)
-        clock = int(time.time() * 1000) if refused.code is Refusal.EXPIRED else 0
-        end.write(encode(Refuse(code=refused.code.value, text=refused.text[:512], time=clock)))
-        end.close()
 
 
 class OpenConnection:
-    """One connection to an open port, while the agent connects the target; the talker of its stream."""
+    """One connection to an open port, while the agent connects the target; the handler of its stream."""
 
-    __slots__ = ("_client", "_decoder", "_diallings", "_place", "_port", "_stream")
+    __slots__ = ("_client", "_dial", "_place", "_port", "_stream")
 
     def __init__(self, port: OpenPortServer, client: SocketEnd) -> None:
         self._port = port
         self._client = client
-        self._decoder = Decoder[DialAnswer](*DIAL_ANSWERS)
-        self._diallings = 0
+        self._dial: DialSender[None] = DialSender()
         self._place = port.counts.answers.enter(port.session.owner, self, client.loop.now)
         self._stream: StreamEnd | None = None
 
-    def begin(self, stream: StreamEnd) -> None:
-        """The stream is open."""
-        self._stream = stream
+    def begin(self, link: Link, body: DialBody) -> None:
+        """Open the stream, with the Dial in front."""
+        self._stream = link.open(self, self._dial.dial(body), OPEN_DEADLINE)
 
     def received(self, data: bytes) -> None:
-        """See Talker."""
-        self._decoder.feed(data)
+        """See EndHandler."""
         try:
-            answer = self._decoder.next()
-            while isinstance(answer, Dialling):
-                self._diallings += 1
-                if self._diallings > MAX_DIALLINGS:
-                    raise MessageError(f"more than {MAX_DIALLINGS} times Dialling")
-                answer = self._decoder.next()
+            events = self._dial.receive(data)
         except MessageError as error:
             self._fail(Refusal.PROTOCOL_ERROR, str(error))
             return
-        if isinstance(answer, Accepted):
-            self._join()
-        elif isinstance(answer, Refuse):
-            self._fail(Refusal.parse(answer.code), answer.text)
+        for event in events:
+            if isinstance(event, DialAccepted):
+                self._join()
+            elif isinstance(event, DialRefused):
+                self._fail(event.code, event.text)
 
     def finished(self) -> None:
-        """See Talker."""
+        """See EndHandler."""
         self._fail(Refusal.PROTOCOL_ERROR, "the agent ended the stream without an answer")
 
     def lost(self, lost: Lost) -> None:
-        """See Talker."""
+        """See EndHandler."""
         ended = lost.kind is LostKind.LINK_LOST
         self._fail(Refusal.LINK_LOST if ended else Refusal.DIAL_TIMEOUT, str(lost))
 
@@ -360,7 +330,7 @@ class OpenConnection:
         counts = self._port.counts
         counts.answers.leave(self._place)
         counts.began()
-        self._port.relay.join(self._client, self._stream, down=self._decoder.rest(), on_end=self._ended)
+        self._port.relay.join(self._client, self._stream, down=self._dial.rest, on_end=self._ended)
 
     def _ended(self, account: Account) -> None:
         self._port.session.streams -= 1
@@ -382,13 +352,13 @@ class _ClientWatch:
         self._connection = connection
 
     def received(self, data: bytes) -> None:
-        """See Talker: does not come to a paused end."""
+        """See EndHandler: does not come to a paused end."""
 
     def finished(self) -> None:
-        """See Talker: neither."""
+        """See EndHandler: neither."""
 
     def lost(self, lost: Lost) -> None:
-        """See Talker."""
+        """See EndHandler."""
         self._connection.client_lost()
 
 
@@ -424,22 +394,21 @@ class OpenPortServer:
             connection = OpenConnection(self, end)
             end.talk(_ClientWatch(connection))
             end.pause()
-            connection.begin(session.link.open(connection, encode(self._dial(session, peer)), OPEN_DEADLINE))
+            connection.begin(session.link, self._body(session, peer))
 
-    def _dial(self, session: Session, peer: str) -> Dial:
+    def _body(self, session: Session, peer: str) -> DialBody:
         assert session.hello is not None
-        body = DialBody(
+        return DialBody(
             version=messages.VERSION,
             namespace=session.hello.namespace,
             ip=self.ip,
             port=self.target_port,
             node=self.node,
             epoch=session.epoch,
-            nonce=secrets.token_bytes(messages.NONCE_BYTES),
+            nonce=os.urandom(messages.NONCE_BYTES),
             time=int(time.time() * 1000),
             who=f"open:{self.number}:{peer}",
         )
-        return Dial(body=encode_body(body))
 
     def refuse(self, end: SocketEnd, code: Refusal, text: str) -> None:
         """There is no way to tell the client more than a reset; the log says why."""

@@ -35,6 +35,8 @@ MAX_MESSAGE = 64 * 1024
 MAX_LIST = 60_000
 MAX_CERTIFICATE = 3072
 
+#: Code points of a sentence for people.
+MAX_TEXT = 512
 #: Nodes, and hosts, that a Hello names.
 MAX_HOLDS = 16
 
@@ -48,7 +50,7 @@ _LENGTH = struct.Struct(">I")
 
 Word = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Address = Annotated[str, msgspec.Meta(min_length=2, max_length=45)]
-Text = Annotated[str, msgspec.Meta(max_length=512)]
+Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 Mac = Annotated[bytes, msgspec.Meta(min_length=MAC_BYTES, max_length=MAC_BYTES)]
 MacOrNone = Annotated[bytes, msgspec.Meta(max_length=MAC_BYTES)]
@@ -301,6 +303,26 @@ def _decoder_of(expected: tuple[type[M], ...]) -> msgspec.msgpack.Decoder[M]:
     return msgspec.msgpack.Decoder(Union[(*expected, _Nothing)])
 
 
+def split_frame(data: bytes | bytearray, decoder: msgspec.msgpack.Decoder[M], limit: int) -> tuple[M, int] | None:
+    """Return the message of the first frame and the index of that frame's end; None until it is whole.
+
+    `limit`: bytes of the message without its length. Raises MessageError.
+    """
+    if len(data) < 4:
+        return None
+    (length,) = _LENGTH.unpack_from(data)
+    if length > limit:
+        raise MessageError(f"message of {length} bytes is over the limit of {limit}")
+    end = 4 + length
+    if len(data) < end:
+        return None
+    try:
+        return decoder.decode(data[4:end]), end
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        note = _version_note(data[4:end])
+        raise MessageError(f"bad message: {error}{note}", other_version=bool(note)) from None
+
+
 class Decoder(Generic[M]):
     """Cuts a byte stream into messages of the expected types, and of no other type.
 
@@ -336,20 +358,13 @@ class Decoder(Generic[M]):
     def next_frame(self) -> tuple[M, bytes] | None:
         """Return what `next` does, with the frame's exact bytes (to pass on, or for a MAC)."""
         buffer = self._buffer
-        if len(buffer) < 4:
+        found = split_frame(buffer, self._decoder, self.limit)
+        if found is None:
             return None
-        (length,) = _LENGTH.unpack_from(buffer)
-        if length > self.limit:
-            raise MessageError(f"message of {length} bytes is over the limit of {self.limit}")
-        if len(buffer) < 4 + length:
-            return None
-        frame = bytes(buffer[: 4 + length])
-        del buffer[: 4 + length]
-        try:
-            return self._decoder.decode(frame[4:]), frame
-        except (msgspec.DecodeError, RecursionError, ValueError) as error:
-            note = _version_note(frame[4:])
-            raise MessageError(f"bad message: {error}{note}", other_version=bool(note)) from None
+        message, end = found
+        frame = bytes(buffer[:end])
+        del buffer[:end]
+        return message, frame
 
     def rest(self) -> bytes:
         """Take out the bytes after the last message."""
@@ -363,7 +378,7 @@ class _AnyVersion(msgspec.Struct):
     version: int
 
 
-def _version_note(body: bytes) -> str:
+def _version_note(body: bytes | bytearray) -> str:
     """A message of another protocol version may have another shape: then name the versions."""
     try:
         peer = msgspec.msgpack.decode(body, type=_AnyVersion)

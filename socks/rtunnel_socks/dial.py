@@ -9,8 +9,8 @@ was tried.
 from __future__ import annotations
 
 import errno
+import os
 import random
-import secrets
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,18 +30,8 @@ from rtunnel.trust.certificates import BROKER_NAME
 from rtunnel.trust.identity import Identity, TrustStore
 from rtunnel.trust.keys import GatewayKey
 from rtunnel.wire import messages
-from rtunnel.wire.messages import (
-    DIAL_ANSWERS,
-    Accepted,
-    Decoder,
-    Dial,
-    DialAnswer,
-    DialBody,
-    Dialling,
-    MessageError,
-    Refuse,
-    encode,
-)
+from rtunnel.wire.dial import DialAccepted, DialRefused, DialSender
+from rtunnel.wire.messages import Accepted, DialBody, MessageError, Refuse
 from rtunnel.wire.refusal import Next, Refusal, Refused
 from rtunnel_socks.hedge import Hedging, Path
 from rtunnel_socks.proof import Known, Proofs
@@ -56,8 +46,6 @@ _NOT_THE_PATHS: Final = frozenset({Refusal.TOO_MANY_STREAMS, Refusal.EXPIRED, Re
 #: A connect that fails so lacks something of this gateway: a source port, a descriptor, or (STALE_TARGET) a source
 #: address that this host has lost. No node is suspect for it.
 _FAILS_HERE: Final = (Refusal.OVERLOADED, Refusal.STALE_TARGET)
-#: An agent says it once.
-MAX_DIALLINGS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +162,8 @@ class TargetDial:
     target: Target
     who: str
     done: Done | None
+    tried: int = 0  # attempts
     _left: list[Tuple] = field(default_factory=list)
-    _tried: int = 0
     _alive: list[Attempt] = field(default_factory=list)
     _failures: list[str] = field(default_factory=list)
     _codes: set[Refusal] = field(default_factory=set)
@@ -204,7 +192,7 @@ class TargetDial:
         self._stop_hedge()
         if self._left:
             attempt = Attempt(self, self._left.pop(0))
-            self._tried += 1
+            self.tried += 1
             self._alive.append(attempt)
             if self._left:
                 self._hedge_after(self.owner.hedging.delay(attempt.path))
@@ -223,7 +211,7 @@ class TargetDial:
     def _silent(self) -> None:
         """The newest attempt was silent for its path's hedge delay."""
         self._hedge = None
-        if any(attempt.diallings for attempt in self._alive):
+        if any(attempt.is_dialling for attempt in self._alive):
             # The path works and the target is slow: dialling it twice would not help, so that is tried late. A broken
             # broker could say so, too.
             self._hedge = self.owner.relay.loop.after(self.owner.dial_timeout / 2, self._next)
@@ -294,21 +282,19 @@ class TargetDial:
             },
         )  # fmt: skip
 
-    def won(
-        self, attempt: Attempt, end: SocketEnd, rest: bytes, identity: Identity | None, certificate: bytes | None
-    ) -> None:
-        """The first Accepted."""
+    def won(self, attempt: Attempt, reached: Reached) -> None:
+        """Take the first attempt that is accepted, and reset the others."""
         self._alive.remove(attempt)
         done, self.done = self.done, None
         self._clear()
         if done is None:
-            end.abort()
+            reached.end.abort()
         else:
-            done(Reached(end, rest, attempt.used, self._tried, identity, certificate), None)
+            done(reached, None)
 
     def _too_late(self) -> None:
         self._deadline = None
-        if any(attempt.diallings for attempt in self._alive):
+        if any(attempt.is_dialling for attempt in self._alive):
             self._fail(Refused(Refusal.TARGET_TIMEOUT, "the agent was still connecting the target"))
             return
         tried = "; ".join([*self._failures, *(f"{a.used.node}: no answer" for a in self._alive)])
@@ -337,25 +323,30 @@ class TargetDial:
             self._hedge = None
 
 
-@dataclass(eq=False, slots=True)
 class Attempt:
-    """One candidate: connect, Dial, answer. The talker of its socket."""
+    """One candidate, from the connect to the answer: the handler of its socket."""
 
-    dial: TargetDial
-    used: Tuple
-    began: float = 0.0  # by the loop's clock
-    heard: bool = False  # somebody has answered something
-    diallings: int = 0  # how often somebody said that the agent is connecting the target
-    _connecting: Connecting | None = None
-    _end: SocketEnd | None = None
-    _body: bytes = b""  # of the Dial as it was sent: what the proof is over
-    _known: Known | None = None  # who may prove it by MAC
-    _decoder: Decoder[DialAnswer] = field(default_factory=lambda: Decoder(*DIAL_ANSWERS))
+    __slots__ = ("_connecting", "_dial", "_end", "_known", "began", "dial", "heard", "used")
+
+    def __init__(self, dial: TargetDial, used: Tuple) -> None:
+        self.dial = dial
+        self.used = used
+        self.began = 0.0  # by the loop's clock
+        self.heard = False  # the node has answered something
+        self._dial: DialSender[Identity] = DialSender(None if dial.owner.proofs is None else self._verify)
+        self._known: Known | None = None  # the agent that may prove its answer by MAC
+        self._connecting: Connecting | None = None
+        self._end: SocketEnd | None = None
 
     @property
     def path(self) -> Path:
-        """By which its answer's time is known."""
+        """The key by which the time of its answer is known."""
         return self.used.node, self.used.epoch
+
+    @property
+    def is_dialling(self) -> bool:
+        """Whether the node has said that the agent connects the target."""
+        return self._dial.diallings > 0
 
     def start(self) -> None:
         """Connect to the guarded port."""
@@ -388,93 +379,86 @@ class Attempt:
             end = owner.relay.secure(end, owner.dial_tls, alpn=messages.DIAL_ALPN, server_name=BROKER_NAME)
         self._end = end
         end.talk(self)
-        end.write(self._frame())
+        end.write(self._dial.dial(self._body(), owner.key))
 
-    def _frame(self) -> bytes:
-        target, key, proofs = self.dial.target, self.dial.owner.key, self.dial.owner.proofs
+    def _body(self) -> DialBody:
+        target, used, proofs = self.dial.target, self.used, self.dial.owner.proofs
         known = self._known = None if proofs is None else proofs.known(target.namespace, target.ip)
-        self._body = body = messages.encode_body(
-            DialBody(
-                version=messages.VERSION,
-                namespace=target.namespace,
-                ip=target.ip,
-                port=target.port,
-                node=self.used.node,
-                epoch=self.used.epoch,
-                nonce=secrets.token_bytes(messages.NONCE_BYTES),
-                time=int(time.time() * 1000),
-                who=self.dial.who,
-                exchange=b"" if proofs is None else proofs.exchange,
-                pair=b"" if known is None else known.pair.id,
-            )
+        return DialBody(
+            version=messages.VERSION,
+            namespace=target.namespace,
+            ip=target.ip,
+            port=target.port,
+            node=used.node,
+            epoch=used.epoch,
+            nonce=os.urandom(messages.NONCE_BYTES),
+            time=int(time.time() * 1000),
+            who=self.dial.who,
+            exchange=b"" if proofs is None else proofs.exchange,
+            pair=b"" if known is None else known.pair.id,
         )
-        return encode(Dial(body=body, mac=key.sign(body), key=key.id))
+
+    def _verify(self, answer: Accepted | Refuse, body: bytes) -> Identity:
+        """Return the agent that gave this answer to the Dial with this body. Raises Refused."""
+        proofs, target = self.dial.owner.proofs, self.dial.target
+        assert proofs is not None
+        return proofs.check(answer, body, target.namespace, target.ip, self._known)
 
     def received(self, data: bytes) -> None:
-        """See Talker."""
-        self._decoder.feed(data)
+        """See EndHandler."""
         try:
-            answer = self._decoder.next()
-            while isinstance(answer, Dialling):
-                self.diallings += 1
-                if self.diallings > MAX_DIALLINGS:
-                    raise MessageError(f"more than {MAX_DIALLINGS} times Dialling")
-                answer = self._decoder.next()
+            events = self._dial.receive(data)
         except MessageError as error:
             self._fail(Refusal.PROTOCOL_ERROR, str(error))
             return
-        if not self.heard and (answer is not None or self.diallings):
+        except Refused as error:
+            self._unproven(error)
+            return
+        if events and not self.heard:
             self.heard = True
             self.dial.heard(self)
-        if answer is None:
-            return
+        for event in events:
+            if isinstance(event, DialAccepted):
+                self._accepted(event)
+            elif isinstance(event, DialRefused):
+                self._refused(event)
+
+    def _unproven(self, refused: Refused) -> None:
+        if not self.heard:
+            self.heard = True
+            self.dial.heard(self)
         self.dial.owner.paths.answered(self.used.node)
-        try:
-            if isinstance(answer, Refuse):
-                self._refused(answer)
-            else:
-                self._accepted(answer)
-        except Refused as error:
-            self.dial.not_proven(self, error)
-            self._fail(error.code, error.text)
+        self.dial.not_proven(self, refused)
+        self._fail(refused.code, refused.text)
 
-    def _refused(self, answer: Refuse) -> None:
-        code = Refusal.parse(answer.code)
-        if code is Refusal.EXPIRED:
-            offset = time.time() - answer.time / 1000 if answer.time else None
-            self.dial.owner.clock.differs(f"broker {self.used.node}", offset, time.monotonic())
-        if code.reply.next is Next.STOP:
-            self._proof(answer)  # or a broken broker could keep clients from all agents that have a session there
-        self._fail(code, answer.text or code.reply.text)
+    def _refused(self, event: DialRefused) -> None:
+        owner = self.dial.owner
+        owner.paths.answered(self.used.node)
+        if event.code is Refusal.EXPIRED:
+            offset = time.time() - event.time / 1000 if event.time else None
+            owner.clock.differs(f"broker {self.used.node}", offset, time.monotonic())
+        self._fail(event.code, event.text)
 
-    def _accepted(self, answer: Accepted) -> None:
-        dial = self.dial
-        trust_store, certificate = (
-            dial.owner.trust_store,
-            self._end.tls.certificate if isinstance(self._end, TlsEnd) else None,
-        )
+    def _accepted(self, event: DialAccepted[Identity]) -> None:
+        owner, end = self.dial.owner, self._end
+        assert end is not None
+        owner.paths.answered(self.used.node)
+        trust_store, certificate = owner.trust_store, end.tls.certificate if isinstance(end, TlsEnd) else None
         if trust_store is not None and (fault := trust_store.fault_of(certificate)):
             self._fail(Refusal.REVOKED, fault)
             return
-        identity = self._proof(answer)
-        if dial.owner.clock.suspicious:
-            dial.owner.clock.agrees(f"broker {self.used.node}", time.monotonic())
-        end, self._end = self._end, None
-        assert end is not None
+        if owner.clock.suspicious:
+            owner.clock.agrees(f"broker {self.used.node}", time.monotonic())
+        self._end = None
         end.pause()
-        dial.won(self, end, self._decoder.rest(), identity, certificate)
-
-    def _proof(self, answer: Accepted | Refuse) -> Identity | None:
-        """Whose answer it is; None when no proofs are asked for. Raises Refused."""
-        proofs, target = self.dial.owner.proofs, self.dial.target
-        return None if proofs is None else proofs.check(answer, self._body, target.namespace, target.ip, self._known)
+        self.dial.won(self, Reached(end, self._dial.rest, self.used, self.dial.tried, event.proof, certificate))
 
     def finished(self) -> None:
-        """See Talker."""
+        """See EndHandler."""
         self._fail(Refusal.LINK_LOST, "the broker closed the connection without an answer")
 
     def lost(self, lost: Lost) -> None:
-        """See Talker."""
+        """See EndHandler."""
         end, self._end = self._end, None
         if isinstance(end, TlsEnd) and not end.up:
             text = f"no TLS with the broker: {lost}; see gateway.ca, and broker.dial_security, which must be tls"

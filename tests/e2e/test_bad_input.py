@@ -1273,7 +1273,7 @@ async def test_every_bad_dial_has_its_own_code(here: Path, secrets: Path) -> Non
             "an older epoch": (dial(epoch=welcome.epoch - 1), "stale_epoch", str(welcome.epoch)),
             "a later epoch": (dial(epoch=welcome.epoch + 1), "stale_epoch", str(welcome.epoch)),
             "epoch 0": (dial(epoch=0), "stale_epoch", str(welcome.epoch)),
-            "another version": (dial(version=2), "version", "version 2, this broker 1"),
+            "another version": (dial(version=2), "version", "version 2, this end speaks 1"),
             "no MessagePack": (signed(secrets, b"\xc1\xff"), "protocol_error", "bad Dial body"),
             "an empty body": (signed(secrets, b""), "protocol_error", "bad Dial body"),
             "a body of a wrong type": (signed(secrets, msgspec.msgpack.encode([1, 2])), "protocol_error", "bad Dial"),

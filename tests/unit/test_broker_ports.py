@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
-from rtunnel.wire.messages import Dialling, encode
+from rtunnel.wire.dial import MAX_DIALLINGS
+from rtunnel.wire.messages import DialBody, Dialling, encode
 from rtunnel.wire.refusal import Refusal
-from rtunnel_broker.ports import MAX_DIALLINGS, OpenConnection, PortCounts
+from rtunnel_broker.ports import OpenConnection, PortCounts
+
+BODY = DialBody(version=1, namespace="default", ip="10.1.0.7", port=80, node="b1", epoch=1, nonce=bytes(16), time=0)
 
 
 class Port:
@@ -39,10 +42,11 @@ class Stream:
 def test_dialling_is_taken_so_often_on_an_open_port(piece: int) -> None:
     """As at a gateway: an agent that says it without end keeps nobody waiting."""
     port: Any = Port()
-    stream: Any = Stream()
+    stream = Stream()
     client: Any = SimpleNamespace(loop=SimpleNamespace(now=0.0))
     connection = OpenConnection(port, client)
-    connection.begin(stream)
+    link: Any = SimpleNamespace(open=lambda *_: stream)
+    connection.begin(link, BODY)
     patient = encode(Dialling()) * MAX_DIALLINGS
     for at in range(0, len(patient), piece):
         connection.received(patient[at : at + piece])

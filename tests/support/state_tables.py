@@ -1,0 +1,23 @@
+"""Tables of state machines as docs/wire.md shows them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+WIRE_PAGE = Path(__file__).parents[2] / "docs" / "wire.md"
+
+
+def markdown(title: str, rows: Iterable[tuple[str, str, str]]) -> str:
+    """Return the table of one machine: state, what happens, next state."""
+    lines = [f"| {title} | what happens | next state |", "| --- | --- | --- |"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def shown(name: str) -> str:
+    """Return what stands on the page between the markers of this name."""
+    text = WIRE_PAGE.read_text(encoding="utf-8")
+    found = re.search(rf"<!-- {re.escape(name)}: from the code -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
+    assert found, f"docs/wire.md has no markers of {name!r}"
+    return found[1].strip()
