@@ -117,7 +117,8 @@ class SocketEnd:
     def talk(self, handler: EndHandler, deadline: float | None = None) -> None:
         self._handler = handler
         self._reading = True
-        self._stop_deadline()
+        if self._deadline is not None:
+            self._stop_deadline()
         if deadline is not None:
             self._deadline = self.loop.after(deadline, self._late)
         if self.readable:
@@ -145,7 +146,8 @@ class SocketEnd:
 
     def pause(self) -> None:
         self._reading = False
-        self._stop_deadline()
+        if self._deadline is not None:
+            self._stop_deadline()
 
     def resume(self) -> None:
         self._reading = True
@@ -157,7 +159,8 @@ class SocketEnd:
         if self.closed:
             return
         self._handler = None
-        self._stop_deadline()
+        if self._deadline is not None:
+            self._stop_deadline()
         if self._out or not self.eof:
             self._dying = True
             self._deadline = self.loop.after(LINGER_SECONDS, self.abort)
@@ -190,7 +193,8 @@ class SocketEnd:
 
     def hand_over(self, handler: Callable[[int], None]) -> bytes:
         """The join takes the descriptor; returns bytes that still have to go out first."""
-        self._stop_deadline()
+        if self._deadline is not None:
+            self._stop_deadline()
         self._handler = None
         self.loop.handlers[self.fd] = handler
         out, self._out = self._out, b""
@@ -295,13 +299,14 @@ class SocketEnd:
             handler.lost(lost)
 
     def _stop_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+        assert self._deadline is not None
+        self._deadline.cancel()
+        self._deadline = None
 
     def _bury(self) -> None:
         self.closed = True
-        self._stop_deadline()
+        if self._deadline is not None:
+            self._stop_deadline()
         self.loop.close(self.sock)
 
 

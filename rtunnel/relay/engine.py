@@ -24,11 +24,11 @@ Data = bytes | bytearray | memoryview
 class TlsEngine:
     """One TLS connection between two buffers. In the relay's thread.
 
-    `feed` takes what came from the network and `decrypt` gives the plain text; `encrypt` takes plain text and `take`
-    gives what has to go to the network. `eof`: the peer's close_notify came.
+    `decrypt` takes what came from the network and gives the plain text; `encrypt` takes plain text and gives what goes
+    to the network, `take` what TLS itself has to send. `eof`: the peer's close_notify came.
     """
 
-    __slots__ = ("_incoming", "_outgoing", "_tls", "eof", "shaken")
+    __slots__ = ("_incoming", "_left", "_outgoing", "_tls", "answers", "eof", "shaken")
 
     def __init__(self, context: ssl.SSLContext, server_name: str | None) -> None:
         """`server_name` None: the server's side."""
@@ -38,6 +38,8 @@ class TlsEngine:
             self._incoming, self._outgoing, server_side=server_name is None, server_hostname=server_name
         )
         self.eof = False
+        self.answers = False  # `take` has answers to the peer
+        self._left = False  # a part of a record may be decrypted and not read yet
         self.shaken = 0  # bytes that the peer has sent in the handshake
 
     @property
@@ -75,28 +77,34 @@ class TlsEngine:
                 raise ConnectionResetError(f"the peer's TLS handshake is over {HANDSHAKE_BYTES} bytes")
             self._incoming.write(data)
 
-    def feed(self, data: Data) -> None:
-        """Take bytes from the network."""
-        self._incoming.write(data)
+    def decrypt(self, view: memoryview, data: Data = b"") -> int:
+        """Take bytes from the network; put as much plain text into `view` as there is and fits. Return its size.
 
-    def decrypt(self, view: memoryview) -> int:
-        """Put as much plain text into `view` as there is and fits; return its size. Sets `eof`. Raises ssl.SSLError.
-
-        Less than `view` holds: there is no more, but perhaps a part of a record. Reads stop at an empty buffer and not
-        at SSLWantReadError: an exception costs as much as a record.
+        Less than `view` holds: there is no more, but perhaps a part of a record. Sets `eof`, and `answers` when the
+        peer has asked for something (a key update): then `take` has the answer. Raises ssl.SSLError.
         """
         tls, incoming, filled, wanted = self._tls, self._incoming, 0, len(view)
+        if data:
+            incoming.write(data)
+        # A read that gives less than it was asked for has emptied its record, so only a full view can leave a part of
+        # one behind. And reads stop at an empty buffer: SSLWantReadError costs as much as a record.
+        left, self._left = self._left and tls.pending(), False
         try:
-            while filled < wanted and (incoming.pending or tls.pending()):
+            while incoming.pending or left:
+                left = 0
                 size = int(tls.read(wanted - filled, view[filled:]))
                 if not size:  # close_notify; after our own it is the exception
                     self.eof = True
                     break
                 filled += size
+                if filled == wanted:
+                    self._left = True
+                    break
         except ssl.SSLWantReadError:
             pass  # a part of a record
         except ssl.SSLZeroReturnError:
             self.eof = True
+        self.answers = bool(self._outgoing.pending)
         return filled
 
     @property
@@ -104,13 +112,14 @@ class TlsEngine:
         """Whether `decrypt` has something to look at."""
         return bool(self._incoming.pending or self._tls.pending())
 
-    def encrypt(self, data: Data) -> int:
-        """Take plain text; return how much: all of it."""
-        return int(self._tls.write(data))
+    def encrypt(self, data: Data) -> bytes:
+        """Return the bytes for the network that carry this plain text, behind what `take` would have given."""
+        self._tls.write(data)
+        return self._outgoing.read()
 
     @property
     def outgoing(self) -> int:
-        """How many bytes `take` has, at least answers to key updates after `decrypt`."""
+        """How many bytes `take` has."""
         return self._outgoing.pending
 
     def take(self) -> bytes:
@@ -128,5 +137,5 @@ class TlsEngine:
             pass  # the peer's close_notify is not there yet, which nobody waits for
 
     def free(self) -> None:
-        """Free OpenSSL's buffers, which would wait for a garbage collection. Only `eof` and `shaken` are left."""
+        """Free OpenSSL's buffers, which would wait for a garbage collection. Only the flags are left."""
         del self._tls, self._incoming, self._outgoing

@@ -298,7 +298,10 @@ class Link(WindowedSession):
                     self.blocked = True  # an answer to a key update: later frames go behind it
                 if data:
                     self._heard = self.loop.now
-                    self._take(data)
+                    if self.allowance is not None:
+                        self._take_little(data, self.allowance)
+                    elif (used := self.receive(data, FRAMES_A_TURN)) < len(data) and not self.over:
+                        self._unread = bytes(data[used:])
                 if self._unread:
                     break
                 if self.over:

@@ -156,9 +156,9 @@ class Loop:
     def run(self) -> None:
         """Turn until `stop`."""
         self._thread = threading.get_ident()
-        poll, turn = self._epoll.poll, self.turn
+        poll, turn, ready = self._epoll.poll, self.turn, self._ready
         while not self.stopped:
-            events = poll(self._patience(), 256)
+            events = poll(0 if ready else self._patience(), 256)
             turn(events, time.monotonic())
         self._shut()
 
@@ -176,7 +176,10 @@ class Loop:
         if self._timers and self._timers[0][0] <= now:
             self._run_timers()
         for _ in range(len(ready)):
-            self._guarded(ready.popleft())
+            try:
+                ready.popleft()()
+            except Exception as error:
+                self._on_crash(error)
         if self._long:
             for _ in range(min(LONG_A_TURN, len(self._long))):
                 self._guarded(self._long.popleft())

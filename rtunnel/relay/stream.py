@@ -67,7 +67,8 @@ class StreamEnd(yamux.Stream):
 
     def talk(self, handler: EndHandler, deadline: float | None = None) -> None:
         self._handler = handler
-        self._stop_deadline()
+        if self._deadline is not None:
+            self._stop_deadline()
         if deadline is not None:
             self._deadline = self.link.loop.after(deadline, self._late)
         self.resume()
@@ -86,7 +87,8 @@ class StreamEnd(yamux.Stream):
 
     def pause(self) -> None:
         self._reading = False
-        self._stop_deadline()
+        if self._deadline is not None:
+            self._stop_deadline()
 
     def resume(self) -> None:
         self._reading = True
@@ -108,7 +110,8 @@ class StreamEnd(yamux.Stream):
 
     def hand_over(self, pair: StreamJoin) -> bytes:
         """The join takes the stream; returns what came before and was not read (not yet `consumed`)."""
-        self._stop_deadline()
+        if self._deadline is not None:
+            self._stop_deadline()
         self._handler = None
         self.pair = pair
         return self._take_backlog() if self.backlog else b""
@@ -176,7 +179,8 @@ class StreamEnd(yamux.Stream):
         self.pair = None
         if self.backlog:
             self._take_backlog()
-        self._stop_deadline()
+        if self._deadline is not None:
+            self._stop_deadline()
 
     def _take_backlog(self) -> bytes:
         backlog, self.backlog = self.backlog, bytearray()
@@ -184,9 +188,9 @@ class StreamEnd(yamux.Stream):
         return bytes(backlog)
 
     def _stop_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+        assert self._deadline is not None
+        self._deadline.cancel()
+        self._deadline = None
 
 
 class _Discard:

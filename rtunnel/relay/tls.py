@@ -147,8 +147,9 @@ class TlsSocket(socket.socket):
             filled = min(wanted, len(self._ahead))
             view[:filled] = self._ahead[:filled]
             self._ahead = self._ahead[filled:]
+        data: memoryview | bytes = b""
         while filled < wanted and not engine.eof:
-            filled += self._decrypt(view[filled:])
+            filled += self._decrypt(view[filled:], data)
             if filled == wanted or engine.eof or (drained and filled):
                 break  # with nothing filled, a FIN may stand behind a part of a record: it has no edge of its own
             if spent > wanted + PIECE:  # nothing but key updates, or tiny records: others want their turn
@@ -165,7 +166,7 @@ class TlsSocket(socket.socket):
                 raise ConnectionResetError(errno.ECONNRESET, "the peer ended the connection without close_notify")
             drained = size < len(cipher)
             spent += size
-            engine.feed(cipher[:size])
+            data = cipher[:size]
         if engine.eof and not self._ahead:
             if filled:
                 self._loop.soon(self._tell_again)  # a close_notify has no edge of its own
@@ -173,10 +174,11 @@ class TlsSocket(socket.socket):
             raise BlockingIOError
         return filled
 
-    def _decrypt(self, view: memoryview) -> int:
-        filled = self._engine.decrypt(view)
-        if self._engine.outgoing:
-            self.flush()  # key updates
+    def _decrypt(self, view: memoryview, data: memoryview | bytes = b"") -> int:
+        engine = self._engine
+        filled = engine.decrypt(view, data)
+        if engine.answers:
+            self.flush()
         return filled
 
     def _tell_again(self) -> None:
@@ -195,7 +197,9 @@ class TlsSocket(socket.socket):
             raise BlockingIOError
         view, sent = memoryview(data), 0
         while sent < len(view) and not self._pending:
-            sent += self._engine.encrypt(view[sent : sent + PIECE])
+            piece = view[sent : sent + PIECE]
+            self._pending = self._engine.encrypt(piece)
+            sent += len(piece)
             self.flush()
         return sent
 

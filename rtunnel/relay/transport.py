@@ -130,26 +130,22 @@ class TlsTransport(Transport):
 
     @override
     def send(self, data: bytes | bytearray | memoryview) -> None:
-        engine = self._engine
-        engine.encrypt(data)
-        super().send(memoryview(engine.take()))
+        Transport.send(self, memoryview(self._engine.encrypt(data)))
 
     @override
     def receive(self, scratch: Scratch, most: int = READ_BYTES) -> memoryview:
         """Whole records only: a part of one stays inside OpenSSL."""
         size = self._read_kernel(scratch.cipher[:most])
         engine, plain = self._engine, scratch.plain
-        if size:
-            engine.feed(scratch.cipher[:size])
-        filled = engine.decrypt(plain)
+        filled = engine.decrypt(plain, scratch.cipher[:size])
         if filled == READ_BYTES:
             self.drained = False  # there may be more
         if engine.eof:
             self.eof = True
-        if outgoing := engine.outgoing:
+        if engine.answers:
             if not self.pending:
-                self._push()  # key updates
-            elif outgoing > READ_BYTES:
+                self._push()
+            elif engine.outgoing > READ_BYTES:
                 raise ConnectionResetError("the peer asks for keys, and takes no answer")
         return plain[:filled]
 
@@ -162,9 +158,8 @@ class TlsTransport(Transport):
         """With a close_notify behind it."""
         engine = self._engine
         try:
-            if data:
-                engine.encrypt(data)
+            words = engine.encrypt(data) if data else b""
         except ssl.SSLError:
-            pass  # the session is broken: only what is pending can arrive
+            words = b""  # the session is broken: only what is pending can arrive
         engine.close()
-        return bytes(self.pending) + engine.take()
+        return bytes(self.pending) + words + engine.take()
