@@ -1,4 +1,4 @@
-"""Where tuples live: the `Registry` protocol, its implementations, and a gateway's route table."""
+"""The registry of tuples: the `Registry` protocol, its implementations, a gateway's route table."""
 
 from __future__ import annotations
 
@@ -42,18 +42,22 @@ __all__ = [
 
 
 def connect(config: RegistryConfig) -> Registry:
-    """The registry that `[registry]` names. Opens no connection yet; ValueError for what can't be right.
+    """Return the registry that `[registry]` names, without opening a connection yet.
 
-    Every call with `memory://` makes a registry of its own: what shall share one in a process shares the object.
+    Each call with `memory://` makes a new, empty registry: the roles of one process must share the
+    object. Raises ValueError for a URL, prefix or pair of times that cannot be right.
     """
     if config.ttl <= 0 or config.quarantine < config.ttl:
-        raise ValueError(f"[registry] quarantine ({config.quarantine:g} s) must be at least ttl ({config.ttl:g} s)")
+        raise ValueError(
+            f"[registry] quarantine ({config.quarantine:g} s) must be at least ttl ({config.ttl:g} s): "
+            "raise quarantine, or lower ttl"
+        )
     scheme, found, _ = config.url.partition("://")
     if found and scheme == "memory":
         from rtunnel.registry.memory import MemoryRegistry
 
         return MemoryRegistry(ttl=config.ttl, quarantine=config.quarantine)
-    # Imported late: redis-py costs 0.1 s and 10 MB, and the embedded default needs none of it.
+    # Imported here because redis-py costs 0.1 s and 10 MB, which a memory registry must not pay.
     from rtunnel.registry.redis import RedisRegistry
 
     return RedisRegistry(

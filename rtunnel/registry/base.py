@@ -1,10 +1,13 @@
-"""The Registry: where tuples live. One protocol, two implementations (`memory`, `redis`), one conformance suite.
+"""The `Registry` protocol: the store of tuples, port leases and nodes.
 
-Every method is synchronous, may block up to the registry's timeout, and is safe to call from several threads: the
-control plane calls them on worker threads, the relay never. When the registry can't be reached each of them raises
-`RegistryUnavailable`, soon, and has then changed nothing that the next `beat` does not put right.
+There are two implementations (`memory`, `redis`) and one conformance suite for both.
 
-Times are seconds since 1970 by the *registry's* clock, so that the clocks of nodes never matter.
+Every method is synchronous, may block for up to the registry's timeout, and is safe to call from
+several threads. The control plane calls the methods on worker threads; the relay never calls them.
+When the registry cannot be reached, each method raises `RegistryUnavailable` within the timeout,
+and has changed nothing that the next `beat` does not repair.
+
+Times are seconds since 1970 by the clock of the *registry*, so that nodes need no common clock.
 """
 
 from __future__ import annotations
@@ -17,17 +20,18 @@ import msgspec
 from rtunnel.errors import AddressTaken
 from rtunnel.wire.messages import Id, Port, PortOrAny
 
-# An epoch is (incarnation << 32 | counter): 64 bits, so a JSON or Lua number would round it (docs/registry.md).
+# An epoch is (incarnation << 32 | counter). Its 64 bits do not fit a JSON or Lua number without
+# rounding (docs/registry.md).
 COUNTER_BITS = 32
 
 
 def incarnation_of(epoch: int) -> int:
-    """The incarnation of the node that gave out this epoch."""
+    """Return the incarnation of the node that issued this epoch."""
     return epoch >> COUNTER_BITS
 
 
 class DuplicateAgent(AddressTaken):
-    """A live tuple of the same agent_id, but from another host, has this address; the text says which and where."""
+    """A live tuple of the same agent_id from another host has this address; the text names both."""
 
     def __init__(self, namespace: str, ip: str, agent_id: str, node: str, agent_host: str) -> None:
         super().__init__(namespace, ip, agent_id, node)
@@ -36,24 +40,25 @@ class DuplicateAgent(AddressTaken):
 
 
 class Duplicate(msgspec.Struct, frozen=True, gc=False):
-    """A second host that came with an agent_id, and was refused because the first one lives."""
+    """A second host that presented an agent_id and was refused, because the first host is alive."""
 
     namespace: str
     agent_id: str
-    holder: str  # the host that stays: its name, the address of its link
-    refused: str  # the same of the other one
+    holder: str  # the host that keeps the agent_id: its name, the address of its link
+    refused: str  # the host that was refused, in the same form
     tries: int = 1
-    at: float = 0.0  # of the last try, seconds since 1970 by the node's clock
+    at: float = 0.0  # time of the last try, seconds since 1970 by the node's clock
 
 
-# gc=False: these hold nothing that could form a cycle, and a collection that walks a million of them holds the GIL
-# for hundreds of milliseconds.
+# gc=False: these structs cannot form a cycle, and a garbage collection that walks a million of them
+# would hold the GIL for hundreds of milliseconds.
 class NodeRecord(msgspec.Struct, frozen=True, gc=False):
-    """One broker node."""
+    """One broker node, as its heartbeat describes it."""
 
     node: str
-    host: str  # label of the machine: two sessions of one agent go to different hosts where there are several
-    ip: str  # the PS IP: where its guarded and open ports are reached
+    # Label of the machine; an agent's sessions go to different hosts where there are several.
+    host: str
+    ip: str  # the PS IP, on which its guarded and open ports are reached
     incarnation: int
     state: str = "live"  # or "draining"
     version: str = ""
@@ -65,38 +70,38 @@ class NodeRecord(msgspec.Struct, frozen=True, gc=False):
 
 
 class Tuple(msgspec.Struct, frozen=True, gc=False):
-    """(PS IP, PS port, agent IP, agent port) with what makes it safe to use."""
+    """One tuple (PS IP, PS port, agent IP, agent port), with the fields that a dial checks."""
 
     namespace: Id
     agent_ip: str
-    agent_port: PortOrAny  # 0 for a guarded port: every exposed port of the agent
+    agent_port: PortOrAny  # 0 for a guarded port, which serves every exposed port of the agent
     ps_ip: str
     ps_port: Port
     node: Id
     epoch: Annotated[int, msgspec.Meta(ge=0)]
     agent_id: Id
     state: str = "live"  # or "draining"
-    exposes: str = ""  # for people: "22,9100,8000-8100"; only `Registry.with_exposes` sets it
+    exposes: str = ""  # for display: "22,9100,8000-8100"; only `Registry.with_exposes` sets it
     beat: float = 0.0  # heartbeat time, set by the registry
-    host_id: str = ""  # of the agent's host, hexadecimal; empty: it has not said it
-    agent_host: str = ""  # the same for people: its name, the address of its link
+    host_id: str = ""  # id of the agent's host, hexadecimal; empty when the agent did not send one
+    agent_host: str = ""  # the same host for display: its name, the address of its link
 
 
 class PortLease(msgspec.Struct, frozen=True, gc=False):
-    """A port of a PS IP, held for one agent."""
+    """A port of one PS IP, leased for one agent."""
 
     ip: str
     port: int
-    owner: str  # "namespace/agent_id", the same across restarts of the agent
+    owner: str  # "namespace/agent_id", which stays the same when the agent restarts
     node: str
     epoch: int
 
 
 class Registration(msgspec.Struct, frozen=True):
-    """All that the registry holds of one session; what `register` and `beat` keep alive.
+    """All that the registry holds of one session: `register` writes it, `beat` keeps it alive.
 
-    `exposes` is stored once, with the first lease (that of the guarded port). Who changes it counts `revision` up: a
-    call that comes late does not replace what is newer.
+    `exposes` is stored once, with the first lease (the lease of the guarded port). A caller that
+    changes it also increments `revision`: a delayed call then never replaces a newer value.
     """
 
     epoch: int
@@ -107,14 +112,15 @@ class Registration(msgspec.Struct, frozen=True):
 
 
 class Beat(msgspec.Struct, frozen=True):
-    """What a heartbeat found."""
+    """The result of one heartbeat."""
 
-    put_back: int  # tuples that were missing; 0 in quiet times
-    lost: dict[int, AddressTaken]  # by epoch: sessions that could not be put back, for another agent has an address
+    put_back: int  # tuples that were missing and were written again; 0 in normal operation
+    # By epoch: the sessions that could not be written again, because another agent has an address.
+    lost: dict[int, AddressTaken]
 
 
 class Change(msgspec.Struct, frozen=True, gc=False):
-    """One entry of the change feed. `tuple` is None when the tuple at (key, node, agent_port) is gone."""
+    """One entry of the change feed. `tuple` is None when the tuple of that key was removed."""
 
     namespace: str
     agent_ip: str
@@ -125,7 +131,7 @@ class Change(msgspec.Struct, frozen=True, gc=False):
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """Everything at one moment, with the cursor from which `changes` goes on without a gap."""
+    """All nodes and tuples at one moment, with the cursor from which `changes` continues."""
 
     cursor: str
     now: float
@@ -134,88 +140,103 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 class CursorLost(Exception):
-    """The change feed no longer holds this cursor (trimmed, or the registry was wiped): take a snapshot."""
+    """The change feed was trimmed or wiped, and no longer holds this cursor: take a snapshot."""
 
 
 class Registry(Protocol):
-    """See the module. `ttl` is how long a tuple lives without a heartbeat, `quarantine` how long a freed port rests."""
+    """A store of tuples, leases and nodes; the module says what holds for every method.
 
-    url: str  # without its password
+    `ttl` is the number of seconds that a tuple lives without a heartbeat. `quarantine` is the
+    number of seconds in which a freed port is given to its last owner only.
+    """
+
+    url: str  # without the password
     ttl: float
     quarantine: float
 
     def ping(self) -> None:
-        """Raise RegistryUnavailable when it does not answer."""
+        """Raise RegistryUnavailable when the registry does not answer."""
 
     def start_node(self, record: NodeRecord) -> int:
-        """Take the node_id: a new incarnation, greater than any before (also after the registry was wiped).
+        """Take the node_id, store the record, and return the new incarnation.
 
-        Removes every tuple that an earlier incarnation of this node left, and turns its port leases into quarantined
-        ones that the same owner may take back. Returns the incarnation; stores the record with it.
+        The incarnation is greater than any before, also after the registry was wiped. Removes every
+        tuple that an earlier incarnation of this node left, and puts its port leases into
+        quarantine, from which the same owner may take them back.
         """
 
     def stop_node(self, node: str, incarnation: int) -> None:
-        """Remove the node's record and whatever it still has. A later incarnation's things are left alone."""
+        """Remove the node's record, tuples and leases. A later incarnation's entries are kept."""
 
     def nodes(self) -> list[NodeRecord]:
-        """The nodes with a live heartbeat."""
+        """Return the nodes with a live heartbeat."""
 
     def last_port(self, node: str, owner: str) -> int | None:
-        """The port that this owner last had on this node, if it is remembered."""
+        """Return the port that this owner last had on this node, or None."""
 
     def lease_port(self, lease: PortLease) -> bool:
-        """Take this port. False when another owner holds it or its quarantine is not over.
+        """Lease this port for `ttl + quarantine` seconds from the last beat, and return True.
 
-        The owner's own lease or quarantine does not stand in its way. A lease lives `ttl + quarantine` from the last
-        beat. Raises Superseded when a later incarnation has the node_id.
+        Returns False when another owner leases the port, or it is in quarantine for another owner.
+        The owner's own lease or quarantine is no obstacle. Raises Superseded when a later
+        incarnation has the node_id.
         """
 
     def release_port(self, lease: PortLease) -> None:
-        """Put the port into quarantine (kept for its owner). No effect when it is another session's by now.
+        """Put the port into quarantine, reserved for its owner.
 
-        A lease that the registry does not know (it was wiped) goes into quarantine too.
+        Does nothing when another session has the port by now. A lease that the registry does not
+        know (because it was wiped) goes into quarantine too.
         """
 
     def register(self, registration: Registration) -> None:
-        """Publish a session's tuples (and keep its leases). Replaces this node's older tuples for the same key.
+        """Write a session's tuples and leases. Replaces this node's older tuples for the same key.
 
-        A tuple of a newer epoch for the same (target, node, agent_port) stays. Registering the same epoch again changes
-        the tuples' state, and `exposes` if the revision is not older. Raises Superseded when a later incarnation has
-        the node_id.
+        A tuple of a newer epoch for the same (target, node, agent_port) stays. Registering the same
+        epoch again changes the tuples' state, and `exposes` when the revision is not older.
 
-        One address, one agent: raises AddressTaken, and has then written nothing, when one of its (namespace, agent_ip)
-        has a live tuple of another agent_id on any node, this one included. Of two that come at once one wins. So does
-        one agent_id with two hosts: a live tuple on another node with another `host_id` raises DuplicateAgent.
+        Raises Superseded when a later incarnation has the node_id. Raises AddressTaken, and has
+        then written nothing, when a (namespace, agent_ip) of the session has a live tuple of
+        another agent_id on any node, this one included; of two concurrent calls one succeeds.
+        Raises DuplicateAgent when the agent_id has a live tuple on another node with another
+        `host_id`.
         """
 
     def unregister(self, registration: Registration) -> None:
-        """Remove exactly these tuples (by epoch) and quarantine the leases. A newer session's tuples stay."""
+        """Remove exactly these tuples (by epoch), and put the leases into quarantine."""
 
     def beat(self, record: NodeRecord, registrations: list[Registration]) -> Beat:
-        """Refresh the node, its tuples and its leases in batches; put back whatever is missing or of an older revision.
+        """Refresh the node, its tuples and its leases, in batches, and return what was found.
 
-        Undoes what earlier calls of this object may have left: a registration that failed and is not among these, a
-        removal that failed. So after one beat that worked the registry has these sessions of the node and no others.
+        Writes again whatever is missing or has an older revision. Undoes what earlier failed calls
+        of this object may have left: a registration that failed and is not among these, a removal
+        that failed. After one successful beat the registry has exactly these sessions of the node.
 
-        A session that ended while the beat was on its way (its port is quarantined by now) is not put back. Nor is a
-        missing tuple whose address has a live one of another agent by now: who is there stays, and the caller must end
-        the sessions in `lost`. Raises Superseded when the node_id was taken by a later incarnation.
+        Does not write again a session that ended during the beat (its port is in quarantine), nor a
+        missing tuple whose address has a live tuple of another agent. The other agent keeps the
+        address, and the caller must end the sessions in `lost`. Raises Superseded when a later
+        incarnation has the node_id.
         """
 
     def lookup(self, namespace: str, ip: str) -> list[Tuple]:
-        """The live tuples for an agent's IP, any agent_port. O(1)."""
+        """Return the live tuples for an agent's IP, with any agent_port. O(1)."""
 
     def with_exposes(self, tuples: Sequence[Tuple]) -> list[Tuple]:
-        """The same tuples with `exposes` as their sessions say it; for people, dials need it not."""
+        """Return the tuples with `exposes` filled in, for display. A dial does not need it."""
 
     def snapshot(self) -> Snapshot:
-        """Everything, with a cursor. A tuple that changes meanwhile may be seen twice; the changes after settle it."""
+        """Return all nodes and tuples, with a cursor.
+
+        A tuple that changes during the call may appear twice; the changes after the cursor settle
+        it.
+        """
 
     def changes(self, cursor: str, wait: float) -> tuple[str, list[Change]]:
-        """The next changes after `cursor`, waiting up to `wait` seconds (at most 1) for the first. Raises CursorLost.
+        """Return the next cursor and the changes after `cursor`.
 
-        A call may return a part of them: go on with the cursor that it returned. Expiry is not a change.
+        Waits up to `wait` seconds (at most 1) for the first change. A call may return a part of the
+        changes: continue with the returned cursor. Expiry is not a change. Raises CursorLost.
         """
 
     def close(self) -> None:
-        """Give back connections and threads."""
+        """Release connections and threads."""

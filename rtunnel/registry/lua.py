@@ -1,16 +1,20 @@
-"""The scripts that read and write Redis, each one atomic step of the schema in docs/registry.md. For Redis 6.2 on.
+"""The Lua scripts that read and write Redis (6.2 or later); each one is an atomic step.
 
-Every script gets the same head of arguments (`HEAD`), then its own. Keys are made inside the scripts from the
-prefix, so that they can't be declared: Redis Cluster is out of scope. Names come percent-encoded: no space, newline,
-':' or '@' is left in them. Epochs are decimal *strings* of up to 64 bits: a Lua number would round them.
+docs/registry.md specifies the schema. Every script gets the same first arguments (`HEAD`), then its
+own. The scripts make the keys from the prefix, so that callers cannot declare them: Redis Cluster
+is out of scope. Names arrive percent-encoded, without space, newline, ':' or '@'. Epochs are
+decimal
+*strings* of up to 64 bits, because a Lua number would round them.
 
-Three rules hold in all of them, and tests/unit/test_registry_model.py checks them against a real Redis:
+Three rules hold for all scripts; tests/unit/test_registry_model.py checks them with a real Redis:
 
-- A reply may be lost, and a call may run twice. So no script concludes from one key or field what another one holds.
-- A call that its caller has given up (NOT_AFTER) does nothing.
-- A key of another type, or with nonsense in it, costs its own row: the script goes on and returns the key's name.
+- A reply may be lost, and a call may run twice. So no script infers from one key or field what
+  another one holds.
+- A call does nothing after its caller has given up (NOT_AFTER).
+- A key that has another type or holds nonsense costs its own row only. The script continues, and
+  returns the key's name.
 
-Each script returns `{answer, {key, ...}}`: its answer, and the keys that it had to leave alone.
+Each script returns `{answer, {key, ...}}`: its answer, and the keys that it ignored.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ HEAD = """
 local P = ARGV[1] .. ':'
 local TOKEN, FEED_LENGTH, FEED_BYTES = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local TTL, LEASE, QUARANTINE, LAST = ARGV[5], ARGV[6], ARGV[7], ARGV[8]  -- milliseconds
-local NOT_AFTER = ARGV[9]  -- seconds by this server's clock; '': whenever it comes
+local NOT_AFTER = ARGV[9]  -- seconds by this server's clock; '' for no limit
 local at = 9
 local function arg() at = at + 1; return ARGV[at] end
 
@@ -27,15 +31,15 @@ local time = redis.call('TIME')
 local now = string.format('%d.%03d', time[1], math.floor(time[2] / 1000))
 if NOT_AFTER ~= '' and tonumber(now) > tonumber(NOT_AFTER) then return redis.error_reply('LATE call') end
 
--- A heartbeat is from the future when the clock stepped back. Up to `ttl` that may pass for a sign of life (or each
--- small step would silence everybody), beyond that it proves nothing.
+-- A heartbeat is from the future when the clock has stepped back. It counts as a sign of life up to
+-- `ttl` ahead (otherwise each small step would make every node look dead), and not beyond.
 local oldest, newest = tonumber(now) - TTL / 1000, tonumber(now) + TTL / 1000
 local function alive(beat)
   local seconds = tonumber(beat or '')
   return seconds ~= nil and seconds > oldest and seconds <= newest
 end
 
-local MOST_TOLD = 16  -- keys to name in one answer: the log wants examples
+local MOST_TOLD = 16  -- keys to name in one answer: examples for the log
 local faulty, told = {}, {}
 local function tell(key)
   if not faulty[key] and #told < MOST_TOLD then told[#told + 1] = key end
@@ -43,8 +47,9 @@ local function tell(key)
 end
 local function answered(answer) return {answer, told} end
 
--- A command on one key. When that key is of another type, or holds no number where one must be, it is told and `false`
--- comes back. Any other error (out of memory, read only) ends the script: nothing else would work either.
+-- Run a command on one key. When that key has another type, or holds no number where a number is
+-- needed, note the key and return false. Any other error (out of memory, read only) ends the
+-- script, because all other calls fail too.
 local KEY_FAULTS = {'WRONGTYPE', 'not an integer', 'ID specified in XADD'}
 local function call(command, key, ...)
   local reply = redis.pcall(command, key, ...)
@@ -58,13 +63,14 @@ local function call(command, key, ...)
   error(reply.err, 0)
 end
 
--- Epochs and revisions: digits, or '0' for whatever else is there.
+-- Epochs and revisions are digits; anything else counts as '0'.
 local function digits(text) return text and string.match(text, '^%d+$') or '0' end
 local function older(a, b) return #a < #b or (#a == #b and a < b) end
 local function epoch_of(json) return string.match(json, '^{"epoch":"(%d+)"') or '0' end
 
--- The feed's id is new whenever the feed is: it tells a reader that its cursor is of a registry that was wiped. It is
--- looked for before it is made, so that a server that refuses writes can still be read.
+-- A new feed gets a new id, which tells a reader that its cursor belongs to a registry that was
+-- wiped. The script looks for the id before it writes one, so that a server that refuses writes can
+-- still be read.
 local FEED, CHANGES = P .. 'feed', P .. 'changes'
 local feeding = false
 local function ensure_feed()
@@ -76,8 +82,9 @@ local function ensure_feed()
   feeding = true
 end
 
--- Every so many entries the feed notes, as `at:SEQ`, the bytes that were written until then; `first` is the oldest such
--- note. So the oldest entries can go when the bytes after them are over the limit.
+-- Once in MARK entries the feed notes in `at:SEQ` the number of bytes written so far; `first` is
+-- the oldest such note. They tell which of the oldest entries to trim when the bytes after them are
+-- over the limit.
 local MARK = 1024
 local function bound_bytes(seq, total)
   local first = tonumber(call('HGET', FEED, 'first') or '')
@@ -95,7 +102,8 @@ local function bound_bytes(seq, total)
   if first ~= from then call('XTRIM', CHANGES, 'MINID', first) end
 end
 
--- Ids count 1-0, 2-0, ... without a hole, so that a reader sees at once when something was trimmed before it.
+-- Entries are numbered 1-0, 2-0, ... without a gap, so that a reader notices at once that entries
+-- were trimmed.
 local function emit(kind, json)
   ensure_feed()
   local seq = call('HINCRBY', FEED, 'seq', 1)
@@ -105,8 +113,9 @@ local function emit(kind, json)
   if total and seq % MARK == 0 then bound_bytes(seq, total) end
 end
 
--- Only the newest incarnation of a node may write. A wiped registry believes the first that comes, until a newer does;
--- what is no incarnation (other type, more than 32 bits) counts as wiped.
+-- Only the newest incarnation of a node may write. A wiped registry accepts the first that comes,
+-- until a newer one comes. A value that is no incarnation (another type, more than 32 bits) counts
+-- as wiped.
 local MOST_INCARNATION = 4294967295
 local function incarnation_in(text)
   local number = tonumber(text or '')
@@ -130,8 +139,9 @@ local function index(set, member)
   end
 end
 
--- A lease of a port for an owner. '' as mode: as asked for; 'keep': of a registration; 'back': of a beat. The last two
--- say what the session exposes, if this is its guarded port; of two revisions of one session the newer one counts.
+-- Lease a port for an owner. Modes: '' for LEASE, 'keep' for a registration, 'back' for a beat. The
+-- last two also pass what the session exposes, if this is its guarded port; the newer of two
+-- revisions is kept.
 local function hold(mode, node, raw_node, port, owner, last, epoch, exposes, revision)
   local key = P .. 'port:' .. port
   local held = call('HMGET', key, 'owner', 'epoch', 'state', 'node', 'revision')
@@ -139,7 +149,7 @@ local function hold(mode, node, raw_node, port, owner, last, epoch, exposes, rev
   local same = held[1] and digits(held[2]) == epoch
   if held[1] then
     local mine = held[1] == owner
-    -- An older lease of this very node is history (a registry that came back from an old dump).
+    -- An older lease of this same node is outdated: the registry was restored from an old dump.
     local history = held[4] == raw_node and older(digits(held[2]), epoch)
     if mode == '' then
       if not mine then return 0 end
@@ -171,9 +181,10 @@ local function drop(target, field, json)
   emit('gone', json)
 end
 
--- Drop the fields whose node died: the key lives on with the agent's other sessions, so that no expiry takes them.
--- Then the live tuple of another agent than `agent` (a piece of JSON with its id), or of the same agent on another node
--- than that of `own` (a field) and from another host than `own_json` says, if there is one that can be read.
+-- Drop the fields whose node is dead: the key lives on with the agent's other sessions, so that
+-- they would not expire. Then return a live tuple of another agent than `agent` (a piece of JSON
+-- with its id), or of the same agent on another node than that of `own` (a field) and from another
+-- host than `own_json` says, if there is one that can be read.
 local function host_of(json) return string.match(json, '"host_id":"(%x+)"') end
 local function are_two_hosts(own_json, json)
   local own, host = host_of(own_json), host_of(json)
@@ -212,9 +223,10 @@ local function in_the_way(row)
 end
 """
 
-# Write leases, then tuples, of sessions of one node, but none whose address another agent has: a registration ('keep')
-# is then refused as a whole, of a beat ('back') just that tuple. Answers how many tuples were not there in just this
-# form, then of each refused one its number, and the agent, node and host that stood in its way.
+# Write leases, then tuples, of one node's sessions, except tuples whose address another agent has.
+# A registration ('keep') is then refused as a whole, a beat ('back') for that tuple only. Returns
+# the number of tuples that were not stored in exactly this form, then for each refused tuple its
+# index and the agent, node and host that have the address.
 PUT = (
     HEAD
     + """
@@ -249,7 +261,8 @@ for n, tuple in ipairs(tuples) do
   elseif present then
     wanted = not older(epoch, epoch_of(present))
   elseif mode == 'back' then
-    -- The session may have ended, and its port may serve another, since the beat was put together.
+    -- Since the beat was prepared the session may have ended, and its port may have been leased
+    -- again.
     local held = call('HMGET', P .. 'port:' .. port, 'epoch', 'state')
     wanted = held and (not held[1] or (held[1] == epoch and held[2] == 'leased'))
   end
@@ -270,9 +283,9 @@ return answered(answer)
 """
 )
 
-# The quiet beat, one batch of it, five calls a session. It keeps alive what is there in just the form that the node
-# believes in, and answers which lines are not; PUT sees to those. It makes nothing: a heartbeat beside a tuple that is
-# gone would look like life to the next beat.
+# One batch of the quiet beat, with five calls for each session. It keeps alive whatever is stored
+# in exactly the form that the node expects, and returns the indexes of the other lines, which PUT
+# then writes. It creates nothing: a heartbeat without its tuple would look alive to the next beat.
 REFRESH = (
     HEAD
     + """
@@ -282,7 +295,7 @@ if refused then return refused end
 redis.call('SET', P .. 'node:' .. node, '{"beat":' .. now .. ',' .. string.sub(record, 2), 'PX', TTL)
 call('ZADD', P .. 'nodes', now, node)
 
--- The sets can have been lost as well: all members are added, in pieces that Lua's stack takes.
+-- The sets can have been lost as well: add all members, in pieces that fit Lua's stack.
 local PIECE = 1000
 local function index_all(set, members)
   for first = 1, #members, PIECE do
@@ -324,8 +337,9 @@ return answered({targets, leases})
 """
 )
 
-# Take the node_id: an incarnation greater than any before, also after a wipe. PURGE follows. What can't be an
-# incarnation is refused: no number that is greater could be told.
+# Take the node_id: return an incarnation greater than any before, also after a wipe. PURGE follows.
+# A stored value that cannot be an incarnation is an error, because no greater number can be
+# derived.
 START = (
     HEAD
     + """
@@ -357,9 +371,10 @@ return answered(1)
 """
 )
 
-# One batch of removing a node's tuples, and quarantining its leases, of epochs below `floor`. The first call sets the
-# node's sets aside under purge-*, where the next start finds them should this one die half-way. What is newer than
-# `floor` goes back into the live sets. Answers how many members were looked at; 0 is the end.
+# One batch of removing a node's tuples, and quarantining its leases, of epochs below `floor`. The
+# first call moves the node's sets to purge-*, where the next start finds them if this one stops
+# half-way. Members not below `floor` go back into the live sets. Returns the number of members
+# seen; 0 is the end.
 PURGE = (
     HEAD
     + """
@@ -406,7 +421,7 @@ return answered(hold('', node, raw_node, port, owner, last, epoch))
 """
 )
 
-# Remove exactly these tuples, quarantine exactly these leases.
+# Remove exactly these tuples, and quarantine exactly these leases.
 REMOVE = (
     HEAD
     + """
@@ -417,7 +432,8 @@ for _ = 1, tonumber(arg()) do
   local held = call('HMGET', key, 'owner', 'epoch', 'state', 'node')
   if held then
     if not held[1] then redis.call('HSET', key, 'owner', owner, 'epoch', epoch, 'node', raw_node) end
-    -- The node too: those of one PS IP may give out equal epochs, and the owner may have moved to another.
+    -- Compare the node too: nodes of one PS IP may issue equal epochs, and the owner may have moved
+    -- to another node.
     local ours = held[4] == raw_node and digits(held[2]) == epoch
     if not held[1] or (ours and held[1] == owner and held[3] == 'leased') then rest(key) end
     if ours or held[4] ~= raw_node then call('SREM', P .. 'ports:' .. node, port) end
@@ -435,7 +451,7 @@ return answered(1)
 """
 )
 
-# Where the feed is now; makes it when there is none.
+# Return the position of the feed. Creates the feed when there is none.
 CURSOR = (
     HEAD
     + """
@@ -446,7 +462,7 @@ return answered({feed[1], feed[2], now, nodes})
 """
 )
 
-# The nodes whose own record has a heartbeat; the sorted set is only where their names are.
+# Return the nodes whose own record has a heartbeat. The sorted set only serves to find their names.
 NODES = (
     HEAD
     + """
@@ -459,8 +475,8 @@ return answered(table.concat(found, '\\n'))
 """
 )
 
-# One page of a node's live tuples as lines of JSON: one reply to parse, one call of the decoder, and a row that was
-# written by somebody else damages no other.
+# Return one page of a node's live tuples as lines of JSON. This takes one reply and one call of the
+# decoder, and a row that another program wrote damages no other row.
 PAGE = (
     HEAD
     + """

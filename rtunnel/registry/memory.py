@@ -1,7 +1,7 @@
-"""The embedded registry: plain dicts behind one lock. Brokers and gateways of one process share one instance.
+"""The embedded registry: plain dicts behind one lock, shared by the roles of one process.
 
-It behaves as the Redis one does (the same conformance suite holds for both), including what is *not* a change: expiry
-is only ever a question of the clock, evaluated when somebody looks.
+It behaves as the Redis registry does; one conformance suite checks both. In both, expiry is *not* a
+change: a reader compares the heartbeat with the clock at the moment of the call.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from rtunnel.registry.base import (
     incarnation_of,
 )
 
-FEED_LENGTH = 100_000  # changes kept; as the Redis feed
-LAST_PORTS = 200_000  # remembered (node, owner) pairs; the oldest go first
-CHANGES_AT_ONCE = 1000
+FEED_LENGTH = 100_000  # changes kept, as in the Redis feed
+LAST_PORTS = 200_000  # remembered (node, owner) pairs; the oldest is dropped first
+CHANGES_AT_ONCE = 1000  # changes that one call of `changes` returns at most
 
 _Target = tuple[str, str]  # (namespace, agent_ip)
 _Field = tuple[str, int]  # (node, agent_port)
 
 
 class _Live:
-    """A tuple (its own `beat` is 0) and its heartbeat."""
+    """A stored tuple (whose own `beat` is 0), and its heartbeat time."""
 
     __slots__ = ("beat", "tuple")
 
@@ -49,17 +49,17 @@ class _Live:
 
 
 class _Port(msgspec.Struct, frozen=True):
-    """A port that is not free until `until`: leased, or (released) in quarantine."""
+    """A port that is leased, or released and in quarantine, until the time `until`."""
 
     lease: PortLease
     quarantined: bool
     until: float
     exposes: str = ""
-    revision: int = -1  # of `exposes`; -1: nothing was said
+    revision: int = -1  # of `exposes`; -1 when no registration has set it
 
 
 class MemoryRegistry:
-    """See `Registry`. `clock` gives seconds since 1970."""
+    """A `Registry` in memory. `clock` returns seconds since 1970."""
 
     url = "memory://"
 
@@ -79,7 +79,7 @@ class MemoryRegistry:
         self.wipe()
 
     def wipe(self) -> None:
-        """Lose everything, as a Redis that restarts empty does (for tests)."""
+        """Lose everything, as a Redis server that restarts empty does (for tests)."""
         with self._changed:
             self._id = uuid.uuid4().hex
             self._seq = 0
@@ -92,10 +92,10 @@ class MemoryRegistry:
             self._changed.notify_all()
 
     def ping(self) -> None:
-        """It is always there."""
+        """Return at once: a registry in memory is always reachable."""
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: there are no connections or threads to release."""
 
     # ------------------------------------------------------------------ nodes
 
@@ -127,7 +127,7 @@ class MemoryRegistry:
         self._incarnations[node] = incarnation
 
     def _purge(self, node: str, floor: int, now: float) -> None:
-        """Drop the node's tuples of epochs below `floor`, quarantine its leases."""
+        """Drop the node's tuples, and quarantine its leases, of epochs below `floor`."""
         for fields in list(self._targets.values()):
             for field, live in list(fields.items()):
                 if field[0] == node and live.tuple.epoch < floor:
@@ -138,7 +138,8 @@ class MemoryRegistry:
                 self._ports[at] = _Port(port.lease, True, now + self.quarantine)
 
     def _alive(self, beat: float, now: float) -> bool:
-        return -self.ttl <= now - beat < self.ttl  # one from the future is no sign of life: the clock stepped back
+        # A heartbeat from the future is no sign of life: the clock has stepped back.
+        return -self.ttl <= now - beat < self.ttl
 
     # ------------------------------------------------------------------ ports
 
@@ -179,17 +180,18 @@ class MemoryRegistry:
             self._ports[lease.ip, lease.port] = _Port(lease, True, now + self.quarantine)
 
     def _keep(self, of: Registration, now: float, *, back: bool) -> None:
-        """The leases of a registration: refresh them, or put them back."""
+        """Refresh the leases of a registration. `back`: for a beat, which may arrive late."""
         for lease in of.leases:
             first = lease is of.leases[0]
             self._keep_one(lease, now, back, of.exposes if first else "", of.revision if first else 0)
 
     def _keep_one(self, lease: PortLease, now: float, back: bool, exposes: str, revision: int) -> None:
-        """Unless somebody else has the better right."""
+        """Refresh or write one lease, unless another session has the better right to the port."""
         held = self._port(lease, now)
         if held is not None:
             mine = held.lease.owner == lease.owner and held.lease.epoch <= lease.epoch
-            # An older lease of this very node is history (a registry that came back from an old dump).
+            # An older lease of this same node is outdated: the registry was restored from an old
+            # dump.
             history = held.lease.node == lease.node and held.lease.epoch < lease.epoch
             ended = back and held.quarantined and held.lease.epoch == lease.epoch
             if ended or not (mine or history):
@@ -243,7 +245,10 @@ class MemoryRegistry:
         return None if fields is None else fields.get((entry.node, entry.agent_port))
 
     def _put(self, entry: Tuple, now: float, *, back: bool) -> bool:
-        """Write or refresh one tuple; whether it had to be written. `back`: by a beat, which may be late."""
+        """Write or refresh one tuple, and return whether it was written.
+
+        `back`: for a beat, which may arrive after the session has ended.
+        """
         if entry.beat or entry.exposes:
             entry = msgspec.structs.replace(entry, beat=0.0, exposes="")
         live = self._live(entry)
@@ -262,7 +267,10 @@ class MemoryRegistry:
         return True
 
     def _taken(self, entry: Tuple, now: float) -> AddressTaken | None:
-        """Drop the dead tuples of this target; then whether a live one is another agent's."""
+        """Drop the dead tuples of this target.
+
+        Return an error when another agent or host has it.
+        """
         for live in list(self._targets.get((entry.namespace, entry.agent_ip), {}).values()):
             if not self._alive(live.beat, now):
                 self._drop(live.tuple)
@@ -329,7 +337,7 @@ class MemoryRegistry:
 
 
 def _are_two_hosts(one: Tuple, other: Tuple) -> bool:
-    """Whether both have said which host they are from, and it is not the same."""
+    """Return whether both agents have sent a host id, and the ids differ."""
     return bool(one.host_id and other.host_id) and one.host_id != other.host_id
 
 

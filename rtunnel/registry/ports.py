@@ -1,7 +1,8 @@
-"""Giving out the ports of one PS IP: leased in the registry, free on the host, out of quarantine.
+"""Allocates the ports of one PS IP: not leased elsewhere, free on the host, not in quarantine.
 
-A freed port rests for the quarantine, here and in the registry, because a tuple that names it may still be on its way
-to a gateway. Only its last owner may have it back earlier: what an old tuple promised is then still so.
+A freed port stays in quarantine here and in the registry, because a tuple that names it may still
+be on its way to a gateway. Only the last owner may get the port back earlier: an old tuple then
+still leads to the right agent.
 """
 
 from __future__ import annotations
@@ -21,39 +22,40 @@ from rtunnel.registry.base import PortLease, Registry
 
 
 class Bound(Protocol):
-    """What `try_bind` returns: a socket."""
+    """The result of `try_bind`: a socket, or another object that holds the port."""
 
     def close(self) -> None:
-        """Let the port go."""
+        """Close the socket, so that the port is free on the host."""
 
 
 T = TypeVar("T", bound=Bound)
 TryBind = Callable[[int], T]
 
-# A port that another program has, or another node leases, is not tried again for so long: a try costs a round trip.
+# Seconds in which a port of another program, or one that another node leases, is not tried again: a
+# try costs a round trip.
 AVOID = 30.0
-_FOREIGN = (errno.EADDRINUSE, errno.EACCES)  # EACCES: a privileged port
+_FOREIGN = (errno.EADDRINUSE, errno.EACCES)  # EACCES: the port is privileged
 
 
 class PortsExhausted(Exception):
-    """No port is free; the text has the range and where its ports are."""
+    """No port is free; the text names the range and says why its ports are not free."""
 
 
 class PortTaken(Exception):
-    """The very port that was asked for can't be had; the text says why."""
+    """The port that was requested is not available; the text says why."""
 
 
 class PortCounts(msgspec.Struct, frozen=True):
-    """Where the ports of the range are."""
+    """The number of ports of the range in each state."""
 
     free: int
     in_use: int
-    quarantined: int  # including those that another node or an earlier run holds in the registry
-    foreign: int  # taken by other programs
+    quarantined: int  # including ports that another node or an earlier run holds in the registry
+    foreign: int  # in use by other programs
 
 
 class _Bag:
-    """Ports to choose from: add, remove and take-at-random in O(1)."""
+    """A set of ports with `add`, `remove` and `take` (one at random) in O(1)."""
 
     def __init__(self, ports: range) -> None:
         self._ports = list(ports)
@@ -77,7 +79,10 @@ class _Bag:
         return True
 
     def take(self, rng: random.Random, allows: Callable[[int], bool] | None = None) -> int | None:
-        """With `allows`, which is for the few, in O(n)."""
+        """Remove and return a random port, or None.
+
+        `allows` filters the ports and makes it O(n).
+        """
         ports = self._ports if allows is None else list(filter(allows, self._ports))
         if not ports:
             return None
@@ -87,11 +92,15 @@ class _Bag:
 
 
 class _Resting:
-    """Ports that nobody may have until their time, each for all the same period: a queue is in order by itself."""
+    """Ports that cannot be allocated until their time has passed.
+
+    All ports rest for the same period, so that a queue keeps them in order.
+    """
 
     def __init__(self, period: float) -> None:
         self._period = period
-        self._until: dict[int, tuple[float, str]] = {}  # with the owner that may have it back
+        # And the owner that may have it back earlier.
+        self._until: dict[int, tuple[float, str]] = {}
         self._queue: deque[tuple[float, int]] = deque()
 
     def __len__(self) -> int:
@@ -112,20 +121,22 @@ class _Resting:
     def remove(self, port: int) -> None:
         self._until.pop(port, None)
 
-    def over(self, now: float) -> Iterator[tuple[int, str]]:
-        """Take out those whose time is over, with their owners."""
+    def expired(self, now: float) -> Iterator[tuple[int, str]]:
+        """Remove and yield the ports whose time has passed, with their owners."""
         while self._queue and self._queue[0][0] <= now:
             until, port = self._queue.popleft()
             entry = self._until.get(port)
-            if entry is not None and entry[0] == until:  # else it was given back and rests anew
+            if entry is not None and entry[0] == until:  # else the port was added again later
                 del self._until[port]
                 yield port, entry[1]
 
 
 class PortAllocator:
-    """The ports first..last of `ip`, for one broker node. Thread-safe; registry and `try_bind` are called unlocked.
+    """Allocates the ports `first` to `last` of `ip` for one broker node.
 
-    `own`: what `allocate` chooses from, where the nodes of one IP share the range; `allocate_fixed` gives any of it.
+    Thread-safe; the registry and `try_bind` are called without holding the lock. `own` is the part
+    of the range from which `allocate` chooses, when several nodes share one IP. `allocate_fixed`
+    gives any port of the whole range. `quarantine` and `clock` are in seconds.
     """
 
     def __init__(
@@ -149,13 +160,13 @@ class PortAllocator:
         self._clock = clock
         self._rng = rng or random.Random()  # noqa: S311 - spreads ports, hides nothing
         self._lock = threading.Lock()
-        # Each port of our own is in exactly one of these; of the others those that were asked for.
+        # Each port of `own` is in exactly one of these; other ports only after they were requested.
         self._free = _Bag(self.own)
         self._used: dict[int, PortLease] = {}
         self._quarantined = _Resting(quarantine)
         self._elsewhere = _Resting(AVOID)
         self._foreign = _Resting(AVOID)
-        self._owned: dict[str, int] = {}  # owner -> its resting port here
+        self._owned: dict[str, int] = {}  # owner -> the port that rests here for it
 
     def counts(self) -> PortCounts:
         with self._lock:
@@ -164,7 +175,9 @@ class PortAllocator:
             return PortCounts(len(self._free), len(self._used), resting, len(self._foreign))
 
     def held(self, prefix: str) -> dict[int, str]:
-        """Return the ports in use or in quarantine here, and their owners, where the owner begins with `prefix`."""
+        """Return the owners, by port, that begin with `prefix`: ports in use or in
+        quarantine here.
+        """
         with self._lock:
             self._wake()
             used = {port: lease.owner for port, lease in self._used.items()}
@@ -173,10 +186,11 @@ class PortAllocator:
     def allocate(
         self, owner: str, epoch: int, node: str, try_bind: TryBind[T], allows: Callable[[int], bool] | None = None
     ) -> tuple[int, T, PortLease]:
-        """A port for this owner, its last one if that is possible, with what `try_bind(port)` returned for it.
+        """Return a port for this owner, the result of `try_bind(port)`, and the lease.
 
-        `allows`: one of these. Raises PortsExhausted, RegistryUnavailable, Superseded, and any OSError of `try_bind`
-        other than "in use". With the registry out of reach the owner still gets back a port that rests *here* for it.
+        Prefers the port that the owner had last. `allows` filters the ports. Raises PortsExhausted,
+        RegistryUnavailable, Superseded, and any OSError of `try_bind` other than "in use". While
+        the registry is unreachable, an owner still gets back a port that rests *here* for it.
         """
         for port, resting in self._candidates(owner, node, allows):
             lease = PortLease(self.ip, port, owner, node, epoch)
@@ -187,20 +201,26 @@ class PortAllocator:
         counts = self.counts()
         raise PortsExhausted(
             f"no free port of {self.ip} in {self.own[0]}-{self.own[-1]}: {counts.in_use} in use, "
-            f"{counts.quarantined} in quarantine, {counts.foreign} taken by other programs"
+            f"{counts.quarantined} in quarantine, {counts.foreign} taken by other programs; "
+            "widen the port range, or wait for the quarantine to end"
         )
 
     def allocate_fixed(
         self, port: int, owner: str, epoch: int, node: str, try_bind: TryBind[T]
     ) -> tuple[int, T, PortLease]:
-        """This very port, or PortTaken. Other errors as `allocate`."""
+        """Return the requested port as `allocate` does.
+
+        Raises PortTaken when it is not available.
+        """
         resting = self._claim(port, owner)
         lease = PortLease(self.ip, port, owner, node, epoch)
         return port, self._secure(lease, try_bind, resting), lease
 
     def release(self, lease: PortLease) -> None:
-        """Give a port back, after its socket was closed. With the registry out of reach it rests here all the same,
-        and there until the lease runs out."""
+        """Put a port into quarantine, after its socket was closed.
+
+        When the registry is unreachable, the port rests here, and there until its lease expires.
+        """
         if self.rest(lease):
             try:
                 self._registry.release_port(lease)
@@ -208,7 +228,10 @@ class PortAllocator:
                 pass
 
     def rest(self, lease: PortLease) -> bool:
-        """As `release` without a word to the registry: `unregister` has told it, or will. False: it was not in use."""
+        """Put a port into quarantine here only: `unregister` tells the registry.
+
+        False: not in use.
+        """
         with self._lock:
             if self._used.get(lease.port) != lease:
                 return False
@@ -220,7 +243,7 @@ class PortAllocator:
     # ------------------------------------------------------------------ inside
 
     def _candidates(self, owner: str, node: str, allows: Callable[[int], bool] | None) -> Iterator[tuple[int, bool]]:
-        """Ports to try, each marked as in use before it is yielded, and whether it rested here for this owner."""
+        """Yield ports to try, marked as in use, each with whether it rested here for this owner."""
         port = self._preferred(owner, node)
         if port is not None and (allows is None or allows(port)):
             try:
@@ -245,7 +268,7 @@ class PortAllocator:
         return port if port is not None and port in self.own else None
 
     def _claim(self, port: int, owner: str) -> bool:
-        """Mark this port as in use if this owner may have it; whether it rested here for the owner."""
+        """Mark this port as in use for `owner`. Return whether it rested here for that owner."""
         with self._lock:
             self._wake()
             if port not in self.ports:
@@ -265,13 +288,14 @@ class PortAllocator:
     def _mark(self, port: int, owner: str) -> None:
         if self._owned.get(owner) == port:
             del self._owned[owner]
-        self._used[port] = PortLease(self.ip, port, owner, "", 0)  # until the real one is there
+        self._used[port] = PortLease(self.ip, port, owner, "", 0)  # until `_secure` has the lease
 
     def _secure(self, lease: PortLease, try_bind: TryBind[T], resting: bool) -> T:
-        """Bind a port that is marked as in use, then lease it. On any failure it is in its proper place again.
+        """Bind a port that is marked as in use, then lease it. A failure restores the port's state.
 
-        In this order: another node of this IP may have it for the same owner, and only the host knows which one is
-        alive. The registry, which never stands in an owner's way, would take the lease from it.
+        The bind comes first because another node of this IP may use the port for the same owner,
+        and only the host knows it. The registry always lets an owner take its own lease, and would
+        take it from that node.
         """
         port = lease.port
         try:
@@ -301,7 +325,8 @@ class PortAllocator:
         try:
             return self._registry.lease_port(lease)
         except RegistryUnavailable:
-            # Nobody else can have got it: it rested here for this owner. The next beat puts the lease there.
+            # No other owner can have leased it: it rested here for this one. The next beat writes
+            # it.
             if resting:
                 return True
             raise
@@ -325,10 +350,10 @@ class PortAllocator:
             self._free.add(port)
 
     def _wake(self) -> None:
-        """Ports whose time is over are free again."""
+        """Mark the ports whose time has passed as free."""
         now = self._clock()
         for resting in (self._quarantined, self._elsewhere, self._foreign):
-            for port, owner in resting.over(now):
+            for port, owner in resting.expired(now):
                 self._set_free(port)
                 if self._owned.get(owner) == port:
                     del self._owned[owner]

@@ -1,8 +1,8 @@
-"""A gateway's own mirror of the registry: `RouteTable`, and `Mirror`, which keeps it true.
+"""A gateway's own copy of the registry: `RouteTable`, and `Mirror`, which keeps it up to date.
 
-The relay thread reads with one dict access and no lock: what it finds is an immutable tuple of `Tuple`s, best first,
-replaced whole by the control plane. A mirror may be behind, and that is safe (design, "stale-tuple defence"): a
-broker refuses what is no longer so, and the relay then calls `forget`.
+The relay thread reads the table with one dict access and no lock. Each value is an immutable tuple
+of `Tuple`s, best first; the control plane replaces it as a whole. A table that is behind the
+registry is safe: a broker refuses a tuple that is stale, and the relay then calls `forget`.
 """
 
 from __future__ import annotations
@@ -20,61 +20,73 @@ from rtunnel.errors import RegistryUnavailable
 from rtunnel.registry.base import Change, CursorLost, NodeRecord, Registry, Snapshot, Tuple, incarnation_of
 
 _Key = tuple[str, str]  # (namespace, agent_ip)
-_Id = tuple[str, str, str, int]  # and node, agent_port: at most one tuple each
+_Id = tuple[str, str, str, int]  # and node, agent_port: one tuple at most
 
 _LIVE, _DRAINING, _DEAD = range(3)  # the order of candidates
 
 
 class RouteCounts(msgspec.Struct, frozen=True):
-    """For status and metrics."""
+    """Figures for status and metrics."""
 
     targets: int
     tuples: int
     nodes: int
     draining: int  # nodes
-    absent: int  # tuples that the registry did not show, kept for the grace period
+    absent: int  # tuples that the last snapshot lacked, kept for the grace period
     forgotten: int  # since the start
 
 
 class RouteTable:
-    """(namespace, agent_ip) -> candidate tuples. Safe for any thread; only `lookup` and `forget` are for the relay's.
+    """Maps (namespace, agent_ip) to its candidate tuples. Any thread may call any method.
 
-    `grace`: how long a tuple that the registry no longer shows is kept, because the registry may just have been wiped
-    and is being rebuilt. An explicit removal goes at once. Epochs order everything: an older one never replaces or
-    removes a newer one.
+    The relay's thread calls `lookup` and `forget` only; the other methods may wait for a lock.
+    `grace` is the number of seconds for which a tuple stays that the registry no longer shows,
+    because the registry may have been wiped and its nodes are writing it again. An explicit removal
+    takes effect at once. An older epoch never replaces or removes a newer one.
 
-    Nothing is concluded from what is absent while nobody's heartbeat advances: a registry that refuses writes and
-    answers reads loses all nodes within its `ttl`, though they are well. The last known tuples stay then, without a
-    limit of time: they are no more than there were, and one that is not so is refused by its broker and forgotten.
+    An absence means nothing while no node's heartbeat advances: a registry that refuses writes and
+    answers reads loses all nodes within its `ttl`, although the nodes are well. The last known
+    tuples then stay without a time limit. There are no more of them than before, and a broker
+    refuses each stale one, which is then forgotten.
     """
 
     def __init__(self, grace: float = 15.0, clock: Callable[[], float] = time.monotonic) -> None:
         self.grace = grace
         self._clock = clock
-        # Only the control plane adds and deletes keys, so that it may iterate while `forget` replaces values.
-        self._control = threading.RLock()  # one control-plane call at a time; the relay never takes it
+        # Only the control plane adds and deletes keys, so that it may iterate while `forget`
+        # replaces values. One control-plane call runs at a time; the relay never takes this lock.
+        self._control = threading.RLock()
         self._routes: dict[_Key, tuple[Tuple, ...]] = {}
         self._tuples = 0
         self._nodes: dict[str, NodeRecord] = {}
-        self._written = -inf  # when a node's heartbeat was last seen to be another than before
-        self._silent: float | None = None  # since when no node has a heartbeat, where some had one
-        self._lost: dict[str, float] = {}  # nodes that the registry no longer lists, since when
-        self._given_up: set[str] = set()  # lost for the grace period: their tuples are dropped
-        self._absent: dict[_Id, float] = {}  # tuples that the last snapshot did not have, since when
-        self._buried: dict[_Id, tuple[int, float]] = {}  # epoch that is over, until when a snapshot is not believed
+        self._written = -inf  # when a node's heartbeat was last seen to change
+        self._silent: float | None = None  # since when no node has a heartbeat, after some had one
+        self._lost: dict[str, float] = {}  # nodes that the registry no longer lists, and since when
+        # Nodes lost for the grace period, whose tuples were dropped.
+        self._given_up: set[str] = set()
+        self._absent: dict[_Id, float] = {}  # tuples that the last snapshot lacked, and since when
+        # Epochs that ended, and the time until which a snapshot that shows them is not believed.
+        self._buried: dict[_Id, tuple[int, float]] = {}
         self._forgotten = 0
-        # Held for one read-modify-write of one key, never over a loop: the relay thread waits for it in `forget`.
+        # Held for the change of one key, never during a loop: the relay thread waits for it in
+        # `forget`.
         self._lock = threading.Lock()
 
     # ------------------------------------------------------------------ any thread
 
     def lookup(self, namespace: str, ip: str) -> tuple[Tuple, ...]:
-        """The candidates, live ones before draining ones before those of nodes without a heartbeat. O(1), no lock."""
+        """Return the candidates: live ones, then draining ones, then those of dead nodes.
+
+        O(1), without a lock; for any thread.
+        """
         return self._routes.get((namespace, ip), ())
 
     def forget(self, stale: Tuple) -> None:
-        """Drop a tuple that a broker or agent called stale. A newer epoch stays or comes at once; this one comes back
-        by a new announcement, or with a snapshot after the grace period."""
+        """Drop a tuple that a broker or agent called stale; for any thread.
+
+        A newer epoch stays. This epoch can come back by a change, or by a snapshot after the grace
+        period.
+        """
         key = (stale.namespace, stale.agent_ip)
         with self._lock:
             self._bury(stale)
@@ -89,25 +101,31 @@ class RouteTable:
         return RouteCounts(len(self._routes), self._tuples, len(nodes), draining, len(self._absent), self._forgotten)
 
     def silence(self) -> str:
-        """A sentence for people when no node has had a heartbeat for the grace period though some had one; else ""."""
+        """Return a sentence that warns that no node has a heartbeat, or "" when that is not so.
+
+        Waits for the grace period, and needs a node that had a heartbeat before.
+        """
         silent = self._silent
         seconds = 0.0 if silent is None else self._clock() - silent
         if silent is None or seconds < self.grace:
             return ""
         return (
-            f"no broker has had a heartbeat in the registry for {seconds:.0f} s: either it refuses writes (then each "
-            f"broker's /readyz says why) or no broker runs; the {self._tuples} last known tuples are in use"
+            f"no broker has had a heartbeat in the registry for {seconds:.0f} s: either the registry refuses writes "
+            f"(each broker's /readyz says why) or no broker runs; the {self._tuples} last known tuples are in use"
         )
 
     @property
     def nodes(self) -> dict[str, NodeRecord]:
-        """The nodes with a heartbeat, as last seen. Replaced whole, never changed."""
+        """The nodes with a heartbeat, as last read.
+
+        The dict is replaced as a whole, never changed.
+        """
         return self._nodes
 
     # ------------------------------------------------------------------ the control plane
 
     def apply(self, changes: Iterable[Change]) -> None:
-        """Changes in the order of the feed."""
+        """Apply changes in the order of the feed."""
         with self._control:
             for change in changes:
                 if change.tuple is None:
@@ -116,20 +134,25 @@ class RouteTable:
                     self._put(change.tuple, announced=True)
 
     def learn(self, tuples: Iterable[Tuple]) -> None:
-        """What a look into the registry found. Nothing is concluded from what it did not find."""
+        """Add the tuples that a lookup in the registry returned. Tuples that it lacks stay."""
         with self._control:
             for entry in tuples:
                 self._put(entry, announced=False)
 
     def reconcile(self, snapshot: Snapshot) -> None:
-        """Compare everything. Adds and replaces at once; what the snapshot lacks goes after the grace period."""
+        """Compare the table with a snapshot.
+
+        New and changed tuples are stored at once. Tuples that the snapshot lacks are dropped by
+        `expire`, after the grace period.
+        """
         with self._control:
             self.set_nodes(snapshot.nodes)
             shown: dict[_Key, list[tuple[str, int]]] = {}
             for entry in snapshot.tuples:
                 key = (entry.namespace, entry.agent_ip)
                 shown.setdefault(key, []).append((entry.node, entry.agent_port))
-                for have in self._routes.get(key, ()):  # nearly always it is known, and costs no lock
+                # A known tuple, the usual case, takes no lock.
+                for have in self._routes.get(key, ()):
                     if _same(have, entry):
                         break
                 else:
@@ -150,7 +173,10 @@ class RouteTable:
                 self._filter(key, lambda _: True)
 
     def set_nodes(self, nodes: Iterable[NodeRecord]) -> bool:
-        """The nodes with a heartbeat. True when one is back that was given up: its tuples need a `reconcile`."""
+        """Store the nodes with a heartbeat.
+
+        Returns True when a node has come back whose tuples were dropped: they need a `reconcile`.
+        """
         with self._control:
             old, self._nodes = self._nodes, {node.node: node for node in nodes}
             now = self._clock()
@@ -158,7 +184,7 @@ class RouteTable:
                 self._written = now
             if self._nodes and self._silent is not None:
                 self._silent = None
-                self.restart_grace()  # the first that is back says nothing about the others
+                self.restart_grace()  # the return of one node says nothing about the others
             elif old and not self._nodes:
                 self._silent = now
             for name in old.keys() - self._nodes.keys():
@@ -172,16 +198,16 @@ class RouteTable:
             return bool(back)
 
     def expire(self) -> int:
-        """Drop what was absent for the grace period, or belongs to a node lost for as long. Returns how many.
+        """Drop tuples that were absent, or whose node was lost, for the grace period.
 
-        Only if some node's heartbeat has advanced since then.
+        Drops nothing before a node's heartbeat has advanced since then. Returns the number dropped.
         """
         with self._control:
             now = self._clock()
             before = self._tuples
-            for at in [at for at, since in self._absent.items() if self._is_over(since, now)]:
+            for at in [at for at, since in self._absent.items() if self._has_expired(since, now)]:
                 self._drop(at)
-            gone = {name for name, since in self._lost.items() if self._is_over(since, now)}
+            gone = {name for name, since in self._lost.items() if self._has_expired(since, now)}
             if gone:
                 for name in gone:
                     del self._lost[name]
@@ -193,17 +219,20 @@ class RouteTable:
                     del self._buried[at]
             return before - self._tuples
 
-    def _is_over(self, since: float, now: float) -> bool:
+    def _has_expired(self, since: float, now: float) -> bool:
         return since < self._written and now - since >= self.grace
 
     def expires_in(self) -> float:
-        """Seconds until `expire` has something to drop, 0 or less when it has; infinity when it can't tell as yet."""
+        """Return the seconds until `expire` can drop something; at most 0 when it can now.
+
+        Returns infinity while no heartbeat has advanced.
+        """
         with self._control:
             times = [*self._absent.values(), *self._lost.values()]
             return min((since for since in times if since < self._written), default=inf) + self.grace - self._clock()
 
     def restart_grace(self) -> None:
-        """The registry was out of reach: what it did not show before says nothing about now."""
+        """Start all grace periods again, after the registry was out of reach."""
         with self._control:
             now = self._clock()
             self._absent = dict.fromkeys(self._absent, now)
@@ -212,7 +241,7 @@ class RouteTable:
     # ------------------------------------------------------------------ inside
 
     def _put(self, entry: Tuple, *, announced: bool) -> None:
-        """Take a tuple in. `announced`: by the feed, which knows better than a snapshot whether it is over."""
+        """Store a tuple. `announced`: it comes from the feed, which is newer than any snapshot."""
         key, at = (entry.namespace, entry.agent_ip), _id(entry)
         with self._lock:
             if announced:
@@ -238,7 +267,7 @@ class RouteTable:
         self._filter(at[:2], lambda have: _id(have) != at)
 
     def _filter(self, key: _Key, keep: Callable[[Tuple], bool]) -> None:
-        """Drop tuples of a target, and the target with its last one."""
+        """Drop the tuples of a target that `keep` rejects, and the target when none is left."""
         with self._lock:
             old = self._routes.get(key)
             if old is not None:
@@ -251,7 +280,7 @@ class RouteTable:
         self._tuples += len(new) - len(old)
 
     def _rank(self, entry: Tuple) -> tuple[int, int]:
-        """Live before draining before dead; the newest first among equals."""
+        """Return the sort key: live before draining before dead, then the newest epoch first."""
         node = self._nodes.get(entry.node)
         if node is None or incarnation_of(entry.epoch) < node.incarnation:
             return _DEAD, -entry.epoch
@@ -259,7 +288,7 @@ class RouteTable:
         return (_LIVE if live else _DRAINING), -entry.epoch
 
     def _reorder(self, names: set[str]) -> None:
-        """The standing of these nodes changed: sort the targets with a choice again."""
+        """Sort the candidates of these nodes again, after the nodes' state changed."""
         if names:
             for key, entries in self._routes.items():
                 if len(entries) > 1 and any(entry.node in names for entry in entries):
@@ -267,24 +296,25 @@ class RouteTable:
                         old = self._routes[key]
                         self._replace(key, old, old)
 
-    def _bury(self, over: Tuple | Change) -> None:
-        at = (over.namespace, over.agent_ip, over.node, over.agent_port)
-        epoch, _ = self._buried.get(at, (over.epoch, 0.0))
-        self._buried[at] = (max(epoch, over.epoch), self._clock() + self.grace)
+    def _bury(self, ended: Tuple | Change) -> None:
+        at = (ended.namespace, ended.agent_ip, ended.node, ended.agent_port)
+        epoch, _ = self._buried.get(at, (ended.epoch, 0.0))
+        self._buried[at] = (max(epoch, ended.epoch), self._clock() + self.grace)
 
     def _is_buried(self, at: _Id, epoch: int) -> bool:
-        over, until = self._buried.get(at, (-1, 0.0))
-        return epoch <= over and self._clock() < until
+        ended, until = self._buried.get(at, (-1, 0.0))
+        return epoch <= ended and self._clock() < until
 
 
-#: Nodes are few and their deaths matter: they are looked at this often (seconds).
+#: Seconds between two reads of the nodes: there are few of them, and a dead one matters.
 NODES_EVERY = 1.0
 
 
 class Mirror:
-    """Keeps a RouteTable true to a registry, one blocking step at a time; for one worker thread.
+    """Keeps a RouteTable up to date with a registry, one blocking step at a time.
 
-    `reconcile`: everything is compared this often (jittered), because changes can be lost and expiry is not a change.
+    For one worker thread. `reconcile`: seconds between two full comparisons (jittered), which are
+    needed because changes can be lost and expiry is not a change.
     """
 
     def __init__(
@@ -297,7 +327,7 @@ class Mirror:
     ) -> None:
         self.registry = registry
         self.table = table
-        self.synced = False  # a snapshot was taken: the table may be trusted to know what there is
+        self.synced = False  # True after the first snapshot: from then on the table is complete
         self._reconcile = reconcile
         self._clock = clock
         self._cursor: str | None = None
@@ -306,9 +336,10 @@ class Mirror:
         self._was_out = False
 
     def follow_once(self, wait: float = 1.0) -> int:
-        """Take in what is new, waiting up to `wait` for it; returns the number of changes.
+        """Apply new changes, waiting up to `wait` seconds for the first, and return their number.
 
-        Raises RegistryUnavailable and leaves the table as it is; call again, after a pause, and it goes on from there.
+        Raises RegistryUnavailable and leaves the table as it is. The caller pauses and calls again;
+        the next call continues from the same point.
         """
         try:
             return self._step(wait)
@@ -325,7 +356,8 @@ class Mirror:
             if self.table.set_nodes(self.registry.nodes()):
                 self._take_snapshot(now)
         assert self._cursor is not None
-        # Not beyond the next look at the nodes nor the end of a grace period: these times add up after a node's death.
+        # No longer than until the next read of the nodes or the end of a grace period: after a
+        # node's death these times add up.
         wait = max(0.0, min(wait, self._nodes_due - now, self.table.expires_in()))
         try:
             self._cursor, changes = self.registry.changes(self._cursor, wait)
@@ -334,7 +366,7 @@ class Mirror:
             changes = []
         self.table.apply(changes)
         if any(change.tuple is not None and change.node not in self.table.nodes for change in changes):
-            self._nodes_due = 0.0  # a node that was not there at the last look: until then its tuples come last
+            self._nodes_due = 0.0  # until this unknown node is read, its tuples come last
         if self._was_out:
             self._was_out = False
             self.table.restart_grace()
@@ -344,7 +376,8 @@ class Mirror:
     def _take_snapshot(self, now: float) -> None:
         snapshot = self.registry.snapshot()
         self.table.reconcile(snapshot)
-        # The old cursor goes on while it can: the removals between it and the snapshot are explicit, an absence is not.
+        # The old cursor stays while it is valid: removals between it and the snapshot are explicit,
+        # which an absence from the snapshot is not.
         self._cursor = self._cursor or snapshot.cursor
         self._nodes_due = now + NODES_EVERY
         self._snapshot_due = now + self._reconcile * random.uniform(0.9, 1.1)  # noqa: S311 - spreads load, no secret
@@ -355,13 +388,13 @@ def _id(entry: Tuple) -> _Id:
     return entry.namespace, entry.agent_ip, entry.node, entry.agent_port
 
 
-def _ends(over: Tuple | Change, have: Tuple) -> bool:
-    """Whether the end of `over` is the end of `have`, a tuple of the same target."""
-    return (have.node, have.agent_port) == (over.node, over.agent_port) and have.epoch <= over.epoch
+def _ends(ended: Tuple | Change, have: Tuple) -> bool:
+    """Return whether the end of `ended` also ends `have`, a tuple of the same target."""
+    return (have.node, have.agent_port) == (ended.node, ended.agent_port) and have.epoch <= ended.epoch
 
 
 def _same(one: Tuple, other: Tuple) -> bool:
-    """Equal, whatever their heartbeats; for two tuples of one target."""
+    """Return whether two tuples of one target are equal, except for their heartbeats."""
     return (
         one.epoch == other.epoch
         and one.node == other.node
@@ -374,7 +407,10 @@ def _same(one: Tuple, other: Tuple) -> bool:
 
 
 def _interned(entry: Tuple) -> Tuple:
-    """With the strings shared that repeat: a third of the memory of a million tuples. Dials need no `exposes`."""
+    """Return the tuple with repeated strings shared, and without `exposes`, which no dial needs.
+
+    This saves a third of the memory of a million tuples.
+    """
     return Tuple(
         namespace=intern(entry.namespace),
         agent_ip=entry.agent_ip,

@@ -31,7 +31,8 @@ from rtunnel.registry import (
     incarnation_of,
 )
 from rtunnel.registry.memory import MemoryRegistry
-from rtunnel.registry.redis import RedisRegistry, _reason
+from rtunnel.registry.redis import RedisRegistry
+from rtunnel.registry.redis_client import reason_of
 from support.polling import until
 from support.redis_server import RedisServer, redis_binary
 
@@ -1159,7 +1160,7 @@ def test_full_redis_and_replica_are_told_apart(make_redis: MakeRedis) -> None:
     ],
 )
 def test_refused_write_is_told_with_the_words_of_redis_and_the_fix(words: str, fix: str) -> None:
-    text = _reason(errors.ResponseError(words), 1.0)
+    text = reason_of(errors.ResponseError(words), 1.0)
     assert words.partition(" ")[0] in text
     assert fix in text.partition("; ")[2]
 

@@ -19,7 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from rtunnel.errors import RegistryUnavailable
 from rtunnel.registry import COUNTER_BITS, NodeRecord, PortLease, Registration, Registry, Snapshot, Tuple
 from rtunnel.registry.memory import MemoryRegistry
-from rtunnel.registry.redis import RedisRegistry, _Script
+from rtunnel.registry.redis import RedisRegistry
+from rtunnel.registry.redis_client import Script
 from rtunnel.registry.routes import Mirror, RouteTable
 from support.effort import times
 from support.redis_server import RedisServer
@@ -94,13 +95,13 @@ class Faulty(RedisRegistry):
         self._beats = len(AGENTS)  # beyond the beats that write all sessions of so small a node in full
         self._store = store
         self._deadlines = deadlines
-        self._scripts: dict[str, _Script] = {}
+        self._scripts: dict[str, Script] = {}
 
-    def _run(self, script: _Script, *args: Any, not_after: str = "") -> Any:
+    def _run(self, script: Script, *args: Any, not_after: str = "") -> Any:
         clocked = self._scripts.get(script.sha)
         if clocked is None:
             source = script.source.replace("redis.call('TIME')", f"redis.call('LRANGE', '{CLOCK_KEY}', 0, -1)")
-            clocked = self._scripts[script.sha] = _Script(source)
+            clocked = self._scripts[script.sha] = Script(source)
         return super()._run(clocked, *args, not_after=not_after if self._deadlines else "")
 
     def _exchange(self, *commands: tuple[Any, ...], wait: float = 0.0) -> list[Any]:

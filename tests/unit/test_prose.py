@@ -1,0 +1,162 @@
+"""The prose in the code follows a few rules that a program can check."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = (
+    "rtunnel",
+    "agent/rtunnel_agent",
+    "authority/rtunnel_authority",
+    "broker/rtunnel_broker",
+    "socks/rtunnel_socks",
+)
+#: Files and folders whose prose is still to be rewritten. Only remove entries.
+PENDING = (
+    "agent",
+    "authority/rtunnel_authority/__init__.py",
+    "authority/rtunnel_authority/serve.py",
+    "authority/rtunnel_authority/server.py",
+    "broker",
+    "rtunnel/admin.py",
+    "rtunnel/bridge.py",
+    "rtunnel/cli.py",
+    "rtunnel/cli_pki.py",
+    "rtunnel/clock.py",
+    "rtunnel/compat.py",
+    "rtunnel/config/__init__.py",
+    "rtunnel/config/checks.py",
+    "rtunnel/config/consistency.py",
+    "rtunnel/config/loading.py",
+    "rtunnel/config/preflight.py",
+    "rtunnel/config/sections.py",
+    "rtunnel/config/values.py",
+    "rtunnel/console.py",
+    "rtunnel/counts.py",
+    "rtunnel/demo.py",
+    "rtunnel/errors.py",
+    "rtunnel/logs.py",
+    "rtunnel/metrics.py",
+    "rtunnel/net.py",
+    "rtunnel/pulse.py",
+    "rtunnel/relay",
+    "rtunnel/roles.py",
+    "rtunnel/strangers.py",
+    "rtunnel/trust/__init__.py",
+    "rtunnel/trust/authority.py",
+    "rtunnel/trust/certificates.py",
+    "rtunnel/trust/files.py",
+    "rtunnel/trust/follower.py",
+    "rtunnel/trust/identity.py",
+    "rtunnel/trust/keys.py",
+    "rtunnel/trust/pki.py",
+    "rtunnel/trust/policy.py",
+    "rtunnel/trust/proof.py",
+    "rtunnel/trust/store.py",
+    "rtunnel/trust/tls.py",
+    "rtunnel/trust/users.py",
+    "rtunnel/watch.py",
+    "rtunnel/wire/control.py",
+    "rtunnel/wire/dial.py",
+    "rtunnel/wire/http.py",
+    "rtunnel/wire/http_body.py",
+    "rtunnel/wire/http_response.py",
+    "rtunnel/wire/messages.py",
+    "rtunnel/wire/refusal.py",
+    "rtunnel/wire/socks5.py",
+    "rtunnel/wire/yamux.py",
+    "rtunnel/workers.py",
+    "socks",
+)
+WIDTH = 100
+MIN_WORDS = 4
+#: A docstring that begins with one of these is a fragment, or repeats another docstring.
+FRAGMENTS = ("See", "Of", "By", "So", "For", "What", "Who", "Those")
+#: Comments that tools read and that cannot be wrapped.
+DIRECTIVE = re.compile(r"#.*?\b(noqa|type: ignore|pragma|mypy:)")
+
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def is_pending(path: Path) -> bool:
+    name = path.relative_to(ROOT).as_posix()
+    return any(name == entry or name.startswith(f"{entry}/") for entry in PENDING)
+
+
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")) if not is_pending(path)]
+
+
+def public_docstrings(node: ast.AST, name: str = "module") -> Iterator[tuple[int, str, str]]:
+    """Yield line, name and text of each docstring that does not belong to a private name."""
+    if isinstance(node, _Documented) and (text := ast.get_docstring(node)) is not None:
+        yield node.body[0].lineno, name, text
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if not child.name.startswith("_") or child.name.startswith("__"):
+            yield from public_docstrings(child, child.name)
+
+
+def faults_of_docstrings(source: str) -> list[str]:
+    """Return a line for each public docstring that is too short, or begins with a fragment."""
+    faults = []
+    for line, name, text in public_docstrings(ast.parse(source)):
+        words = text.split()
+        if len(words) < MIN_WORDS:
+            faults.append(f"{line}: {name}: fewer than {MIN_WORDS} words: {text}")
+        elif words[0].rstrip(",:") in FRAGMENTS:
+            faults.append(f"{line}: {name}: begins with {words[0]}")
+    return faults
+
+
+def long_lines(source: str) -> list[str]:
+    """Return a line for each line of a docstring, or with a comment, over `WIDTH` columns."""
+    lines = source.splitlines()
+    prose: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, _Documented) and ast.get_docstring(node, clean=False) is not None:
+            prose.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and not DIRECTIVE.match(token.string):
+            prose.add(token.start[0])
+    return [f"{n}: {len(lines[n - 1])} columns" for n in sorted(prose) if len(lines[n - 1]) > WIDTH]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_prose_of_a_file(path: Path) -> None:
+    """Public docstrings are sentences, and no line of prose is too long."""
+    source = path.read_text()
+    assert not faults_of_docstrings(source) + long_lines(source)
+
+
+@pytest.mark.parametrize("entry", PENDING)
+def test_pending_files_have_faults(entry: str) -> None:
+    """A file or folder that was rewritten leaves the list."""
+    paths = [ROOT / entry] if (ROOT / entry).is_file() else sorted((ROOT / entry).rglob("*.py"))
+    sources = [path.read_text() for path in paths]
+    assert not paths or any(faults_of_docstrings(source) or long_lines(source) for source in sources)
+
+
+@pytest.mark.parametrize(
+    ("source", "faults"),
+    [
+        ('def f():\n    """Return it."""\n', 1),
+        ('class A:\n    """See the protocol that it implements."""\n', 1),
+        ('class A:\n    """Holds the sessions of one node."""\n', 0),
+        ('def _f():\n    """Its life."""\n', 0),
+        (f"x = 1  # {'word ' * 20}\n", 1),
+        (f"x = '{'word ' * 20}'  # noqa: S311 {'word ' * 5}\n", 0),
+        (f'"""{"word " * 20}"""\n', 1),
+    ],
+)
+def test_the_checks_find_faults(source: str, faults: int) -> None:
+    """Each check accepts good prose and finds bad prose."""
+    assert len(faults_of_docstrings(source) + long_lines(source)) == faults
