@@ -33,6 +33,7 @@ from rtunnel.net import listening_socket
 from rtunnel.registry import Registry
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.relay.ends import SocketEnd
+from rtunnel.relay.join import NO_OWNER
 from rtunnel.relay.relay import Relay
 from rtunnel.roles import find_role
 from rtunnel.trust import pki
@@ -99,7 +100,7 @@ class Vip:
             if backend is None:
                 client.abort()
             else:
-                self.relay.join(client, backend, on_end=lambda account: None)
+                self.relay.join(client, backend, owner=NO_OWNER)
 
         self.relay.connect(host, port, 2.0, connected)
 

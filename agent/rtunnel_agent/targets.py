@@ -82,14 +82,10 @@ class Targets:
         return self._end_void()
 
     def _end_void(self) -> int:
-        void = [pair for pair in self.relay.pairs if isinstance(pair.on_end, Served) and not self.leads(pair.on_end)]
+        void = [pair for pair in self.relay.pairs if not pair.owner.allowed()]
         for pair in void:
             pair.abort(Ending.REVOKED)
         return len(void)
-
-    def leads(self, served: Served) -> bool:
-        """Whether its stream may go on: the address is this agent's, and the port is exposed by the same way."""
-        return served.ip in self.addresses and self.exposed.way(served.ip, served.port) == served.way
 
     def check(self, body: DialBody, session: AgentSession) -> str:
         """The address to connect to. Raises Refused unless this Dial is for us, for this session, and for something
@@ -112,7 +108,7 @@ class Targets:
 
 @dataclass(slots=True)
 class Served:
-    """What the end of a pair is told to; also the sign by which the agent knows where its stream leads."""
+    """The owner of a pair at the agent: where its stream leads, and who asked for it."""
 
     targets: Targets
     session: AgentSession
@@ -121,7 +117,13 @@ class Served:
     way: str
     who: str  # who asks, as the gateway or the open port says
 
-    def __call__(self, account: Account) -> None:
+    def allowed(self) -> bool:
+        """Return whether the address is still this agent's, and the port exposed by the same way."""
+        targets = self.targets
+        return self.ip in targets.addresses and targets.exposed.way(self.ip, self.port) == self.way
+
+    def ended(self, account: Account) -> None:
+        """See PairOwner."""
         self.targets.counts.ended(account)
         self.session.streams -= 1
         self.targets.log.debug(
@@ -174,7 +176,7 @@ class IncomingStream:
             return
         served, targets = self._served, self._targets
         assert served is not None
-        if not targets.leads(served):
+        if not served.allowed():
             target.abort()
             text = f"the agent does not expose {served.ip}, port {served.port} any more"
             self._refuse(Refused(Refusal.NOT_EXPOSED, text))
@@ -182,7 +184,7 @@ class IncomingStream:
         targets.counts.began()
         self._session.streams += 1
         self._stream.write(self._dial.accept(targets.prover))
-        targets.relay.join(self._stream, target, up=self._dial.rest, on_end=served)
+        targets.relay.join(self._stream, target, up=self._dial.rest, owner=served)
 
     def finished(self) -> None:
         """See EndHandler: the FIN came before a whole Dial."""

@@ -133,18 +133,22 @@ class DialChecker:
 
 @dataclass(slots=True)
 class Guarded:
-    """What the end of a gateway's pair is told to; also the sign by which the node knows whose pair it is."""
+    """The owner of a gateway's pair: the session that it uses, and the gateway's key."""
 
-    counts: StreamCounts
-    session: Session
+    port: GuardedPort
     key: str  # the id of the gateway's key
     body: DialBody
 
-    def __call__(self, account: Account) -> None:
-        self.session.streams -= 1
-        self.counts.ended(account)
+    def allowed(self) -> bool:
+        """Return whether the gateway's key is still good."""
+        return not self.port.checker.is_revoked(self.key)
+
+    def ended(self, account: Account) -> None:
+        """See PairOwner."""
+        self.port.session.streams -= 1
+        self.port.counts.ended(account)
         body = self.body
-        self.session.keeper.trace(
+        self.port.session.keeper.trace(
             "stream_relayed", reason=account.ending.value, who=body.who, target=format_endpoint(body.ip, body.port),
             bytes_up=account.up, bytes_down=account.down, seconds=round(account.seconds, 3),
         )  # fmt: skip
@@ -259,7 +263,7 @@ class GuardedPort:
         stream.write(first)
         self.counts.began()
         self.session.streams += 1
-        self.relay.join(end, stream, on_end=Guarded(self.counts, self.session, key, body))
+        self.relay.join(end, stream, owner=Guarded(self, key, body))
 
     def refused(self, peer: str, refused: Refused, body: DialBody | None) -> None:
         """Count and log a refusal; `body` is the Dial's, when its MAC was good."""
@@ -276,7 +280,8 @@ class GuardedPort:
 
 
 class OpenConnection:
-    """One connection to an open port, while the agent connects the target; the handler of its stream."""
+    """One connection to an open port, while the agent connects the target; the handler of its stream, then the owner
+    of the pair."""
 
     __slots__ = ("_client", "_dial", "_place", "_port", "_stream")
 
@@ -330,9 +335,14 @@ class OpenConnection:
         counts = self._port.counts
         counts.answers.leave(self._place)
         counts.began()
-        self._port.relay.join(self._client, self._stream, down=self._dial.rest, on_end=self._ended)
+        self._port.relay.join(self._client, self._stream, down=self._dial.rest, owner=self)
 
-    def _ended(self, account: Account) -> None:
+    def allowed(self) -> bool:
+        """See PairOwner: a source that may connect may stay."""
+        return True
+
+    def ended(self, account: Account) -> None:
+        """See PairOwner."""
         self._port.session.streams -= 1
         self._port.counts.ended(account)
 

@@ -25,7 +25,6 @@ from rtunnel.trust.tls import certificate_der, certificate_fingerprint, days_lef
 from rtunnel.watch import Watched, watch
 from rtunnel.wire.messages import Enrol, Trust
 from rtunnel.wire.refusal import Refusal, Refused
-from rtunnel_broker.ports import Guarded
 from rtunnel_broker.session import Session
 
 _T = TypeVar("_T")
@@ -114,9 +113,7 @@ class BrokerTrust:
 
     def _review(self) -> None:
         """Pairs of gateways whose key is revoked end."""
-        self._node.relay.review(
-            lambda pair: not (isinstance(pair.on_end, Guarded) and self.is_revoked(pair.on_end.key))
-        )
+        self._node.relay.review()
 
     def add(self, session: Session) -> None:
         """It is by certificate: it ends when that is void. Until `discard`."""

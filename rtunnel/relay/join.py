@@ -14,10 +14,9 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, Protocol
 
 from rtunnel.compat import override
 from rtunnel.relay.ends import SocketEnd
@@ -69,7 +68,27 @@ class Account:
         return self.ended - self.started
 
 
-OnEnd = Callable[[Account], None]
+class PairOwner(Protocol):
+    """The role's side of a pair: what it is for, and what is counted. In the relay's thread."""
+
+    def allowed(self) -> bool:
+        """Return whether the pair may go on; asked when rules, trust or exposed ports have changed."""
+
+    def ended(self, account: Account) -> None:
+        """Take the account of the pair, which is over. Called once."""
+
+
+class _NoOwner:
+    """For pairs that nobody counts and that are always allowed."""
+
+    def allowed(self) -> bool:
+        return True
+
+    def ended(self, account: Account) -> None:
+        pass
+
+
+NO_OWNER: Final[PairOwner] = _NoOwner()
 
 
 class Pipes:
@@ -114,16 +133,16 @@ class Pipes:
 class Pair:
     """Two joined ends. `abort` is for drain deadlines and for whoever must end it."""
 
-    __slots__ = ("_idle", "_live", "_timer", "account", "done", "loop", "moved", "on_end", "watched")
+    __slots__ = ("_idle", "_live", "_timer", "account", "done", "loop", "moved", "owner", "watched")
 
-    def __init__(self, loop: Loop, live: set[Pair], idle: float, on_end: OnEnd) -> None:
+    def __init__(self, loop: Loop, live: set[Pair], idle: float, owner: PairOwner) -> None:
         self.loop = loop
         self.account = Account(loop.now)
         self.done = False
         self.moved = loop.now  # the last time that a byte moved
         self.watched = False  # by TCP keep-alive
         self._live = live
-        self.on_end = on_end  # whoever ends pairs of some kind knows them by it
+        self.owner = owner
         self._idle = idle
         live.add(self)
         self._timer: Timer | None = loop.after(idle, self._idle_check) if idle else None
@@ -149,7 +168,7 @@ class Pair:
             account.up = 0
         if account.down < 0:
             account.down = 0
-        self.on_end(account)
+        self.owner.ended(account)
 
     def _idle_check(self) -> None:
         left = self.moved + self._idle - self.loop.now
@@ -343,9 +362,9 @@ class SocketPair(Pair):
         up: bytes = b"",
         down: bytes = b"",
         idle: float = 0.0,
-        on_end: OnEnd,
+        owner: PairOwner,
     ) -> None:
-        super().__init__(loop, live, idle, on_end)
+        super().__init__(loop, live, idle, owner)
         self.scratch = scratch
         self.pipes = pipes
         self.client = client
@@ -441,9 +460,9 @@ class StreamPair(Pair):
         out: bytes = b"",
         back: bytes = b"",
         idle: float = 0.0,
-        on_end: OnEnd,
+        owner: PairOwner,
     ) -> None:
-        super().__init__(loop, live, idle, on_end)
+        super().__init__(loop, live, idle, owner)
         self._scratch = scratch
         self._socket = end
         self._stream = stream

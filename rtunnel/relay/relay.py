@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from rtunnel.relay.ends import End, SocketEnd, reset_on_close
-from rtunnel.relay.join import Account, Ending, OnEnd, Pair, Pipes, SocketPair, StreamPair
+from rtunnel.relay.join import Account, Ending, Pair, PairOwner, Pipes, SocketPair, StreamPair
 from rtunnel.relay.link import Link, LinkOwner, Links
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Poller, Timer
 from rtunnel.relay.lost import closed
@@ -492,39 +492,42 @@ class Relay:
         up: bytes = b"",
         down: bytes = b"",
         idle: float = 0.0,
-        on_end: OnEnd,
+        owner: PairOwner,
     ) -> None:
-        """Let bytes flow; `up` and `down` were read already and go first. `on_end` may come before this returns."""
+        """Let bytes flow; `up` and `down` were read already and go first.
+
+        `owner.ended` may be called before this returns.
+        """
         if client.closed or client.broken or target.closed or target.broken:
             ending = Ending.CLIENT_RESET if client.closed or client.broken else Ending.TARGET_RESET
             client.abort()
             target.abort()
-            on_end(Account(self.loop.now, ended=self.loop.now, ending=ending))
+            owner.ended(Account(self.loop.now, ended=self.loop.now, ending=ending))
         elif isinstance(client, SocketEnd) and isinstance(target, SocketEnd):
             SocketPair(
                 self.loop, self.pairs, self.scratch, self.pipes, client, target,
-                up=up, down=down, idle=idle, on_end=on_end,
+                up=up, down=down, idle=idle, owner=owner,
             )  # fmt: skip
         elif isinstance(client, SocketEnd) and isinstance(target, StreamEnd):
             StreamPair(
                 self.loop, self.pairs, self.scratch, client, target,
-                socket_is_client=True, out=up, back=down, idle=idle, on_end=on_end,
+                socket_is_client=True, out=up, back=down, idle=idle, owner=owner,
             )  # fmt: skip
         elif isinstance(client, StreamEnd) and isinstance(target, SocketEnd):
             StreamPair(
                 self.loop, self.pairs, self.scratch, target, client,
-                socket_is_client=False, out=down, back=up, idle=idle, on_end=on_end,
+                socket_is_client=False, out=down, back=up, idle=idle, owner=owner,
             )  # fmt: skip
         else:
             raise TypeError("two streams can't be joined")
 
-    def review(self, allowed: Callable[[Pair], bool]) -> None:
-        """What is allowed has changed: pairs that are not end, some now and the others in the next turns."""
+    def review(self) -> None:
+        """End the pairs whose owners no longer allow them: some now, the others in the next turns."""
         pairs = list(self.pairs)
 
         def some() -> None:
             for pair in pairs[-REVIEWS_A_TURN:]:
-                if not pair.done and not allowed(pair):
+                if not pair.done and not pair.owner.allowed():
                     pair.abort(Ending.REVOKED)
             del pairs[-REVIEWS_A_TURN:]
             if pairs:

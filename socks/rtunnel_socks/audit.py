@@ -9,6 +9,7 @@ from rtunnel.config import format_endpoint
 from rtunnel.counts import StreamCounts
 from rtunnel.relay.join import Account
 from rtunnel.relay.relay import Relay
+from rtunnel.trust.identity import TrustStore
 from rtunnel.trust.policy import Question
 from rtunnel.trust.users import Hash
 from rtunnel_socks.access import Access
@@ -24,6 +25,7 @@ class Auditor(Protocol):
     access: Access
     limits: Limits
     namespace: str
+    trust_store: TrustStore | None  # whose certificates are good; None: none is looked at
 
     @property
     def counts(self) -> StreamCounts:
@@ -66,7 +68,7 @@ class Asked:
 
 
 class Joined:
-    """Counts one stream, and is told its end; also the sign by which the gateway knows a client's pair."""
+    """The owner of a client's pair: what was asked for, and by which path it was reached."""
 
     __slots__ = ("asked", "attempts", "auditor", "certificate", "identity", "requests", "setup", "used")
 
@@ -82,7 +84,21 @@ class Joined:
         auditor.paths.opened(reached.used)
         auditor.counts.began()
 
-    def __call__(self, account: Account) -> None:
+    def allowed(self) -> bool:
+        """Return whether rules and users in force allow it, and neither agent nor broker is revoked."""
+        trust_store = self.auditor.trust_store
+        if trust_store is not None:
+            # An agent goes over to another certificate with its sessions, and can't within a stream. So a CA that left
+            # in order does not end what was proved by it before; brokers end that of agents who have no other one.
+            who = self.identity
+            if who is not None and (trust_store.is_revoked(who) or trust_store.is_void(who)):
+                return False
+            if trust_store.fault_of(self.certificate):
+                return False
+        return self.asked.judge(self.auditor.access)
+
+    def ended(self, account: Account) -> None:
+        """See PairOwner."""
         auditor, asked, used, identity = self.auditor, self.asked, self.used, self.identity
         auditor.paths.closed(used)
         auditor.counts.ended(account)

@@ -61,6 +61,7 @@ class Client:
         "_forwarding",
         "_gateway",
         "_http",
+        "_joined",
         "_logging_in",
         "_request",
         "_socks",
@@ -81,6 +82,7 @@ class Client:
         self._ahead = b""  # came behind the head of that, and was read with the request before
         self._dial: TargetDial | None = None
         self._forwarding: Forwarding | None = None  # parked: of the request before
+        self._joined: Joined | None = None  # the owner of that
         self._wait: Timer | None = None  # for another request
         self._was_answered = False  # one before
         self._claims = ""  # the known user that it says it is, until that is proved
@@ -289,9 +291,7 @@ class Client:
             return
         self._end.write(http.response_connected() if self._socks is None else socks5.reply_ok())
         self._leave(joined=True)
-        gateway.relay.join(
-            self._end, reached.end, up=early, down=reached.rest, idle=gateway.idle_timeout, on_end=joined
-        )
+        gateway.relay.join(self._end, reached.end, up=early, down=reached.rest, idle=gateway.idle_timeout, owner=joined)
 
     def _early(self) -> bytes:
         """What the client sent already behind its request."""
@@ -309,20 +309,23 @@ class Client:
             self._end.abort()
             target.abort()
             now = gateway.relay.loop.now
-            joined(Account(now, ended=now, ending=Ending.CLIENT_RESET if self._end.broken else Ending.TARGET_RESET))
+            joined.ended(
+                Account(now, ended=now, ending=Ending.CLIENT_RESET if self._end.broken else Ending.TARGET_RESET)
+            )
             return
         self._forwarding = Forwarding(
             gateway.relay, self, target, reached.rest,
-            idle=gateway.idle_timeout, max_head=gateway.max_head, on_end=joined,
+            idle=gateway.idle_timeout, max_head=gateway.max_head, owner=joined,
         )  # fmt: skip
+        self._joined = joined
         joined.requests = 1
         self._forwarding.exchange(request, self._end, early, first=not self._was_answered)
 
     def _reuse(self, forwarding: Forwarding) -> bool:
         """Send the request over the connection of the one before; False when it wants another target, or is another
         user's."""
-        before = forwarding.on_end
-        assert isinstance(before, Joined)
+        before = self._joined
+        assert before is not None
         request, asked = self._request, self.asked
         is_same = (before.asked.target, before.asked.user) == (asked.target, asked.user)
         if request is None or not forwarding.parked or not is_same:

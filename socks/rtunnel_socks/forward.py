@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from rtunnel.relay.ends import SocketEnd
-from rtunnel.relay.join import PIECE, QUANTUM, Ending, OnEnd, Pair
+from rtunnel.relay.join import PIECE, QUANTUM, Ending, Pair, PairOwner
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Timer
 from rtunnel.relay.memory import Memory
 from rtunnel.relay.relay import Relay
@@ -160,11 +160,11 @@ class Forwarding(Pair):
         "_client",
         "_cut",
         "_down",
+        "_exchanger",
         "_is_first",
         "_is_partial",
         "_max_head",
         "_memory",
-        "_owner",
         "_parking",
         "_queued",
         "_request",
@@ -175,15 +175,15 @@ class Forwarding(Pair):
     )
 
     def __init__(
-        self, relay: Relay, owner: Exchanger, target: SocketEnd, down: bytes, *,
-        idle: float, max_head: int, on_end: OnEnd,
+        self, relay: Relay, exchanger: Exchanger, target: SocketEnd, down: bytes, *,
+        idle: float, max_head: int, owner: PairOwner,
     ) -> None:  # fmt: skip
         """`down` was read from the target already. `idle` seconds without a byte end it (0: never); an answer's head
         may have `max_head` bytes."""
-        super().__init__(relay.loop, relay.pairs, idle, on_end)
+        super().__init__(relay.loop, relay.pairs, idle, owner)
         self._scratch = relay.scratch.upload
         self._memory = relay.memory
-        self._owner = owner
+        self._exchanger = exchanger
         self._max_head = max_head
         self._target = _Side(target, self._target_event, relay.memory)
         self.account.up -= len(self._target.held)  # our own words, not the client's
@@ -212,8 +212,10 @@ class Forwarding(Pair):
         return self._parking is not None
 
     def exchange(self, request: Forward, client: SocketEnd, early: bytes, *, first: bool) -> None:
-        """Serve a request, the client's `first` or a later one; `early` came behind its head. Owner or `on_end` may be
-        called before this returns."""
+        """Serve a request, the client's `first` or a later one; `early` came behind its head.
+
+        The exchanger and the owner of the pair may be called before this returns.
+        """
         self._stop_parking()
         self.requests += 1
         self._client = _Side(client, self._client_event, self._memory)
@@ -335,7 +337,7 @@ class Forwarding(Pair):
             self._run()
             return
         self._end_exchange(Ending.OVERRUN, reset=True)
-        self._owner.broken(refused)
+        self._exchanger.broken(refused)
 
     def _hear_out(self) -> None:
         """The target takes no more of the request. What it has said before may be an answer: 413, for example."""
@@ -408,7 +410,7 @@ class Forwarding(Pair):
             # A target that has answered before the request's end waits for the rest of it.
             self._end_exchange(Ending.CLOSED, reset=not is_whole and not target.eof)
         if keeps_client:
-            self._owner.answered(rest)
+            self._exchanger.answered(rest)
         else:
             client.end.close()
 
@@ -463,7 +465,7 @@ class Forwarding(Pair):
     def _dial_again(self) -> None:
         rest = self._rest
         self._end_exchange(Ending.CLOSED, reset=True)
-        self._owner.unanswered(rest)
+        self._exchanger.unanswered(rest)
 
     def abort(self, ending: Ending) -> None:
         """See Pair. A client whose answer is whole lives on."""

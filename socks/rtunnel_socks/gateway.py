@@ -20,7 +20,6 @@ from rtunnel.logs import Throttle, get_logger
 from rtunnel.net import listening_socket
 from rtunnel.registry import Registry, Tuple
 from rtunnel.registry.routes import Mirror, RouteTable
-from rtunnel.relay.join import Pair
 from rtunnel.relay.relay import Listener, Relay
 from rtunnel.trust.follower import TrustFollower
 from rtunnel.trust.identity import TrustStore
@@ -29,7 +28,6 @@ from rtunnel.trust.tls import dial_client_context
 from rtunnel.wire import http
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_socks.access import Access
-from rtunnel_socks.audit import Joined
 from rtunnel_socks.client import Client
 from rtunnel_socks.dial import Paths, Target, TargetDial
 from rtunnel_socks.hedge import Hedging
@@ -242,22 +240,7 @@ class Gateway:
 
     def _review(self) -> None:
         """Rules or users have changed, or an agent or broker is revoked: what is open and no longer allowed ends."""
-        self.relay.review(self._allowed)
-
-    def _allowed(self, pair: Pair) -> bool:
-        joined = pair.on_end
-        if not isinstance(joined, Joined):
-            return True
-        trust_store = self.trust_store
-        if trust_store is not None:
-            # An agent goes over to another certificate with its sessions, and can't within a stream. So a CA that left
-            # in order does not end what was proved by it before; brokers end that of agents who have no other one.
-            who = joined.identity
-            if who is not None and (trust_store.is_revoked(who) or trust_store.is_void(who)):
-                return False
-            if trust_store.fault_of(joined.certificate):
-                return False
-        return joined.asked.judge(self.access)
+        self.relay.review()
 
     @staticmethod
     def _guarded(tuples: tuple[Tuple, ...]) -> tuple[Tuple, ...]:

@@ -36,7 +36,7 @@ async def start_own_broker(cluster: Cluster, node: str, **keys: object) -> None:
 
 def nodes_in_use(cluster: Cluster) -> set[str]:
     """Where the gateway's streams go."""
-    return {pair.on_end.used.node for pair in list(cluster.gateway.relay.pairs) if isinstance(pair.on_end, Joined)}
+    return {pair.owner.used.node for pair in list(cluster.gateway.relay.pairs) if isinstance(pair.owner, Joined)}
 
 
 async def test_gateways_leave_a_revoked_broker(tmp_path: Path, events: Events) -> None:

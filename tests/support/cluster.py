@@ -21,6 +21,7 @@ from rtunnel.config import load
 from rtunnel.registry import Registry
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.relay.ends import SocketEnd
+from rtunnel.relay.join import NO_OWNER
 from rtunnel.relay.relay import Relay
 from rtunnel.roles import Role, find_role
 from rtunnel.trust import pki
@@ -110,7 +111,7 @@ class Vip:
             if backend is None:
                 client.abort()
             else:
-                self.relay.join(client, backend, on_end=lambda account: None)
+                self.relay.join(client, backend, owner=NO_OWNER)
 
         self.relay.connect(host, port, 2.0, connected)
 

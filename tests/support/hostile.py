@@ -40,6 +40,7 @@ from rtunnel.relay.relay import Relay
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.wire.messages import DIAL_ALPN
 from support.kernel import Choices, Kernel, Side, SimEpoll
+from support.owners import Recorder
 
 #: What peers send: a piece of this at an offset of their own, so that a byte in the wrong place shows.
 _BLOCK: Final = random.Random(7).randbytes(1 << 21)
@@ -382,7 +383,7 @@ class World:
 
     def _join(self, way: Way, relay: SimRelay, client: End, target: End, **options: Any) -> None:
         way.pairs += 1
-        relay.join(client, target, on_end=way.accounts.append, **options)
+        relay.join(client, target, owner=Recorder(way.accounts), **options)
 
     def _dial(self, way: Way, relay: SimRelay, hops: list[Hop], handler: EndHandler) -> End:
         hop, words = hops[0], b"D" + bytes([way.number])

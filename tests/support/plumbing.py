@@ -15,6 +15,7 @@ from rtunnel.relay.link import Link
 from rtunnel.relay.lost import Lost
 from rtunnel.relay.relay import Relay
 from rtunnel.relay.stream import StreamEnd
+from support.owners import Recorder
 from support.ports import as_text, loose_ports
 
 _T = TypeVar("_T")
@@ -256,7 +257,7 @@ class Tunnel:
             if end is None:
                 stream.abort()
             else:
-                self.far.join(stream, end, on_end=self.far_accounts.append)
+                self.far.join(stream, end, owner=Recorder(self.far_accounts))
 
         self.far.connect(host, port, PATIENCE, connected)
         return handler
@@ -269,7 +270,7 @@ class Tunnel:
         stream = StreamEnd(self.near_link)
         self.near_link.attach(stream)
         stream.write(b"")
-        self.near.join(end, stream, on_end=self.accounts.append)
+        self.near.join(end, stream, owner=Recorder(self.accounts))
 
     def through(self) -> tuple[socket.socket, socket.socket]:
         """A client and the target's end of its connection."""

@@ -27,6 +27,7 @@ from rtunnel.trust import pki
 from rtunnel.trust.tls import client_context, server_context
 from rtunnel.wire.refusal import Refusal
 from rtunnel.wire.yamux import INITIAL_WINDOW
+from support.owners import Recorder
 from support.plumbing import (
     PATIENCE,
     Quiet,
@@ -66,7 +67,7 @@ class SocketHop:
                 client.abort()
                 self.accounts.append(Account(0.0, ending=Ending.TARGET_RESET))
             else:
-                self.relay.join(client, end, on_end=self.accounts.append)
+                self.relay.join(client, end, owner=Recorder(self.accounts))
 
         host, port = self.target.getsockname()
         self.relay.connect(host, port, PATIENCE, connected)
@@ -462,12 +463,37 @@ def test_an_idle_pair_ends_at_its_timeout() -> None:
             b.setblocking(False)
             ends.append((a, b))
         relay.do(
-            lambda: relay.join(relay.end(ends[0][1], ""), relay.end(ends[1][1], ""), idle=0.1, on_end=accounts.append)
+            lambda: relay.join(relay.end(ends[0][1], ""), relay.end(ends[1][1], ""), idle=0.1, owner=Recorder(accounts))
         )
         with pytest.raises(ConnectionResetError):
             ends[0][0].recv(1)
         relay.settle(lambda: bool(accounts))
         assert accounts[0].ending is Ending.IDLE
+
+
+def join(relay: TestRelay, client: socket.socket, target: socket.socket, owner: Recorder) -> None:
+    """Join two sockets."""
+    relay.join(relay.end(client, ""), relay.end(target, ""), owner=owner)
+
+
+def test_a_review_ends_the_pairs_that_their_owners_no_longer_allow() -> None:
+    """Each owner answers for its own pair; the others go on."""
+    with running_relay() as relay, listener() as meeting:
+        ends, owners = [], [Recorder([]), Recorder([])]
+        for owner in owners:
+            a, c = dial(meeting.getsockname()), dial(meeting.getsockname())
+            b, d = meeting.accept()[0], meeting.accept()[0]
+            b.setblocking(False)
+            d.setblocking(False)
+            ends.append((a, c))
+            relay.do(partial(join, relay, b, d, owner))
+        owners[0].is_allowed = False
+        relay.do(relay.review)
+        with pytest.raises(ConnectionResetError):
+            ends[0][0].recv(1)
+        assert [account.ending for account in owners[0].accounts] == [Ending.REVOKED]
+        ends[1][0].sendall(b"x")
+        assert ends[1][1].recv(1) == b"x" and not owners[1].accounts
 
 
 def test_running_out_of_descriptors_pauses_accepting() -> None:
@@ -876,7 +902,7 @@ def test_an_end_that_broke_while_it_was_told_is_not_joined() -> None:
             reset(client)
             while not ends[0].broken:  # the first words after the reset fail
                 ends[0].write(b"connected")
-            relay.join(ends[0], ends[1], on_end=accounts.append)
+            relay.join(ends[0], ends[1], owner=Recorder(accounts))
 
         relay.do(tell_and_join)
         with pytest.raises(ConnectionResetError):

@@ -32,6 +32,7 @@ from rtunnel.relay.transport import Scratch, TlsTransport
 from rtunnel.trust import pki
 from rtunnel.trust.tls import client_context, dial_client_context, dial_server_context, server_context
 from rtunnel.wire.messages import DIAL_ALPN
+from support.owners import Recorder
 from support.plumbing import (
     PATIENCE,
     TestRelay,
@@ -106,7 +107,7 @@ class Tunnel:
 
         def joined(end: SocketEnd, data: bytes) -> None:
             assert data.startswith(b"!")
-            self.relay.join(client, end, down=data[1:], on_end=self.accounts.append)
+            self.relay.join(client, end, down=data[1:], owner=Recorder(self.accounts))
 
         host, port = self.inner.getsockname()
         self.relay.connect(host, port, 5.0, connected)
@@ -120,7 +121,7 @@ class Tunnel:
             def connected(target: SocketEnd | None, *_: object) -> None:
                 assert target is not None
                 end.write(b"!")
-                self.relay.join(end, target, up=data[4:], on_end=self.accounts.append)
+                self.relay.join(end, target, up=data[4:], owner=Recorder(self.accounts))
 
             host, port = self.target.getsockname()
             self.relay.connect(host, port, 5.0, connected)
