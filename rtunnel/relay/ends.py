@@ -1,4 +1,55 @@
-"""What can be joined, and how an end talks before it is."""
+"""Ends: what can be joined, and how a role's handler uses one before that.
+
+A `SocketEnd` is a TCP connection (`tls.TlsEnd`: one under TLS), a `stream.StreamEnd` a yamux stream.
+Until an end is joined or closed, its bytes go to an `EndHandler`, a small protocol object of a role.
+
+The states of a `SocketEnd`:
+
+    State         Owner of the descriptor      What ends it
+    ------------  ---------------------------  -----------------------------------------------------
+    reading       the end; the peer's bytes    `pause`, a join, `close`, `abort`; a lost peer; the
+                  go to the handler            deadline of `talk`
+    paused        the end; bytes stay in the   `resume` or `talk`, a join, `close`, `abort`; a lost
+                  kernel                       peer
+    joined        the pair (`hand_over`)       the pair's end, which closes the socket, or
+                                               `take_back`
+    closing       the end, without a handler   see below; at the latest LINGER_SECONDS or
+                                               LINGER_BYTES
+    closed        none: the loop closes the
+                  socket at the end of the
+                  turn
+
+What happens to its socket, before it is joined:
+
+    The kernel or the peer does     The end does
+    ------------------------------  ----------------------------------------------------------------
+    bytes come                      while reading, calls `received`; while paused, leaves them in
+                                    the kernel and remembers `readable`; while closing, drops them
+    a FIN comes                     while reading, sets `eof` and calls `finished`, behind the last
+                                    `received`; while closing, closes the socket once its own bytes
+                                    are sent
+    RST comes (ERR, HUP)            while reading, calls `received` with what came before it
+                                    (READS_A_TURN pieces at most); then closes the socket and calls
+                                    `lost`, also while paused; while closing, only closes the socket
+    HUP without an error            while closing this is the second FIN, and no loss: its own bytes
+                                    may still be on their way
+    a send takes less than all      keeps the rest in `_out`, asks for room (`await_room`), and
+                                    sends the rest at the OUT event
+    a send fails                    closes the socket and calls `lost`; when the send is that of a
+                                    `write`, sets `broken` and does so in a later step of the loop
+
+**Closing in order.** `close` sends what is left, then FIN, then reads and drops until the peer's FIN.
+A close(2) with unread bytes would send RST instead of FIN, and a RST throws away what the peer has
+not read yet: a refusal, for instance. After LINGER_SECONDS or LINGER_BYTES the end is reset.
+
+**What calls back.** `talk`, `write`, `pause`, `resume`, `close`, `abort` and a join call no method of
+the handler before they return; what is due comes in a later step of the loop. In `received` and
+`finished` the handler may call any of them: the end looks at its state anew after each call.
+`lost` is the last call, and the end is closed by then. After `close`, `abort` or a join there is none.
+
+Everything here must run in the relay's thread. Tests: `tests/unit/test_last_words.py` and
+`tests/unit/test_hostile_kernel.py` ("last words reset" puts a fault into `_event`).
+"""
 
 from __future__ import annotations
 
@@ -10,70 +61,75 @@ from typing import Final, Protocol
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
 from rtunnel.relay.lost import DEADLINE, RESET, Lost, lost_by
 
-#: A talking end reads pieces of this size: negotiations are short.
-TALK_BYTES: Final = 16 * 1024
-#: So many before others get their turn: a peer may send faster than its words are looked at.
+#: Bytes of one read for a handler: negotiations are short.
+HANDLER_READ_BYTES: Final = 16 * 1024
+#: Reads per loop turn for a handler, so that one end cannot starve the others.
 READS_A_TURN: Final = 4
-#: Reads that a closing end throws away before others get their turn.
+#: Reads per loop turn of a closing end, whose bytes are dropped.
 DROPS_A_TURN: Final = 16
-#: How long a closing end may take to get its last words through.
+#: Seconds that a closing end may take to send what is left and to get the peer's FIN; then it is reset.
 LINGER_SECONDS: Final = 5.0
-#: Bytes that a closing end throws away. The buffers of both kernels hold some 10 MiB, so a peer that sends more has had
-#: the last words for long.
+#: Bytes that a closing end drops; then it is reset. The buffers of both kernels hold some 10 MiB, so
+#: a peer that sends more than this has received the last words already.
 LINGER_BYTES: Final = 16 * 1024 * 1024
 
+#: struct linger {on, 0 seconds}: close(2) sends RST (socket(7)).
 _RST_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 
 class EndHandler(Protocol):
-    """A role's protocol object for one end, until the end is joined or closed."""
+    """A role's protocol object for one end, until the end is joined or closed. In the relay's thread."""
 
     def received(self, data: bytes) -> None:
-        """The peer said something."""
+        """Take bytes of the peer."""
 
     def finished(self) -> None:
-        """The peer shut down its sending side."""
+        """Hear that the peer sends no more (FIN). Comes once, after the last bytes."""
 
     def lost(self, lost: Lost) -> None:
-        """Hear that the end is gone (reset, deadline, link lost); it is closed already."""
+        """Hear that the end is gone (reset, deadline, link lost). It is closed already; the last call."""
 
 
 class End(Protocol):
-    """A socket or a stream, before it is joined."""
+    """A socket or a stream, before it is joined. In the relay's thread."""
 
-    eof: bool  # the peer has finished
+    eof: bool  # the peer has sent FIN, and all before it was read
     closed: bool
-    broken: bool  # `write` failed: the talker hears `lost` in the next turn, and no pair may be made of it
+    broken: bool  # `write` failed: the handler hears `lost` in the next turn, and it must not be joined
 
     def talk(self, handler: EndHandler, deadline: float | None = None) -> None:
-        """Give what the peer says to this talker. `deadline` seconds without `pause` or a join: lost(DEADLINE)."""
+        """Give the peer's bytes to this handler from now on, in place of any other.
+
+        After `deadline` seconds without `pause`, a join or another `talk`, the handler hears
+        `lost(DEADLINE)`; None: no deadline.
+        """
 
     def write(self, data: bytes) -> None:
-        """Send; small, and only while talking."""
+        """Send a few bytes, before the join. What the kernel does not take is kept, without a bound."""
 
     def pause(self) -> None:
-        """Take no more bytes until the join (losing the peer is still told); ends the deadline."""
+        """Take no more bytes until `resume` or a join, and end the deadline. `lost` may still come."""
 
     def resume(self) -> None:
-        """Take bytes again."""
+        """Take bytes again, after `pause`."""
 
     def close(self) -> None:
-        """Close when all that was said is out. The talker hears nothing more."""
+        """Close in order, behind all that was written. The handler hears nothing more."""
 
     def abort(self) -> None:
-        """Reset at once. The talker hears nothing more."""
+        """Reset at once. The handler hears nothing more."""
 
 
 class SocketEnd:
-    """A connected, non-blocking TCP socket."""
+    """A connected, non-blocking TCP socket as an end. `peer` is the other side's IP."""
 
-    can_splice = True  # what goes through the descriptor is what is said
+    can_splice = True  # the bytes of the descriptor are the bytes of the connection (not so under TLS)
 
     __slots__ = (
         "_awaits_room",
+        "_closing",
         "_deadline",
         "_dropped",
-        "_dying",
         "_fin_sent",
         "_handler",
         "_out",
@@ -91,24 +147,25 @@ class SocketEnd:
     )
 
     def __init__(self, loop: Loop, sock: socket.socket, peer: str, *, watched: bool = False) -> None:
+        """Take the socket over, and watch it. `watched`: the loop watches it already, for everything."""
         self.loop = loop
         self.sock = sock
         self.fd = sock.fileno()
-        self.peer = peer  # the other side's IP
+        self.peer = peer
         self.eof = False
         self.closed = False
         self.broken = False
-        self.readable = False  # until an event says so: watching begins with one
-        self.hup = False  # a FIN is under way: read until it comes
+        self.readable = False  # there may be bytes; the first event says so
+        self.hup = False  # a FIN or urgent data is there: a short read has not drained the socket
         self._handler: EndHandler | None = None
         self._reading = False
-        self._out = b""
-        self._dying = False
+        self._out = b""  # written, and not taken by the kernel yet
+        self._closing = False
         self._dropped = 0  # bytes that came while it was closing
         self._fin_sent = False
-        self._queued = False
+        self._queued = False  # `_go_on_closing` is in the run queue
         self._deadline: Timer | None = None
-        self._awaits_room = watched  # whoever watched it before watched for everything
+        self._awaits_room = watched  # the loop watches it for room to write
         if watched:
             loop.handlers[self.fd] = self._event
         else:
@@ -135,7 +192,7 @@ class SocketEnd:
         except BlockingIOError:
             sent = 0
         except OSError as error:
-            # The talker is in the middle of something: it hears of it in the next turn.
+            # Not now: the handler is in the middle of something, and calls `write`.
             lost = lost_by(error)
             self.broken = True
             self.loop.soon(lambda: self._lose(lost))
@@ -155,44 +212,47 @@ class SocketEnd:
             self.loop.soon(self._read)
 
     def close(self) -> None:
-        """Read and drop what the peer still sends, so that no reset overtakes our last words."""
+        """Close in order, as the module describes; close(2) at once only when both directions are done."""
         if self.closed:
             return
         self._handler = None
         if self._deadline is not None:
             self._stop_deadline()
         if self._out or not self.eof:
-            self._dying = True
+            self._closing = True
             self._deadline = self.loop.after(LINGER_SECONDS, self.abort)
-            self._die_later()
+            self._close_later()
         else:
-            self._bury()
+            self._close_socket()
 
     def abort(self) -> None:
         if not self.closed:
             self.reset_on_close()
             self._handler = None
-            self._bury()
+            self._close_socket()
 
     def cut_short(self) -> None:
-        """Close at once: in order if it is closing and the kernel has its last words, else with a reset."""
-        if self._dying and not self._out and not self.closed:
-            self._bury()
+        """Close at once: in order if the end is closing and the kernel has all its bytes, else by a reset."""
+        if self._closing and not self._out and not self.closed:
+            self._close_socket()
         else:
             self.abort()
 
     def reset_on_close(self) -> None:
-        """Let the socket's close send a reset."""
+        """Make the coming close of the socket send RST."""
         reset_on_close(self.sock)
 
     def await_room(self) -> None:
-        """A write found no room: be told when there is some."""
+        """Ask for an OUT event, after a send that took less than all."""
         if not self._awaits_room:
             self._awaits_room = True
             self.loop.add_out(self.fd)
 
     def hand_over(self, handler: Callable[[int], None]) -> bytes:
-        """The join takes the descriptor; returns bytes that still have to go out first."""
+        """Give the descriptor's events to a pair's `handler(mask)`.
+
+        Return the bytes that were written and not sent yet: the pair must send them first.
+        """
         if self._deadline is not None:
             self._stop_deadline()
         self._handler = None
@@ -201,12 +261,12 @@ class SocketEnd:
         return out
 
     def take_back(self, *, hup: bool) -> None:
-        """The inverse of `hand_over`: talk or close again. Everything that the join had to send is sent.
+        """Undo `hand_over`, so that `talk` or `close` can follow. The pair must have sent all that it held.
 
-        `hup`: a FIN may be under way, or read already.
+        `hup`: a FIN may have come, or was read already.
         """
         self.loop.handlers[self.fd] = self._event
-        self.readable = True  # whatever edge there was, the join may have had it
+        self.readable = True  # the pair may have got the edge
         self.hup = hup
 
     def _event(self, mask: int) -> None:
@@ -216,21 +276,21 @@ class SocketEnd:
             self.readable = True
         if mask & OUT and self._out:
             self._flush()
-        if self._dying:
-            # HUP is no loss here: it comes when the peer's FIN meets ours, with our last words still on their way.
-            self._die_later()
+        if self._closing:
+            # HUP is no loss here: it comes with the second FIN, and our last bytes may be on their way.
+            self._close_later()
             return
         if self._reading:
-            self._read()  # first: a peer's last words may stand before its reset
-        if mask & LOST and not self._dying and self.loop.handlers.get(self.fd) == self._event:
-            self._lose(RESET)  # still ours: the talker may have closed or joined it in that read
+            self._read()  # first: bytes of the peer may stand before its reset
+        if mask & LOST and not self._closing and self.loop.handlers.get(self.fd) == self._event:
+            self._lose(RESET)  # the handler has neither closed nor joined it in that read
 
     def _read(self) -> None:
         for _ in range(READS_A_TURN):
             if not (self._reading and self.readable and not self.closed and self._handler is not None and not self.eof):
                 return
             try:
-                data = self.sock.recv(TALK_BYTES)
+                data = self.sock.recv(HANDLER_READ_BYTES)
             except BlockingIOError:
                 self.readable = False
                 return
@@ -241,10 +301,10 @@ class SocketEnd:
                 self.eof = True
                 self._handler.finished()
                 return
-            if len(data) < TALK_BYTES and not self.hup:
+            if len(data) < HANDLER_READ_BYTES and not self.hup:
                 self.readable = False
             self._handler.received(data)
-        self.loop.soon(self._read)  # it talks and talks: others get their turn
+        self.loop.soon(self._read)  # READS_A_TURN is used up
 
     def _flush(self) -> None:
         try:
@@ -256,13 +316,13 @@ class SocketEnd:
             return
         self._out = self._out[sent:]
 
-    def _die_later(self) -> None:
+    def _close_later(self) -> None:
         if not self._queued:
             self._queued = True
-            self.loop.soon(self._die)
+            self.loop.soon(self._go_on_closing)
 
-    def _die(self) -> None:
-        """Last words out, then FIN, then the peer's FIN."""
+    def _go_on_closing(self) -> None:
+        """Send FIN behind the last bytes, then drop what comes until the peer's FIN."""
         self._queued = False
         if self.closed or self._out:
             return
@@ -271,7 +331,7 @@ class SocketEnd:
                 self._fin_sent = True
                 self.sock.shutdown(socket.SHUT_WR)
             for _ in range(DROPS_A_TURN):
-                dropped = len(self.sock.recv(TALK_BYTES))
+                dropped = len(self.sock.recv(HANDLER_READ_BYTES))
                 self._dropped += dropped
                 if not dropped:
                     break
@@ -279,13 +339,13 @@ class SocketEnd:
                     self.abort()
                     return
             else:
-                self._die_later()  # it talks and talks: others get their turn
+                self._close_later()  # DROPS_A_TURN is used up
                 return
         except BlockingIOError:
             return
         except OSError:
             pass
-        self._bury()
+        self._close_socket()
 
     def _late(self) -> None:
         self._lose(DEADLINE)
@@ -303,7 +363,7 @@ class SocketEnd:
         self._deadline.cancel()
         self._deadline = None
 
-    def _bury(self) -> None:
+    def _close_socket(self) -> None:
         self.closed = True
         if self._deadline is not None:
             self._stop_deadline()
@@ -311,7 +371,7 @@ class SocketEnd:
 
 
 def reset_on_close(sock: socket.socket) -> None:
-    """Make the coming close send RST: the peer must not take an abort for an end."""
+    """Make the coming close of a socket send RST: the peer must not take an abort for an orderly end."""
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
     except OSError:

@@ -384,14 +384,14 @@ class TlsEnd(SocketEnd):
     def _turn_away(self, lost: Lost) -> None:
         """In order: a reset could overtake the alert."""
         handler, self._handler = self._handler, None
-        self._bury()
+        self._close_socket()
         if handler is not None:
             handler.lost(lost)
 
     def _go_on(self) -> None:
         self.readable = True  # bytes may have come with the handshake's last
-        if self._dying:
-            self._die_later()
+        if self._closing:
+            self._close_later()
         elif self._reading and not self.closed:
             self._read()
 

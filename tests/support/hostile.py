@@ -244,7 +244,7 @@ class SimRelay(Relay):
     @property
     def busy(self) -> bool:
         """It has something to do without waiting."""
-        return bool(self.poller.edges or self.loop._ready or self.loop._long)
+        return bool(self.poller.edges or self.loop._ready or self.loop._slow)
 
 
 @dataclass(frozen=True)

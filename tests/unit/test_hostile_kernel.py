@@ -100,8 +100,8 @@ def lose_at_every_hup(self: SocketEnd, mask: int) -> None:
         self.readable = True
     if mask & OUT and self._out:
         self._flush()
-    if self._dying:
-        self._die_later()
+    if self._closing:
+        self._close_later()
     elif self._reading:
         self._read()
     if mask & LOST:

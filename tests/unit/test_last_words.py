@@ -255,7 +255,7 @@ def test_a_peer_that_goes_on_for_ever_is_reset(world: World, monkeypatch: pytest
         side.deliver()
         sent += 1 << 14
         world._turn(world.relays[0])
-    assert 0 <= sent - ends.LINGER_BYTES <= ends.TALK_BYTES
+    assert 0 <= sent - ends.LINGER_BYTES <= ends.HANDLER_READ_BYTES
 
 
 def test_of_many_ending_links_the_oldest_gives_way(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

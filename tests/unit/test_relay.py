@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from rtunnel.relay.ends import READS_A_TURN, TALK_BYTES, SocketEnd
+from rtunnel.relay.ends import HANDLER_READ_BYTES, READS_A_TURN, SocketEnd
 from rtunnel.relay.join import Account, Ending, StreamPair
 from rtunnel.relay.link import FRAMES_A_TURN, UNPROVEN_FRAMES_A_TURN
-from rtunnel.relay.loop import LONG_A_TURN, Loop
+from rtunnel.relay.loop import SLOW_A_TURN, Loop
 from rtunnel.relay.lost import closed
 from rtunnel.relay.memory import START_WINDOW
 from rtunnel.relay.relay import WATCH_SECONDS
@@ -532,7 +532,7 @@ class TestTalking:
 
     def test_a_peer_that_talks_and_talks_leaves_others_their_turn(self) -> None:
         """A quarter of a megabyte is there at once; what stands in line meanwhile comes in between."""
-        size = 16 * TALK_BYTES
+        size = 16 * HANDLER_READ_BYTES
         heard: list[int] = []
         at: list[int] = []
 
@@ -929,7 +929,7 @@ def test_what_takes_long_stands_in_line() -> None:
     loop.run()
     runs = "".join("l" if word == "long" else " " for word in done).split()
     assert done.count("long") == 20
-    assert max(map(len, runs)) <= LONG_A_TURN
+    assert max(map(len, runs)) <= SLOW_A_TURN
 
 
 def test_a_listener_that_finishes_serves_its_queue_first() -> None:
