@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import structlog
 from structlog.testing import capture_logs
 
 from rtunnel import watch
-from rtunnel.trust import follower
+from rtunnel.trust import follower, pki
 from rtunnel_socks import gateway, hedge
 from support.cluster import HEDGE_DELAY
 from support.logs import Events
@@ -44,3 +45,18 @@ def events() -> Iterator[Events]:
     structlog.reset_defaults()
     with capture_logs() as captured:
         yield captured
+
+
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cluster's keys for all tests of a file."""
+    made = tmp_path_factory.mktemp("cluster") / "pki"
+    pki.init(made)
+    return made
+
+
+@pytest.fixture
+def here(tmp_path: Path, secrets: Path) -> Path:
+    """A directory for `running_cluster` with the keys in it."""
+    (tmp_path / "pki").symlink_to(secrets)
+    return tmp_path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -70,6 +71,17 @@ def test_pages_name_files_that_exist(page: str) -> None:
     missing = [path for path in paths if not (ROOT / path).exists()]
     missing += [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
     assert paths and links and not missing
+
+
+# --- tests ------------------------------------------------------------------------------------------------------------
+
+
+def test_hostile_peers_subclass_no_code_under_test() -> None:
+    """A peer that inherits the protocol's code would inherit its faults, and hide them."""
+    for path in ("attackers", "handmade"):
+        tree = ast.parse((ROOT / "tests" / "support" / f"{path}.py").read_text())
+        bases = {ast.unparse(base) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in node.bases}
+        assert bases <= {"Exception"}, path
 
 
 # --- package metadata -------------------------------------------------------------------------------------------------
