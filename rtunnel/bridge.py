@@ -22,26 +22,25 @@ RELAY_PATIENCE = 30.0
 RELAY_LOOK = 0.1
 
 
-@asynccontextmanager
-async def running(relay: Relay) -> AsyncIterator[Bridge]:
-    """The relay's thread runs meanwhile. When this is left it has ended, cancelled or not."""
-    bridge = Bridge(relay)
-    relay.start()
-    try:
-        yield bridge
-    finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(relay.stop)
-
-
 class Bridge:
-    """Made in trio's thread, by the role that owns the relay."""
+    """Calls between trio's thread and the relay's. The role that owns the relay makes it and enters `running`."""
 
     def __init__(self, relay: Relay) -> None:
         self.relay = relay
-        self._token = trio.lowlevel.current_trio_token()
+        self._token: trio.lowlevel.TrioToken | None = None  # of the run that calls `run` or `running`
         self._limiter = trio.CapacityLimiter(REGISTRY_THREADS)
         self._nursery: trio.Nursery | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Run the relay's thread meanwhile. When this is left that thread has ended, cancelled or not."""
+        self._token = trio.lowlevel.current_trio_token()
+        self.relay.start()
+        try:
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self.relay.stop)
 
     @asynccontextmanager
     async def open_nursery(self) -> AsyncIterator[trio.Nursery]:
@@ -55,6 +54,7 @@ class Bridge:
 
     async def run(self, call: Callable[[], _T]) -> _T:
         """Run in the relay's thread; its result or exception. Not cancellable once it is on its way (microseconds)."""
+        self._token = trio.lowlevel.current_trio_token()
         done = trio.Event()
         box: list[tuple[_T | None, Exception | None]] = []
 
@@ -80,12 +80,17 @@ class Bridge:
 
     async def answered(self) -> None:
         """Return when the relay's thread has run a call that was made now; cancellable, and never while it hangs."""
+        self._token = trio.lowlevel.current_trio_token()
         done = trio.Event()
         self.relay.call(lambda: self.post(done.set))
         await done.wait()
 
     def post(self, call: Callable[[Unpack[_A]], object], *args: *_A) -> None:
-        """Run in trio's thread, soon. From the relay's thread (or any); dropped when trio's run is over."""
+        """Run in trio's thread, soon. From the relay's thread (or any); dropped when trio's run is over.
+
+        Only after `run` or `running` was called.
+        """
+        assert self._token is not None
         try:
             self._token.run_sync_soon(call, *args)
         except trio.RunFinishedError:

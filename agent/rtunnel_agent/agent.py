@@ -19,7 +19,7 @@ from typing import Final
 import trio
 
 import rtunnel
-from rtunnel.bridge import Bridge, running
+from rtunnel.bridge import Bridge
 from rtunnel.config import (
     AgentConfig,
     Config,
@@ -124,7 +124,7 @@ class Agent:
         self._brokers = Brokers(agent.brokers, self._log)
         self._stopping = False
         self._one_host = ""  # told in the log
-        self.bridge: Bridge
+        self.bridge = Bridge(self.relay)
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -256,7 +256,7 @@ class Agent:
 
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Agent] = trio.TASK_STATUS_IGNORED) -> None:
         """Until `stop`; started when it begins to dial."""
-        async with running(self.relay) as self.bridge, trio.open_nursery() as nursery:
+        async with self.bridge.running(), trio.open_nursery() as nursery:
             await nursery.start(self._brokers.run)
             for slot in self.slots:
                 nursery.start_soon(self._keep, slot)

@@ -35,7 +35,7 @@ from rtunnel.clock import CHECK_CLOCK, utc
 from rtunnel.config import AgentConfig
 from rtunnel.errors import TrustError
 from rtunnel.trust.certificates import ENROL_LABEL, agent_request, key_pem, new_key, pem, sign_renewal
-from rtunnel.trust.files import SECRET, replace
+from rtunnel.trust.files import SECRET, keep_trust_list, replace
 from rtunnel.trust.identity import (
     Identity,
     PrivateKey,
@@ -163,12 +163,6 @@ class Credentials:
             self._put(AgentIdentity(*load_pair(*self._pair)))
         self._make_contexts()
 
-    def _keep(self, path: Path, signed: bytes) -> None:
-        try:
-            replace(path, SECRET, signed)
-        except TrustError as error:
-            self._log.warning("trust_list_not_kept", reason=str(error), hint="the next start begins with an old one")
-
     # What the agent asks for.
 
     @property
@@ -222,7 +216,7 @@ class Credentials:
             self._log.error("trust_rejected", reason=str(error) or type(error).__name__)
             return
         if self._directory is not None:
-            self._keep(self._directory / "trust.list", signed)
+            keep_trust_list(self._directory / "trust.list", SECRET, signed, self._log)
         if self._trust_store.pem != cas and self.identity is not None:
             life = self.identity.who.ends - self.identity.who.issued
             soon = random.uniform(0, min(CA_SPREAD, life / 6))  # noqa: S311

@@ -12,7 +12,7 @@ from typing import Final
 import trio
 
 import rtunnel
-from rtunnel.bridge import Bridge, running
+from rtunnel.bridge import Bridge
 from rtunnel.clock import ClockWatch, registry_offset
 from rtunnel.config import (
     BrokerConfig,
@@ -91,7 +91,7 @@ class Node:
         self._log = get_logger("broker").bind()
         self._admission = Admission(broker.admit)
         self.relay = Relay(self.report, f"relay-{self.node}", memory=broker.stream_memory << 20)
-        self.bridge: Bridge
+        self.bridge = Bridge(self.relay)
         dial_keys = DialKeys(load_cluster_keys(broker.cluster_key))
         self._registry_offset: float | None = None  # this machine's clock minus the registry's
         self._measured_at = -MEASURE_SECONDS
@@ -278,7 +278,7 @@ class Node:
 
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Node] = trio.TASK_STATUS_IGNORED) -> None:
         """Started when links are accepted. Until `stop`; raises Superseded when another process takes the node_id."""
-        async with running(self.relay) as self.bridge:
+        async with self.bridge.running():
             # A node that can't serve yet must look so to the VIP: it listens only when it has its incarnation.
             shared = self.config.workers > 1
             sock = bound_socket(*parse_endpoint(self.config.listen), key="broker.listen", shared=shared)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from structlog.typing import FilteringBoundLogger
+
 from rtunnel.errors import TrustError
 
 PUBLIC: Final = 0o644
@@ -67,6 +69,21 @@ def replace(path: Path, mode: int, data: bytes) -> None:
             with suppress(OSError):
                 step()
         raise TrustError(f"{path}: can't be written: {error.strerror or error}") from None
+
+
+def keep_trust_list(path: Path, mode: int, signed: bytes, log: FilteringBoundLogger, *, before: str = "") -> str:
+    """Write the newest trust list for the next start; return why not, or "".
+
+    `before`: what the last call returned; the same fault is logged once.
+    """
+    try:
+        replace(path, mode, signed)
+    except TrustError as error:
+        if str(error) != before:
+            hint = "the next start begins with an older list"
+            log.warning("trust_list_not_kept", reason=str(error), hint=hint)
+        return str(error)
+    return ""
 
 
 def _create(path: Path, mode: int, data: bytes, undo: list[Callable[[], object]]) -> None:

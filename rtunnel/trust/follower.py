@@ -19,7 +19,7 @@ from structlog.typing import FilteringBoundLogger
 from rtunnel.config import parse_endpoint
 from rtunnel.errors import TrustError, certificate_fault
 from rtunnel.trust.certificates import AUTHORITY_NAME
-from rtunnel.trust.files import PUBLIC, replace
+from rtunnel.trust.files import PUBLIC, keep_trust_list
 from rtunnel.trust.identity import TrustStore
 from rtunnel.trust.tls import client_context_of
 from rtunnel.watch import Watched, watch
@@ -185,16 +185,9 @@ class TrustFollower:
         self._fault = fault
 
     async def _keep(self, signed: bytes) -> None:
-        if self._trust is None:
-            return
-        try:
-            await trio.to_thread.run_sync(replace, self._trust, PUBLIC, signed)
-            self._unkept = ""
-        except TrustError as error:
-            if str(error) != self._unkept:
-                hint = "the next start begins with an older list"
-                self._log.warning("trust_list_not_kept", reason=str(error), hint=hint)
-            self._unkept = str(error)
+        if self._trust is not None:
+            keep = partial(keep_trust_list, self._trust, PUBLIC, signed, self._log, before=self._unkept)
+            self._unkept = await trio.to_thread.run_sync(keep)
 
     async def _ask(self, request: Message, answers: Decoder[M]) -> M:
         """Send one request and return its answer. Raises _Silent."""

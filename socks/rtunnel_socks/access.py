@@ -24,7 +24,6 @@ from structlog.typing import FilteringBoundLogger
 
 from rtunnel.bridge import Bridge
 from rtunnel.config import GatewayConfig
-from rtunnel.relay.relay import Relay
 from rtunnel.trust.policy import LOCAL_ONLY, Networks, Policy, Question, Verdict, load_policy
 from rtunnel.trust.users import Hash, Users, load_users
 from rtunnel.watch import Watched, watch
@@ -79,12 +78,12 @@ class Access:
     """Of one gateway. Made in trio's thread; `watch` runs there, everything else in the relay's."""
 
     def __init__(
-        self, config: GatewayConfig, relay: Relay, log: FilteringBoundLogger, changed: Callable[[], None]
+        self, config: GatewayConfig, bridge: Bridge, log: FilteringBoundLogger, changed: Callable[[], None]
     ) -> None:
         """`changed` is called in the relay's thread, after every change. Raises TrustError."""
-        self.bridge: Bridge
         self.version = 0  # grows with every change
-        self._relay = relay
+        self._bridge = bridge
+        self._relay = bridge.relay
         self._log = log
         self._changed = changed
         self._files: list[Watched] = []
@@ -117,7 +116,7 @@ class Access:
         else:
             self._bound(asker.peer)
             check = self._checks[digest] = _Check(name, password, asker.peer, [asker])
-            self.bridge.spawn(self._run_check, digest, check)
+            self._bridge.spawn(self._run_check, digest, check)
 
     def known(self, name: str) -> bool:
         """Whether there is such a user: what is no name may be a password in the wrong field, and is never logged."""
@@ -141,7 +140,7 @@ class Access:
     def _answer(self, digest: bytes, check: _Check, users: Users | None, fits: bool | None) -> None:
         if check.wanted and (fits is None or users is not self.users):
             # Somebody joined when the others had gone, or the file changed meanwhile.
-            self.bridge.spawn(self._run_check, digest, check)
+            self._bridge.spawn(self._run_check, digest, check)
             return
         entry = users.hashes[check.name] if fits and users is not None else None
         if fits is not None:
@@ -172,7 +171,7 @@ class Access:
         path = Path(file)
 
         async def in_force(loaded: Any) -> dict[str, object]:
-            return {"count": await self.bridge.run(lambda: self._put(put, loaded))}
+            return {"count": await self._bridge.run(lambda: self._put(put, loaded))}
 
         self._files.append(Watched(what, [path], lambda: load(path), in_force))
         return load(path)

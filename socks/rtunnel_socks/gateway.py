@@ -11,7 +11,7 @@ from typing import Final
 
 import trio
 
-from rtunnel.bridge import Bridge, running
+from rtunnel.bridge import Bridge
 from rtunnel.clock import ClockWatch, registry_offset
 from rtunnel.config import Config, GatewayConfig, canonical_ip, format_endpoint, host_name, parse_endpoint
 from rtunnel.counts import StreamCounts
@@ -82,7 +82,7 @@ class Gateway:
         self._followed: float | None = None  # when the route table was true to the registry (monotonic)
         self.table = RouteTable(grace=config.registry.heartbeat + 1.0)  # a wiped registry is whole again by then
         self.relay = Relay(self.report, "relay-gateway", memory=gateway.stream_memory << 20)
-        self.bridge: Bridge
+        self.bridge = Bridge(self.relay)
         self._registry = registry
         self._mirror = Mirror(registry, self.table, reconcile=config.registry.reconcile)
         self._misses: dict[tuple[str, str], float] = {}
@@ -92,7 +92,7 @@ class Gateway:
         self._throttle = Throttle()
         self._room = Room(self.relay.loop, lambda: self.counts.clients + self.counts.streams, self._log.warning)
         self.limits = Limits(gateway.limits)
-        self.access = Access(gateway, self.relay, self._log, self._review)
+        self.access = Access(gateway, self.bridge, self._log, self._review)
         self.follower = self._make_follower() if gateway.ca else None
         self.trust_store: TrustStore | None = self.follower.trust_store if self.follower is not None else None
         self.proofs = Proofs(self.trust_store) if self.trust_store is not None and gateway.proof == "required" else None
@@ -276,8 +276,7 @@ class Gateway:
 
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Gateway] = trio.TASK_STATUS_IGNORED) -> None:
         """Started when clients are accepted. Until `stop`."""
-        async with running(self.relay) as self.bridge:
-            self.access.bridge = self.bridge
+        async with self.bridge.running():
             shared = self.config.workers > 1
             sock = listening_socket(*parse_endpoint(self.config.listen), key="gateway.listen", shared=shared)
             async with self.bridge.open_nursery() as nursery:
