@@ -1,7 +1,8 @@
 """Ends: what can be joined, and how a role's handler uses one before that.
 
-A `SocketEnd` is a TCP connection (`tls.TlsEnd`: one under TLS), a `stream.StreamEnd` a yamux stream.
-Until an end is joined or closed, its bytes go to an `EndHandler`, a small protocol object of a role.
+A `SocketEnd` is a TCP connection (`tls.TlsEnd`: one under TLS), a `stream.StreamEnd` a yamux
+stream. Until an end is joined or closed, its bytes go to an `EndHandler`, a small protocol object
+of a role.
 
 The states of a `SocketEnd`:
 
@@ -38,14 +39,14 @@ What happens to its socket, before it is joined:
     a send fails                    closes the socket and calls `lost`; when the send is that of a
                                     `write`, sets `broken` and does so in a later step of the loop
 
-**Closing in order.** `close` sends what is left, then FIN, then reads and drops until the peer's FIN.
-A close(2) with unread bytes would send RST instead of FIN, and a RST throws away what the peer has
-not read yet: a refusal, for instance. After LINGER_SECONDS or LINGER_BYTES the end is reset.
+**Closing in order.** `close` sends what is left, then FIN, then reads and drops until the peer's
+FIN. A close(2) with unread bytes would send RST instead of FIN, and a RST throws away what the peer
+has not read yet: a refusal, for instance. After LINGER_SECONDS or LINGER_BYTES the end is reset.
 
-**What calls back.** `talk`, `write`, `pause`, `resume`, `close`, `abort` and a join call no method of
-the handler before they return; what is due comes in a later step of the loop. In `received` and
-`finished` the handler may call any of them: the end looks at its state anew after each call.
-`lost` is the last call, and the end is closed by then. After `close`, `abort` or a join there is none.
+**What calls back.** `talk`, `write`, `pause`, `resume`, `close`, `abort` and a join call no method
+of the handler before they return; what is due comes in a later step of the loop. In `received` and
+`finished` the handler may call any of them: the end looks at its state anew after each call. `lost`
+is the last call, and the end is closed by then. After `close`, `abort` or a join there is none.
 
 Everything here must run in the relay's thread. Tests: `tests/unit/test_last_words.py` and
 `tests/unit/test_hostile_kernel.py` ("last words reset" puts a fault into `_event`).
@@ -67,10 +68,11 @@ HANDLER_READ_BYTES: Final = 16 * 1024
 READS_A_TURN: Final = 4
 #: Reads per loop turn of a closing end, whose bytes are dropped.
 DROPS_A_TURN: Final = 16
-#: Seconds that a closing end may take to send what is left and to get the peer's FIN; then it is reset.
+#: Seconds that a closing end may take to send what is left and to get the peer's FIN; then it is
+#: reset.
 LINGER_SECONDS: Final = 5.0
-#: Bytes that a closing end drops; then it is reset. The buffers of both kernels hold some 10 MiB, so
-#: a peer that sends more than this has received the last words already.
+#: Bytes that a closing end drops; then it is reset. The buffers of both kernels hold some 10 MiB,
+#: so a peer that sends more than this has received the last words already.
 LINGER_BYTES: Final = 16 * 1024 * 1024
 
 #: struct linger {on, 0 seconds}: close(2) sends RST (socket(7)).
@@ -78,7 +80,7 @@ _RST_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 
 class EndHandler(Protocol):
-    """A role's protocol object for one end, until the end is joined or closed. In the relay's thread."""
+    """A role's protocol object for one end, until the end is joined or closed."""
 
     def received(self, data: bytes) -> None:
         """Take bytes of the peer."""
@@ -87,7 +89,7 @@ class EndHandler(Protocol):
         """Hear that the peer sends no more (FIN). Comes once, after the last bytes."""
 
     def lost(self, lost: Lost) -> None:
-        """Hear that the end is gone (reset, deadline, link lost). It is closed already; the last call."""
+        """Hear that the end is lost (reset, deadline, link lost) and closed. The last call."""
 
 
 class End(Protocol):
@@ -95,7 +97,7 @@ class End(Protocol):
 
     eof: bool  # the peer has sent FIN, and all before it was read
     closed: bool
-    broken: bool  # `write` failed: the handler hears `lost` in the next turn, and it must not be joined
+    broken: bool  # `write` failed: `lost` follows in the next turn, and it must not be joined
 
     def talk(self, handler: EndHandler, deadline: float | None = None) -> None:
         """Give the peer's bytes to this handler from now on, in place of any other.
@@ -105,10 +107,13 @@ class End(Protocol):
         """
 
     def write(self, data: bytes) -> None:
-        """Send a few bytes, before the join. What the kernel does not take is kept, without a bound."""
+        """Send a few bytes, before the join.
+
+        What the kernel does not take is kept, without a bound; on a stream, beyond its window.
+        """
 
     def pause(self) -> None:
-        """Take no more bytes until `resume` or a join, and end the deadline. `lost` may still come."""
+        """Take no more bytes until `resume` or a join; end the deadline. `lost` may still come."""
 
     def resume(self) -> None:
         """Take bytes again, after `pause`."""
@@ -123,7 +128,7 @@ class End(Protocol):
 class SocketEnd:
     """A connected, non-blocking TCP socket as an end. `peer` is the other side's IP."""
 
-    can_splice = True  # the bytes of the descriptor are the bytes of the connection (not so under TLS)
+    can_splice = True  # the descriptor has the plain bytes; not so under TLS
 
     __slots__ = (
         "_awaits_room",
@@ -147,7 +152,7 @@ class SocketEnd:
     )
 
     def __init__(self, loop: Loop, sock: socket.socket, peer: str, *, watched: bool = False) -> None:
-        """Take the socket over, and watch it. `watched`: the loop watches it already, for everything."""
+        """Take the socket over and watch it, unless the loop does so already (`watched`)."""
         self.loop = loop
         self.sock = sock
         self.fd = sock.fileno()
@@ -212,7 +217,7 @@ class SocketEnd:
             self.loop.soon(self._read)
 
     def close(self) -> None:
-        """Close in order, as the module describes; close(2) at once only when both directions are done."""
+        """Close in order, as the module describes. No effect on a closed end."""
         if self.closed:
             return
         self._handler = None
@@ -232,7 +237,7 @@ class SocketEnd:
             self._close_socket()
 
     def cut_short(self) -> None:
-        """Close at once: in order if the end is closing and the kernel has all its bytes, else by a reset."""
+        """Close now: in order if it is closing and the kernel has all its bytes, else by RST."""
         if self._closing and not self._out and not self.closed:
             self._close_socket()
         else:
@@ -261,7 +266,8 @@ class SocketEnd:
         return out
 
     def take_back(self, *, hup: bool) -> None:
-        """Undo `hand_over`, so that `talk` or `close` can follow. The pair must have sent all that it held.
+        """Undo `hand_over`, so that `talk` or `close` can follow. The pair must have sent all that
+        it held.
 
         `hup`: a FIN may have come, or was read already.
         """
@@ -277,7 +283,8 @@ class SocketEnd:
         if mask & OUT and self._out:
             self._flush()
         if self._closing:
-            # HUP is no loss here: it comes with the second FIN, and our last bytes may be on their way.
+            # HUP is no loss here: it comes with the second FIN, and our last bytes may be on their
+            # way.
             self._close_later()
             return
         if self._reading:
@@ -371,7 +378,7 @@ class SocketEnd:
 
 
 def reset_on_close(sock: socket.socket) -> None:
-    """Make the coming close of a socket send RST: the peer must not take an abort for an orderly end."""
+    """Make the coming close(2) send RST: a peer must not take an abort for an orderly end."""
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
     except OSError:

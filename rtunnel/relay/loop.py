@@ -73,8 +73,8 @@ from typing import Final, Protocol
 IN: Final = select.EPOLLIN
 OUT: Final = select.EPOLLOUT
 URGENT: Final = select.EPOLLPRI
-#: With one of these a short read has not drained the socket: a FIN follows, or urgent data, in front
-#: of which reads stop (tcp(7)).
+#: With one of these a short read has not drained the socket: a FIN follows, or urgent data, in
+#: front of which reads stop (tcp(7)).
 HUP: Final = select.EPOLLRDHUP | select.EPOLLHUP | URGENT
 #: The connection is reset or given up, or both sides have sent FIN: SO_ERROR tells these apart.
 LOST: Final = select.EPOLLHUP | select.EPOLLERR
@@ -82,7 +82,8 @@ _READING: Final = IN | select.EPOLLRDHUP | URGENT | select.EPOLLET
 _EVERYTHING: Final = _READING | OUT
 
 #: Calls of the slow queue in one turn. A TLS handshake with a certificate takes a millisecond, and
-#: after an outage thousands of agents come at once, beside streams that must not wait for all of them.
+#: after an outage thousands of agents come at once, beside streams that must not wait for all of
+#: them.
 SLOW_A_TURN: Final = 2
 
 Handler = Callable[[int], None]
@@ -142,7 +143,9 @@ class Loop:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._mailbox: deque[Callable[[], None]] = deque()
         self._thread: int | None = None
-        self._waking = threading.Lock()  # else a late `call` may write to another file of that number
+        # Held to write to the eventfd and to close it: a late `call` must not write to another file
+        # of the same number.
+        self._waking = threading.Lock()
         self._epoll.register(self._wake_fd, IN | select.EPOLLET)
         self.handlers[self._wake_fd] = self._woken
 
@@ -151,13 +154,14 @@ class Loop:
     def add(self, fd: int, handler: Handler, *, out: bool = True) -> None:
         """Watch a non-blocking descriptor, edge-triggered; `handler(mask)` gets its events.
 
-        `out`: also watch for room to write. Without it `add_out` does so later, when a write found none.
+        `out`: also watch for room to write. Without it `add_out` does so later, when a write found
+        none.
         """
         self.handlers[fd] = handler
         self._epoll.register(fd, _EVERYTHING if out else _READING)
 
     def add_listener(self, fd: int, handler: Handler) -> None:
-        """Watch a listening socket, level-triggered: an event in each turn in which connections wait."""
+        """Watch a listening socket, level-triggered: an event a turn while connections wait."""
         self.handlers[fd] = handler
         self._epoll.register(fd, IN)
 
@@ -193,7 +197,7 @@ class Loop:
         return len(self._slow)
 
     def after(self, seconds: float, call: Callable[[], None]) -> Timer:
-        """Run a call in the first turn that begins `seconds` or more after the present one began."""
+        """Run a call in the first turn that begins `seconds` or more after this one began."""
         timer = Timer(self, call)
         heapq.heappush(self._timers, (self.now + seconds, next(self._timer_ids), timer))
         return timer
@@ -216,7 +220,7 @@ class Loop:
     # The loop.
 
     def run(self) -> None:
-        """Poll and turn until `stop`, then close the epoll. The calling thread becomes the loop's."""
+        """Make turns until `stop`, then close the epoll. The calling thread is the loop's."""
         self._thread = threading.get_ident()
         poll, turn, ready = self._epoll.poll, self.turn, self._ready
         while not self.stopped:
@@ -279,7 +283,7 @@ class Loop:
                 self._guarded(call)
 
     def _timer_cancelled(self) -> None:
-        """Rebuild the heap when most of its timers are cancelled: removing one at a time is linear."""
+        """Rebuild the heap when most of it is cancelled: to remove one timer is linear work."""
         self._cancelled += 1
         if self._cancelled > 512 and self._cancelled * 2 > len(self._timers):
             self._timers = [entry for entry in self._timers if entry[2].call is not None]

@@ -1,9 +1,63 @@
-"""TLS for an end that is a TCP connection: whoever talks or joins sees a socket with the plain text in it.
+"""TLS for an end that is a TCP connection: its user sees a socket with the plain text in it.
 
-`TlsSocket` behaves as the joins need it of a non-blocking socket, edge by edge: `recv_into` gives less than was asked
-for only when there is no more, `send` takes all or nothing, FIN and close_notify are one thing (a FIN without it is a
-reset, because anybody on the way can make a FIN), and a reset is a reset. So pairs need not know; only `os.splice`
-is not for these sockets. What is held beside the kernel is a piece of `PIECE` bytes each way.
+Theory of operation
+===================
+
+`TlsSocket` takes the place of the socket in a `SocketEnd` (`TlsEnd`) and in pairs, which do not
+know of TLS. It keeps what they need of a non-blocking socket, edge by edge; only `os.splice` is not
+for it (`can_splice`).
+
+**Life.** `TlsEnd` takes the descriptor over from a `SocketEnd` that has no handler yet. The
+handshake begins in the next step of the loop and goes on at each event; the deadline of `talk`
+covers it. Bytes written before it is done wait in the end's `_out`. When it fails, the socket is
+closed in order, so that no RST overtakes the alert, and the handler hears `lost`. When it is done
+(`up`), the end is one like any other: reading, paused, joined, closing.
+
+**Where bytes are.** From the peer: the kernel, then OpenSSL (the last part of a record), then
+`_ahead` (plain text that had to be read before the own close_notify), then the caller's buffer. To
+the peer: `_out` of the end (before the join), then `_pending` (encrypted: one piece of `PIECE`
+bytes, and answers to key updates), then the kernel. `send` takes nothing while something is
+pending, so a pair that counts a byte as sent has at most one piece between itself and the kernel.
+
+    The peer or the kernel does       The user of the TlsSocket sees
+    --------------------------------  --------------------------------------------------------------
+    close_notify, with or without a   the end of the stream, behind all plain text; the FIN itself
+    FIN behind it                     is not waited for
+    FIN without close_notify          ConnectionResetError, behind the plain text that came: anybody
+                                      on the path can make a FIN (RFC 8446 section 6.1)
+    RST                               the kernel's ConnectionResetError
+    an alert, or a record that does   ssl.SSLError, which is an OSError like the others: to a pair
+    not decrypt                       it is a reset
+    a part of a record                BlockingIOError; the part waits in OpenSSL
+    a request for a key update        nothing: the answer goes to `_pending` at once; an answer that
+                                      is never read ends the connection
+    no room in the kernel             `send` returns what it took; the last piece stays in
+                                      `_pending`, and `full` asks for an OUT event
+    a write fails                     `_fault`: recv, send and SO_ERROR report it from then on,
+                                      because the kernel does so only once
+
+**Half-close.** `shutdown` sends close_notify, then FIN, behind what is pending. The other direction
+goes on. OpenSSL looks for the peer's close_notify when it sends its own, and drops plain text that
+it finds instead: `_ahead` saves that text first. `close` does the same, and when the kernel has no
+room for the last piece, the socket takes its descriptor back and waits (LINGER_SECONDS at most); it
+then has no owner but the loop. After `reset_on_close`, `close` drops what is pending and sends RST.
+
+**Edges that the kernel does not make.** A user that has had a short read waits for an edge. So
+where TLS knows of more, it makes the event itself, by a call of the descriptor's handler from the
+run queue (`_repeat_event`): a close_notify that came with the last bytes, and bytes that one call
+left because it had read too much for one turn. While a call has nothing to give, it reads until
+EAGAIN, because a FIN may stand behind a part of a record. `TlsEnd.hand_over` wraps the pair's
+handler: at an OUT event what is pending goes first, and a failure of that is shown to the pair as
+IN and LOST.
+
+**What calls back.** `full` is called from within `send`, `flush`, `shutdown` and `recv_into` (an
+answer to a key update); it only changes what the loop watches. No other call reaches the owner
+before it returns. `recv_into` uses `scratch.cipher`, and `recv` also `scratch.plain`, in which a
+link's read has its frames: so `recv` must not be called from within a link's read, and `recv_into`
+may.
+
+Tests: `tests/unit/test_relay_tls.py` on real sockets; `tests/support/hostile.py` puts TLS on some
+hops of its worlds, forges FINs and asks for key updates (`test_hostile_kernel.py`).
 """
 
 from __future__ import annotations
@@ -22,32 +76,39 @@ from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
 from rtunnel.relay.lost import Lost, LostKind, lost_by
 from rtunnel.relay.transport import UNPROVEN_READ_BYTES, Scratch
 
-#: What goes through OpenSSL's memory at once: its buffers stay as large as the largest piece was.
+#: Bytes that go through OpenSSL's memory at once: its buffers stay as large as the largest piece
+#: was.
 PIECE: Final = 64 * 1024
-#: A closed connection may take so long to get its last piece through, as the kernel gives its own last bytes.
+#: Seconds that a closed connection may take to send its last piece. The kernel gives its own last
+#: bytes about as long.
 LINGER_SECONDS: Final = 120.0
 #: The first byte of a TLS handshake (RFC 8446 section 5.1).
 _HANDSHAKE: Final = 0x16
-#: Header, tag and content type of a record; and the most that can be left of one.
+#: Bytes of a record beside its plain text: header, content type, tag (RFC 8446 section 5.2), and
+#: some to spare.
 _OVERHEAD: Final = 64
 
 
 class NotTls(ConnectionError):
-    """The client's first byte is that of something else."""
+    """The client's first byte does not begin a TLS handshake."""
 
 
 class TlsSocket(socket.socket):
-    """A connected TCP socket under TLS 1.3. `full` is called when the kernel has no room for what is pending."""
+    """A connected TCP socket under TLS 1.3. In the relay's thread.
+
+    The owner sets `full`, which is called when the kernel has no room for what is pending: an OUT
+    event must then lead to `flush`.
+    """
 
     __slots__ = (
         "_ahead",
         "_alpn",
-        "_bye",
         "_engine",
         "_fault",
         "_fin",
         "_first",
         "_loop",
+        "_notified",
         "_pending",
         "_reset",
         "_scratch",
@@ -66,7 +127,10 @@ class TlsSocket(socket.socket):
         server_name: str | None,
         alpn: str,
     ) -> None:
-        """Takes over the descriptor. `server_name` None: the server's side. A peer must agree to `alpn` (RFC 7301)."""
+        """Take the descriptor of `sock` over. `server_name` None: the server's side.
+
+        `alpn`: the protocol that the peer must agree to (RFC 7301).
+        """
         super().__init__(sock.family, sock.type, sock.proto, sock.detach())
         self.setblocking(False)
         self.full: Callable[[], None]
@@ -75,31 +139,32 @@ class TlsSocket(socket.socket):
         self._scratch = scratch
         self._engine = TlsEngine(context, server_name)
         self._alpn = alpn
-        self._first = server_name is None  # the client's first byte is to come
+        self._first = server_name is None  # a client whose first byte has not come yet
         self._pending: bytes | memoryview = b""  # encrypted, and not in the kernel yet
         self._ahead = b""  # plain text that had to be read before our close_notify
-        self._bye = False  # that was said
-        self._fin = False  # follows what is pending
-        self._reset = False
+        self._notified = False  # close_notify is sent, or pending
+        self._fin = False  # FIN is due behind what is pending
+        self._reset = False  # `close` must not wait for what is pending
         self._fault: OSError | None = None
         self._timer: Timer | None = None
 
     @property
     def certificate(self) -> bytes | None:
-        """The peer's, DER, when the handshake is done and it showed one."""
+        """The peer's certificate (DER); None before `up`, or when the peer showed none."""
         return self._engine.certificate
 
     @property
     def shaken(self) -> int:
-        """Bytes that the peer has sent in the handshake."""
+        """The number of bytes that the peer has sent in the handshake."""
         return self._engine.shaken
 
     # The handshake.
 
     def handshake(self) -> bool:
-        """Go on with it; True when it is done, and what it has to say goes out with `send` or `flush`.
+        """Go on with the handshake as far as there are bytes; return whether it is done.
 
-        Raises NotTls, or another OSError (ssl.SSLError is one).
+        Its last flight goes out with the next `send` or `flush`. Raises NotTls, or another OSError
+        (ssl.SSLError is one; the alert for it is sent).
         """
         try:
             if not self._engine.handshake(self._pull, self.flush):
@@ -123,12 +188,12 @@ class TlsSocket(socket.socket):
                 raise NotTls("the peer does not speak TLS")
         return cipher[:size]
 
-    def say_plainly(self, data: bytes) -> None:
-        """For a peer that does not speak TLS: as much as goes out at once."""
+    def send_plain(self, data: bytes) -> None:
+        """Send bytes without TLS, as many as the kernel takes now; the rest is dropped."""
         with suppress(OSError):
             super().send(data)
 
-    # As the joins use it.
+    # The socket as its user sees it.
 
     @override
     def recv(self, size: int, flags: int = 0) -> bytes:
@@ -151,9 +216,9 @@ class TlsSocket(socket.socket):
         while filled < wanted and not engine.eof:
             filled += self._decrypt(view[filled:], data)
             if filled == wanted or engine.eof or (drained and filled):
-                break  # with nothing filled, a FIN may stand behind a part of a record: it has no edge of its own
-            if spent > wanted + PIECE:  # nothing but key updates, or tiny records: others want their turn
-                self._loop.soon(self._tell_again)
+                break  # else read on: a FIN behind a part of a record has no edge of its own
+            if spent > wanted + PIECE:  # key updates or tiny records alone: the loop must turn
+                self._loop.soon(self._repeat_event)
                 break
             cipher = self._scratch.cipher[: min(PIECE, max(wanted - filled, RECORD_BYTES) + _OVERHEAD)]
             try:
@@ -162,14 +227,14 @@ class TlsSocket(socket.socket):
                 break
             if not size:
                 if filled:
-                    break  # what there was; the FIN is there for the next call
+                    break  # the next call meets the FIN
                 raise ConnectionResetError(errno.ECONNRESET, "the peer ended the connection without close_notify")
             drained = size < len(cipher)
             spent += size
             data = cipher[:size]
         if engine.eof and not self._ahead:
             if filled:
-                self._loop.soon(self._tell_again)  # a close_notify has no edge of its own
+                self._loop.soon(self._repeat_event)  # a close_notify has no edge of its own
         elif not filled:
             raise BlockingIOError
         return filled
@@ -181,14 +246,18 @@ class TlsSocket(socket.socket):
             self.flush()
         return filled
 
-    def _tell_again(self) -> None:
+    def _repeat_event(self) -> None:
+        """Tell the descriptor's owner of bytes or an end that make no edge."""
         handler = self._loop.handlers.get(self.fileno())
         if handler is not None:
             handler(IN)
 
     @override
     def send(self, data: Any, flags: int = 0) -> int:
-        """Nothing is taken while some of the last piece is pending."""
+        """Encrypt and send; return the number of bytes taken, what is pending among them.
+
+        Raises BlockingIOError while a part of the last piece is pending, or the fault of a write.
+        """
         if self._fault is not None:
             raise self._fault
         if self._pending:
@@ -204,11 +273,14 @@ class TlsSocket(socket.socket):
         return sent
 
     def flush(self) -> None:
-        """What is pending, then the FIN if it is due. Raises OSError; `recv_into` and `send` do so from then on."""
+        """Send what is pending, then the FIN if it is due; call `full` when the kernel has no room.
+
+        Raises OSError, which `recv_into` and `send` raise from then on.
+        """
         try:
             if self._engine.outgoing:
                 more = self._engine.take()
-                if len(self._pending) > 2 * PIECE:  # `send` leaves less: these are answers to key updates
+                if len(self._pending) > 2 * PIECE:  # `send` leaves less: key updates
                     raise ConnectionResetError(errno.ECONNRESET, "the peer asks for keys, and takes no answer")
                 self._pending = bytes(self._pending) + more if self._pending else more
             while self._pending:
@@ -229,16 +301,16 @@ class TlsSocket(socket.socket):
 
     @override
     def shutdown(self, how: int) -> None:
-        """Close_notify, then FIN, behind what is pending. Only for SHUT_WR."""
+        """Send close_notify and FIN behind what is pending. `how` must be SHUT_WR."""
         if self.up:
             self._fin = True
-            self._say_bye()
+            self._send_close_notify()
         else:
             super().shutdown(how)
 
-    def _say_bye(self) -> None:
-        # OpenSSL looks for the peer's close_notify at once, and drops data that it finds in its place: so read that
-        # before, also the rest of a record that was read in part. There is not more than a piece of it.
+    def _send_close_notify(self) -> None:
+        # OpenSSL looks for the peer's close_notify at once, and drops data that it finds in its
+        # place. So that data is read first, also the rest of a record: it is one piece at most.
         engine = self._engine
         while engine.holds and not engine.eof:
             room = bytearray(PIECE + RECORD_BYTES)
@@ -246,56 +318,60 @@ class TlsSocket(socket.socket):
             if not size:
                 break
             self._ahead += room[:size]
-        self._bye = True
+        self._notified = True
         engine.close()
         self.flush()
 
     def reset_on_close(self) -> None:
-        """Let `close` send a reset: nothing is said any more, and what is pending is dropped."""
+        """Make `close` send RST and drop what is pending."""
         self._reset = True
         reset_on_close(self)
 
     @override
     def getsockopt(self, level: int, option: int, *size: Any) -> Any:
-        """An error that a write has met is the socket's still."""
+        """Return the option; SO_ERROR is also the error that a write has met before."""
         if self._fault is not None and (level, option) == (socket.SOL_SOCKET, socket.SO_ERROR):
             return self._fault.errno or errno.ECONNRESET
         return super().getsockopt(level, option, *size)
 
     @override
     def close(self) -> None:
-        """In order, unless it is to be reset: what is pending goes out first."""
+        """Close behind close_notify and what is pending, at once if the connection has failed or is
+        to be reset.
+
+        When the kernel has no room now, the descriptor stays open for LINGER_SECONDS at most.
+        """
         if self.up and not self._reset and self._fault is None and not self._loop.stopped and self.fileno() >= 0:
             self.full = self._linger
             with suppress(OSError):
-                if self._bye:
+                if self._notified:
                     self.flush()
                 else:
-                    self._say_bye()
+                    self._send_close_notify()
             if self._pending:
                 return
         self._close()
 
     def _linger(self) -> None:
-        """The kernel has no room; our owner has forgotten us."""
+        """Watch the descriptor again: the kernel has no room, and the owner has let go."""
         if self._timer is None:
             self._timer = self._loop.after(LINGER_SECONDS, self.abandon)
-            self._loop.handlers[self.fileno()] = self._go_on
+            self._loop.handlers[self.fileno()] = self._flush_lingering
             self._loop.add_out(self.fileno())
 
-    def _go_on(self, mask: int) -> None:
+    def _flush_lingering(self, mask: int) -> None:
         with suppress(OSError):
             self.flush()
         if mask & LOST or not self._pending:
-            self._end()
+            self._close_soon()
 
     def abandon(self) -> None:
-        """Give up what is pending: the peer gets a reset."""
+        """Drop what is pending, and send RST."""
         self.reset_on_close()
-        self._end()
+        self._close_soon()
 
-    def _end(self) -> None:
-        self._reset = True  # close() does it now
+    def _close_soon(self) -> None:
+        self._reset = True  # `close` must not linger again
         self._loop.close(self)
 
     def _close(self) -> None:
@@ -304,16 +380,14 @@ class TlsSocket(socket.socket):
         if self._timer is not None:
             self._timer.cancel()
         super().close()
-        # We and our owner name each other: OpenSSL's buffers must not wait for a garbage collection.
+        # The socket and its owner refer to each other: OpenSSL's buffers must not wait for a
+        # garbage collection.
         self._engine.free()
         del self.full
 
 
 class TlsEnd(SocketEnd):
-    """A TCP connection under TLS, on which the Dials of `relay/ends.py` can be talked and that can be joined.
-
-    What is said before the handshake is done goes out behind it. When it fails the talker hears `lost` with the reason.
-    """
+    """A TCP connection under TLS as an end. What is written early goes out behind the handshake."""
 
     __slots__ = ("_otherwise", "tls")
     can_splice = False
@@ -328,8 +402,12 @@ class TlsEnd(SocketEnd):
         alpn: str,
         otherwise: bytes,
     ) -> None:
-        """Takes over an end that nobody talks to. `server_name` None: the server's side; then a client that speaks no
-        TLS is told `otherwise` in plain, and turned away."""
+        """Take the connection of `end` over, which has no handler yet. `server_name` None: the
+        server's side.
+
+        `otherwise`: the server sends these bytes without TLS to a client that does not speak it,
+        and closes; the handler hears `lost` with NOT_TLS.
+        """
         self.tls = TlsSocket(end.sock, context, end.loop, scratch, server_name=server_name, alpn=alpn)
         super().__init__(end.loop, self.tls, end.peer, watched=True)
         self.tls.full = self.await_room
@@ -341,7 +419,7 @@ class TlsEnd(SocketEnd):
 
     @property
     def up(self) -> bool:
-        """The handshake is done."""
+        """Whether the handshake is done."""
         return self.tls.up
 
     @override
@@ -371,10 +449,10 @@ class TlsEnd(SocketEnd):
             if not self.tls.handshake():
                 return
             if self._out:
-                self._flush()  # the client's first words go with the handshake's last
+                self._flush()  # the first bytes go out with the handshake's last flight
             self.tls.flush()
         except NotTls as error:
-            self.tls.say_plainly(self._otherwise)
+            self.tls.send_plain(self._otherwise)
             self._turn_away(Lost(LostKind.NOT_TLS, str(error)))
         except OSError as error:
             self._turn_away(lost_by(error))
@@ -382,14 +460,14 @@ class TlsEnd(SocketEnd):
             self._go_on()
 
     def _turn_away(self, lost: Lost) -> None:
-        """In order: a reset could overtake the alert."""
+        """Close in order, because a RST could overtake the alert, and tell the handler."""
         handler, self._handler = self._handler, None
         self._close_socket()
         if handler is not None:
             handler.lost(lost)
 
     def _go_on(self) -> None:
-        self.readable = True  # bytes may have come with the handshake's last
+        self.readable = True  # the handshake's last read may have used their edge up
         if self._closing:
             self._close_later()
         elif self._reading and not self.closed:
@@ -406,7 +484,7 @@ class TlsEnd(SocketEnd):
         super()._event(mask)
 
     def _make_room(self) -> int:
-        """What else the owner is to be told: a failure, which it meets when it reads or asks."""
+        """Send what is pending. Return what a failure adds to the mask: the owner then meets it."""
         try:
             self.tls.flush()
         except OSError:
