@@ -9,12 +9,12 @@ from rtunnel.config import format_endpoint
 from rtunnel.counts import StreamCounts
 from rtunnel.relay.join import Account
 from rtunnel.relay.relay import Relay
-from rtunnel.trust.identity import TrustStore
 from rtunnel.trust.policy import Question
 from rtunnel.trust.users import Hash
 from rtunnel_socks.access import Access
 from rtunnel_socks.dial import Paths, Reached, Target
 from rtunnel_socks.limits import Limits
+from rtunnel_socks.trust import GatewayTrust
 
 
 class Auditor(Protocol):
@@ -25,7 +25,7 @@ class Auditor(Protocol):
     access: Access
     limits: Limits
     namespace: str
-    trust_store: TrustStore | None  # whose certificates are good; None: none is looked at
+    trust: GatewayTrust
 
     @property
     def counts(self) -> StreamCounts:
@@ -86,16 +86,8 @@ class Joined:
 
     def allowed(self) -> bool:
         """Return whether rules and users in force allow it, and neither agent nor broker is revoked."""
-        trust_store = self.auditor.trust_store
-        if trust_store is not None:
-            # An agent goes over to another certificate with its sessions, and can't within a stream. So a CA that left
-            # in order does not end what was proved by it before; brokers end that of agents who have no other one.
-            who = self.identity
-            if who is not None and (trust_store.is_revoked(who) or trust_store.is_void(who)):
-                return False
-            if trust_store.fault_of(self.certificate):
-                return False
-        return self.asked.judge(self.auditor.access)
+        auditor = self.auditor
+        return auditor.trust.allows(self.identity, self.certificate) and self.asked.judge(auditor.access)
 
     def ended(self, account: Account) -> None:
         """See PairOwner."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Protocol
 
+from rtunnel.config import GatewayConfig
 from rtunnel.registry import Tuple
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account, Ending
@@ -19,14 +20,14 @@ from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_socks.audit import Asked, Auditor, Joined
 from rtunnel_socks.dial import Reached, Target, TargetDial
 from rtunnel_socks.forward import Forwarding
+from rtunnel_socks.resolver import Resolver
 
 
 class ClientOwner(Auditor, Protocol):
     """The gateway, as its clients see it."""
 
-    idle_timeout: float  # seconds
-    handshake_timeout: float  # seconds
-    max_head: int  # bytes of an HTTP head
+    config: GatewayConfig
+    resolver: Resolver
     waiting: set[Client]  # those that may send another request, and have not begun to
 
     @property
@@ -39,9 +40,6 @@ class ClientOwner(Auditor, Protocol):
 
     def new_dial(self, client: Client, target: Target) -> TargetDial:
         """A dial that reports to `client.dialled`."""
-
-    def lookup(self, client: Client, target: Target) -> tuple[Tuple, ...]:
-        """The tuples of the route table. Empty: `client.found` is called later, after a look into the registry."""
 
     def client_over(self, client: Client) -> None:
         """Negotiation is over: joined or closed."""
@@ -135,7 +133,7 @@ class Client:
             self._socks = socks5.Socks5Server(no_auth=anonymous, user_password=access.users is not None)
 
     def _new_http(self) -> http.HttpServer:
-        return http.HttpServer(keep=self._gateway.keep_alive > 0, max_head=self._gateway.max_head)
+        return http.HttpServer(keep=self._gateway.keep_alive > 0, max_head=self._gateway.config.max_head)
 
     def _take_socks(self, server: socks5.Socks5Server, event: socks5.Authenticate | socks5.Connect | None) -> None:
         out = server.to_send()
@@ -156,7 +154,7 @@ class Client:
     def _take_http(self, server: http.HttpServer, event: http.Tunnel | http.Forward | http.Health | None) -> None:
         if self._wait is not None and server.begun:
             self._stop_waiting()
-            self._end.talk(self, self._gateway.handshake_timeout)
+            self._end.talk(self, self._gateway.config.handshake_timeout)
         if event is None:
             return
         if isinstance(event, http.Health):  # of nobody, to nowhere: neither a login nor a limit nor a line
@@ -208,7 +206,7 @@ class Client:
                 event = self._socks.authenticated(True)
                 self._take_socks(self._socks, event)
                 if event is None:
-                    self._end.talk(self, self._gateway.handshake_timeout)
+                    self._end.talk(self, self._gateway.config.handshake_timeout)
             else:
                 self._go()
         except Refused as error:
@@ -239,7 +237,7 @@ class Client:
         if refused := gateway.limits.open(self.peer, asked.user, gateway.relay.loop.now):
             raise refused
         asked.counted = True
-        tuples = gateway.lookup(self, target)
+        tuples = gateway.resolver.lookup(self, target)
         if tuples:
             self._start(target, tuples)
 
@@ -291,7 +289,9 @@ class Client:
             return
         self._end.write(http.response_connected() if self._socks is None else socks5.reply_ok())
         self._leave(joined=True)
-        gateway.relay.join(self._end, reached.end, up=early, down=reached.rest, idle=gateway.idle_timeout, owner=joined)
+        gateway.relay.join(
+            self._end, reached.end, up=early, down=reached.rest, idle=gateway.config.idle_timeout, owner=joined
+        )
 
     def _early(self) -> bytes:
         """What the client sent already behind its request."""
@@ -315,7 +315,7 @@ class Client:
             return
         self._forwarding = Forwarding(
             gateway.relay, self, target, reached.rest,
-            idle=gateway.idle_timeout, max_head=gateway.max_head, owner=joined,
+            idle=gateway.config.idle_timeout, max_head=gateway.config.max_head, owner=joined,
         )  # fmt: skip
         self._joined = joined
         joined.requests = 1

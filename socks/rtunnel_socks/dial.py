@@ -11,13 +11,13 @@ from __future__ import annotations
 import errno
 import os
 import random
-import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from rtunnel.clock import ClockWatch
+from rtunnel.config import GatewayConfig
 from rtunnel.registry import NodeRecord, Tuple
 from rtunnel.registry.routes import RouteTable
 from rtunnel.relay.ends import SocketEnd
@@ -27,15 +27,16 @@ from rtunnel.relay.relay import Attempt as Connecting
 from rtunnel.relay.relay import Relay
 from rtunnel.relay.tls import TlsEnd
 from rtunnel.trust.certificates import BROKER_NAME
-from rtunnel.trust.identity import Identity, TrustStore
+from rtunnel.trust.identity import Identity
 from rtunnel.trust.keys import GatewayKey
 from rtunnel.wire import messages
 from rtunnel.wire.dial import DialAccepted, DialRefused, DialSender
 from rtunnel.wire.messages import Accepted, DialBody, MessageError, Refuse
 from rtunnel.wire.refusal import Next, Refusal, Refused
 from rtunnel_socks.hedge import Hedging, Path
-from rtunnel_socks.proof import Known, Proofs
+from rtunnel_socks.proof import Known
 from rtunnel_socks.resources import Sources
+from rtunnel_socks.trust import GatewayTrust
 
 #: A node that did not answer goes behind the others for so long (seconds).
 SUSPECT_SECONDS: Final = 10.0
@@ -117,14 +118,12 @@ class DialOwner(Protocol):
     paths: Paths
     table: RouteTable
     key: GatewayKey
-    trust_store: TrustStore | None  # whose certificates are good; None: none is looked at
-    proofs: Proofs | None  # None: none are asked for
-    dial_tls: ssl.SSLContext | None  # to guarded ports; None: plain
+    trust: GatewayTrust
     name: str
     hedging: Hedging
     clock: ClockWatch
     sources: Sources | None  # None: the kernel chooses
-    dial_timeout: float
+    config: GatewayConfig
 
     def forget(self, stale: Tuple) -> None:
         """The tuple is stale."""
@@ -177,8 +176,8 @@ class TargetDial:
         """Try these, in the order of `Paths`."""
         loop = self.owner.relay.loop
         self._left = self.owner.paths.order(tuples, self.owner.table.nodes, loop.now)[:MAX_ATTEMPTS]
-        self._deadline = loop.after(self.owner.dial_timeout, self._too_late)
-        self._late = loop.now + self.owner.dial_timeout / 2
+        self._deadline = loop.after(self.owner.config.dial_timeout, self._too_late)
+        self._late = loop.now + self.owner.config.dial_timeout / 2
         self.owner.hedging.dialled()
         self._next()
 
@@ -214,7 +213,7 @@ class TargetDial:
         if any(attempt.is_dialling for attempt in self._alive):
             # The path works and the target is slow: dialling it twice would not help, so that is tried late. A broken
             # broker could say so, too.
-            self._hedge = self.owner.relay.loop.after(self.owner.dial_timeout / 2, self._next)
+            self._hedge = self.owner.relay.loop.after(self.owner.config.dial_timeout / 2, self._next)
             return
         hedging = self.owner.hedging
         if self._may_hedge():
@@ -298,7 +297,7 @@ class TargetDial:
             self._fail(Refused(Refusal.TARGET_TIMEOUT, "the agent was still connecting the target"))
             return
         tried = "; ".join([*self._failures, *(f"{a.used.node}: no answer" for a in self._alive)])
-        self._fail(Refused(Refusal.DIAL_TIMEOUT, f"no answer within {self.owner.dial_timeout:g} s: {tried}"))
+        self._fail(Refused(Refusal.DIAL_TIMEOUT, f"no answer within {self.owner.config.dial_timeout:g} s: {tried}"))
 
     def _fail(self, refused: Refused) -> None:
         done, self.done = self.done, None
@@ -333,7 +332,7 @@ class Attempt:
         self.used = used
         self.began = 0.0  # by the loop's clock
         self.heard = False  # the node has answered something
-        self._dial: DialSender[Identity] = DialSender(None if dial.owner.proofs is None else self._verify)
+        self._dial: DialSender[Identity] = DialSender(None if dial.owner.trust.proofs is None else self._verify)
         self._known: Known | None = None  # the agent that may prove its answer by MAC
         self._connecting: Connecting | None = None
         self._end: SocketEnd | None = None
@@ -375,14 +374,14 @@ class Attempt:
             else:
                 self.dial.failed(self, Refusal.BROKER_UNREACHABLE, why)
             return
-        if owner.dial_tls is not None:
-            end = owner.relay.secure(end, owner.dial_tls, alpn=messages.DIAL_ALPN, server_name=BROKER_NAME)
+        if owner.trust.dial_tls is not None:
+            end = owner.relay.secure(end, owner.trust.dial_tls, alpn=messages.DIAL_ALPN, server_name=BROKER_NAME)
         self._end = end
         end.talk(self)
         end.write(self._dial.dial(self._body(), owner.key))
 
     def _body(self) -> DialBody:
-        target, used, proofs = self.dial.target, self.used, self.dial.owner.proofs
+        target, used, proofs = self.dial.target, self.used, self.dial.owner.trust.proofs
         known = self._known = None if proofs is None else proofs.known(target.namespace, target.ip)
         return DialBody(
             version=messages.VERSION,
@@ -400,7 +399,7 @@ class Attempt:
 
     def _verify(self, answer: Accepted | Refuse, body: bytes) -> Identity:
         """Return the agent that gave this answer to the Dial with this body. Raises Refused."""
-        proofs, target = self.dial.owner.proofs, self.dial.target
+        proofs, target = self.dial.owner.trust.proofs, self.dial.target
         assert proofs is not None
         return proofs.check(answer, body, target.namespace, target.ip, self._known)
 
@@ -443,8 +442,8 @@ class Attempt:
         owner, end = self.dial.owner, self._end
         assert end is not None
         owner.paths.answered(self.used.node)
-        trust_store, certificate = owner.trust_store, end.tls.certificate if isinstance(end, TlsEnd) else None
-        if trust_store is not None and (fault := trust_store.fault_of(certificate)):
+        certificate = end.tls.certificate if isinstance(end, TlsEnd) else None
+        if fault := owner.trust.fault_of(certificate):
             self._fail(Refusal.REVOKED, fault)
             return
         if owner.clock.suspicious:

@@ -46,9 +46,9 @@ def status(gateway: Gateway) -> dict[str, object]:
         "state": "draining" if gateway.draining else "live",
         "tuples": routes.tuples,
         "forgotten": routes.forgotten,
-        "routes_age": gateway.routes_age,
+        "routes_age": gateway.resolver.age,
         "nodes": [{"node": n.node, "state": n.state} for n in gateway.table.nodes.values()],
-        "registry": gateway.registry_state,
+        "registry": gateway.resolver.state,
         "clients": counts.clients,
         **counts.status(),
         "clock": gateway.clock.status(time.monotonic()),
@@ -59,7 +59,7 @@ def status(gateway: Gateway) -> dict[str, object]:
         "held": gateway.relay.memory.held,
         "access": gateway.access.status(),
         "proof": gateway.config.proof,
-        "trust": gateway.follower.status() if gateway.follower is not None else None,
+        "trust": gateway.trust.follower.status() if gateway.trust.follower is not None else None,
         "sources_and_users_known": gateway.limits.known,
     }
 

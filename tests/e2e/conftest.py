@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from rtunnel import watch
 from rtunnel.trust import follower, pki
-from rtunnel_socks import gateway, hedge
+from rtunnel_socks import hedge, resolver
 from support.cluster import HEDGE_DELAY
 from support.logs import Events
 
@@ -20,7 +20,7 @@ from support.logs import Events
 _QUICK: list[tuple[Any, str, float]] = [
     (watch, "LOOK_SECONDS", 0.1),
     (follower, "FOLLOW_SECONDS", 0.1),
-    (gateway, "FOLLOW_WAIT", 0.05),  # the end of a gateway waits for it
+    (resolver, "FOLLOW_WAIT", 0.05),  # the end of a gateway waits for it
     (hedge, "LEAST_DELAY", HEDGE_DELAY),  # the other way round: a machine that is busy is no reason for a hedge
 ]
 _OWN: list[tuple[Any, str, float]] = [(module, name, getattr(module, name)) for module, name, _ in _QUICK]

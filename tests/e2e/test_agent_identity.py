@@ -553,7 +553,7 @@ async def test_who_has_only_the_old_ca_is_out_when_it_leaves(tmp_path: Path, eve
             for step in ("start_rotation", "switch_rotation"):
                 await in_thread(partial(rotate, cluster.secrets, step))
             # Who saw the file only before and after would take it for a replacement by hand.
-            both = (node.trust_store, gateway.trust_store)
+            both = (node.trust_store, gateway.trust.store)
             await cluster.until(
                 lambda: all(trust_store.pem.count("BEGIN CERT") == 2 for trust_store in both if trust_store is not None)
             )
@@ -593,7 +593,7 @@ async def test_a_gateway_ends_what_a_stolen_ca_has_proved(tmp_path: Path, events
                 await in_thread(partial(rotate, cluster.secrets, step))
             await in_thread(lambda: rotate(cluster.secrets, "finish_rotation", force=True))
             in_force = (cluster.secrets / "ca.pem").read_text()
-            await cluster.until(lambda: gateway.trust_store is not None and gateway.trust_store.pem == in_force)
+            await cluster.until(lambda: gateway.trust.store is not None and gateway.trust.store.pem == in_force)
             assert says(stream) == b"127.1.0.1:still there"
             if stolen:  # somebody finds out later
                 await in_thread(lambda: rotate(cluster.secrets, "finish_rotation", stolen=True))

@@ -599,7 +599,7 @@ async def test_a_registry_outage_is_not_noticed_by_traffic(tmp_path: Path, make_
         async with traffic(cluster, target) as runs:
             server.kill()
             await cluster.until(lambda: all(node.registry_down for node in nodes))
-            await cluster.until(lambda: bool(cluster.gateway.registry_down))
+            await cluster.until(lambda: bool(cluster.gateway.resolver.down))
             assert all("registry" in node.reasons()[0] for node in nodes)
             assert cluster.gateway.reasons() == []  # it serves
             began = time.monotonic()
@@ -612,7 +612,7 @@ async def test_a_registry_outage_is_not_noticed_by_traffic(tmp_path: Path, make_
             server.start()
             await cluster.until(lambda: tuples_in(cluster) == before)
             await cluster.until(lambda: not any(node.registry_down for node in nodes))
-            await cluster.until(lambda: not cluster.gateway.registry_down)
+            await cluster.until(lambda: not cluster.gateway.resolver.down)
             done = runs.tries
             await cluster.until(lambda: runs.tries >= done + 20)
         assert not runs.refused and not runs.cut

@@ -297,7 +297,7 @@ def own_pair(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
 
 def others_mac(scene: Scene, rogue: Rogue, dial: Dial) -> bytes:
     """Another agent, which the gateway knows well, is made to answer for an address of its own."""
-    proofs = scene.cluster.gateway.proofs
+    proofs = scene.cluster.gateway.trust.proofs
     assert proofs is not None
     known = proofs.known("default", OTHER)
     return encode(rewritten(scene, rogue, dial, OTHER, ip=OTHER, pair=known.pair.id if known else b""))
@@ -509,7 +509,7 @@ async def test_an_agents_own_no_is_the_last_word(tmp_path: Path, events: Events)
                 await here.cluster.ask(ASKED, 9)
             assert refused.value.code == CONNECTION_REFUSED
         assert not rogue.dials and not here.reasons()
-        assert gateway.proofs is not None and gateway.proofs.known("default", ASKED) is not None
+        assert gateway.trust.proofs is not None and gateway.trust.proofs.known("default", ASKED) is not None
 
 
 async def test_an_honest_answer_passes_any_way(tmp_path: Path, events: Events) -> None:

@@ -130,7 +130,7 @@ async def test_redis_lost_later_is_told_and_felt_by_nobody(
                 server.kill()
             else:
                 server.freeze()
-            await cluster.until(lambda: all(node.reasons() for node in parts) and bool(cluster.gateway.registry_down))
+            await cluster.until(lambda: all(node.reasons() for node in parts) and bool(cluster.gateway.resolver.down))
             assert all("registry: registry redis://" in node.reasons()[0] for node in parts)
             assert not cluster.gateway.reasons()  # it serves what it knew
             answers: list[int] = []

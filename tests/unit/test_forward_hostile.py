@@ -184,7 +184,9 @@ class World:
         self.access = SimpleNamespace(
             version=0, users=None, anonymous=lambda peer: True, judge=lambda question, entry: Verdict(True, 1, "1")
         )
-        self.namespace, self.idle_timeout, self.handshake_timeout, self.max_head = "default", 0.0, 1000.0, 65536
+        self.namespace = "default"
+        self.config = SimpleNamespace(idle_timeout=0.0, handshake_timeout=1000.0, max_head=65536)
+        self.resolver = self
         self.waiting: set[Client] = set()
         self.keep_alive, self.ready = 1000.0, True
         self.clients = 1
