@@ -216,7 +216,7 @@ class Node:
                 self.refused(Refusal.TOO_MANY_HANDSHAKES)
                 self._warn("source_has_too_many_handshakes", limit=strangers.share, peer=peer)
                 return
-            weakest.kill(made_room("too many links prove nothing"))
+            weakest.abort(made_room("too many links prove nothing"))
         shown = self._trust.presented
         session = Session(self, binding=shown.binding, source=source)
         link = self.relay.link(

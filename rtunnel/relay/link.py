@@ -1,10 +1,70 @@
-"""A link: one TCP connection between agent and broker, plain or TLS, carrying yamux.
+"""A link: one TCP connection between agent and broker, plain or TLS, that carries yamux.
 
-Out: small frames of one turn leave together at its end; large ones go straight from the buffer that they were
-read into. When the kernel takes no more the link is `blocked`: pairs that have something to send stop reading
-their sockets, wait in line, and get their turns in order.
+Theory of operation
+===================
 
-In: one large read, and every frame's payload is handed on as a slice of it.
+**Life.** The handshake (also of a plain link, which has nothing to do in it) waits in the loop's
+slow queue for its turns. Then the link is `up`: the owner hears `link_up`, a ping measures the
+round trip, and frames flow. While `allowance` is set, the peer has not proved who it is: few frames
+are taken in a turn, and few bytes in all. `over` is the end, and `_down` the only way there. Then
+every stream is lost with LINK_LOST, whatever ended the link: a pair on it resets its socket, and a
+handler hears `lost`. "A stream was reset" with the ending `link_lost` therefore has its cause in
+this table:
+
+    The kernel or the peer does         The link does                 The peer and the owner learn
+    ----------------------------------  ----------------------------  ------------------------------
+    FIN; under TLS also close_notify    ends (`_down`)                owner: CLOSED, "closed by
+                                                                      peer"
+    RST, or a connection that the       ends when a read or a write   owner: RESET
+    kernel gives up (TCP_USER_TIMEOUT,  fails
+    DEAD_AFTER)
+    GoAway                              notes it in `going_away`,     the broker's open ports dial
+                                        and goes on                   no new streams on it
+    an illegal frame, or more than      `break_off`: ends behind a    peer: GoAway 1; owner:
+    `allowance` before the proof        GoAway                        PROTOCOL_ERROR
+    no byte for DEAD_AFTER, pings       `abort`                       peer: RST; owner: SILENT
+    included
+    takes nothing, with MAX_BACKLOG of  `abort`                       peer: RST; owner: SILENT
+    frames kept
+    TLS fails                           `abort`; behind the alert if  peer: the alert, or RST;
+                                        this side rejects the         owner: the kind of `lost_by`
+                                        certificate
+    the handshake takes too long        `abort`                       peer: RST; owner: DEADLINE
+    the owner calls `close`             ends behind what was written  peer: GoAway 0; owner: its own
+                                        and a GoAway                  reason
+
+**Who owns the socket.** The link, until `_down`. Then the loop, which closes it at the end of the
+turn; or, when the peer shall hear why, a `SocketEnd` without a handler, which sends the last words,
+then FIN, and drops what comes until the peer's FIN (`_linger`, `ends`). A link that does not linger
+is closed at once: when its socket has unread bytes, the kernel sends RST.
+
+**Bytes on their way out.** A pair reads its socket into `scratch.upload`, behind room for the
+header. Frames up to COALESCE_BYTES are collected in `_out` until the end of the turn, to share a
+system call and a TLS record; a larger one is sent from that buffer at once, behind what `_out` has.
+What the kernel does not take is in `transport.pending` (encrypted), and the link is `blocked`:
+`_out` collects control frames, pairs leave their bytes in their sockets and wait in `waiting`. The
+OUT event sends what is pending, then `_out`, then lets the pairs send in the order in which they
+came, until the link is blocked again. TCP_NOTSENT_LOWAT keeps the kernel's queue short, because a
+small frame waits behind all of it.
+
+**Bytes on their way in.** One read fills `scratch.plain` (under TLS by way of `scratch.cipher`),
+and the payload of each frame is handed on as a slice of it, without a copy. Frames beyond
+FRAMES_A_TURN are kept in `_unread` and come first in the next turn. A link that has not drained its
+socket queues itself (`_read_more`); one that has relies on the next edge.
+
+**What calls back.** `write`, `emit` and `open` never do. A failed write only sets `blocked`, and
+the link ends in a later step of the loop. `close`, `break_off` and `abort` call, before they
+return: each stream's pair (which calls its owner's `ended`) or handler (`lost`), each probe's
+`done(False)`, and last the owner's `link_down`. A read calls `link_stream`, and the pairs and
+handlers of streams; they may write, open, finish and reset streams, join them, lift `allowance`,
+and end the link: `receive` looks at `over` before each frame. They must not read the link
+(`receive` is not reentrant), and must not use `scratch.plain`, in which the frames are. `_unblock`
+calls `link_ready` of the waiting pairs, which may block the link again or end it.
+
+Tests: `tests/unit/test_hostile_kernel.py` (all of the above with a simulated kernel;
+test_a_large_frame_behind_a_flush_that_blocks_is_sent), `test_last_words.py` (GoAways and refusals
+arrive), `test_relay.py` (test_a_dead_link_resets_its_streams,
+test_a_slow_reader_stops_only_its_own_stream, TestUnproven).
 """
 
 from __future__ import annotations
@@ -25,32 +85,39 @@ from rtunnel.relay.transport import READ_BYTES, UNPROVEN_READ_BYTES, Scratch, Tl
 from rtunnel.relay.windows import WindowedSession
 from rtunnel.wire import yamux
 
-#: Frames up to this size wait for the end of the turn, to share a system call (and a TLS record).
+#: Bytes of a frame that waits for the end of the turn, to share a system call (and a TLS record).
 COALESCE_BYTES: Final = 4 * 1024
-#: Frames kept for a link that takes nothing: beyond this it is dead. Control frames alone can get here.
+#: Bytes of frames that are kept for a peer that takes nothing; with more the link is reset. Only
+#: control frames come this far, because pairs stop when the link is blocked.
 MAX_BACKLOG: Final = 8 * 1024 * 1024
-#: Reads of one link before others get their turn.
+#: Reads of one link per loop turn, so that one link cannot starve the others.
 READS_A_TURN: Final = 1
-#: Frames of one link before others get their turn.
+#: Frames of one link per loop turn. Tiny frames cost the most: 1 MiB of them would stop the loop
+#: for a second.
 FRAMES_A_TURN: Final = 512
-#: The same for a peer that has not proved itself: its Hello and Proof, with a ping beside each, are some ten frames.
+#: The same for a peer that has not proved who it is: Hello and Proof, with a ping beside each, are
+#: some ten frames.
 UNPROVEN_FRAMES_A_TURN: Final = 32
 
-#: A link opens so many streams in its life (yamux: 31 bits, two apart), but for a reserve until the next look. At 5000
-#: streams a second that is five days; then it is closed, and the agent dials a new one.
+#: A link that has used stream ids up to this one is closed, and the agent dials a new one. yamux
+#: has 32 bits, two ids apart: five days at 5000 streams a second. The rest is a reserve until the
+#: next look.
 LAST_STREAM_ID: Final = 2**32 - 2**20
 
-#: Unsent bytes of a link that ends; with more than these its peer reads nothing, and would not hear why.
+#: Unsent bytes with which an ending link still lingers. A peer that has left more than these unread
+#: reads nothing, and would not learn the reason.
 LAST_WORDS_BYTES: Final = 1024 * 1024
-#: Ended links whose last words are on their way. They have no place among strangers or sessions any more, so a flood of
-#: broken handshakes must not take all descriptors.
+#: Ended links of one relay that still send their last words. They count neither as strangers nor as
+#: sessions any more, so this bound keeps a flood of broken handshakes from taking all descriptors.
 MAX_LEAVING: Final = 256
 
+#: Seconds without a byte after which a peer is given up.
 DEAD_AFTER: Final = 15.0
-#: So often each end looks whether the other was silent; the broker asks only when the agent seems not to.
+#: Seconds between two looks for silence, less up to 10 %. A peer that was silent for 70 % of them
+#: is pinged. The broker's are longer, so that it pings only when the agent seems not to.
 PING_AFTER_CLIENT: Final = 5.0
 PING_AFTER_SERVER: Final = 8.0
-#: Unsent bytes that the kernel may queue: what a small frame waits behind.
+#: Unsent bytes that the kernel may queue (TCP_NOTSENT_LOWAT): a small frame waits behind them.
 NOTSENT_LOWAT: Final = 128 * 1024
 
 _LATE: Final = Lost(LostKind.DEADLINE, "handshake deadline")
@@ -58,32 +125,40 @@ _TAKES_NOTHING: Final = Lost(LostKind.SILENT, "the peer takes no bytes")
 
 
 class LinkOwner(Protocol):
-    """The role's side of a link. All calls come in the relay's thread."""
+    """The role's side of a link. In the relay's thread."""
 
     def link_up(self, link: Link) -> None:
-        """Handshake done."""
+        """Hear that the handshake is done, and frames can flow."""
 
     def link_stream(self, stream: StreamEnd) -> EndHandler | None:
-        """The peer opened a stream: its talker, or None to refuse it."""
+        """Return the handler for a stream that the peer opens, or None to refuse it (RST).
+
+        The stream has no id yet: it must not be written to before this returns.
+        """
 
     def link_down(self, link: Link, lost: Lost) -> None:
-        """The link is gone, and with it every stream. Called once, also when it never came up."""
+        """Hear that the link has ended, after each of its streams was lost. Called once, also
+        before `link_up`.
+        """
 
 
 class BytesSender(Protocol):
-    """Who waits for a blocked link."""
+    """A pair that waits for a blocked link."""
 
     def link_ready(self) -> None:
-        """The link takes bytes again."""
+        """Send what there is: the link takes bytes again."""
 
 
 class Link(WindowedSession):
-    """See the module. Made by `Relay`; `peer` is the other end's IP, `rtt` the last ping's seconds (0: none yet)."""
+    """One link, made by `Relay.link`. In the relay's thread.
+
+    `peer` is the other end's IP, `rtt` the seconds of the last ping (0: none yet).
+    """
 
     __slots__ = (
-        "_flushing", "_heard", "_live", "_out", "_owner", "_ping_sent", "_pings", "_probes", "_queued", "_shaking",
-        "_spoken", "_timer", "_transport", "_unread", "allowance", "blocked", "is_client", "peer", "rtt", "scratch",
-        "sock", "up", "waiting",
+        "_flushing", "_handshake_queued", "_heard", "_live", "_out", "_owner", "_ping_sent", "_pings", "_probes",
+        "_queued", "_spoken", "_timer", "_transport", "_unread", "allowance", "blocked", "is_client", "peer", "rtt",
+        "scratch", "sock", "up", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -112,60 +187,66 @@ class Link(WindowedSession):
         live.add(self)
         # The handshake.
         self.up = False
-        self._shaking = False  # it stands in line
-        self._spoken = False  # something came before the proof
-        self._timer: Timer | None = loop.after(handshake_timeout, lambda: self.kill(_LATE))
+        self._handshake_queued = False
+        self._spoken = False  # the peer has sent a byte before its proof
+        self._timer: Timer | None = loop.after(handshake_timeout, lambda: self.abort(_LATE))
         # Out.
         self.blocked = False
         self.waiting: deque[BytesSender] = deque()
         self._out = bytearray()
         self._flushing = False
         # In.
-        self._unread = b""  # frames that came beyond this turn's share
-        self._queued = False
-        #: So many bytes more are taken from a peer that has not proved itself; None: any. The owner sets and lifts it.
+        self._unread = b""  # frames beyond FRAMES_A_TURN
+        self._queued = False  # `_read_more` is in the run queue
+        # Bytes that are still taken from a peer that has not proved who it is; None: any. The owner
+        # sets and lifts it.
         self.allowance: int | None = None
         # Signs of life.
         self._heard = loop.now
         self._pings = 0
         self._ping_sent = 0.0
-        self._probes: dict[int, Callable[[bool], None]] = {}  # by the ping that they wait for
+        self._probes: dict[int, Callable[[bool], None]] = {}  # `done` by the ping's value
         self.rtt = 0.0
         _tune(sock)
         self._watch(watched)
-        self._shake_in_line()
+        self._queue_handshake()
 
     def _watch(self, watched: bool) -> None:
         fd = self.sock.fileno()
         if watched:
             self.loop.handlers[fd] = self._event
             self.loop.add_out(fd)
-            self._transport.hup = True  # whoever watched it before may have seen the FIN's edge
+            self._transport.hup = True  # the owner before may have got the FIN's edge
         else:
             self.loop.add(fd, self._event)
 
     @property
     def peer_certificate(self) -> bytes | None:
-        """The peer's certificate in DER, if it showed one."""
+        """The peer's certificate (DER); None when it showed none, and after the link's end."""
         return self._transport.peer_certificate()
 
     @property
     def has_spoken(self) -> bool:
-        """Whether a peer that has not proved itself has sent a byte; True while its handshake stands in line.
+        """Whether the peer has sent a byte before its proof; also True while its handshake waits
+        for its turn.
 
-        Right also when the link is down.
+        Valid after the link's end, too.
         """
-        return self._spoken or self._shaking or self._transport.shaken > 0
+        return self._spoken or self._handshake_queued or self._transport.shaken > 0
 
     @property
     def silence(self) -> float:
-        """Seconds since the last sign of life."""
+        """Seconds since the peer's last byte."""
         return self.loop.now - self._heard
 
     # Streams.
 
     def open(self, handler: EndHandler, first: bytes, deadline: float | None = None) -> StreamEnd:
-        """A new stream that begins with `first`."""
+        """Open a stream that begins with the bytes `first` (they must fit its window), and return
+        it.
+
+        `deadline`: as of `End.talk`. Raises OverflowError when all ids are used up.
+        """
         stream = StreamEnd(self)
         self.attach(stream)
         stream.talk(handler, deadline)
@@ -189,12 +270,18 @@ class Link(WindowedSession):
         self.write(frame)
 
     def write(self, data: bytes | memoryview) -> None:
-        """Send a frame, in order. Large ones only while not `blocked`."""
+        """Send whole frames, in order; drop them when the link is over. Does not fail and calls
+        nobody back.
+
+        Data of pairs is written only while the link is not `blocked`; what is written meanwhile is
+        kept.
+        """
         if self.over:
             return
         if len(data) > COALESCE_BYTES and not self.blocked and self.up:
             if self._out:
-                self._flush()  # replaces `_out`, and may block the link: no alias of either lives across it
+                # It replaces `_out` and may block the link: keep no alias of either across it.
+                self._flush()
             if not self.blocked:
                 self._push(data)
                 return
@@ -203,7 +290,7 @@ class Link(WindowedSession):
             self._flushing = True
             self.loop.soon(self._flush)
         elif len(self._out) > MAX_BACKLOG:
-            self.loop.soon(lambda: self.kill(_TAKES_NOTHING))
+            self.loop.soon(lambda: self.abort(_TAKES_NOTHING))
 
     def _flush(self) -> None:
         self._flushing = False
@@ -217,18 +304,20 @@ class Link(WindowedSession):
         try:
             transport.send(data)
         except OSError as error:
-            self._die_soon(error)
+            self._fail_soon(error)
             return
         if transport.pending:
             self.blocked = True
 
     def _unblock(self) -> None:
-        """The kernel takes bytes again: what is pending, then everybody who waits, in line."""
+        """Send what is pending, then what was collected, then let the waiting pairs send, in their
+        order.
+        """
         try:
             if not self._transport.drain():
                 return
         except OSError as error:
-            self._die_soon(error)
+            self._fail_soon(error)
             return
         self.blocked = False
         if not self.up:
@@ -250,27 +339,28 @@ class Link(WindowedSession):
         if self.over:
             return
         if not self.up:
-            self._shake_in_line()
+            self._queue_handshake()
         elif mask & (IN | HUP | LOST):
             self._read()
 
-    def _shake_in_line(self) -> None:
-        if not self._shaking:
-            self._shaking = True
-            self.loop.enqueue_slow(self._shake)
+    def _queue_handshake(self) -> None:
+        if not self._handshake_queued:
+            self._handshake_queued = True
+            self.loop.enqueue_slow(self._handshake)
 
-    def _shake(self) -> None:
-        self._shaking = False
+    def _handshake(self) -> None:
+        self._handshake_queued = False
         if self.up or self.over:
             return
         try:
             done = self._transport.handshake()
         except ssl.SSLCertVerificationError as error:
-            # The peer may believe that it is up (TLS 1.3): a reset could overtake the alert that tells it why not.
+            # The peer may take the link for up (TLS 1.3): a RST could overtake the alert that tells
+            # it why not.
             self._down(lost_by(error).during("handshake"), linger=True)
             return
         except OSError as error:
-            self.kill(lost_by(error).during("handshake"))
+            self.abort(lost_by(error).during("handshake"))
             return
         self.blocked = bool(self._transport.pending)
         if done:
@@ -278,11 +368,11 @@ class Link(WindowedSession):
             self._heard = self.loop.now
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer = self.loop.after(random.uniform(0.5, 1.0), self._beat)  # noqa: S311
+            self._timer = self.loop.after(random.uniform(0.5, 1.0), self._heartbeat)  # noqa: S311
             self._owner.link_up(self)
             self._measure()
             self._flush()
-            self._read()  # bytes may have come with the handshake's last
+            self._read()  # the handshake's last read may have used their edge up
 
     def _read(self) -> None:
         transport = self._transport
@@ -295,7 +385,7 @@ class Link(WindowedSession):
                     break
                 data = transport.receive(self.scratch, READ_BYTES if self.allowance is None else UNPROVEN_READ_BYTES)
                 if transport.pending:
-                    self.blocked = True  # an answer to a key update: later frames go behind it
+                    self.blocked = True  # with an answer to a key update: later frames go behind it
                 if data:
                     self._heard = self.loop.now
                     if self.allowance is not None:
@@ -322,7 +412,7 @@ class Link(WindowedSession):
             self.loop.soon(self._read_more)
 
     def _take(self, data: memoryview) -> None:
-        """Tiny frames cost the most: 1 MiB of them would stop the loop for a second, so a turn takes only so many."""
+        """Take the frames of this turn, and keep the rest in `_unread`."""
         if self.allowance is not None:
             self._take_little(data, self.allowance)
             return
@@ -331,12 +421,14 @@ class Link(WindowedSession):
             self._unread = bytes(data[used:])
 
     def _take_little(self, data: memoryview, allowance: int) -> None:
-        """Take bytes of a peer that has not proved itself: so many in all, and few frames in each turn."""
+        """Take bytes of a peer that has not proved who it is: `allowance` in all, and few frames in
+        each turn.
+        """
         self._spoken = True
         used = self.receive(data[:allowance], UNPROVEN_FRAMES_A_TURN)
         if self.over:
             return
-        if self.allowance is None:  # the peer has proved itself by one of these frames
+        if self.allowance is None:  # one of these frames was the proof
             self._take(data[used:])
         elif used == allowance < len(data):
             self.break_off("too many bytes before the peer proved itself")
@@ -349,22 +441,24 @@ class Link(WindowedSession):
         if not self.over:
             self._read()
 
-    # Life and death.
+    # Signs of life, and the end.
 
-    def _beat(self) -> None:
-        """Every few seconds: ping a silent peer, give up a dead one."""
+    def _heartbeat(self) -> None:
+        """Ping a silent peer, give up one that was silent for DEAD_AFTER, and look again in some
+        seconds.
+        """
         silent = self.silence
         if self._next_id > LAST_STREAM_ID:
             self.close(closed("its stream ids are used up"))
             return
         if silent >= DEAD_AFTER:
-            self.kill(Lost(LostKind.SILENT, f"no sign of life for {silent:.0f} s"))
+            self.abort(Lost(LostKind.SILENT, f"no sign of life for {silent:.0f} s"))
             return
         ping_after = PING_AFTER_CLIENT if self.is_client else PING_AFTER_SERVER
-        if self._pings == 1 or silent >= ping_after * 0.7:  # the first was slow: a handshake was under way
+        if self._pings == 1 or silent >= ping_after * 0.7:  # the first waited for a handshake
             self._measure()
         pause = min(ping_after * random.uniform(0.9, 1.0), DEAD_AFTER - silent + 0.05)  # noqa: S311
-        self._timer = self.loop.after(pause, self._beat)
+        self._timer = self.loop.after(pause, self._heartbeat)
 
     def _measure(self) -> None:
         self._pings += 1
@@ -372,10 +466,11 @@ class Link(WindowedSession):
         self.ping(self._pings & 0xFFFFFFFF)
 
     def probe(self, patience: float, done: Callable[[bool], None]) -> None:
-        """Ping the peer now, and tell `done` once whether it lives.
+        """Ping the peer now, and call `done(lives)` once.
 
-        True as soon as it answers; after `patience` seconds, whether it has said anything since (an answer stands in
-        line behind what a slow link has to carry). False as soon as the link ends.
+        True as soon as it answers. After `patience` seconds: whether any byte has come since,
+        because the answer waits behind what a slow link carries. False as soon as the link ends,
+        from within this call if it has ended.
         """
         if self.over or not self.up:
             done(False)
@@ -399,11 +494,15 @@ class Link(WindowedSession):
             self.measured(self.rtt)
 
     def close(self, lost: Lost) -> None:
-        """End in order, with a GoAway behind all that was written."""
+        """End in order, with a GoAway behind all that was written. The owner hears
+        `link_down(lost)` in this call.
+        """
         self._leave(yamux.GoAwayCode.NORMAL, lost)
 
     def break_off(self, fault: str) -> None:
-        """End, and tell the peer by GoAway that it broke the protocol."""
+        """End like `close`, with a GoAway that says that the peer broke the protocol; `fault` is
+        for the log.
+        """
         self._leave(yamux.GoAwayCode.PROTOCOL_ERROR, Lost(LostKind.PROTOCOL_ERROR, f"protocol error: {fault}"))
 
     def _leave(self, code: yamux.GoAwayCode, lost: Lost) -> None:
@@ -414,14 +513,16 @@ class Link(WindowedSession):
             self._flush()
         self._down(lost, linger=self.up)
 
-    def kill(self, lost: Lost) -> None:
-        """End now; the peer gets a reset."""
+    def abort(self, lost: Lost) -> None:
+        """End with a RST. The owner hears `link_down(lost)` in this call."""
         if not self.over:
             reset_on_close(self.sock)
             self._down(lost)
 
-    def _die_soon(self, error: OSError) -> None:
-        """A write failed, deep in somebody's call: the link goes down in the next turn and takes nothing until then."""
+    def _fail_soon(self, error: OSError) -> None:
+        """End the link in a later step of the loop: the failed write is deep in a pair's or a
+        handler's call.
+        """
         self.blocked = True
         lost = lost_by(error)
         self.loop.soon(lambda: self._down(lost))
@@ -440,7 +541,8 @@ class Link(WindowedSession):
         self._unread = b""
         self.waiting.clear()
         self.end()
-        # Links and their owners name each other: TLS buffers (250 KB) must not wait for a garbage collection.
+        # Links and their owners refer to each other: TLS buffers (250 KB) must not wait for a
+        # garbage collection.
         self._spoken = self.has_spoken
         self._transport = Transport(self.sock)
         for value in list(self._probes):
@@ -448,7 +550,7 @@ class Link(WindowedSession):
         self._owner.link_down(self, lost)
 
     def _linger(self) -> None:
-        """Close the socket behind the last words. What the peer still sends is dropped: no reset overtakes them."""
+        """Hand the socket to a closing end, which sends the last words: no RST overtakes them."""
         words = self._transport.last(self._out if self.up else b"")
         if len(words) > LAST_WORDS_BYTES:
             self.loop.close(self.sock)
@@ -460,14 +562,14 @@ class Link(WindowedSession):
 
 
 class Links(set[Link]):
-    """The links of one relay. Links that have ended may still have last words on their way: `leave`."""
+    """The links of one relay, and the closing ends of those that have ended (`leave`)."""
 
     def __init__(self) -> None:
         super().__init__()
         self._leaving: deque[SocketEnd] = deque()
 
     def leave(self, end: SocketEnd) -> None:
-        """Take an end that is closing; with too many of them the oldest is cut short."""
+        """Keep a closing end; with MAX_LEAVING of them the oldest is closed at once."""
         leaving = self._leaving
         while leaving and (leaving[0].closed or len(leaving) >= MAX_LEAVING):
             leaving.popleft().cut_short()
@@ -481,8 +583,8 @@ def _tune(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(DEAD_AFTER * 1000))
         sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT_OPTION, NOTSENT_LOWAT)
     except OSError:
-        pass  # the peer is gone already: the first read tells
+        pass  # the connection is lost already, and the first read says so
 
 
-#: Not in Python's socket module before 3.12 (linux/tcp.h).
+#: Missing from Python's socket module before 3.12 (linux/tcp.h).
 TCP_NOTSENT_LOWAT_OPTION: Final = 25

@@ -557,7 +557,7 @@ class Relay:
         for pair in list(self.pairs):
             pair.abort(Ending.DRAINED)
         for link in list(self.links):
-            link.kill(closed("stopped"))
+            link.abort(closed("stopped"))
         for handler in list(self.loop.handlers.values()):
             owner = getattr(handler, "__self__", None)
             if isinstance(owner, SocketEnd):

@@ -443,7 +443,7 @@ def test_a_dead_link_resets_its_streams(tls: tuple[object, object]) -> None:
     with running_relay() as near, running_relay() as far:
         tunnel = Tunnel(near, far, tls=tls)
         client, served = tunnel.through()
-        far.do(lambda: tunnel.far_link.kill(closed("test")))
+        far.do(lambda: tunnel.far_link.abort(closed("test")))
         with pytest.raises(ConnectionResetError):
             client.recv(1)
         with pytest.raises(ConnectionResetError):
@@ -797,7 +797,7 @@ class TestWindows:
             client, served = tunnel.through()
             self.push(client, served, 32 << 20)
             assert far.memory.left < budget
-            far.do(lambda: tunnel.far_link.kill(closed("test")))
+            far.do(lambda: tunnel.far_link.abort(closed("test")))
             assert far.memory.left == budget
 
     def test_a_short_path_needs_no_window(self) -> None:
