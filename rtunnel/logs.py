@@ -373,6 +373,7 @@ _writer: Writer | None = None
 _bridge: _Bridge | None = None
 #: One list for good: loggers that are already in use follow a later set-up, and `structlog.testing` finds it.
 _processors: list[structlog.typing.Processor] = []
+_debugging = True  # as structlog before `setup`
 
 
 def setup(config: LogConfig, *, fd: int = 2, **common: Any) -> None:
@@ -380,6 +381,8 @@ def setup(config: LogConfig, *, fd: int = 2, **common: Any) -> None:
 
     May be called again: loggers in use follow in all but the level.
     """
+    global _debugging
+    _debugging = config.level == "debug"
     console = config.format == "console" or (config.format == "auto" and os.isatty(fd))
     colour = console and os.isatty(fd) and not os.environ.get("NO_COLOR")
     render = (lambda fields: render_console(fields, colour)) if console else render_json
@@ -441,6 +444,11 @@ def _log_dead_thread(stray: threading.ExceptHookArgs) -> None:
 def flush(timeout: float = FLUSH_TIMEOUT) -> bool:
     """Wait until all lines so far are written; False when stderr is still stuck after `timeout`."""
     return _writer is None or _writer.flush(timeout)
+
+
+def debugging() -> bool:
+    """Return whether lines of level debug are written. On a hot path their fields are only made if so."""
+    return _debugging
 
 
 def get_logger(component: str) -> FilteringBoundLogger:

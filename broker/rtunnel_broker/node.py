@@ -25,7 +25,7 @@ from rtunnel.config import (
     parse_endpoint,
 )
 from rtunnel.errors import RegistryUnavailable, Superseded
-from rtunnel.logs import Throttle, get_logger
+from rtunnel.logs import Throttle, debugging, get_logger
 from rtunnel.net import bound_socket, listen, source_of
 from rtunnel.registry import Duplicate, NodeRecord, Registration, Registry
 from rtunnel.relay.link import Link
@@ -86,6 +86,7 @@ class Node:
         self._room_timer: Timer | None = None  # looks again for a link that can make room
         self.links_lost: Counter[str] = Counter()  # links that ended before they were proved or refused, by Loss
         self._throttle = Throttle()
+        self.debugging = debugging()
         self._registry = registry
         self._beating = trio.Lock()
         self._log = get_logger("broker").bind()

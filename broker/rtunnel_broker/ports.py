@@ -147,11 +147,13 @@ class Guarded:
         """See PairOwner."""
         self.port.session.streams -= 1
         self.port.counts.ended(account)
-        body = self.body
-        self.port.session.keeper.trace(
-            "stream_relayed", reason=account.ending.value, who=body.who, target=format_endpoint(body.ip, body.port),
-            bytes_up=account.up, bytes_down=account.down, seconds=round(account.seconds, 3),
-        )  # fmt: skip
+        keeper, body = self.port.session.keeper, self.body
+        if keeper.debugging:
+            keeper.trace(
+                "stream_relayed", reason=account.ending.value, who=body.who,
+                target=format_endpoint(body.ip, body.port), bytes_up=account.up, bytes_down=account.down,
+                seconds=round(account.seconds, 3),
+            )  # fmt: skip
 
 
 class GuardedConnection:

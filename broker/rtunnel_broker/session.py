@@ -101,6 +101,8 @@ class SessionKeeper(Protocol):
     def log(self, event: str, **fields: object) -> None:
         """A log line."""
 
+    debugging: bool  # `trace` writes lines
+
     def trace(self, event: str, **fields: object) -> None:
         """A log line of level debug: one for each stream."""
 
