@@ -1,8 +1,12 @@
-"""What a role's streams did since its start. Kept by the relay's thread; whoever reads it sees whole numbers."""
+"""What a role's streams did since its start, and the permits by which live ones are counted.
+
+The relay's thread keeps it; other threads that read it see whole numbers.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from rtunnel.relay.join import Account
 from rtunnel.wire.refusal import Refusal
@@ -19,18 +23,6 @@ class StreamCounts:
     bytes_up: int = 0
     bytes_down: int = 0
 
-    def began(self) -> None:
-        """A stream is joined."""
-        self.accepted += 1
-        self.streams += 1
-
-    def ended(self, account: Account) -> None:
-        """It is over."""
-        self.streams -= 1
-        self.endings[account.ending.value] = self.endings.get(account.ending.value, 0) + 1
-        self.bytes_up += account.up
-        self.bytes_down += account.down
-
     def refuse(self, code: Refusal) -> None:
         """One refusal."""
         self.refused[code.value] = self.refused.get(code.value, 0) + 1
@@ -45,3 +37,54 @@ class StreamCounts:
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
         }
+
+
+class Carrier(Protocol):
+    """What carries streams: a session."""
+
+    streams: int  # live ones, and those that wait for their target
+
+
+class StreamPermit:
+    """One stream, counted at its carrier until it is over, and in the role's counts from `join` on.
+
+    Each count is taken and given back once, in whatever order the calls come.
+    """
+
+    __slots__ = ("_carrier", "_counts", "_is_joined")
+
+    def __init__(self, counts: StreamCounts, carrier: Carrier | None = None, *, joined: bool = True) -> None:
+        """Count a stream; with `joined` it is a pair from now on. A gateway's has no carrier."""
+        self._counts = counts
+        self._carrier = carrier
+        self._is_joined = joined
+        if carrier is not None:
+            carrier.streams += 1
+        if joined:
+            counts.accepted += 1
+            counts.streams += 1
+
+    def join(self) -> None:
+        """Count it as a pair. No effect if it is one, or is over."""
+        if self._carrier is not None and not self._is_joined:
+            self._is_joined = True
+            self._counts.accepted += 1
+            self._counts.streams += 1
+
+    def release(self) -> None:
+        """Give back what is counted. Later calls have no effect."""
+        carrier, self._carrier = self._carrier, None
+        if carrier is not None:
+            carrier.streams -= 1
+        if self._is_joined:
+            self._is_joined = False
+            self._counts.streams -= 1
+
+    def ended(self, account: Account) -> None:
+        """Count what its pair did, and release it. Later calls have no effect."""
+        if self._is_joined:
+            counts, ending = self._counts, str(account.ending)
+            counts.endings[ending] = counts.endings.get(ending, 0) + 1
+            counts.bytes_up += account.up
+            counts.bytes_down += account.down
+        self.release()

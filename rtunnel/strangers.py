@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
 from typing import Final, Generic, TypeVar
@@ -49,13 +48,22 @@ STALLED_GRACE: Final = 2.0
 LOOK_AT: Final = 32
 
 
-@dataclass(slots=True, eq=False)
 class Place(Generic[T]):
-    """What one connection holds from `enter` to `leave`. `since`: seconds of the caller's clock."""
+    """The permit of one connection, until `release`. `since`: seconds of the caller's clock."""
 
-    source: str
-    entry: T
-    since: float
+    __slots__ = ("_strangers", "entry", "since", "source")
+
+    def __init__(self, strangers: Strangers[T], source: str, entry: T, since: float) -> None:
+        self._strangers: Strangers[T] | None = strangers
+        self.source = source
+        self.entry = entry
+        self.since = since
+
+    def release(self) -> None:
+        """Give the place back. Later calls have no effect."""
+        strangers, self._strangers = self._strangers, None
+        if strangers is not None:
+            strangers.remove(self)
 
 
 class Strangers(Generic[T]):
@@ -89,8 +97,8 @@ class Strangers(Generic[T]):
         return self._count < self.most and len(self._sources.get(source, ())) < self.share
 
     def enter(self, source: str, entry: T, now: float) -> Place[T]:
-        """Take a place, whether there is one or not: ask `has_room` before."""
-        place = Place(source, entry, now)
+        """Take a place, whether there is one or not: ask `has_room` before. Release it once."""
+        place = Place(self, source, entry, now)
         places = self._sources.get(source)
         if places is None:
             places = self._sources[source] = OrderedDict()
@@ -98,8 +106,8 @@ class Strangers(Generic[T]):
         self._count += 1
         return place
 
-    def leave(self, place: Place[T]) -> None:
-        """Give a place back. Once."""
+    def remove(self, place: Place[T]) -> None:
+        """Forget a place; see `Place.release`."""
         places = self._sources[place.source]
         del places[place]
         if not places:

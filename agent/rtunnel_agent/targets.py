@@ -8,7 +8,7 @@ from typing import Final
 from structlog.typing import FilteringBoundLogger
 
 from rtunnel.config import format_endpoint
-from rtunnel.counts import StreamCounts
+from rtunnel.counts import StreamCounts, StreamPermit
 from rtunnel.logs import debugging
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account, Ending
@@ -80,7 +80,7 @@ class Targets:
         """Log the end of a stream, at level debug."""
         if self._debugging:
             self.log.debug(
-                "stream_served", reason=account.ending.value, who=served.who,
+                "stream_served", reason=str(account.ending), who=served.who,
                 target=format_endpoint(served.ip, served.port), node=served.session.node, bytes_up=account.up,
                 bytes_down=account.down, seconds=round(account.seconds, 3),
             )  # fmt: skip
@@ -130,6 +130,7 @@ class Served:
     port: int
     way: str
     who: str  # who asks, as the gateway or the open port says
+    permit: StreamPermit | None = None  # once the target is connected
 
     def allowed(self) -> bool:
         """Return whether the address is still this agent's, and the port exposed by the same way."""
@@ -138,8 +139,8 @@ class Served:
 
     def ended(self, account: Account) -> None:
         """See PairOwner."""
-        self.targets.counts.ended(account)
-        self.session.streams -= 1
+        if self.permit is not None:
+            self.permit.ended(account)
         self.targets.trace(self, account)
 
 
@@ -192,8 +193,7 @@ class IncomingStream:
             text = f"the agent does not expose {served.ip}, port {served.port} any more"
             self._refuse(Refused(Refusal.NOT_EXPOSED, text))
             return
-        targets.counts.began()
-        self._session.streams += 1
+        served.permit = StreamPermit(targets.counts, self._session)
         self._stream.write(self._dial.accept(targets.prover))
         targets.relay.join(self._stream, target, up=self._dial.rest, owner=served)
 

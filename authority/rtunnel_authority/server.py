@@ -192,7 +192,7 @@ class Server:
     def _leave(self, visitor: _Visitor) -> None:
         place, visitor.place = visitor.place, None
         if place is not None:
-            self._visitors.leave(place)
+            place.release()
 
     def _full(self, peer: str) -> None:
         self.refused[Refusal.OVERLOADED.value] += 1

@@ -192,7 +192,7 @@ class Node:
     def _handshake_over(self, session: Session) -> None:
         session.handshaking = False
         if session.place is not None:
-            self._strangers.leave(session.place)
+            session.place.release()
         if self._links is not None:
             self._links.release()
 

@@ -17,7 +17,7 @@ from typing import Final
 
 from rtunnel.clock import ClockWatch
 from rtunnel.config import format_endpoint
-from rtunnel.counts import StreamCounts
+from rtunnel.counts import StreamCounts, StreamPermit
 from rtunnel.net import source_of
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account
@@ -136,6 +136,7 @@ class Guarded:
     """The owner of a gateway's pair: the session that it uses, and the gateway's key."""
 
     port: GuardedPort
+    permit: StreamPermit
     key: str  # the id of the gateway's key
     body: DialBody
 
@@ -145,12 +146,11 @@ class Guarded:
 
     def ended(self, account: Account) -> None:
         """See PairOwner."""
-        self.port.session.streams -= 1
-        self.port.counts.ended(account)
+        self.permit.ended(account)
         keeper, body = self.port.session.keeper, self.body
         if keeper.debugging:
             keeper.trace(
-                "stream_relayed", reason=account.ending.value, who=body.who,
+                "stream_relayed", reason=str(account.ending), who=body.who,
                 target=format_endpoint(body.ip, body.port), bytes_up=account.up, bytes_down=account.down,
                 seconds=round(account.seconds, 3),
             )  # fmt: skip
@@ -189,7 +189,7 @@ class GuardedConnection:
                 port.checker.check(body, port.session, key)
                 if full := port.session.full:
                     raise full
-                port.counts.dials.leave(self._place)
+                self._place.release()
                 port.pass_on(self._end, self._dial.forward(), key, body)
         except MessageError as error:
             text = "a TLS handshake came, and broker.dial_security is plain" if data.startswith(_TLS) else str(error)
@@ -203,7 +203,7 @@ class GuardedConnection:
 
     def lost(self, lost: Lost) -> None:
         """See EndHandler."""
-        self._port.counts.dials.leave(self._place)
+        self._place.release()
         loss = Loss.of(lost.kind, silent=self.is_silent)
         self._port.counts.lost[loss.value] += 1
         if loss is not Loss.PROBE:
@@ -213,7 +213,7 @@ class GuardedConnection:
             )
 
     def _refuse(self, refused: Refused) -> None:
-        self._port.counts.dials.leave(self._place)
+        self._place.release()
         self._port.refused(self._end.peer, refused, self._dial.body)
         self._end.write(self._dial.refuse(refused, time=int(time.time() * 1000)))
         self._end.close()
@@ -263,9 +263,8 @@ class GuardedPort:
         stream = StreamEnd(link)
         link.attach(stream)
         stream.write(first)
-        self.counts.began()
-        self.session.streams += 1
-        self.relay.join(end, stream, owner=Guarded(self, key, body))
+        permit = StreamPermit(self.counts, self.session)
+        self.relay.join(end, stream, owner=Guarded(self, permit, key, body))
 
     def refused(self, peer: str, refused: Refused, body: DialBody | None) -> None:
         """Count and log a refusal; `body` is the Dial's, when its MAC was good."""
@@ -285,13 +284,14 @@ class OpenConnection:
     """One connection to an open port, while the agent connects the target; the handler of its stream, then the owner
     of the pair."""
 
-    __slots__ = ("_client", "_dial", "_place", "_port", "_stream")
+    __slots__ = ("_client", "_dial", "_permit", "_place", "_port", "_stream")
 
     def __init__(self, port: OpenPortServer, client: SocketEnd) -> None:
         self._port = port
         self._client = client
         self._dial: DialSender[None] = DialSender()
         self._place = port.counts.answers.enter(port.session.owner, self, client.loop.now)
+        self._permit = StreamPermit(port.counts, port.session, joined=False)
         self._stream: StreamEnd | None = None
 
     def begin(self, link: Link, body: DialBody) -> None:
@@ -323,20 +323,15 @@ class OpenConnection:
     def client_lost(self) -> None:
         """Nobody waits for the target any more."""
         if self._stream is not None and not self._stream.closed:
-            self._over()
+            self._place.release()
+            self._permit.release()
             self._stream.abort()
-
-    def _over(self) -> None:
-        """There will be no pair."""
-        self._port.counts.answers.leave(self._place)
-        self._port.session.streams -= 1
 
     def _join(self) -> None:
         assert self._stream is not None
         self._stream.pause()
-        counts = self._port.counts
-        counts.answers.leave(self._place)
-        counts.began()
+        self._place.release()
+        self._permit.join()
         self._port.relay.join(self._client, self._stream, down=self._dial.rest, owner=self)
 
     def allowed(self) -> bool:
@@ -345,11 +340,11 @@ class OpenConnection:
 
     def ended(self, account: Account) -> None:
         """See PairOwner."""
-        self._port.session.streams -= 1
-        self._port.counts.ended(account)
+        self._permit.ended(account)
 
     def _fail(self, code: Refusal, text: str) -> None:
-        self._over()
+        self._place.release()
+        self._permit.release()
         self._port.refuse(self._client, code, text)
         if self._stream is not None:
             self._stream.abort()
@@ -402,8 +397,7 @@ class OpenPortServer:
         elif full := session.full:
             self.refuse(end, full.code, full.text)
         else:
-            session.streams += 1  # from here on: many may wait for their targets
-            connection = OpenConnection(self, end)
+            connection = OpenConnection(self, end)  # it counts from here on: many may wait for their targets
             end.talk(_ClientWatch(connection))
             end.pause()
             connection.begin(session.link, self._body(session, peer))

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rtunnel.config import format_endpoint
-from rtunnel.counts import StreamCounts
+from rtunnel.counts import StreamCounts, StreamPermit
 from rtunnel.relay.join import Account
 from rtunnel.relay.relay import Relay
 from rtunnel.trust.policy import Question
 from rtunnel.trust.users import Hash
 from rtunnel_socks.access import Access
 from rtunnel_socks.dial import Paths, Reached, Target
-from rtunnel_socks.limits import Limits
+from rtunnel_socks.limits import Limits, Permit
 from rtunnel_socks.trust import GatewayTrust
 
 
@@ -48,7 +48,7 @@ class Asked:
     rule: str = ""  # that allowed it, or the one that did not
     judged: int = -1  # the version of the rules when it was asked for
     is_name: bool = False
-    counted: bool = False  # among the streams of its source and user
+    permit: Permit | None = None  # of its source and user, from the look-up on
 
     def judge(self, access: Access) -> bool:
         """Whether it may reach its target by what is in force now."""
@@ -70,7 +70,7 @@ class Asked:
 class Joined:
     """The owner of a client's pair: what was asked for, and by which path it was reached."""
 
-    __slots__ = ("asked", "attempts", "auditor", "certificate", "identity", "requests", "setup", "used")
+    __slots__ = ("asked", "attempts", "auditor", "certificate", "identity", "permit", "requests", "setup", "used")
 
     def __init__(self, auditor: Auditor, asked: Asked, reached: Reached) -> None:
         self.auditor = auditor
@@ -82,7 +82,7 @@ class Joined:
         self.setup = auditor.relay.loop.now - asked.started
         self.requests = 0  # that were forwarded; 0: it is a tunnel
         auditor.paths.opened(reached.used)
-        auditor.counts.began()
+        self.permit = StreamPermit(auditor.counts)
 
     def allowed(self) -> bool:
         """Return whether rules and users in force allow it, and neither agent nor broker is revoked."""
@@ -93,11 +93,12 @@ class Joined:
         """See PairOwner."""
         auditor, asked, used, identity = self.auditor, self.asked, self.used, self.identity
         auditor.paths.closed(used)
-        auditor.counts.ended(account)
-        auditor.limits.close(asked.peer, asked.user, auditor.relay.loop.now)
+        self.permit.ended(account)
+        if asked.permit is not None:
+            asked.permit.release(auditor.relay.loop.now)
         requests = {"requests": self.requests} if self.requests else {}
         asked.log(
-            auditor, "stream_ended", reason=account.ending.value, bytes_up=account.up, bytes_down=account.down,
+            auditor, "stream_ended", reason=str(account.ending), bytes_up=account.up, bytes_down=account.down,
             seconds=round(account.seconds, 3), setup_ms=round(self.setup * 1000, 2), attempts=self.attempts,
             node=used.node, epoch=str(used.epoch), ps=format_endpoint(used.ps_ip, used.ps_port), agent=used.agent_id,
             proof="ok" if identity else "off", certificate=identity.subject if identity else "", **requests,

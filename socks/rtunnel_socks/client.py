@@ -20,7 +20,14 @@ from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_socks.audit import Asked, Auditor, Joined
 from rtunnel_socks.dial import Reached, Target, TargetDial
 from rtunnel_socks.forward import Forwarding
+from rtunnel_socks.limits import Permit
 from rtunnel_socks.resolver import Resolver
+
+
+class ClientCounts(Protocol):
+    """What is counted of clients."""
+
+    clients: int  # that negotiate
 
 
 class ClientOwner(Auditor, Protocol):
@@ -41,11 +48,26 @@ class ClientOwner(Auditor, Protocol):
     def new_dial(self, client: Client, target: Target) -> TargetDial:
         """A dial that reports to `client.dialled`."""
 
-    def client_over(self, client: Client) -> None:
-        """Negotiation is over: joined or closed."""
+    def acquire_client(self, peer: str) -> ClientPermit:
+        """Return the permit of a client of this source that negotiates. Raises Refused."""
 
-    def client_back(self, client: Client) -> bool:
-        """Negotiation begins again: whether there is a place for it."""
+
+class ClientPermit:
+    """One client that negotiates: among those of the gateway and of its source, until `release`."""
+
+    __slots__ = ("_counts", "_permit")
+
+    def __init__(self, counts: ClientCounts, permit: Permit) -> None:
+        self._counts: ClientCounts | None = counts
+        self._permit = permit
+        counts.clients += 1
+
+    def release(self, now: float) -> None:
+        """Give it back. Later calls have no effect. `now`: seconds of the loop's clock."""
+        counts, self._counts = self._counts, None
+        if counts is not None:
+            counts.clients -= 1
+            self._permit.release(now)
 
 
 class Client:
@@ -61,6 +83,7 @@ class Client:
         "_http",
         "_joined",
         "_logging_in",
+        "_permit",
         "_request",
         "_socks",
         "_unproven",
@@ -70,9 +93,10 @@ class Client:
         "over",
     )
 
-    def __init__(self, gateway: ClientOwner, end: SocketEnd) -> None:
+    def __init__(self, gateway: ClientOwner, end: SocketEnd, permit: ClientPermit) -> None:
         self._gateway = gateway
         self._end = end
+        self._permit = permit
         self.asked = Asked(end.peer, gateway.relay.loop.now)
         self._socks: socks5.Socks5Server | None = None
         self._http: http.HttpServer | None = None
@@ -185,8 +209,7 @@ class Client:
 
     def _admit(self) -> None:
         """Before anything is done for it."""
-        if refused := self._gateway.limits.asks(self.peer, self._gateway.relay.loop.now):
-            raise refused
+        self._gateway.limits.charge_request(self.peer, self._gateway.relay.loop.now)
 
     def _log_in(self, name: str, password: str) -> None:
         if self._gateway.access.known(name):
@@ -224,8 +247,8 @@ class Client:
     def _go(self) -> None:
         asked, gateway = self.asked, self._gateway
         assert asked.target is not None
-        if asked.user is not None and (refused := gateway.limits.logged_in(asked.user, gateway.relay.loop.now)):
-            raise refused
+        if asked.user is not None:
+            gateway.limits.charge_user(asked.user, gateway.relay.loop.now)
         if asked.is_name:
             raise Refused(Refusal.NAME_NOT_SUPPORTED, f"{asked.target.ip!r} is a name; dial the target's original IP")
         self._must_be_allowed()
@@ -234,9 +257,7 @@ class Client:
 
     def _look_up(self, target: Target) -> None:
         gateway, asked = self._gateway, self.asked
-        if refused := gateway.limits.open(self.peer, asked.user, gateway.relay.loop.now):
-            raise refused
-        asked.counted = True
+        asked.permit = gateway.limits.acquire_stream(self.peer, asked.user, gateway.relay.loop.now)
         tuples = gateway.resolver.lookup(self, target)
         if tuples:
             self._start(target, tuples)
@@ -341,7 +362,7 @@ class Client:
     def answered(self, rest: bytes) -> None:
         """See Exchanger."""
         gateway = self._gateway
-        if not gateway.keep_alive or not gateway.client_back(self):
+        if not gateway.keep_alive or not self._comes_back():
             self._drop_forwarding()
             self._end.close()
             return
@@ -360,11 +381,11 @@ class Client:
     def unanswered(self, rest: bytes) -> None:
         """See Exchanger."""
         self._forwarding = None
-        if not self._gateway.client_back(self):
+        if not self._comes_back():
             self._end.close()
             return
         self.over = False
-        self.asked = replace(self.asked, counted=False)
+        self.asked = replace(self.asked, permit=None)  # that one is the stream's, which is over
         self._ahead = rest
         self._end.talk(self)
         self._end.pause()
@@ -373,6 +394,14 @@ class Client:
             self._look_up(self.asked.target)
         except Refused as error:
             self._turn_away(error)
+
+    def _comes_back(self) -> bool:
+        """Whether there is a place for it among those that negotiate."""
+        try:
+            self._permit = self._gateway.acquire_client(self.peer)
+        except Refused:
+            return False
+        return True
 
     def broken(self, refused: Refused) -> None:
         """See Exchanger."""
@@ -428,8 +457,9 @@ class Client:
         self.over = True
         if self._wait is not None:
             self._stop_waiting()
+        now = self._gateway.relay.loop.now
         if not joined:
             self._drop_forwarding()
-            if self.asked.counted:
-                self._gateway.limits.close(self.peer, self.asked.user, self._gateway.relay.loop.now)
-        self._gateway.client_over(self)
+            if self.asked.permit is not None:
+                self.asked.permit.release(now)
+        self._permit.release(now)

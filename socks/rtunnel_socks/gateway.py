@@ -19,9 +19,9 @@ from rtunnel.registry import Registry, Tuple
 from rtunnel.relay.relay import Listener, Relay
 from rtunnel.trust.keys import load_gateway_key
 from rtunnel.wire import http
-from rtunnel.wire.refusal import Refusal
+from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_socks.access import Access
-from rtunnel_socks.client import Client
+from rtunnel_socks.client import Client, ClientPermit
 from rtunnel_socks.dial import Paths, Target, TargetDial
 from rtunnel_socks.hedge import Hedging
 from rtunnel_socks.limits import Limits
@@ -86,17 +86,9 @@ class Gateway:
         """See ClientOwner."""
         self._log.info(event, **fields)
 
-    def client_over(self, client: Client) -> None:
+    def acquire_client(self, peer: str) -> ClientPermit:
         """See ClientOwner."""
-        self.counts.clients -= 1
-        self.limits.left(client.peer, self.relay.loop.now)
-
-    def client_back(self, client: Client) -> bool:
-        """See ClientOwner."""
-        if not self.limits.arrived(client.peer, self.relay.loop.now):
-            return False
-        self.counts.clients += 1
-        return True
+        return ClientPermit(self.counts, self.limits.acquire_client(peer, self.relay.loop.now))
 
     @property
     def keep_alive(self) -> float:
@@ -122,13 +114,15 @@ class Gateway:
         counts = self.counts
         if counts.clients + counts.streams >= self.config.max_clients or self.relay.memory.full:
             self._shut(sock, peer, Refusal.OVERLOADED)
-        elif not self.limits.arrived(peer, self.relay.loop.now):
-            self._shut(sock, peer, Refusal.TOO_MANY_HANDSHAKES)
-        else:
-            counts.clients += 1
-            end = self.relay.end(sock, peer, spoken=True)
-            end.talk(Client(self, end), self.config.handshake_timeout)
-            self._room.check()
+            return
+        try:
+            permit = self.acquire_client(peer)
+        except Refused as error:
+            self._shut(sock, peer, error.code)
+            return
+        end = self.relay.end(sock, peer, spoken=True)
+        end.talk(Client(self, end, permit), self.config.handshake_timeout)
+        self._room.check()
 
     def connect_failed_here(self, code: int) -> None:
         """See DialOwner."""

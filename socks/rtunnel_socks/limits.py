@@ -5,7 +5,6 @@ A source is an IPv4 address, or the /64 of an IPv6 address: who has one address 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 from rtunnel.config import LimitsConfig
@@ -18,73 +17,80 @@ BURST_SECONDS: Final = 2.0
 MAX_IDLE: Final = 65536
 
 
-@dataclass(slots=True)
+#: What a source or user may hold, as indexes of `_Holding.held`.
+_CLIENTS: Final = 0
+_STREAMS: Final = 1
+
+
 class _Holding:
     """What one source or user has."""
 
-    tokens: float
-    filled: float  # when `tokens` was right
-    handshakes: int = 0
-    streams: int = 0
+    __slots__ = ("filled", "held", "tokens")
+
+    def __init__(self, tokens: float, filled: float) -> None:
+        self.tokens = tokens
+        self.filled = filled  # when `tokens` was right
+        self.held = [0, 0]
+
+
+class Permit:
+    """One client or stream of a source or user, until `release`."""
+
+    __slots__ = ("_also", "_holding", "_key", "_kind", "_meter")
+
+    def __init__(self, meter: _Meter, key: str, holding: _Holding, kind: int) -> None:
+        self._meter: _Meter | None = meter
+        self._key = key
+        self._holding = holding
+        self._kind = kind
+        self._also: Permit | None = None  # of the user, beside that of the source
+        holding.held[kind] += 1
+
+    def release(self, now: float) -> None:
+        """Give it back. Later calls have no effect. `now`: seconds of the loop's clock."""
+        meter, self._meter = self._meter, None
+        if meter is not None:
+            self._holding.held[self._kind] -= 1
+            meter.forget(self._key, self._holding, now)
+            if self._also is not None:
+                self._also.release(now)
 
 
 class _Meter:
     """Sources, or users: their connections in this second, and what they hold. 0 is no limit."""
 
-    def __init__(self, what: str, *, rate: float, streams: int, handshakes: int = 0) -> None:
+    def __init__(self, what: str, *, rate: float, streams: int, clients: int = 0) -> None:
         self._what = what
         self._rate = rate
         self._burst = max(1.0, rate * BURST_SECONDS)
-        self._streams = streams
-        self._handshakes = handshakes
+        self._most = [clients, streams]
         self._known: dict[str, _Holding] = {}
         self._sweep_at = 1024
 
     def __len__(self) -> int:
         return len(self._known)
 
-    def handshake(self, key: str, now: float) -> bool:
-        """One more connection that is not a stream yet; False when there are too many."""
+    def acquire(self, key: str, kind: int, now: float) -> Permit:
+        """Return the permit for one more. Raises Refused."""
         holding = self._holding(key, now)
-        if self._handshakes and holding.handshakes >= self._handshakes:
-            return False
-        holding.handshakes += 1
-        return True
+        most = self._most[kind]
+        if most and holding.held[kind] >= most:
+            if kind == _STREAMS:
+                raise Refused(Refusal.TOO_MANY_STREAMS, f"{self._what} {key} has {most} streams already")
+            text = f"{self._what} {key} has {most} connections already that are not streams yet"
+            raise Refused(Refusal.TOO_MANY_HANDSHAKES, text)
+        return Permit(self, key, holding, kind)
 
-    def handshaken(self, key: str, now: float) -> None:
-        """It is a stream, or over."""
-        holding = self._known[key]
-        holding.handshakes -= 1
-        self._forget(key, holding, now)
-
-    def refused(self, key: str, now: float) -> Refused | None:
-        """Take a new connection into account, or say why not."""
+    def charge(self, key: str, now: float) -> None:
+        """Take a new connection from its rate. Raises Refused."""
         if not self._rate:
-            return None
+            return
         holding = self._holding(key, now)
         self._fill(holding, now)
         if holding.tokens < 1.0:
             text = f"{self._what} {key} opens more than {self._rate:g} connections per second"
-            return Refused(Refusal.RATE_LIMITED, text)
+            raise Refused(Refusal.RATE_LIMITED, text)
         holding.tokens -= 1.0
-        return None
-
-    def full(self, key: str) -> Refused | None:
-        """Why there may be no further stream, if so."""
-        holding = self._known.get(key)
-        if self._streams and holding is not None and holding.streams >= self._streams:
-            return Refused(Refusal.TOO_MANY_STREAMS, f"{self._what} {key} has {self._streams} streams already")
-        return None
-
-    def stream(self, key: str, now: float) -> None:
-        """One more stream."""
-        self._holding(key, now).streams += 1
-
-    def ended(self, key: str, now: float) -> None:
-        """One less."""
-        holding = self._known[key]
-        holding.streams -= 1
-        self._forget(key, holding, now)
 
     def _holding(self, key: str, now: float) -> _Holding:
         holding = self._known.get(key)
@@ -98,66 +104,58 @@ class _Meter:
         holding.tokens = min(self._burst, holding.tokens + (now - holding.filled) * self._rate)
         holding.filled = now
 
-    def _forget(self, key: str, holding: _Holding, now: float) -> None:
-        """Who holds nothing, and whose bucket is full, is as good as unknown."""
-        if not (holding.handshakes or holding.streams):
+    def forget(self, key: str, holding: _Holding, now: float) -> None:
+        """Forget a source or user that holds nothing and whose bucket is full: it is as good as unknown."""
+        held = holding.held
+        if not (held[_CLIENTS] or held[_STREAMS]):
             self._fill(holding, now)
             if holding.tokens >= self._burst:
                 del self._known[key]
 
     def _sweep(self, now: float) -> None:
-        """Now and then, and in all as often as there are newcomers: the cost of each is constant."""
+        """Forget those that hold nothing, at a constant cost for each newcomer."""
         for key, holding in list(self._known.items()):
-            self._forget(key, holding, now)
-        idle = [key for key, holding in self._known.items() if not (holding.handshakes or holding.streams)]
+            self.forget(key, holding, now)
+        idle = [key for key, holding in self._known.items() if not any(holding.held)]
         for key in idle[: max(0, len(idle) - MAX_IDLE)]:
             del self._known[key]
         self._sweep_at = max(1024, 2 * len(self._known))
 
 
 class Limits:
-    """[gateway.limits] at work."""
+    """[gateway.limits] at work. `now` is in seconds of the loop's clock."""
 
     def __init__(self, config: LimitsConfig) -> None:
         self._sources = _Meter(
             "source",
             rate=config.source_rate,
             streams=config.source_streams,
-            handshakes=config.source_handshakes,
+            clients=config.source_handshakes,
         )
         self._users = _Meter("user", rate=config.user_rate, streams=config.user_streams)
 
-    def arrived(self, peer: str, now: float) -> bool:
-        """A connection was accepted; False: this source has too many that are not streams yet. Else `left` follows."""
-        return self._sources.handshake(source_of(peer), now)
+    def acquire_client(self, peer: str, now: float) -> Permit:
+        """Return the permit of a connection that is not a stream yet. Raises Refused (too_many_handshakes)."""
+        return self._sources.acquire(source_of(peer), _CLIENTS, now)
 
-    def left(self, peer: str, now: float) -> None:
-        """It is a stream now, or over."""
-        self._sources.handshaken(source_of(peer), now)
+    def charge_request(self, peer: str, now: float) -> None:
+        """Take a request from the rate of its source. Raises Refused (rate_limited)."""
+        self._sources.charge(source_of(peer), now)
 
-    def asks(self, peer: str, now: float) -> Refused | None:
-        """It said what it wants: why not, by the rate of its source."""
-        return self._sources.refused(source_of(peer), now)
+    def charge_user(self, user: str, now: float) -> None:
+        """Take a request from the rate of its user. Raises Refused (rate_limited)."""
+        self._users.charge(user, now)
 
-    def logged_in(self, user: str, now: float) -> Refused | None:
-        """It is known whose it is: why not, by the rate of the user."""
-        return self._users.refused(user, now)
-
-    def open(self, peer: str, user: str | None, now: float) -> Refused | None:
-        """A stream is wanted: why not; or it counts from here on, until `close`."""
-        source = source_of(peer)
-        refused = self._sources.full(source) or (self._users.full(user) if user is not None else None)
-        if refused is None:
-            self._sources.stream(source, now)
-            if user is not None:
-                self._users.stream(user, now)
-        return refused
-
-    def close(self, peer: str, user: str | None, now: float) -> None:
-        """The stream is over, or came to nothing."""
-        self._sources.ended(source_of(peer), now)
+    def acquire_stream(self, peer: str, user: str | None, now: float) -> Permit:
+        """Return the permit of a stream of this source and user. Raises Refused (too_many_streams)."""
+        permit = self._sources.acquire(source_of(peer), _STREAMS, now)
         if user is not None:
-            self._users.ended(user, now)
+            try:
+                permit._also = self._users.acquire(user, _STREAMS, now)
+            except Refused:
+                permit.release(now)
+                raise
+        return permit
 
     @property
     def known(self) -> int:

@@ -20,7 +20,7 @@ class Port:
 
     def __init__(self) -> None:
         self.counts = PortCounts(8)
-        self.session = SimpleNamespace(streams=1, owner="default/host-7")
+        self.session = SimpleNamespace(streams=0, owner="default/host-7")
         self.refused: list[tuple[Refusal, str]] = []
 
     def refuse(self, _client: object, code: Refusal, text: str) -> None:

@@ -24,7 +24,7 @@ from rtunnel.relay.join import Ending
 from rtunnel.trust.policy import Verdict
 from rtunnel.wire.http_body import Data, Sized
 from rtunnel_socks import forward
-from rtunnel_socks.client import Client, ClientOwner
+from rtunnel_socks.client import Client, ClientOwner, ClientPermit
 from rtunnel_socks.dial import Paths, Reached, Target
 from rtunnel_socks.limits import Limits
 from support.effort import times
@@ -189,7 +189,7 @@ class World:
         self.resolver = self
         self.waiting: set[Client] = set()
         self.keep_alive, self.ready = 1000.0, True
-        self.clients = 1
+        self.clients = 0
         self.logged: list[str] = []
         self.now = 0.0
 
@@ -217,12 +217,8 @@ class World:
     def lookup(self, client: Client, target: Target) -> tuple[str, ...]:
         return ("any",)
 
-    def client_over(self, client: Client) -> None:
-        self.clients -= 1
-
-    def client_back(self, client: Client) -> bool:
-        self.clients += 1
-        return True
+    def acquire_client(self, peer: str) -> ClientPermit:
+        return ClientPermit(self, self.limits.acquire_client(peer, 0.0))
 
     def log(self, event: str, **fields: object) -> None:
         self.logged.append(event)
@@ -243,7 +239,7 @@ class World:
         self.saw_fin = self.saw_reset = self.left = False
         self.side, ours = self.kernel.connection(client_capacity)
         end = SocketEnd(self.relay.loop, self.kernel.socket(ours), "10.9.9.9")
-        self.client = Client(cast("ClientOwner", self), end)
+        self.client = Client(cast("ClientOwner", self), end, self.acquire_client("10.9.9.9"))
         end.talk(self.client, 1000.0)
 
     def _exchange(self, number: int, most: int) -> Exchange:

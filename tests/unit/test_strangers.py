@@ -43,7 +43,7 @@ class Port:
     def end(self, peer: Peer) -> None:
         """It is over, or proved."""
         assert peer.place is not None
-        self.strangers.leave(peer.place)
+        peer.place.release()
         peer.place = None
         self.ended.append(peer)
 
