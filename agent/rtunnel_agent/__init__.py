@@ -1,11 +1,14 @@
-"""The agent: dials out to brokers, holds sessions on different nodes, and connects Dials to targets.
+"""The agent dials out to brokers, holds sessions on different nodes, and connects Dials to targets.
 
-- `handshake`: the control stream of one link, in the relay's thread.
-- `brokers`: which broker address is dialled next. trio.
-- `addresses`: which of its addresses this host has.
-- `race`: links that are dialled beside each other. trio.
-- `targets`: Dials in, connections to targets out, in the relay's thread.
 - `agent`: keeps the wanted number of sessions. trio.
+- `brokers`: which broker address is dialled next. trio.
+- `race`: links that are dialled beside each other. trio.
+- `addresses`: which of its addresses this host has.
+- `handshake`: the control stream of one link, in the relay's thread.
+- `targets`: Dials in, connections to targets out, in the relay's thread.
+- `identity`: the agent's certificate, its key, and their renewal. trio.
+- `proof`: proofs that an answer to a Dial is the agent's own, in the relay's thread.
+- `host`: the id of this host, by which a restart differs from a clone.
 - `serve`: the role.
 """
 

@@ -1,8 +1,12 @@
-"""The broker: takes agents' links, gives each a port, records tuples, and passes Dials on.
+"""The broker accepts agents' links, gives each a port, records tuples, and passes Dials on.
 
+- `node`: the node's life: registry, heartbeats, drain. trio.
 - `session`: the control stream of one link, in the relay's thread.
+- `registrar`: ports and tuples for sessions, before Welcome and at the end. trio.
+- `admit`: which agents may register, and what (`[[broker.admit]]`).
+- `duplicates`: two hosts with one agent_id: which session stays.
+- `trust`: the CAs, revocations and certificates of this node, and requests for certificates.
 - `ports`: guarded and open ports, per connection, in the relay's thread.
-- `node`: the node's life: registry, heartbeats, registration, drain. trio.
 - `serve`: the role.
 """
 

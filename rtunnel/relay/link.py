@@ -113,10 +113,12 @@ MAX_LEAVING: Final = 256
 
 #: Seconds without a byte after which a peer is given up.
 DEAD_AFTER: Final = 15.0
-#: Seconds between two looks for silence, less up to 10 %. A peer that was silent for 70 % of them
-#: is pinged. The broker's are longer, so that it pings only when the agent seems not to.
-PING_AFTER_CLIENT: Final = 5.0
-PING_AFTER_SERVER: Final = 8.0
+#: Seconds between two looks for silence, less up to 10 %, and the silence after which a look pings.
+#: The broker's are longer, so that it pings only when the agent seems not to.
+LOOK_CLIENT: Final = 5.0
+LOOK_SERVER: Final = 8.0
+PING_AFTER_CLIENT: Final = 3.5
+PING_AFTER_SERVER: Final = 5.6
 #: Unsent bytes that the kernel may queue (TCP_NOTSENT_LOWAT): a small frame waits behind them.
 NOTSENT_LOWAT: Final = 128 * 1024
 
@@ -454,10 +456,11 @@ class Link(WindowedSession):
         if silent >= DEAD_AFTER:
             self.abort(Lost(LostKind.SILENT, f"no sign of life for {silent:.0f} s"))
             return
+        look = LOOK_CLIENT if self.is_client else LOOK_SERVER
         ping_after = PING_AFTER_CLIENT if self.is_client else PING_AFTER_SERVER
-        if self._pings == 1 or silent >= ping_after * 0.7:  # the first waited for a handshake
+        if self._pings == 1 or silent >= ping_after:  # the first waited for a handshake
             self._measure()
-        pause = min(ping_after * random.uniform(0.9, 1.0), DEAD_AFTER - silent + 0.05)  # noqa: S311
+        pause = min(look * random.uniform(0.9, 1.0), DEAD_AFTER - silent + 0.05)  # noqa: S311
         self._timer = self.loop.after(pause, self._heartbeat)
 
     def _measure(self) -> None:

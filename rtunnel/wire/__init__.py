@@ -4,5 +4,5 @@
 - `messages`: the MessagePack messages of control streams, and Dial and its answers.
 - `dial`: both ends of a Dial as state machines.
 - `yamux`: the framing of a link (hashicorp's spec).
-- `socks5`, `http`: what a gateway's clients speak.
+- `socks5`, `http`: what a gateway's clients speak; `http_response`, `http_body`: answers, and where bodies end.
 """

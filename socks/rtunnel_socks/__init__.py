@@ -1,4 +1,4 @@
-"""The gateway: SOCKS5 and HTTP proxy in, Dials to brokers out.
+"""The gateway speaks SOCKS5 and HTTP proxy to clients, and sends Dials to brokers.
 
 - `client`: one client's negotiation, until it is joined. Relay's thread.
 - `access`: who a client is and what its rules allow: policy, users, logins. Relay's thread; files and hashes beside it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import cache
@@ -106,6 +107,31 @@ def test_a_decision_says_why_on_one_screen(path: Path) -> None:
     assert re.search(r"^Date: \d{4}-\d\d-\d\d$", text, re.MULTILINE)
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["Context", "Decision", "Evidence"]
     assert len(text.splitlines()) <= 50
+
+
+@pytest.mark.parametrize(
+    "package",
+    [*sorted((ROOT / "rtunnel").glob("*/__init__.py")), *sorted(ROOT.glob("*/rtunnel_*/__init__.py"))],
+    ids=lambda path: path.parent.name,
+)
+def test_a_package_says_what_its_modules_are_for(package: Path) -> None:
+    """Its first lines name each module, and so does docs/architecture.md."""
+    text = package.read_text(encoding="utf-8").partition('"""')[2].partition('"""')[0]
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    for module in package.parent.glob("*.py"):
+        if module.stem != "__init__":
+            assert f"`{module.stem}`" in text, module.name
+            assert re.search(rf"\b{module.stem}\b", page), module.name
+
+
+def test_architecture_shows_the_layers_that_lint_checks() -> None:
+    """Each layer of import-linter's contract is a line of the picture, in the same order."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract.get("containers") == ["rtunnel"])
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    picture = page.partition("## Layers")[2].split("```")[1]
+    shown = [line[14:].strip() for line in picture.splitlines()]
+    assert [line for line in shown if line in layers] == [layer for layer in layers if layer != "__main__"]
 
 
 # The pages of refusal codes.
