@@ -3,7 +3,8 @@
 `sections` is the source of everything said about a key: its type, default, unit, meaning and check stand on its line;
 flags, error messages and the test of `docs/configuration.md` are made from it. Durations are seconds.
 
-`load` (in `loading`) judges what the text alone can show: key by key (`values`, `checks`), then across keys (`consistency`).
+`load` (in `loading`) judges what the text alone can show: key by key (`values`, `checks`), then across keys
+(`consistency`).
 `check_role` judges what one role needs on this machine, before it starts; `warnings` says what is allowed and probably
 not meant (`preflight`). Faults are `ConfigError`, all of them at once, each with where the value came from, its key,
 the reason, and the fix.
