@@ -4,7 +4,7 @@
 - `brokers`: which broker address is dialled next. trio.
 - `race`: links that are dialled beside each other. trio.
 - `addresses`: which of its addresses this host has.
-- `handshake`: the control stream of one link, in the relay's thread.
+- `handshake`: one link and its control stream, in the relay's thread.
 - `targets`: Dials in, connections to targets out, in the relay's thread.
 - `identity`: the agent's certificate, its key, and their renewal. trio.
 - `proof`: proofs that an answer to a Dial is the agent's own, in the relay's thread.

@@ -43,7 +43,7 @@ from rtunnel.relay.stream import StreamEnd
 from rtunnel.trust.keys import Token, load_token
 from rtunnel.watch import Watched, watch
 from rtunnel.wire import messages
-from rtunnel.wire.messages import Bye, Enrol, Enrolled, Hello, Publish, Refuse
+from rtunnel.wire.messages import Enrol, Enrolled, Hello, Publish, Refuse
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_agent.addresses import OwnAddresses
 from rtunnel_agent.brokers import Brokers
@@ -180,7 +180,7 @@ class Agent:
         in_handshake = session.link is not None and not session.link.up
         if in_handshake and lost.kind in (LostKind.TLS, LostKind.NOT_TLS):
             return f"{lost}; if the broker has security = plain, agent.security must say so"
-        if self.config.security == "plain" and session.link is not None and not session.answered:
+        if self.config.security == "plain" and session.link is not None and not session.heard:
             return f"{lost}; if the broker speaks TLS, agent.security must be tls"
         return str(lost)
 
@@ -675,8 +675,7 @@ class Agent:
 
 def _say_goodbye(sessions: list[AgentSession], why: str = "the agent leaves") -> None:
     for session in sessions:
-        session.tell(Bye(reason=why))
-        session.end(why)
+        session.leave(why)
 
 
 def _publish(target: str, port: int, allow: list[str]) -> Publish:

@@ -1,7 +1,8 @@
 """The broker accepts agents' links, gives each a port, records tuples, and passes Dials on.
 
 - `node`: the node's life: registry, heartbeats, drain. trio.
-- `session`: the control stream of one link, in the relay's thread.
+- `session`: one link and its control stream, in the relay's thread.
+- `greeting`: what the broker decides on a Hello.
 - `registrar`: ports and tuples for sessions, before Welcome and at the end. trio.
 - `admit`: which agents may register, and what (`[[broker.admit]]`).
 - `duplicates`: two hosts with one agent_id: which session stays.

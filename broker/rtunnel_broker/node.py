@@ -36,7 +36,7 @@ from rtunnel.strangers import SILENT_GRACE, Loss, Strangers, made_room
 from rtunnel.trust.follower import TrustFollower
 from rtunnel.trust.identity import TrustStore
 from rtunnel.trust.keys import DialKeys, load_cluster_keys, load_tokens
-from rtunnel.wire.messages import Bye, Drain, Enrol
+from rtunnel.wire.messages import Enrol
 from rtunnel.wire.refusal import Refusal
 from rtunnel_broker.admit import Admission
 from rtunnel_broker.duplicates import MAX_RECORDED
@@ -146,9 +146,9 @@ class Node:
         for listener in session.listeners:
             self.relay.unlisten(listener)
         session.listeners.clear()
-        if session.handshaking:
+        if session.place is not None:
             self._handshake_over(session)
-            if not session.answered:
+            if lost.kind not in (LostKind.REFUSED, LostKind.ANSWERED):
                 self._lost_stranger(session, lost)
         else:
             self.bridge.spawn(self._registrar.unregister, session, str(lost))
@@ -190,9 +190,9 @@ class Node:
         return len(self._strangers)
 
     def _handshake_over(self, session: Session) -> None:
-        session.handshaking = False
-        if session.place is not None:
-            session.place.release()
+        place, session.place = session.place, None
+        if place is not None:
+            place.release()
         if self._links is not None:
             self._links.release()
 
@@ -257,7 +257,7 @@ class Node:
         self._hold_until_room()
 
     def _lost_stranger(self, session: Session, lost: Lost) -> None:
-        silent = session.place is not None and not session.place.entry.has_spoken
+        silent = session.link is not None and not session.link.has_spoken
         loss = Loss.of(lost.kind, silent=silent)
         self.links_lost[loss.value] += 1
         if loss is not Loss.PROBE:  # one each second of each VIP is told by the metric only
@@ -439,9 +439,8 @@ class Node:
         if self._links is not None:
             self.relay.unlisten(self._links)
         for session in self.sessions.values():
-            session.tell(Drain(deadline=self.config.drain))
+            session.drain(self.config.drain)
 
     def _end_sessions(self) -> None:
         for session in list(self.sessions.values()):
-            session.tell(Bye(reason="the broker stops"))
-            session.end("the broker stops")
+            session.leave("the broker stops")

@@ -121,7 +121,7 @@ class DialChecker:
         if body.node != self._node:
             raise Refused(Refusal.STALE_NODE, f"this is {self._node}, the Dial is for {body.node}")
         hello = session.hello
-        if hello is None or session.state != "live" or not _takes_streams(session.link):
+        if hello is None or not session.serves or not _takes_streams(session.link):
             raise Refused(Refusal.LINK_LOST)
         if body.namespace != hello.namespace or body.ip not in session.addresses:
             raise Refused(Refusal.STALE_TARGET, f"this port is not leased to {body.namespace}/{body.ip}")
@@ -392,7 +392,7 @@ class OpenPortServer:
         source, session = _address_of(peer), self.session
         if not all(any(source in network for network in networks) for networks in self.allow):
             self.refuse(end, Refusal.NOT_AUTHORISED, "the source is not on the allow-list")
-        elif session.link is None or session.state != "live" or not _takes_streams(session.link):
+        elif session.link is None or not session.serves or not _takes_streams(session.link):
             self.refuse(end, Refusal.LINK_LOST, "")
         elif full := session.full:
             self.refuse(end, full.code, full.text)

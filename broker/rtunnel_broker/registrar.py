@@ -21,11 +21,12 @@ from rtunnel.net import listening_socket
 from rtunnel.registry import COUNTER_BITS, DuplicateAgent, PortLease, Registration, Registry, Tuple
 from rtunnel.registry.ports import PortAllocator, PortsExhausted, PortTaken
 from rtunnel.relay.relay import Relay
+from rtunnel.wire.control import BrokerState
 from rtunnel.wire.messages import OpenPort, Publish, Welcome
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_broker.duplicates import PROBE_SECONDS, Duplicates, is_restart, place, replaced_by
 from rtunnel_broker.ports import DialChecker, GuardedPort, Networks, OpenPortServer, PortCounts
-from rtunnel_broker.session import Session
+from rtunnel_broker.session import REGISTERED, Session
 
 
 class RegistrarNode(Protocol):
@@ -125,7 +126,7 @@ class Registrar:
                     code, text = error.code, error.text
                     await self._node.bridge.run(lambda: session.refuse(code, text))
                     return
-            if session.state != "proven":  # it has gone meanwhile: then it replaces nobody
+            if session.state is not BrokerState.PROVEN:  # it has gone meanwhile: then it replaces nobody
                 return
             if older is not None:
                 # The agent says that it has no session here: its old link is one that only we believe in.
@@ -166,7 +167,7 @@ class Registrar:
         self, session: Session, leased: list[Leased], granted: list[tuple[Publish, int]], notices: list[str]
     ) -> bool:
         """In the relay's thread: accept on the ports and welcome the agent. False when it is gone already."""
-        if session.state != "proven":
+        if session.state is not BrokerState.PROVEN:
             for port in leased:
                 port.sock.close()
             return False
@@ -456,7 +457,7 @@ class Registrar:
     def end_lost(self, lost: dict[int, AddressTaken]) -> None:
         """While the registry did not have them, another agent came with one of their addresses, and is there now."""
         for session in list(self.sessions.values()):
-            if session.epoch in lost and not session.answered:
+            if session.epoch in lost and session.state in REGISTERED:
                 error = lost[session.epoch]
                 session.refuse(_refusal_of(error), str(error))
 

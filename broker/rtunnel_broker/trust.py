@@ -23,7 +23,7 @@ from rtunnel.trust.follower import TrustFollower
 from rtunnel.trust.identity import TrustStore
 from rtunnel.trust.tls import certificate_der, certificate_fingerprint, days_left, dial_server_context, server_context
 from rtunnel.watch import Watched, watch
-from rtunnel.wire.messages import Enrol, Trust
+from rtunnel.wire.messages import Enrol
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_broker.session import Session
 
@@ -182,7 +182,7 @@ class BrokerTrust:
             self._node.bridge.spawn(self._show_other_cas)
         if trust_store.generation > self._generation:
             self._generation = trust_store.generation
-            self._tell(list(self._node.sessions.values()), Trust(signed=trust_store.signed))
+            self._tell(list(self._node.sessions.values()), trust_store.signed)
 
     def _judge(self, sessions: list[Session], trust_store: TrustStore) -> None:
         """First all of them lose what they have no right to; then they are told, and their links end."""
@@ -209,13 +209,12 @@ class BrokerTrust:
             elif then is not None:
                 then()
 
-    def _tell(self, sessions: list[Session], trust: Trust) -> None:
+    def _tell(self, sessions: list[Session], signed: bytes) -> None:
         for session in sessions[-TELLS_A_TURN:]:
-            if session.state == "live":  # others learn it after their Welcome
-                session.tell(trust)
+            session.tell_trust(signed)
         del sessions[-TELLS_A_TURN:]
         if sessions:
-            self._node.relay.loop.after(TELL_PAUSE, lambda: self._tell(sessions, trust))
+            self._node.relay.loop.after(TELL_PAUSE, lambda: self._tell(sessions, signed))
 
     def _load(self) -> Shown:
         """Raises TrustError."""

@@ -24,6 +24,7 @@ class LostKind(StrEnum):
     MADE_ROOM = "made_room"  # ended so that another connection finds a place
     NO_ADDRESS = "no_address"  # no address is known that could be dialled
     UNREACHED = "unreached"  # there never was a connection
+    ANSWERED = "answered"  # it had its answer, and nothing more was to be said
     REFUSED = "refused"  # this side or the peer refused it with a code
     PROTOCOL_ERROR = "protocol_error"  # the peer broke the protocol
     NOT_TLS = "not_tls"  # the peer's first bytes are not TLS

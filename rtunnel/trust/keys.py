@@ -20,7 +20,7 @@ import hmac
 import re
 import secrets
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -243,6 +243,24 @@ def token_mac(secret: bytes, label: bytes, *parts: bytes) -> bytes:
     """HMAC-SHA256 over label and parts, each behind its length (4 bytes, big-endian): no two lists give one text."""
     text = b"".join(_LENGTH.pack(len(part)) + part for part in (label, *parts))
     return hmac.digest(secret, text, "sha256")
+
+
+class LinkMacs:
+    """The MACs by which agent and broker prove a join token on one link (rtunnel.wire.control.TokenMacs).
+
+    `binding` returns the SHA-256 of the certificate that the broker has shown on the link; empty without TLS.
+    """
+
+    def __init__(self, binding: Callable[[], bytes]) -> None:
+        self._binding = binding
+
+    def broker(self, secret: bytes, hello: bytes, nonce: bytes) -> bytes:
+        """Return the MAC of the Challenge."""
+        return token_mac(secret, BROKER_LABEL, hello, nonce, self._binding())
+
+    def agent(self, secret: bytes, hello: bytes, nonce: bytes) -> bytes:
+        """Return the MAC of the Proof."""
+        return token_mac(secret, AGENT_LABEL, hello, nonce, self._binding())
 
 
 class NonceWindow:

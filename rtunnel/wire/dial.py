@@ -30,6 +30,7 @@ from rtunnel.wire.messages import (
     DialAnswer,
     DialBody,
     Dialling,
+    LocalError,
     Message,
     MessageError,
     Refuse,
@@ -51,10 +52,6 @@ _DECODER: Final = msgspec.msgpack.Decoder(Dial | DialAnswer)
 
 P = TypeVar("P")
 Answer = TypeVar("Answer", Accepted, Refuse)
-
-
-class LocalError(Exception):
-    """This end did what its table does not have: a defect of the caller, not of the peer."""
 
 
 class DialState(StrEnum):

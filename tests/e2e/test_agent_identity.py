@@ -25,7 +25,8 @@ from rtunnel.trust.identity import load_pair, load_private_key
 from rtunnel.trust.keys import Token, load_token
 from rtunnel.trust.tls import certificate_der, certificate_fingerprint, link_context
 from rtunnel.wire import messages
-from rtunnel.wire.messages import Hello, Trust
+from rtunnel.wire.control import BrokerState
+from rtunnel.wire.messages import Hello
 from rtunnel.wire.refusal import Refusal
 from rtunnel_agent.handshake import AgentSession, new_nonce
 from rtunnel_agent.serve import status
@@ -222,7 +223,7 @@ async def test_a_shared_token_displaces_no_certificate(tmp_path: Path) -> None:
         told = await Knock(hello(known.id), context, known.secret).at(node)
         assert told.code is Refusal.ADDRESS_TAKEN
         assert "default/a1 has a session here by certificate" in told.why
-        assert list(node.sessions.values()) == [session] and session.state == "live"
+        assert list(node.sessions.values()) == [session] and session.serves
 
 
 # --- enrolment ----------------------------------------------------------------------------------------------
@@ -622,7 +623,7 @@ async def test_a_session_goes_over_to_its_agents_certificate_only(tmp_path: Path
         if whose == "a key that it is not for":
             key = load_private_key(cluster.secrets / f"{spare}.key")
         await part.in_relay(lambda: session.go_over(["1-65535"], der, key))
-        await cluster.until(lambda: before.state == "over")
+        await cluster.until(lambda: before.state is BrokerState.CLOSED)
         assert "bad_certificate" in str(before.lost_by)
 
 
@@ -680,7 +681,7 @@ async def test_a_trust_list_that_nobody_asked_for_harms_no_agent(tmp_path: Path,
         async with running_cluster(tmp_path, **keys) as cluster:
             await cluster.start(brokers=1)
             (session,) = cluster.brokers["b1"].node.sessions.values()
-            await cluster.brokers["b1"].in_relay(partial(session.tell, Trust(signed=b"noise")))
+            await cluster.brokers["b1"].in_relay(partial(session.tell_trust, b"noise"))
             target = Target(IP)
             await cluster.until(lambda: bool(named(events, "trust_rejected")))
             assert await cluster.ask(IP, target.port) == b"127.1.0.1:hello"

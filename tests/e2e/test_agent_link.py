@@ -138,7 +138,7 @@ async def test_a_rogue_broker_gets_nothing(here: Path, secrets: Path, tls: bool)
 
     scripts: dict[str, tuple[Callable[[Wire], None], str]] = {
         "no secret": (without_secret, "the broker does not know our join token's secret"),
-        "a Welcome at once": (welcoming, "protocol error: bad message: Invalid value 'welcome'"),
+        "a Welcome at once": (welcoming, "protocol error: welcome came in the state greeted"),
         "a Dial at once": (dialling, "no Challenge within the handshake deadline"),
         "garbage": (lambda wire: wire.sock.sendall(b"\xff" * 100), "bad_version"),
         "an oversized message": (oversized, "over the limit of 4096"),

@@ -12,7 +12,6 @@ import pytest
 
 from rtunnel.trust import pki
 from rtunnel.trust.certificates import key_pem, new_key
-from rtunnel.wire.messages import Trust
 from rtunnel_authority.server import Server
 from rtunnel_socks.audit import Joined
 from support.authority import address, authority, change, renewal, token
@@ -77,8 +76,8 @@ async def test_a_flood_of_trust_lists_fills_nothing(tmp_path: Path, events: Even
 
         def flood() -> None:
             for turn in range(1000):
-                session.tell(Trust(signed=b"noise %d" % turn))
-            session.tell(Trust(signed=signed))
+                session.tell_trust(b"noise %d" % turn)
+            session.tell_trust(signed)
 
         await cluster.brokers["b1"].in_relay(flood)
         await cluster.until(lambda: credentials.generation == number)

@@ -78,7 +78,7 @@ def checks_off(*, broker: bool = False, agent: bool = False) -> Iterator[None]:
     """Take away a line of defence: what it would call stale passes. The MAC and the link are checked all the same."""
 
     def no_broker_check(self: DialChecker, body: DialBody, session: Session, key: str) -> None:
-        if session.state != "live" or session.link is None or session.link.over:
+        if not session.serves or session.link is None or session.link.over:
             raise Refused(Refusal.LINK_LOST)
 
     def no_agent_check(self: Targets, body: DialBody, session: AgentSession) -> str:

@@ -15,6 +15,12 @@ def markdown(title: str, rows: Iterable[tuple[str, str, str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+def put(name: str, table: str) -> None:
+    """Write a table between the markers of this name."""
+    text = WIRE_PAGE.read_text(encoding="utf-8")
+    WIRE_PAGE.write_text(text.replace(f"\n{shown(name)}\n", f"\n{table}\n"), encoding="utf-8")
+
+
 def shown(name: str) -> str:
     """Return what stands on the page between the markers of this name."""
     text = WIRE_PAGE.read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rtunnel.wire import messages, yamux
 from rtunnel.wire.messages import Dial, DialAnswer, DialBody, Dialling, Enrol, Hello, MessageError, Publish, encode
-from rtunnel_broker.session import hello_fault
+from rtunnel_broker.greeting import hello_fault
 from support.effort import times
 from support.messages import decoder_of
 from support.work import bytecodes

@@ -25,7 +25,6 @@ from rtunnel.wire.dial import (
     DialRefused,
     DialSender,
     DialState,
-    LocalError,
     Table,
 )
 from rtunnel.wire.messages import (
@@ -36,6 +35,7 @@ from rtunnel.wire.messages import (
     Dial,
     DialBody,
     Dialling,
+    LocalError,
     MessageError,
     Refuse,
     encode,

@@ -1,0 +1,103 @@
+"""What a broker decides on a Hello: who the agent is, and whether its session may be on this node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from rtunnel.config import canonical_ip, check_word, parse_exposes
+from rtunnel.errors import TrustError
+from rtunnel.trust.identity import Identity, Revoked, TrustStore
+from rtunnel.wire.messages import Hello
+from rtunnel.wire.refusal import Refusal, Refused
+
+
+class GreetedNode(Protocol):
+    """What the decision needs to know of the node."""
+
+    node: str
+    host: str
+    tokens: Mapping[str, bytes]
+    draining: bool
+
+    @property
+    def trust_store(self) -> TrustStore | None:
+        """What certificates are judged by; None: none is taken."""
+
+
+def who_greets(node: GreetedNode, hello: Hello, certificate: bytes | None) -> Identity | bytes:
+    """Return the identity that the link's certificate (DER) shows, or the secret of the join token to be proved.
+
+    Raises Refused, with the first code that applies in the order of docs/wire.md.
+    """
+    if fault := hello_fault(hello):
+        raise Refused(Refusal.BAD_REQUEST, fault)
+    who = _secret(node, hello) if hello.token_id else _certified(node, hello, certificate)
+    if node.draining:
+        raise Refused(Refusal.DRAINING)
+    if node.node in hello.holds:
+        raise Refused(Refusal.DUPLICATE_NODE, f"the agent already has a session on {node.node}")
+    if node.host in hello.holds_hosts:
+        raise Refused(Refusal.DUPLICATE_NODE, f"the agent already has a session on the host {node.host}")
+    return who
+
+
+def hello_fault(hello: Hello) -> str:
+    """Return what is wrong with the words of a Hello, which become registry keys and log fields, or ""."""
+    try:
+        check_word(hello.agent_id)
+        check_word(hello.namespace)
+        parse_exposes(hello.exposes)
+        for address in [*hello.addresses, *(entry.ip for entry in hello.publish)]:
+            if canonical_ip(address) != address:
+                return f"{address!r} is not the canonical form of an IP address"
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def addresses_fault(addresses: frozenset[str], identity: Identity | None) -> Refused | None:
+    """Return why an agent with this identity (None: by token) can't answer for these addresses; None when it can."""
+    try:
+        odd = [address for address in addresses if canonical_ip(address) != address]
+    except ValueError as error:
+        return Refused(Refusal.BAD_REQUEST, str(error))
+    if odd:
+        return Refused(Refusal.BAD_REQUEST, f"{odd[0]!r} is not the canonical form of an IP address")
+    if identity is not None and (foreign := addresses - identity.addresses):
+        return Refused(Refusal.BAD_CERTIFICATE, f"{min(foreign)} is not in the certificate of {identity.subject}")
+    return None
+
+
+def _secret(node: GreetedNode, hello: Hello) -> bytes:
+    secret = node.tokens.get(hello.token_id)
+    if secret is None:
+        text = f"join token {hello.token_id!r} is not known to this broker"
+        if not node.tokens:
+            text = "this broker takes certificates only: give the agent an identity (agent.identity)"
+        raise Refused(Refusal.BAD_TOKEN, text)
+    return secret
+
+
+def _certified(node: GreetedNode, hello: Hello, certificate: bytes | None) -> Identity:
+    """Return whom the certificate names: exactly the agent of the Hello. Raises Refused."""
+    trust_store = node.trust_store
+    if trust_store is None or certificate is None:
+        missing = (
+            "this broker takes no certificates (it has no broker.ca)"
+            if trust_store is None
+            else "the link shows no certificate (agent.identity)"
+        )
+        raise Refused(Refusal.BAD_CERTIFICATE, f"{missing}, and the Hello names no join token")
+    try:
+        who = trust_store.verify(certificate, keep=False)
+    except TrustError as error:
+        code = Refusal.REVOKED if isinstance(error, Revoked) else Refusal.BAD_CERTIFICATE
+        raise Refused(code, str(error)) from None
+    claimed = f"agent/{hello.namespace}/{hello.agent_id}"
+    if who.kind != "agent" or (who.namespace, who.name) != (hello.namespace, hello.agent_id):
+        raise Refused(Refusal.BAD_CERTIFICATE, f"the certificate is of {who.subject}, and not of {claimed}")
+    foreign = [address for address in hello.addresses if address not in who.addresses]
+    if foreign:
+        raise Refused(Refusal.BAD_CERTIFICATE, f"{foreign[0]} is not in the certificate of {claimed}")
+    return who
