@@ -1,20 +1,76 @@
-"""yamux, sans-I/O: many streams with their own flow control inside one byte stream.
+"""yamux without I/O: many streams with their own flow control inside one byte stream.
 
-The spec is hashicorp's (github.com/hashicorp/yamux, spec.md, version 0). A frame is a 12-byte big-endian header
+The spec is hashicorp's (github.com/hashicorp/yamux, spec.md, version 0). A frame is a 12-byte
+big-endian header
 
     version:8 = 0 | type:8 | flags:16 | stream id:32 | length:32
 
-followed, for Data alone, by `length` bytes of payload. Odd stream ids belong to the client (here: the agent, which
-dialled), even ones to the server (the broker), 0 to the session.
+followed, for Data alone, by `length` bytes of payload. Odd stream ids belong to the client (here
+the agent, which dialled), even ones to the server (the broker), 0 to the session.
 
-A subclass of `Session` gives the bytes a way out (`emit`) and makes streams for the peer's SYNs (`accepts`); a
-subclass of `Stream` takes what happens to it (`on_data`, `on_fin`, `on_reset`, `on_window`). Payload is handed on as
-slices of the caller's buffer, piece by piece as it arrives: nothing is copied, nothing waits for the end of a frame,
-and a slice is valid only until its hook returns.
+Theory of operation
+===================
 
-What the spec leaves open is decided here: SYN rides on the first Data frame, ACK on the first frame back; frames for a
-stream that is already gone are skipped (they crossed our reset on the wire), frames for one that never was are an
-error; SYNs may overtake each other by a little.
+A subclass of `Session` sends frames (`emit`) and makes streams for the peer's SYNs (`accepts`). A
+subclass of `Stream` takes what the peer does (`on_data`, `on_fin`, `on_reset`, `on_window`). The
+owner feeds `Session.receive` with bytes in any split.
+
+**Life of a stream.** It is open until each side has sent FIN, which ends one direction only, or
+until one side resets it, or the session ends. Then it is `gone`: out of `streams`; `on_fin` or
+`on_reset` is its last hook, if the peer's frame made it so; `finish`, `reset` and `consumed` have
+no effect. What happens to a stream:
+
+    The peer sends          Open                      After the peer's FIN      Gone or refused
+    ----------------------  ------------------------  ------------------------  ------------------
+    Data                    `on_data`, once a piece   fault `data_after_fin`    payload skipped
+    Window Update           `send_window` grows,      the same                  ignored
+                            `on_window`
+    FIN (any frame)         `on_fin`, once, behind    ignored                   ignored
+                            the payload; gone if
+                            this end has sent FIN
+    RST (any frame)         gone, `on_reset`; its     the same                  ignored
+                            payload is skipped
+    SYN                     fault `stream_reused`     fault `stream_reused`     fault
+                                                                                `stream_reused`
+
+    This end calls          Effect
+    ----------------------  ----------------------------------------------------------------------
+    `attach`                the stream gets its id; the first frame carries SYN (the first one
+                            back carries ACK)
+    `header_into`, `frame`  Data; `send_window` shrinks. The caller must not send more than the
+                            window: nothing checks it here, and the peer ends the link for it
+    `finish`                FIN, once; gone if the peer's FIN has come
+    `reset`                 gone, RST; nothing on the wire when the SYN was never sent
+    `consumed`              gives window back once a part of it is owed; not after the peer's FIN
+
+A frame for an id that was never opened is the fault `unknown_stream`. Frames for one that is gone
+are no fault: they have crossed this end's RST. `Session.end` makes each stream gone and calls its
+`on_reset`, with `Session.over` set, which tells a lost link from a reset of the peer.
+
+**Where bytes are.** Payload is handed on as slices of the caller's buffer, piece by piece as it
+comes: nothing is copied, nothing waits for the end of a frame, and a slice is valid only until
+`on_data` returns. Only a part of a header is kept (`_partial`). For each stream
+
+    receive_window == _allowance + payload that was announced and is not `consumed` yet + owed
+
+where `_allowance` is what the peer may still send, and `owed` what it gets back with the next
+Window Update. A subclass holds bytes that it can't pass on, and calls `consumed` when they have
+left: so a slow reader stops its own stream, after one window, and no other.
+
+**What calls back.** `receive` calls the hooks; `end` calls `gave_up` and `on_reset` of each stream.
+`finish`, `reset` and `consumed` call no hook of a stream, only `emit`, `gave_up` and `grows`. A
+hook may call everything but `receive`, on any stream: after each hook `receive` looks at `gone` and
+`over`. A stream that another one's hook has reset at the end of the session is not told.
+
+**Decided here, where the spec is silent.** SYN travels on a stream's first frame, ACK on the first
+one back. SYNs may overtake each other by up to MAX_PASSED_OVER ids. A fault is an exception
+(`YamuxError`), and the session must end then.
+
+Tests: `tests/unit/test_yamux.py`, with a model of both ends (BackToBack), any split
+(test_any_split_of_a_conversation_gives_the_same_hook_calls), each fault
+(test_every_illegal_frame_is_a_named_fault), and hooks that end streams and sessions
+(test_a_stream_that_is_reset_in_a_hook_hears_no_fin,
+test_a_session_that_ends_in_a_hook_takes_nothing_more).
 """
 
 from __future__ import annotations
@@ -25,22 +81,23 @@ from typing import Final
 
 HEADER: Final = struct.Struct(">BBHII")
 HEADER_BYTES: Final = 12
+#: Bytes of a stream's window at its start (the spec), unless both ends agree on another one.
 INITIAL_WINDOW: Final = 256 * 1024
-#: A stream's window may grow so far; also what a peer may claim with updates (the spec: 32 bits).
+#: The most bytes that a window may have, also by a peer's updates: 32 bits.
 MAX_WINDOW: Final = 2**32 - 1
 
 DATA, WINDOW_UPDATE, PING, GO_AWAY = range(4)
 SYN, ACK, FIN, RST = 1, 2, 4, 8
 _KNOWN_FLAGS = SYN | ACK | FIN | RST
 
-#: SYNs may come a little out of order, because hashicorp's own OpenStream hands out the id before it queues the SYN:
-#: so many ids that the peer has passed over stay open to it.
+#: Ids below the highest one that a late SYN may still name. hashicorp's OpenStream gives a stream
+#: its id before it queues the SYN, so SYNs come a little out of order.
 MAX_PASSED_OVER: Final = 256
 _ALL_PASSED_OVER: Final = (1 << MAX_PASSED_OVER) - 1
 
 
 class GoAwayCode(IntEnum):
-    """Why an end goes away."""
+    """The reason in a GoAway frame."""
 
     NORMAL = 0
     PROTOCOL_ERROR = 1
@@ -48,16 +105,16 @@ class GoAwayCode(IntEnum):
 
 
 class Fault(StrEnum):
-    """Every illegal frame has a name, which is also its log word."""
+    """The kinds of illegal frames; also their names in logs."""
 
     BAD_VERSION = "bad_version"
     BAD_TYPE = "bad_type"
     BAD_FLAGS = "bad_flags"
     STREAM_ZERO = "stream_zero"  # Data or a window update for the session
     SESSION_STREAM = "session_stream"  # Ping or GoAway for a stream
-    WRONG_PARITY = "wrong_parity"  # SYN for an id that is ours to open
-    STREAM_REUSED = "stream_reused"  # SYN for an id that is or was open, or was passed over long ago
-    UNKNOWN_STREAM = "unknown_stream"
+    WRONG_PARITY = "wrong_parity"  # SYN for an id that belongs to this end
+    STREAM_REUSED = "stream_reused"  # SYN for an id that was used or passed over
+    UNKNOWN_STREAM = "unknown_stream"  # a frame for an id that was never opened
     WINDOW_EXCEEDED = "window_exceeded"
     WINDOW_OVERFLOW = "window_overflow"
     DATA_AFTER_FIN = "data_after_fin"
@@ -66,7 +123,7 @@ class Fault(StrEnum):
 
 
 class YamuxError(Exception):
-    """The peer broke the protocol; the session is over (tell it with GoAway PROTOCOL_ERROR)."""
+    """The peer broke the protocol. The session must end, by GoAway PROTOCOL_ERROR."""
 
     def __init__(self, fault: Fault, text: str) -> None:
         super().__init__(f"{fault}: {text}")
@@ -74,7 +131,7 @@ class YamuxError(Exception):
 
 
 class Stream:
-    """One stream's state. `send_window` is what may be sent now; hooks say what the peer did."""
+    """One stream. `send_window` is the number of bytes that may be sent now."""
 
     __slots__ = (
         "_allowance",
@@ -101,24 +158,28 @@ class Stream:
         self.fin_received = False
         self.gone = False  # reset by an end, closed by both, or the session is over
 
-    # What the peer did.
+    # Hooks: what the peer did.
 
     def on_data(self, data: memoryview) -> None:
-        """Payload; call `consumed` for it, at once or later: the window allows the peer no more than that."""
+        """Take payload, valid until this returns; call `consumed` for it now or later."""
 
     def on_fin(self) -> None:
-        """The peer sends no more."""
+        """Hear that the peer has sent FIN, behind its last payload. Called once."""
 
     def on_reset(self) -> None:
-        """The peer reset the stream, or the session ended (`session.over`)."""
+        """Hear that the peer reset the stream, or that the session ended (`session.over`)."""
 
     def on_window(self) -> None:
-        """`send_window` grew."""
+        """Hear that `send_window` grew."""
 
     # What this end does.
 
     def header_into(self, buffer: bytearray | memoryview, size: int, *, fin: bool = False) -> None:
-        """Put the header of a Data frame with `size` bytes of payload at the buffer's front; spends the window."""
+        """Write the header of a Data frame with `size` bytes of payload into `buffer`, and spend
+        the window.
+
+        The frame must be sent. `size` must be `send_window` at most. `fin`: this end sends no more.
+        """
         self.send_window -= size
         flags = self._pending_flags
         if flags:
@@ -129,13 +190,13 @@ class Stream:
         HEADER.pack_into(buffer, 0, 0, DATA, flags, self.id, size)
 
     def frame(self, payload: bytes) -> bytes:
-        """A small Data frame as bytes of its own."""
+        """Return a Data frame as bytes. As `header_into`; for small payloads, which are copied."""
         header = bytearray(HEADER_BYTES)
         self.header_into(header, len(payload))
         return bytes(header) + payload
 
     def finish(self) -> None:
-        """Send FIN: this end sends no more. Once; nothing after a reset."""
+        """Send FIN: this end sends no more. Only the first call has an effect, and none after a reset."""
         if self.fin_sent or self.gone:
             return
         flags = self._pending_flags | FIN
@@ -144,15 +205,19 @@ class Stream:
         self._fin_sent()
 
     def reset(self) -> None:
-        """Abort both directions and tell the peer. No hook is called. No effect when the stream is gone."""
+        """Abort both directions and tell the peer. Calls no hook; no effect on a stream that is gone."""
         if self.gone:
             return
         self._gone()
-        if self.id and not self._pending_flags & SYN:  # else the peer never heard of it
+        if self.id and not self._pending_flags & SYN:  # else the peer does not know of it
             self.session.emit(HEADER.pack(0, WINDOW_UPDATE, RST | self._pending_flags, self.id, 0))
 
     def consumed(self, size: int) -> None:
-        """`size` bytes of on_data's payload have left this process: gives window back when enough of it is owed."""
+        """Count `size` bytes of payload that have left this process, and give window back when
+        enough is owed.
+
+        A negative size stands for bytes that are in the same queue and came from elsewhere.
+        """
         self.owed += size
         if self.owed * self.session.give_back >= self.receive_window and not (self.fin_received or self.gone):
             more = self.session.grows(self)
@@ -163,7 +228,7 @@ class Stream:
             self.session.emit(HEADER.pack(0, WINDOW_UPDATE, flags, self.id, delta))
 
     def widened(self, more: int) -> bytes:
-        """Allow the peer `more` bytes; returns the frame that tells it, to be sent behind the stream's first frame."""
+        """Allow the peer `more` bytes. Return the frame for it, to be sent behind the first one."""
         self.receive_window += more
         self._allowance += more
         return HEADER.pack(0, WINDOW_UPDATE, 0, self.id, more)
@@ -188,7 +253,7 @@ class Stream:
 
 
 class Session:
-    """One end of a link: feed it with `receive`; it calls hooks and `emit`s frames."""
+    """One end of a link, without its I/O."""
 
     __slots__ = (
         "_client", "_fin_after", "_into", "_left", "_next_id", "_partial", "_passed_over", "_peer_last_id",
@@ -198,49 +263,52 @@ class Session:
     def __init__(self, *, client: bool) -> None:
         self.streams: dict[int, Stream] = {}
         self.over = False
-        self.start_window = INITIAL_WINDOW  # of new streams, both ways: other than this when both ends agree on it
-        self.give_back = 2  # a window is given back when this part of it (a half, a third, ...) is owed
-        self.going_away: GoAwayCode | None = None  # what the peer said
+        self.start_window = INITIAL_WINDOW  # bytes, of new streams, both ways
+        self.give_back = 2  # 2: a window is given back when a half of it is owed; 3: a third; ...
+        self.going_away: GoAwayCode | None = None  # the code of the peer's GoAway
         self._client = client
         self._next_id = 1 if client else 2
-        self._peer_last_id = 0 if client else -1  # the highest that a SYN named
-        # Bit n: no SYN has named the id 2 * (n + 1) below that one yet. One integer, so that a gap costs constant work.
+        self._peer_last_id = 0 if client else -1  # the highest id of a SYN
+        # Bit n is set when no SYN has named the id 2 * (n + 1) below that one. An integer, so that
+        # a gap costs constant work (tests/unit/test_cost_per_byte.py).
         self._passed_over = 0
-        self._partial = b""  # of a header
-        self._left = 0  # payload bytes to come of the frame at hand
-        self._into: Stream | None = None  # whose they are; None: to be skipped
-        self._fin_after = False
+        self._partial = b""  # the first bytes of a header
+        # Of the Data frame whose payload is being received:
+        self._left = 0  # bytes still to come
+        self._into: Stream | None = None  # its stream; None: skip them
+        self._fin_after = False  # FIN is due behind them
 
     # Hooks.
 
     def emit(self, frame: bytes) -> None:
-        """Send a control frame, soon and in order with data. Drop it when `over`."""
+        """Send a control frame, in order with Data; drop it when `over`. Must not call back."""
         raise NotImplementedError
 
     def accepts(self) -> Stream | None:
-        """A SYN came: the stream to use for it, or None to refuse it (it is reset).
+        """Return a new stream for the peer's SYN, or None to refuse it (RST).
 
-        The stream has no id before this returns: say nothing on it yet. Resetting it here refuses it too.
+        The stream has no id before this returns, so nothing may be sent on it yet. A stream that is
+        reset in this call is refused, too.
         """
         raise NotImplementedError
 
     def grows(self, stream: Stream) -> int:
-        """The peer is about to get window back, `stream.owed`: how many bytes more than that, or (negative) less."""
+        """Return by how many bytes the window grows; negative, down to `-stream.owed`: shrinks."""
         return 0
 
     def gave_up(self, stream: Stream) -> None:
-        """The stream is gone, and what it grew by is free."""
+        """Hear that the stream is gone, and its window is free."""
 
     def on_pong(self, value: int) -> None:
-        """The answer to `ping(value)`."""
+        """Hear the answer to `ping(value)`."""
 
     def on_go_away(self, code: GoAwayCode) -> None:
-        """The peer opens no more streams and takes none."""
+        """Hear that the peer opens no more streams and accepts none."""
 
     # What this end does.
 
     def attach(self, stream: Stream) -> None:
-        """Give a new stream of ours its id; SYN goes with its first frame. Raises OverflowError when `exhausted`."""
+        """Give a new stream of this end its id. Raises OverflowError when `exhausted`."""
         if self.exhausted:
             raise OverflowError("all stream ids of this link are used up")
         stream.id = self._next_id
@@ -250,25 +318,25 @@ class Session:
 
     @property
     def exhausted(self) -> bool:
-        """No ids left (after 2**31 streams): time for a new link."""
+        """Whether all ids of this end are used up, after 2**31 streams."""
         return self._next_id > 2**32 - 1
 
     def ping(self, value: int) -> None:
-        """Ask for a sign of life; the answer comes to `on_pong`."""
+        """Send a ping with a value of 32 bits; `on_pong` gets the answer."""
         self.emit(HEADER.pack(0, PING, SYN, 0, value))
 
     def go_away(self, code: GoAwayCode) -> None:
-        """Tell the peer that this end takes no more streams."""
+        """Tell the peer that this end accepts no more streams, and why."""
         self.emit(HEADER.pack(0, GO_AWAY, 0, 0, code))
 
     def end(self) -> None:
-        """The link is gone: every stream learns it by `on_reset`."""
+        """End the session: `on_reset` of every stream. No effect the second time."""
         if self.over:
             return
         self.over = True
         streams, self.streams = self.streams, {}
         for stream in streams.values():
-            if not stream.gone:  # else another one's hook has reset it
+            if not stream.gone:  # else the hook of another stream has reset it
                 stream.gone = True
                 self.gave_up(stream)
                 stream.on_reset()
@@ -276,9 +344,10 @@ class Session:
     # What the peer sent.
 
     def receive(self, data: memoryview, frames: int = 2**32) -> int:
-        """Take bytes in any split; how many were taken: all, or what `frames` headers (and their payload) were in.
+        """Take bytes in any split, up to `frames` headers and their payload; return how many were
+        taken.
 
-        Raises YamuxError for an illegal frame; the session must then end.
+        The caller keeps the others for the next call. Raises YamuxError for an illegal frame.
         """
         position, end = 0, len(data)
         while position < end and not self.over:
@@ -312,7 +381,7 @@ class Session:
 
     def _frame(self, version: int, kind: int, flags: int, stream_id: int, length: int) -> None:
         if version:
-            tls = "; this looks like TLS" if version in (0x15, 0x16) else ""  # an alert, a handshake
+            tls = "; this looks like TLS" if version in (0x15, 0x16) else ""  # alert, handshake
             raise YamuxError(Fault.BAD_VERSION, f"frame of yamux version {version}, expected 0{tls}")
         if flags & ~_KNOWN_FLAGS:
             raise YamuxError(Fault.BAD_FLAGS, f"flags {flags:#06x}")
@@ -332,7 +401,7 @@ class Session:
             self._go_away(length)
 
     def _find(self, stream_id: int, flags: int) -> Stream | None:
-        """The frame's stream; None when it is gone already or was refused just now."""
+        """Return the frame's stream; None when it is gone or was refused now. Raises YamuxError."""
         if flags & SYN:
             return self._syn(stream_id)
         stream = self.streams.get(stream_id)
@@ -357,7 +426,7 @@ class Session:
         else:
             raise YamuxError(Fault.STREAM_REUSED, f"SYN for stream {stream_id} after {self._peer_last_id}")
         stream = self.accepts()
-        if self.over:  # accepts() has ended it
+        if self.over:  # `accepts` has ended the session
             if stream is not None and not stream.gone:
                 stream.gone = True
                 stream.on_reset()
@@ -372,11 +441,13 @@ class Session:
 
     def _is_free(self, stream_id: int) -> bool:
         """Return whether the peer may still open this id of its own."""
-        below = (self._peer_last_id - stream_id) >> 1  # ids from here to the highest; negative: above it
+        below = (self._peer_last_id - stream_id) >> 1  # negative: above the highest
         return below < 0 or bool(below and self._passed_over >> (below - 1) & 1)
 
     def _take_id(self, stream_id: int) -> None:
-        """Mark a free id as opened. The ids between the highest one before and this one stay free, up to the limit."""
+        """Mark a free id as opened. The ids between the highest one before and this one stay free,
+        up to the limit.
+        """
         gap = (stream_id - self._peer_last_id) >> 1
         if gap < 0:
             self._passed_over &= ~(1 << (-gap - 1))
@@ -443,5 +514,5 @@ class Session:
         self.on_go_away(self.going_away)
 
 
-#: The most that can be under way for a stream that this end has reset: one grown window.
+#: Bytes of one frame for a stream that is gone. What can be on its way for it is one grown window.
 MAX_SKIPPED: Final = 64 * 1024 * 1024
