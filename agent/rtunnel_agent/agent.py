@@ -274,13 +274,17 @@ class Agent:
     @property
     def redundancy(self) -> str:
         """How many of the wanted sessions are up: "1/2"."""
-        return f"{sum(slot.session is not None for slot in self.slots)}/{len(self.slots)}"
+        return f"{self.up}/{len(self.slots)}"
+
+    @property
+    def up(self) -> int:
+        """Return the number of wanted sessions that are up."""
+        return sum(slot.session is not None for slot in self.slots)
 
     @property
     def state(self) -> str:
         """ready (all sessions up), degraded (some) or down (none)."""
-        up = sum(slot.session is not None for slot in self.slots)
-        return "ready" if up == len(self.slots) else "degraded" if up else "down"
+        return "ready" if self.up == len(self.slots) else "degraded" if self.up else "down"
 
     @property
     def one_host(self) -> str:
@@ -373,7 +377,7 @@ class Agent:
         # A session elsewhere proves that the VIP works: then a refused connection is just one dead node behind it, and
         # a draining one may still be there for a moment.
         gone = outcome.lost.kind is LostKind.UNREACHED or outcome.code is Refusal.DRAINING
-        if duplicate or (gone and self.state != "down"):
+        if duplicate or (gone and self.up):
             slot.searches += 1
             late = slot.searches - QUICK_REDIALS - ANY_HOST_REDIALS
             if late <= 0:
@@ -662,7 +666,7 @@ class Agent:
         waited = trio.current_time() - since
         searched = all(slot.searches >= QUICK_REDIALS + ANY_HOST_REDIALS for slot in self.slots if slot.session is None)
         enough = DRAIN_GRACE if searched else LONG_DRAIN_GRACE
-        return self.state == "ready" or (self.state == "degraded" and waited >= enough)
+        return self.up == len(self.slots) or (self.up > 0 and waited >= enough)
 
     async def _leave_draining_nodes(self) -> None:
         """A draining node's session ends when its streams are done and a replacement is up, or none was to be had."""

@@ -78,7 +78,7 @@ class Node:
         self.incarnation = 0
         self.started = time.time()
         self.counts = PortCounts(broker.max_handshakes)
-        self.registry_down: str = "not contacted yet"
+        self._registry_fault: RegistryUnavailable | None = None  # of the last call; None: it was answered
         self.session_refusals: Counter[str] = Counter()  # by code word
         self._strangers: Strangers[Link] = Strangers(
             broker.max_handshakes, broker.source_handshakes, lambda link: not link.has_spoken
@@ -336,6 +336,13 @@ class Node:
         """Of the one that links and Dials are shown; seconds since 1970, 0 when it shows none."""
         return self._trust.presented.ends
 
+    @property
+    def registry_down(self) -> str:
+        """Return why the registry does not serve this node; "" when it does."""
+        if self._registry_fault is not None:
+            return str(self._registry_fault)
+        return "" if self.incarnation else "not contacted yet"
+
     def reasons(self) -> list[str]:
         """Why this node is not ready; empty when it is."""
         reasons = []
@@ -361,7 +368,7 @@ class Node:
                 with trio.move_on_after(min(1.0, self.heartbeat)):
                     await stop.wait()
             else:
-                self.registry_down = ""
+                self._registry_fault = None
                 return True
         return False
 
@@ -390,9 +397,9 @@ class Node:
             raise
         finally:
             self._registrar.left_during_beat = None
-        if self.registry_down:
+        if self._registry_fault is not None:
             self._log.info("registry_back", node=self.node, tuples_put_back=beat.put_back)
-            self.registry_down = ""
+            self._registry_fault = None
         elif beat.put_back:
             self._log.warning("registry_had_lost_tuples", node=self.node, tuples_put_back=beat.put_back)
         if beat.lost:
@@ -413,9 +420,9 @@ class Node:
         self._registry_offset = registry_offset((node.beat for node in nodes), self._registry_ttl, time.time())
 
     def _registry_is_down(self, error: RegistryUnavailable) -> None:
-        if not self.registry_down or self.registry_down == "not contacted yet":
+        if self._registry_fault is None:
             self._log.error("registry_unavailable", node=self.node, reason=str(error))
-        self.registry_down = str(error)
+        self._registry_fault = error
 
     async def _drain(self) -> None:
         """Tell everybody, give streams their time, then end every session in order."""

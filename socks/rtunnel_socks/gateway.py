@@ -208,8 +208,8 @@ class Gateway:
 
     def warnings(self) -> list[str]:
         """What is wrong while it serves what it knew."""
-        state = self.resolver.state
-        return [] if state == "ok" else [f"registry: {state}"]
+        fault = self.resolver.fault
+        return [f"registry: {fault}"] if fault else []
 
     async def answered(self) -> None:
         """See rtunnel.pulse.Part."""

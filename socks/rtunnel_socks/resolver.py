@@ -145,13 +145,18 @@ class Resolver:
         return self.down.text if self.down is not None else "not contacted yet"
 
     @property
-    def state(self) -> str:
-        """ "ok", or what keeps the route table from being true."""
+    def fault(self) -> str:
+        """Return what keeps the route table from being true; "" when nothing does."""
         if self.down is not None:
             return self.down.text
         if self._followed is None:
             return "not contacted yet"
-        return self.table.silence() or "ok"
+        return self.table.silence()
+
+    @property
+    def state(self) -> str:
+        """Return "ok" or the fault."""
+        return self.fault or "ok"
 
     @property
     def age(self) -> float | None:
