@@ -199,14 +199,32 @@ def config_group() -> None:
 @config_group.command("check")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--role", type=click.Choice(config.ROLES), help="Also check what this role needs on this machine.")
-def config_check(file: Path, role: str | None) -> None:
+@click.option(
+    "--unit",
+    type=click.Path(path_type=Path),
+    help="Check what this systemd unit will run: with its variables, its credentials and as its user.",
+)
+def config_check(file: Path, role: str | None, unit: Path | None) -> None:
     """Check FILE (with this environment's RTUNNEL_ variables) and say everything that is wrong with it."""
     with report_errors():
-        loaded = config.load(file, os.environ, {})
+        runs_as = _read_unit(unit, role) if unit else None
+        environment = os.environ if runs_as is None else runs_as.environment
+        loaded = config.load(file, environment, {})
         notes = roles.check(loaded, role) if role else []
+        if runs_as is not None and role and (closed := config.unreadable(loaded, runs_as, config.role_sections(role))):
+            raise config.ConfigError(closed)
     for note in notes:
         click.echo(f"warning: {printable(str(note))}", err=True)
     click.echo(f"{file}: good{f' for {role}' if role else ''}")
+
+
+def _read_unit(path: Path, role: str | None) -> config.Unit:
+    if role is None:
+        raise Failure("--unit needs --role: which role does the unit run?", EXIT_USAGE)
+    try:
+        return config.read_unit(path)
+    except (OSError, ValueError) as error:
+        raise Failure(f"can't read the unit {path}: {error}", EXIT_USAGE) from None
 
 
 cli.add_command(pki_group)

@@ -4,7 +4,7 @@
 flags, error messages and the test of `docs/configuration.md` are made from it. Durations are seconds.
 
 `load` (in `loading`) judges what the text alone can show: key by key (`values`, `checks`), then across keys
-(`consistency`).
+(`consistency`). `unit` reads a systemd unit, so that a check sees what the unit will.
 `check_role` judges what one role needs on this machine, before it starts; `warnings` says what is allowed and probably
 not meant (`preflight`). Faults are `ConfigError`, all of them at once, each with where the value came from, its key,
 the reason, and the fix.
@@ -29,6 +29,7 @@ from rtunnel.config.sections import (
     PublishConfig,
     RegistryConfig,
 )
+from rtunnel.config.unit import Unit, read_unit, unreadable
 from rtunnel.config.values import (
     BadValue,
     ConfigError,
@@ -66,6 +67,7 @@ __all__ = [
     "Problem",
     "PublishConfig",
     "RegistryConfig",
+    "Unit",
     "canonical_ip",
     "changed",
     "check_network",
@@ -80,9 +82,11 @@ __all__ = [
     "parse_endpoint",
     "parse_exposes",
     "parse_range",
+    "read_unit",
     "reread",
     "role_sections",
     "slice_of",
     "split_exposes",
+    "unreadable",
     "warnings",
 ]

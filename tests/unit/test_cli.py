@@ -27,6 +27,7 @@ from rtunnel.registry import COUNTER_BITS, NodeRecord, PortLease, Registration, 
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.roles import Role
 from rtunnel.trust import pki
+from rtunnel.trust.users import new_hash, put_user
 from support.secrecy import heard
 
 ROOT = Path(__file__).parents[2]
@@ -138,6 +139,48 @@ def test_config_check_looks_into_keys_and_certificates(tmp_path: Path, secrets: 
     assert result.exit_code == 2
     assert "broker.join_token" in result.stderr and "it is a cluster key" in result.stderr
     assert "broker.certificate" in result.stderr and "is not the key of the certificate" in result.stderr
+
+
+UNIT = """
+[Service]
+ExecStart=/opt/rtunnel/bin/rtunnel gateway --config /etc/rtunnel/gateway.toml
+DynamicUser=yes
+LoadCredential=gateway.key:{secrets}/gateway.key
+LoadCredential=ca.pem:{secrets}/ca.pem
+Environment=RTUNNEL_GATEWAY_KEY=%d/gateway.key
+Environment=RTUNNEL_GATEWAY_CA=%d/ca.pem
+EnvironmentFile=-{folder}/registry.env
+EnvironmentFile=-{folder}/nothing.env
+"""
+
+
+def test_config_check_sees_what_a_unit_will_run(secrets: Path, tmp_path: Path) -> None:
+    """Keys come from the unit's credentials and variables; its user must be able to read all other files."""
+    file, unit, users = (tmp_path / name for name in ("gateway.toml", "rtunnel-gateway.service", "users"))
+    unit.write_text(UNIT.format(secrets=secrets, folder=tmp_path))
+    (tmp_path / "registry.env").write_text('# where Redis is\nRTUNNEL_REGISTRY_URL="redis://h/0"\n')
+    file.write_text("[gateway]\n")
+    check = ("config", "check", str(file), "--role", "gateway")
+    assert rtunnel(*check).exit_code == errors.EXIT_USAGE
+    result = rtunnel(*check, "--unit", str(unit))
+    assert (result.exit_code, result.stdout) == (0, f"{file}: good for gateway\n")
+    file.write_text('[gateway]\nusers = "users"\n')
+    put_user(users, "alice", new_hash("secret"))
+    result = rtunnel(*check, "--unit", str(unit))
+    assert result.exit_code == errors.EXIT_USAGE
+    assert f"gateway.users: {users}: the unit's user cannot read it" in result.stderr
+    assert f"LoadCredential=users:{users} and Environment=RTUNNEL_GATEWAY_USERS=%d/users" in result.stderr
+    unit.write_text(unit.read_text() + f"LoadCredential=users:{users}\nEnvironment=RTUNNEL_GATEWAY_USERS=%d/users\n")
+    assert rtunnel(*check, "--unit", str(unit)).exit_code == 0
+
+
+def test_config_check_of_a_unit_needs_a_role(tmp_path: Path) -> None:
+    """Without a role, or without the unit's file, it is wrong usage."""
+    file = tmp_path / "gateway.toml"
+    file.write_text("[gateway]\n")
+    assert rtunnel("config", "check", str(file), "--unit", str(file)).exit_code == errors.EXIT_USAGE
+    result = rtunnel("config", "check", str(file), "--role", "gateway", "--unit", str(tmp_path / "no.service"))
+    assert result.exit_code == errors.EXIT_USAGE and "can't read the unit" in result.stderr
 
 
 def test_config_check_reads_rules_and_users(secrets: Path, tmp_path: Path) -> None:
