@@ -54,7 +54,7 @@ class Session:
     def __init__(self) -> None:
         self.streams = 0
         self.owner = "default/a1"
-        self.state = "live"
+        self.serves = True
         self.epoch = 7
         self.node = "b1"
         self.addresses = frozenset({"10.1.0.7"})
@@ -187,6 +187,17 @@ def test_a_guarded_port_believes_no_dial_without_a_mac(broker: Broker) -> None:
     gateway = broker.gateway()
     gateway.receive(DialSender[None]().dial(body(), KEY))
     assert said(gateway).code is Refusal.REVOKED
+
+
+def test_a_session_that_does_not_serve_takes_no_stream(broker: Broker) -> None:
+    """At neither port: it is not live yet, or void, or its agent has said GoAway."""
+    link = broker.session.link
+    for broker.session.serves, broker.session.link in ((False, link), (True, None)):
+        gateway, client = broker.gateway(), FakeEnd()
+        gateway.receive(DialSender[None]().dial(body(), KEY))
+        broker.open.accept(client, "10.9.9.9")  # type: ignore[arg-type]
+        assert said(gateway).code is Refusal.LINK_LOST and client.reset
+        assert broker.session.opened == [] and broker.held == (0, 0, 0)
 
 
 def test_a_dial_is_good_once(broker: Broker) -> None:
