@@ -1,12 +1,84 @@
-"""Two ends become a pair: bytes, half-closes and resets flow between them, and are counted.
+"""Two ends become a pair: bytes, half-closes and resets pass between them, and are counted.
 
-Socket to socket is two `_Flow`s, one a direction: copying at first, `os.splice` through a pooled pipe once a flow
-proves to be bulk. Socket to stream is a `StreamPair`: upwards the socket is read straight behind the frame's
-header and both leave in one call; downwards a frame's payload goes from the link's read buffer into the socket.
-What a slow reader does not take stays in the kernel (sockets) or within its window (streams): nothing else waits
-for it.
+Theory of operation
+===================
 
-FIN follows the last byte and closes one direction only. A reset on one side is a reset on the other.
+**Two kinds.** A `SocketPair` is two sockets and two `_Flow`s, one a direction. A flow copies
+through `scratch.upload` at first; one that fills a whole piece is bulk, and moves on by `os.splice`
+through a pooled pipe. A `StreamPair` is a socket and a stream of a link. Out, the socket is read
+straight behind the room for a frame's header, and both leave in one call; back, a frame's payload
+goes from the link's read buffer into the socket.
+
+**Life.** `Relay.join` makes a pair of two ends that are neither closed nor broken. The pair takes
+the descriptors (`hand_over`: no handler, no deadline any more). To each side it first sends what
+the end had not sent yet, then what handlers had read ahead (`up`, `down`), then a stream's backlog,
+and then what comes. Each direction ends by itself, by the FIN that follows its last byte. When both
+have ended, or something below breaks the pair, it is `done`: its sockets are closed at the end of
+the turn, and the owner's `ended(account)` is called, once, last. `account.ending` names the row:
+
+    It happens                  Socket to socket: the pair does    Socket and stream: the pair does
+    --------------------------  ---------------------------------  ---------------------------------
+    FIN of a socket, read as    `shutdown` of the other socket,    `finish` of the stream (FIN),
+    an end                      behind the last byte               behind the last byte
+    FIN of the stream           -                                  `shutdown` of the socket, behind
+                                                                   what is held for it
+    the second FIN              closes both sockets, which sends   closes the socket, the stream is
+                                the FIN that is due; ending        gone; ending CLOSED
+                                CLOSED
+    RST, or another error of a  resets both sockets; ending        resets the stream (RST), closes
+    socket, in a read, a write  CLIENT_RESET or TARGET_RESET,      the socket; ending after the
+    or SO_ERROR                 after the socket that failed       socket's side
+    RST of the stream           -                                  resets the socket; ending after
+                                                                   the stream's side
+    the link ends               -                                  resets the socket; ending
+                                                                   LINK_LOST (for why, see `link`)
+    HUP without an error        nothing: both FINs have passed,    the same
+                                and the reads go on to their end
+    urgent data                 copies from now on: splice(2)      reads as before
+                                stops in front of it
+    nothing moves for `idle`    resets both sockets; ending IDLE   resets both; ending IDLE
+    seconds
+    `abort(ending)`             resets both sockets; that ending   resets both; that ending
+
+A reset on one side is a reset on the other, so that no peer takes a part for the whole.
+
+**Where bytes wait.** A reader that does not read stops its own direction and no other; a
+blocked link stops the directions towards it:
+
+    What stops a direction      Where its bytes wait               What lets it go on
+    --------------------------  ---------------------------------  ---------------------------------
+    a socket takes less than    one piece or one pipe in the       the OUT event, which `await_room`
+    all                         flow; `_held` of a stream's pair,  asks for
+                                a window at most
+    the link is blocked         in the kernel: the socket is not   `link_ready`, in the order of
+                                read                               `link.waiting`
+    the stream's window is      in the kernel: the socket is not   `stream_window`, which queues
+    used up                     read                               `_run_out`
+    QUANTUM is used up          in the kernel                      the run queue (`soon`)
+    nothing to read             nowhere                            the IN event
+
+Held bytes count against the relay's memory (`memory`). Bytes are counted in the account when the
+kernel or the link has taken them.
+
+**Edges.** `readable` (of a flow, of a pair) means that a read may give something. An event sets it;
+EAGAIN clears it, and so does a short read, unless a HUP has come: then the read after it gives the
+FIN. A direction that stops for another reason leaves it set, and needs no edge to go on. The event
+LOST makes a pair that is not reading ask SO_ERROR, because it would meet the error in no read.
+
+**What calls back.** `Relay.join` moves bytes, and `abort` resets: both may call `owner.ended`
+before they return. The owner may do anything then; the pair is closed already. So each method that
+moves bytes looks at `done` after each step. `stream_data`, `stream_fin`, `stream_lost` and
+`stream_window` come from within the link's read: they write to the socket, and may end the pair,
+but they don't read the socket. `stream_window` only queues that, because a read of the link has its
+own share of a turn. `link_ready` comes from within the link's OUT event, and reads and sends at
+once.
+
+Tests: `tests/unit/test_hostile_kernel.py` plays schedules of all this on a simulated kernel, and
+checks the account and its ending (`tests/support/hostile.py`); `tests/unit/test_relay.py` has a
+test on real sockets for most rows, such as test_half_close_is_kept,
+test_a_reset_is_a_reset_on_the_other_side, test_urgent_data_stops_no_bulk_stream,
+test_a_slow_reader_stops_only_its_own_stream, test_a_dead_link_resets_its_streams,
+test_an_idle_pair_ends_at_its_timeout.
 """
 
 from __future__ import annotations
@@ -26,13 +98,14 @@ from rtunnel.relay.stream import StreamEnd
 from rtunnel.relay.transport import Scratch
 from rtunnel.wire.yamux import HEADER_BYTES
 
-#: What one direction may move before others get their turn.
+#: Bytes that one direction moves per loop turn, so that one pair cannot starve the others.
 QUANTUM: Final = 256 * 1024
-#: One frame upwards, and the piece of a copying flow.
+#: Bytes of one read: of a frame's payload, and of the piece of a copying flow.
 PIECE: Final = 128 * 1024
-#: The same when the budget of memory is used up.
+#: The same for a flow while the budget of memory is used up.
 SMALL_PIECE: Final = 16 * 1024
-#: A pipe of a splicing flow. Pipes are few: an unprivileged user has 64 MiB of them (fs.pipe-user-pages-soft).
+#: Bytes of a pipe, and the number of pipes. An unprivileged user has 64 MiB of them
+#: (fs.pipe-user-pages-soft).
 PIPE_BYTES: Final = 1024 * 1024
 MAX_PIPES: Final = 48
 _F_SETPIPE_SZ: Final = 1031
@@ -40,21 +113,21 @@ _SPLICE: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
 
 class Ending(StrEnum):
-    """Why a pair ended; also the log word."""
+    """Why a pair ended; also the word in logs."""
 
-    CLOSED = "closed"  # both directions, in order
-    CLIENT_RESET = "client_reset"
-    TARGET_RESET = "target_reset"
-    LINK_LOST = "link_lost"
-    IDLE = "idle"
-    DRAINED = "drained"
+    CLOSED = "closed"  # both directions ended by FIN
+    CLIENT_RESET = "client_reset"  # the client's side was reset, or its socket failed
+    TARGET_RESET = "target_reset"  # the same of the target's side
+    LINK_LOST = "link_lost"  # the link with the pair's stream ended
+    IDLE = "idle"  # no byte moved for the idle timeout
+    DRAINED = "drained"  # the process stops, or the drain's deadline has passed
     REVOKED = "revoked"  # no longer allowed
     OVERRUN = "overrun"  # the coding of a forwarded request's body is broken
 
 
 @dataclass(slots=True)
 class Account:
-    """What a pair did. `up` is client to target. Seconds are the loop's (monotonic)."""
+    """What a pair moved: bytes `up` (client to target) and `down`; times are monotonic seconds."""
 
     started: float
     up: int = 0
@@ -64,7 +137,7 @@ class Account:
 
     @property
     def seconds(self) -> float:
-        """How long it lived."""
+        """Seconds from the join to the end."""
         return self.ended - self.started
 
 
@@ -72,14 +145,14 @@ class PairOwner(Protocol):
     """The role's side of a pair: what it is for, and what is counted. In the relay's thread."""
 
     def allowed(self) -> bool:
-        """Return whether the pair may go on; asked when rules, trust or exposed ports have changed."""
+        """Return whether the pair may go on. Asked when rules, trust or exposed ports change."""
 
     def ended(self, account: Account) -> None:
-        """Take the account of the pair, which is over. Called once."""
+        """Take the account of the pair, which is done. Called once, maybe from within the join."""
 
 
 class _NoOwner:
-    """For pairs that nobody counts and that are always allowed."""
+    """Allows everything and counts nothing."""
 
     def allowed(self) -> bool:
         return True
@@ -92,14 +165,14 @@ NO_OWNER: Final[PairOwner] = _NoOwner()
 
 
 class Pipes:
-    """A pool of pipes for splicing."""
+    """A pool of pipes for `os.splice`. In the relay's thread."""
 
     def __init__(self) -> None:
         self._free: list[tuple[int, int]] = []
         self._made = 0
 
     def take(self) -> tuple[int, int] | None:
-        """A pipe (read end, write end), or None: then copy."""
+        """Return a pipe (read end, write end), or None when there is none: the flow then copies."""
         if self._free:
             return self._free.pop()
         if self._made >= MAX_PIPES:
@@ -112,11 +185,11 @@ class Pipes:
         try:
             fcntl.fcntl(pipe[1], _F_SETPIPE_SZ, PIPE_BYTES)
         except OSError:
-            pass  # the user's quota of pipe pages is used up: a 64 KiB pipe works as well, only slower
+            pass  # the quota of pipe pages is used up: a pipe of 64 KiB works too, but slower
         return pipe
 
     def give(self, pipe: tuple[int, int], *, empty: bool) -> None:
-        """Back into the pool; one that holds bytes is closed."""
+        """Take a pipe back into the pool; close one that holds bytes (not `empty`)."""
         if empty:
             self._free.append(pipe)
         else:
@@ -125,13 +198,13 @@ class Pipes:
             os.close(pipe[1])
 
     def close(self) -> None:
-        """Close those in the pool."""
+        """Close the pipes of the pool."""
         while self._free:
             self.give(self._free.pop(), empty=False)
 
 
 class Pair:
-    """Two joined ends. `abort` is for drain deadlines and for whoever must end it."""
+    """Two joined ends. In the relay's thread."""
 
     __slots__ = ("_idle", "_live", "_timer", "account", "done", "loop", "moved", "owner", "watched")
 
@@ -139,8 +212,8 @@ class Pair:
         self.loop = loop
         self.account = Account(loop.now)
         self.done = False
-        self.moved = loop.now  # the last time that a byte moved
-        self.watched = False  # by TCP keep-alive
+        self.moved = loop.now  # when a byte moved last
+        self.watched = False  # its sockets have TCP keep-alive
         self._live = live
         self.owner = owner
         self._idle = idle
@@ -149,11 +222,11 @@ class Pair:
 
     @property
     def sockets(self) -> tuple[socket.socket, ...]:
-        """Its sockets; a stream has none of its own."""
+        """The pair's sockets; a stream has none of its own."""
         raise NotImplementedError
 
     def abort(self, ending: Ending) -> None:
-        """Reset both sides."""
+        """Reset both sides, and call the owner's `ended`. No effect on a pair that is done."""
         raise NotImplementedError
 
     def _finish(self, ending: Ending) -> None:
@@ -202,9 +275,9 @@ class _Flow:
         self.sink = sink
         self.readable = source.readable
         self.hup = source.hup
-        self.end = False  # the FIN is passed on
+        self.end = False  # the FIN is passed on; nothing moves any more
         self._may_splice = source.can_splice and sink.can_splice
-        self._held: bytes | memoryview = first  # read, not yet written
+        self._held: bytes | memoryview = first  # read, and not taken by the sink
         self._memory = pair.scratch.memory
         if first:
             self._memory.hold(len(first))
@@ -214,11 +287,11 @@ class _Flow:
 
     @property
     def holds(self) -> bool:
-        """There are bytes that the sink did not take yet."""
+        """Whether there are bytes that the sink has not taken."""
         return bool(self._held or self._in_pipe)
 
     def run(self) -> None:
-        """Move until one side has enough, or the quantum is used up."""
+        """Move bytes until the source has none, the sink takes none, or QUANTUM is used up."""
         self._queued = False
         pair, budget = self._pair, QUANTUM
         while not self.end and not pair.done:
@@ -245,7 +318,7 @@ class _Flow:
                 return
             if size < 0:
                 return
-            if self._held:  # the sink took a part; its next event goes on
+            if self._held:  # the sink took a part: its OUT event goes on
                 if not pair.done:
                     self.sink.await_room()
                 return
@@ -255,7 +328,11 @@ class _Flow:
             pair.loop.soon(self.run)
 
     def _read(self) -> int:
-        """Take from the source; the number of bytes; -1 when the flow or the pair has ended."""
+        """Read from the source, and copy on or into the pipe.
+
+        Return the number of bytes; -1 when the flow or the pair has ended. Raises OSError of the
+        source.
+        """
         if self._pipe is not None and not self._may_splice:
             self._release_pipe()
         if self._pipe is not None:
@@ -277,7 +354,7 @@ class _Flow:
         return size
 
     def _take(self, data: memoryview) -> None:
-        """Copy on: straight to the sink, the rest is held."""
+        """Give bytes to the sink, and hold what it does not take."""
         try:
             sent = self.sink.sock.send(data)
         except BlockingIOError:
@@ -294,7 +371,7 @@ class _Flow:
         self._memory.hold(len(self._held))
 
     def _write(self) -> bool:
-        """Give the sink what is held; False when it takes no more."""
+        """Give the sink what is held. Return whether it took all. Raises OSError of the sink."""
         if self._held:
             sent = self.sink.sock.send(self._held)
             self._held = memoryview(self._held)[sent:]
@@ -318,7 +395,7 @@ class _Flow:
         self.end = True
         self.readable = False
         self._release_pipe()
-        if not self._pair.ends():  # else the sockets are closed now, which sends the FIN
+        if not self._pair.ends():  # else the pair has closed the sockets, which sends the FIN
             try:
                 self.sink.sock.shutdown(socket.SHUT_WR)
             except OSError:
@@ -326,17 +403,17 @@ class _Flow:
         return -1
 
     def copy_only(self) -> None:
-        """Urgent data is there: splice(2) stops in front of it, and never gets past (tcp_splice_read)."""
+        """Splice no more: splice(2) never gets past urgent data (tcp_splice_read)."""
         self._may_splice = False
 
     def _release_pipe(self) -> None:
-        """A quiet flow gives its pipe back: pipes are for those who move much."""
+        """Give an empty pipe back. Pipes are few, and for flows that move much."""
         if self._pipe is not None and not self._in_pipe:
             self._pair.pipes.give(self._pipe, empty=True)
             self._pipe = None
 
     def drop(self) -> None:
-        """The pair is over."""
+        """Release what the flow holds: the pair is done."""
         if self._pipe is not None:
             self._pair.pipes.give(self._pipe, empty=not self._in_pipe)
             self._pipe = None
@@ -346,7 +423,7 @@ class _Flow:
 
 
 class SocketPair(Pair):
-    """Two sockets."""
+    """A pair of two sockets."""
 
     __slots__ = ("client", "downward", "pipes", "scratch", "target", "upward")
 
@@ -371,7 +448,8 @@ class SocketPair(Pair):
         self.target = target
         for_target = target.hand_over(self._target_event)
         for_client = client.hand_over(self._client_event)
-        # Words of our own that are still to go out are counted like the others: they begin below zero.
+        # Bytes that handlers wrote are sent and counted by the flows, but are none of the peers':
+        # so the account begins below zero.
         self.account.up -= len(for_target)
         self.account.down -= len(for_client)
         self.upward = _Flow(self, client, target, for_target + up)
@@ -401,18 +479,19 @@ class SocketPair(Pair):
             reads.run()
         if mask & OUT and writes.holds and not self.done:
             writes.run()
-        # HUP alone comes when both sides have sent FIN: the flows then run to their ends by themselves.
+        # HUP without an error comes with the second FIN: the flows then run to their ends by
+        # themselves.
         if mask & LOST and not self.done and reads.source.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.lost(reads.source)
 
     def ends(self) -> bool:
-        """A direction has ended; after both the pair is over, and this True."""
+        """End the pair if both directions have ended; return whether it is done."""
         if self.upward.end and self.downward.end:
-            self._over(Ending.CLOSED)
+            self._close(Ending.CLOSED)
         return self.done
 
     def lost(self, end: SocketEnd) -> None:
-        """A socket failed: reset the other."""
+        """Reset both sockets, because the one of `end` failed."""
         self.abort(Ending.CLIENT_RESET if end is self.client else Ending.TARGET_RESET)
 
     @override
@@ -420,9 +499,9 @@ class SocketPair(Pair):
         if not self.done:
             self.client.reset_on_close()
             self.target.reset_on_close()
-            self._over(ending)
+            self._close(ending)
 
-    def _over(self, ending: Ending) -> None:
+    def _close(self, ending: Ending) -> None:
         self.upward.drop()
         self.downward.drop()
         for end in (self.client, self.target):
@@ -432,7 +511,7 @@ class SocketPair(Pair):
 
 
 class StreamPair(Pair):
-    """A socket and a stream of a link. Towards the stream is `out`, towards the socket is `back`."""
+    """A pair of a socket and a stream. `out` is towards the stream, `back` towards the socket."""
 
     __slots__ = (
         "_back_ended",
@@ -469,18 +548,19 @@ class StreamPair(Pair):
         self._is_client = socket_is_client
         self._readable = end.readable
         self._hup = end.hup
-        self._out_ended = False
-        self._back_ended = False  # FIN passed on to the socket
-        self._waits = False  # in the link's line
-        self._queued = False
+        self._out_ended = False  # the socket's FIN is passed on to the stream
+        self._back_ended = False  # the stream's FIN is passed on to the socket
+        self._waits = False  # in `link.waiting`
+        self._queued = False  # `_run_out` is in the run queue
         unread = stream.hand_over(self)
-        words = end.hand_over(self._event)  # of our own: they are counted like the others, so they begin below zero
+        words = end.hand_over(self._event)
+        # As in SocketPair: bytes that handlers wrote are not the stream's.
         if socket_is_client:
             self.account.down -= len(words)
         else:
             self.account.up -= len(words)
-        self._held = bytearray(words + back)  # not the window's: consumed already
-        self._stream_bytes_first(unread)
+        self._held = bytearray(words + back)  # for the socket
+        self._send_held_first(unread)
         if out and not self.done:
             stream.link.write(stream.frame(out))
             self._count_out(len(out))
@@ -492,10 +572,10 @@ class StreamPair(Pair):
     def sockets(self) -> tuple[socket.socket, ...]:
         return (self._socket.sock,)
 
-    def _stream_bytes_first(self, unread: bytes) -> None:
-        """Our own words, then what came before the join, then the FIN if it is there: one queue, so one order."""
+    def _send_held_first(self, unread: bytes) -> None:
+        """Send what handlers wrote, then the backlog, then the stream's FIN, all by one queue."""
         if self._held:
-            self._stream.consumed(-len(self._held))  # our own words, not the stream's: they are no window
+            self._stream.consumed(-len(self._held))  # they used no window up
         self._held += unread
         if self._held:
             self._stream.link.hold(len(self._held))
@@ -506,7 +586,7 @@ class StreamPair(Pair):
     # Out: socket -> stream.
 
     def _run_out(self) -> None:
-        """Read the socket straight behind a frame's header, and send both, until somebody has enough."""
+        """Read the socket behind room for a frame's header, and send both."""
         self._queued = False
         stream, link, budget = self._stream, self._stream.link, QUANTUM
         buffer = self._scratch.upload
@@ -518,7 +598,7 @@ class StreamPair(Pair):
                 return
             window = stream.send_window
             if window <= 0:
-                return  # stream_window goes on
+                return  # `stream_window` goes on
             if budget <= 0:
                 self._queue()
                 return
@@ -534,7 +614,7 @@ class StreamPair(Pair):
             if not size:
                 self._out_ended = True
                 stream.finish()
-                self._ended_one()
+                self._end_if_both_ended()
                 return
             if size < wanted and not self._hup:
                 self._readable = False
@@ -555,7 +635,7 @@ class StreamPair(Pair):
 
     def stream_window(self) -> None:
         if self._readable:
-            self._queue()  # not at once: this call comes from within the link's read
+            self._queue()  # the link's read calls this, and has its own share of a turn
 
     # Back: stream -> socket.
 
@@ -579,7 +659,7 @@ class StreamPair(Pair):
             self._socket.await_room()
 
     def flush(self) -> None:
-        """The socket takes bytes again."""
+        """Give the socket what is held, then the stream's FIN if it is due."""
         try:
             sent = self._socket.sock.send(self._held)
         except BlockingIOError:
@@ -603,14 +683,14 @@ class StreamPair(Pair):
         if self._back_ended or self.done:
             return
         self._back_ended = True
-        self._ended_one()
-        if not self.done:  # else the socket is closed now, which sends the FIN
+        self._end_if_both_ended()
+        if not self.done:  # else the pair has closed the socket, which sends the FIN
             try:
                 self._socket.sock.shutdown(socket.SHUT_WR)
             except OSError:
                 self._socket_lost()
 
-    # Both.
+    # Both directions.
 
     def _event(self, mask: int) -> None:
         if mask & (IN | HUP | LOST):
@@ -624,7 +704,7 @@ class StreamPair(Pair):
             self._check_socket()
 
     def _check_socket(self) -> None:
-        """HUP without an error comes when both sides have sent FIN; the reads then go on to their end."""
+        """End the pair if the socket has an error; HUP without one comes with the second FIN."""
         if self._socket.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self._socket_lost()
 
@@ -643,32 +723,32 @@ class StreamPair(Pair):
             self.account.up += size
         self._stream.consumed(size)
 
-    def _ended_one(self) -> None:
+    def _end_if_both_ended(self) -> None:
         if self._out_ended and self._back_ended:
-            self._over(Ending.CLOSED)
+            self._close(Ending.CLOSED)
 
     def _socket_lost(self) -> None:
         if not self.done:
             self._stream.reset()
-            self._over(Ending.CLIENT_RESET if self._is_client else Ending.TARGET_RESET)
+            self._close(Ending.CLIENT_RESET if self._is_client else Ending.TARGET_RESET)
 
     def stream_lost(self, lost: Lost) -> None:
         if self.done:
             return
         self._socket.reset_on_close()
         if lost.kind is LostKind.LINK_LOST:
-            self._over(Ending.LINK_LOST)
+            self._close(Ending.LINK_LOST)
         else:
-            self._over(Ending.TARGET_RESET if self._is_client else Ending.CLIENT_RESET)
+            self._close(Ending.TARGET_RESET if self._is_client else Ending.CLIENT_RESET)
 
     @override
     def abort(self, ending: Ending) -> None:
         if not self.done:
             self._socket.reset_on_close()
             self._stream.reset()
-            self._over(ending)
+            self._close(ending)
 
-    def _over(self, ending: Ending) -> None:
+    def _close(self, ending: Ending) -> None:
         if self._held:
             self._stream.link.release(len(self._held))
             self._held.clear()

@@ -1,4 +1,7 @@
-"""The relay's thread and its verbs. Everything but `start`, `stop` and `call` belongs to the relay's own thread."""
+"""The relay: a thread with one loop, and what a role asks of it: listen, connect, link, join.
+
+Everything but `Relay.start`, `stop`, `call` and `running` must run in the relay's own thread.
+"""
 
 from __future__ import annotations
 
@@ -22,30 +25,34 @@ from rtunnel.relay.tls import TlsEnd, TlsSocket
 from rtunnel.relay.transport import Scratch
 from rtunnel.wire.refusal import Refusal
 
-#: Connections accepted from one listener in a turn, at most. It begins with one and doubles while more wait: the call
-#: that finds nobody costs a third of one that finds somebody, and most turns have one newcomer.
+#: Connections accepted from one listener per loop turn, at most. A listener begins with one and
+#: doubles the number while more wait: an accept(2) that finds none costs a third of one that does,
+#: and most turns have one new connection.
 ACCEPTS_A_TURN: Final = 64
-#: Connections accepted from a listener that is about to close: a full queue (rtunnel.net.BACKLOG).
+#: Connections accepted from a listener that closes: a full queue (rtunnel.net.BACKLOG).
 MAX_LAST_ACCEPTS: Final = 4096
 #: accept(2) fails with these while the process or the machine has no room for another connection.
 _EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-#: A listener that ran out of descriptors looks again after so many seconds.
+#: Seconds until a listener that ran out of descriptors accepts again.
 ACCEPT_PAUSE: Final = 0.5
-#: A client that has the first word may keep it for so long before it is accepted all the same (tcp(7)).
+#: Seconds after which a connection of a `client_speaks` listener is accepted without a byte
+#: (TCP_DEFER_ACCEPT, tcp(7)).
 DEFER_SECONDS: Final = 1
-#: Pairs that live longer get TCP keep-alive on both sides: four calls that a short connection never earns back.
+#: Seconds after which a pair gets TCP keep-alive on its sockets: four calls that a short connection
+#: does not repay.
 WATCH_SECONDS: Final = 30.0
-#: So often it is looked whether there is memory to give back.
+#: Seconds between two looks whether there is memory to give back to the kernel.
 TRIM_SECONDS: Final = 10.0
-#: Pairs that are judged anew before others get their turn: a millisecond or two.
+#: Pairs whose owners are asked `allowed` in one loop turn: a millisecond or two.
 REVIEWS_A_TURN: Final = 100
-#: A dead peer is then noticed after 60 + 4 * 15 s of silence.
+#: A peer that answers nothing is then noticed after 60 + 4 * 15 s of silence.
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
 
-#: Linux (ip(7)): bind an address only; the port is chosen by the connect, so that one port serves many targets.
+#: IP_BIND_ADDRESS_NO_PORT (ip(7)): connect(2) chooses the port, so that one port serves many
+#: targets.
 _BIND_ADDRESS_NO_PORT: Final = 24
 
-#: errno of a connect -> what is told. Everything else is INTERNAL.
+#: The refusal for each errno of a connect; INTERNAL for all others.
 _CONNECT_REFUSALS: Final = {
     errno.ECONNREFUSED: Refusal.TARGET_REFUSED,
     errno.ECONNRESET: Refusal.TARGET_REFUSED,
@@ -65,18 +72,21 @@ Connected = Callable[[SocketEnd | None, Refusal, str], None]
 Report = Callable[[str, dict[str, object]], None]
 
 
-def _keep_alive(sock: socket.socket) -> None:
-    """Probe a silent peer (RFC 9293 section 3.8.4)."""
+def _set_keep_alive(sock: socket.socket) -> None:
+    """Let the kernel probe a silent peer (RFC 9293 section 3.8.4)."""
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _KEEPALIVE:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
     except OSError:
-        pass  # it is broken, and its next event says so
+        pass  # the connection is lost, and its next event says so
 
 
 class Listener:
-    """Accepts from one socket until `close`; survives running out of descriptors."""
+    """Accepts connections of one listening socket until `close`; made by `Relay.listen`.
+
+    When the process runs out of descriptors it pauses for ACCEPT_PAUSE, and reports that.
+    """
 
     __slots__ = ("_accept", "_burst", "_held", "_loop", "_paused", "_report", "closed", "sock")
 
@@ -90,25 +100,25 @@ class Listener:
         self.sock = sock
         self.closed = False
         sock.setblocking(False)
-        # What it accepts inherits these at no cost.
+        # Accepted sockets inherit these options at no cost.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # else recv leaves urgent bytes out (tcp(7))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # else recv skips urgent bytes
         if client_speaks:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_SECONDS)
         loop.add_listener(sock.fileno(), self._accept_some)
 
     @property
     def bound(self) -> tuple[str, int]:
-        """Where it listens."""
+        """The address and port on which it listens."""
         host, port = self.sock.getsockname()[:2]
         return host, port
 
     def close(self) -> None:
-        """Accept no more; the port is free for others when this returns. What was accepted lives on."""
+        """Accept no more. The port is free when this returns; accepted connections stay."""
         if not self.closed:
             self.closed = True
             try:
-                self.sock.shutdown(socket.SHUT_RDWR)  # the descriptor itself is closed at the end of the turn
+                self.sock.shutdown(socket.SHUT_RDWR)  # its descriptor: at the end of the turn
             except OSError:
                 pass
             if self._paused is not None:
@@ -116,16 +126,16 @@ class Listener:
             self._loop.close(self.sock)
 
     def accept_silent(self) -> None:
-        """Let connections in that have not said anything yet, as without `client_speaks`.
+        """Accept connections without a byte too, as without `client_speaks`.
 
-        The kernel keeps a silent connection of a `client_speaks` listener outside the queue for up to
-        DEFER_SECONDS, and resets it when the listener closes. One that came before this call arrives
-        about that much later.
+        The kernel keeps a silent connection of a `client_speaks` listener outside the queue for up
+        to DEFER_SECONDS, and resets it when the listener closes. One that came before this call
+        arrives about that much later.
         """
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 0)
 
     def finish(self) -> None:
-        """Accept what waits in the kernel's queue, then `close`: closing alone would reset it."""
+        """Accept what waits in the kernel's queue, then close: close(2) alone would reset it."""
         self._held = False
         for _ in range(MAX_LAST_ACCEPTS):
             if self.closed:
@@ -138,18 +148,19 @@ class Listener:
                 if error.errno in _EXHAUSTED:
                     self._report("accept_failed", {"reason": error.strerror, "hint": "the queue is reset"})
                     break
-                continue  # the peer was gone before we came: the next one
+                continue  # the peer has left the queue (ECONNABORTED): try the next one
             sock.setblocking(False)
             self._accept(sock, address[0])
         self.close()
 
     def hold(self) -> None:
-        """Accept no more until `release`: the kernel's queue keeps the next ones, and drops SYNs when it is full."""
+        """Accept no more until `release`; the kernel queues connections, then drops SYNs."""
         if not self._held and not self.closed:
             self._held = True
             self._loop.hold_listener(self.sock.fileno(), hold=True)
 
     def release(self) -> None:
+        """Accept again, after `hold`."""
         if self._held:
             self._held = False
             self._watch_again()
@@ -171,7 +182,7 @@ class Listener:
                 if error.errno in _EXHAUSTED:
                     self._pause(error)
                     return
-                continue  # the peer was gone before we came: the next one
+                continue  # the peer has left the queue (ECONNABORTED): try the next one
             sock.setblocking(False)
             self._accept(sock, address[0])
         self._burst = min(2 * self._burst, ACCEPTS_A_TURN)
@@ -187,7 +198,7 @@ class Listener:
 
 
 def _finds_source(host: str) -> bool:
-    """Whether the kernel has a source address for packets to `host`. Sends nothing."""
+    """Return whether the kernel has a source address for packets to this IP. Sends nothing."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.connect((host, 9))
@@ -197,7 +208,7 @@ def _finds_source(host: str) -> bool:
 
 
 def bind_address(sock: socket.socket, source: str) -> int:
-    """Let the socket connect from this local address and any port; return 0 or the errno."""
+    """Let the socket connect from this local address, by any port. Return 0, or the errno."""
     try:
         sock.setsockopt(socket.IPPROTO_IP, _BIND_ADDRESS_NO_PORT, 1)
         sock.bind((source, 0))
@@ -218,7 +229,7 @@ def _connect_refusal(code: int, host: str, where: str) -> tuple[Refusal, str]:
     """Return the refusal and the sentence for a connect to `host` that failed with this errno."""
     name = errno.errorcode.get(code, str(code))
     if code == errno.EADDRNOTAVAIL:
-        if not _finds_source(host):  # IPv6 is off on the interface
+        if not _finds_source(host):  # as where IPv6 is off on the interface
             return Refusal.TARGET_UNREACHABLE, f"connect to {where}: this host has no source address for it ({name})"
         fix = "widen net.ipv4.ip_local_port_range"
         return Refusal.OVERLOADED, f"no free source port towards {where} on this host ({name}): {fix}"
@@ -226,7 +237,7 @@ def _connect_refusal(code: int, host: str, where: str) -> tuple[Refusal, str]:
 
 
 def ephemeral_ports() -> range:
-    """Return the ports that the kernel chooses source ports from; all ports when it does not say."""
+    """Return the range of the kernel's source ports; all ports if it can't be read."""
     try:
         first, last = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
         return range(int(first), int(last) + 1)
@@ -235,19 +246,24 @@ def ephemeral_ports() -> range:
 
 
 def _is_self_connected(sock: socket.socket, port: int) -> bool:
-    """Whether the socket is connected to itself.
+    """Return whether the socket is connected to itself.
 
-    TCP allows it (simultaneous open, RFC 9293 section 3.5) when the kernel chooses the target's port as the source
-    port, which it does only while nobody listens there.
+    TCP allows that (simultaneous open, RFC 9293 section 3.5) when the kernel chooses the target's
+    port as the source port, which it does only while no socket listens there.
     """
     try:
         return bool(sock.getsockname()[1] == port and sock.getsockname() == sock.getpeername())
     except OSError:
-        return False  # it is broken already, and its next event says so
+        return False  # the connection is lost already, and its next event says so
 
 
 class Attempt:
-    """A connect under way; `cancel` drops it without a call."""
+    """A connect that has begun; made by `Relay.connect`. `where` is the target's "IP:port" for
+    texts.
+
+    `done` is called once, in a later step of the loop than `begin`, unless `cancel` is called
+    before.
+    """
 
     __slots__ = ("_done", "_host", "_loop", "_may_meet_itself", "_port", "_sock", "_timer", "errno", "where")
 
@@ -259,14 +275,11 @@ class Attempt:
         self._done: Connected | None = done
         self._sock: socket.socket | None = None
         self._timer: Timer | None = None
-        self.errno = 0  # of the connect that failed
+        self.errno = 0  # of the failed connect
         self.where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def begin(self, timeout: float, source: str) -> None:
-        """Connect, within `timeout` seconds (0: the caller must `cancel`), from the address `source` unless it is "".
-
-        The outcome comes in a later step of the loop, never from within this call.
-        """
+        """Begin to connect. `timeout`, `source` ("": any): as of `Relay.connect`."""
         try:
             family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
             sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -279,11 +292,12 @@ class Attempt:
             self._loop.soon(lambda: self._tell(*_bind_refusal(code, source, self.where)))
             return
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # keep-alive: see Relay._watch_over
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # keep-alive: `_renew_settings`
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
             code = sock.connect_ex((self._host, self._port))
             if code == errno.EINPROGRESS:
-                # On one host, where an agent's targets are, the handshake is over by now: no event to wait for.
+                # An agent's targets are on its own host, where the TCP handshake is done by now:
+                # the second call says so, and saves the event.
                 code = sock.connect_ex((self._host, self._port))
         except OSError as error:
             code = error.errno or errno.EINVAL
@@ -300,13 +314,13 @@ class Attempt:
             self._fail_soon(code)
 
     def cancel(self) -> None:
-        """See the class."""
+        """Drop the connect; `done` is not called any more."""
         self._done = None
         self._drop()
 
     def _at_once(self) -> None:
         if self._loop.stopped:
-            self.cancel()  # nobody would end what came of it
+            self.cancel()  # nothing would close the new end
             return
         sock, self._sock = self._sock, None
         done, self._done = self._done, None
@@ -327,13 +341,13 @@ class Attempt:
             self._sock = None
             done, self._done = self._done, None
             end = SocketEnd(self._loop, sock, self.where, watched=True)
-            # Bytes and a FIN that came along with the connection have no edge of their own.
+            # Bytes and a FIN that came with the connection have no edge of their own.
             end.readable = bool(mask & (IN | HUP))
             end.hup = bool(mask & HUP)
             done(end, Refusal.INTERNAL, "")
 
     def _refuse_self(self) -> int:
-        """Free the port for the real service at once (no TIME_WAIT), and return the errno: nobody listens there."""
+        """Return ECONNREFUSED: no socket listens there. Free the port without TIME_WAIT."""
         assert self._sock is not None
         reset_on_close(self._sock)
         return errno.ECONNREFUSED
@@ -359,7 +373,7 @@ class Attempt:
         self._stop_timer()
         sock, self._sock = self._sock, None
         if sock is not None and not self._loop.close(sock):
-            sock.close()  # not watched yet
+            sock.close()  # the loop does not watch it yet
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -368,12 +382,16 @@ class Attempt:
 
 
 class Relay:
-    """One thread, one loop. `report(event, fields)` gets what should be logged; it must not block."""
+    """A thread with one loop, and all that goes through it."""
 
     def __init__(
         self, report: Report, name: str = "relay", poller: Poller | None = None, *, memory: int = BUDGET
     ) -> None:
-        """`memory`: the budget of bytes for its streams (`rtunnel.relay.memory`)."""
+        """Make a relay; `start` starts its thread.
+
+        `report(event, fields)` gets events for the log; it must not block. `memory`: the budget of
+        bytes for the relay's streams (`rtunnel.relay.memory`). `poller`: as of `Loop`.
+        """
         self._report = report
         self.loop = Loop(self._crashed, poller)
         self.scratch = Scratch(Memory(memory))
@@ -389,41 +407,41 @@ class Relay:
 
     def start(self) -> None:
         """Start the thread."""
-        # The interpreter's 5 ms would be added to a round trip whenever the control plane computes.
+        # While the control plane computes, the default of 5 ms would be added to each round trip.
         sys.setswitchinterval(0.0005)
-        self.call(self._watch_over)
+        self.call(self._renew_settings)
         self.call(self._trim)
         self._thread.start()
 
     def call(self, call: Callable[[], None]) -> None:
-        """Run in the relay's thread, soon."""
+        """Run a call in the relay's thread, soon. It is dropped when the relay has stopped."""
         self.loop.call(call)
 
     def stop(self, timeout: float = 5.0) -> None:
-        """End everything at once (links, pairs and ends are reset) and wait for the thread."""
+        """Reset all links, pairs and ends now, and wait up to `timeout` seconds for the thread."""
         if self._thread.is_alive():
             self.call(self._end_all)
             self._thread.join(timeout)
 
     @property
     def running(self) -> bool:
-        """The thread lives."""
+        """Whether the thread runs."""
         return self._thread.is_alive()
 
     # In the relay's thread.
 
     def listen(self, sock: socket.socket, accept: Accept, *, client_speaks: bool = False) -> Listener:
-        """Accept from a bound, listening socket: `accept(socket, peer IP)`.
+        """Accept connections of a listening socket: `accept(socket, peer IP)` for each.
 
-        `client_speaks`: the client has the first word, so a connection is accepted when that is there (or a second
-        later): one wake-up for both.
+        `client_speaks`: the client sends the first byte, so that a connection is accepted when that
+        byte has come, or after DEFER_SECONDS: one wake-up for both.
         """
         listener = Listener(self.loop, sock, accept, self._report, client_speaks=client_speaks)
         self.listeners.add(listener)
         return listener
 
     def unlisten(self, listener: Listener, *, serve_queue: bool = False) -> None:
-        """Stop it. `serve_queue`: what waits in the kernel's queue is accepted first, and not reset."""
+        """Close a listener. `serve_queue`: accept what waits in the kernel's queue first."""
         self.listeners.discard(listener)
         if serve_queue:
             listener.finish()
@@ -431,7 +449,7 @@ class Relay:
             listener.close()
 
     def end(self, sock: socket.socket, peer: str, *, spoken: bool = False) -> SocketEnd:
-        """An accepted socket as an end; `spoken`: from a `client_speaks` listener, so that reading at once pays."""
+        """Make an accepted socket an end. `spoken`: a byte has come (`client_speaks`)."""
         end = SocketEnd(self.loop, sock, peer)
         end.readable = spoken
         return end
@@ -445,13 +463,14 @@ class Relay:
         server_name: str | None = None,
         otherwise: bytes = b"",
     ) -> TlsEnd:
-        """The same connection under TLS, for an end that nobody has talked to. See `TlsEnd`."""
+        """Put TLS on an end that has no handler yet. Arguments: as of `TlsEnd`."""
         return TlsEnd(end, context, self.scratch, server_name=server_name, alpn=alpn, otherwise=otherwise)
 
     def connect(self, host: str, port: int, timeout: float, done: Connected, *, source: str = "") -> Attempt:
-        """Connect to an IP: `done(end, _, "")` or `done(None, refusal, text)`. See `Attempt.begin`.
+        """Connect to an IP; later call `done(end, _, "")`, or `done(None, refusal, text)`.
 
-        `source`: the local address to connect from. A host without this address gets STALE_TARGET.
+        `timeout`: seconds; 0: the caller must `cancel`. `source`: the local address to connect
+        from; on a host without it the refusal is STALE_TARGET.
         """
         attempt = Attempt(self.loop, host, port, done, may_meet_itself=port in self._ephemeral)
         attempt.begin(timeout, source)
@@ -469,7 +488,11 @@ class Relay:
         handshake_timeout: float,
         watched: bool = False,
     ) -> Link:
-        """Make a connected socket a link. `tls` None is plain."""
+        """Make a connected socket a link; `client`: this side is the agent.
+
+        `tls`: None is plain. `server_name`: the name in the broker's certificate, for the client.
+        `handshake_timeout`: seconds. `watched`: the loop watches the socket already.
+        """
         return Link(
             self.loop,
             self.scratch,
@@ -494,9 +517,11 @@ class Relay:
         idle: float = 0.0,
         owner: PairOwner,
     ) -> None:
-        """Let bytes flow; `up` and `down` were read already and go first.
+        """Make two ends a pair. `up`, `down`: bytes that handlers have read ahead, which go first.
 
-        `owner.ended` may be called before this returns.
+        `idle`: seconds without a byte after which the pair ends; 0: never. When an end is closed or
+        broken the other is reset. `owner.ended` may be called before this returns. Raises TypeError
+        for two streams.
         """
         if client.closed or client.broken or target.closed or target.broken:
             ending = Ending.CLIENT_RESET if client.closed or client.broken else Ending.TARGET_RESET
@@ -522,7 +547,7 @@ class Relay:
             raise TypeError("two streams can't be joined")
 
     def review(self) -> None:
-        """End the pairs whose owners no longer allow them: some now, the others in the next turns."""
+        """End the pairs that their owners no longer allow: some now, the others in later turns."""
         pairs = list(self.pairs)
 
         def some() -> None:
@@ -535,18 +560,18 @@ class Relay:
 
         some()
 
-    def _watch_over(self) -> None:
-        """Let pairs that have come to stay notice when a peer dies without a word; see whether the sysctl changed."""
+    def _renew_settings(self) -> None:
+        """Set TCP keep-alive for old pairs, and read the range of source ports again."""
         self._ephemeral = ephemeral_ports()
         for pair in self.pairs:
             if not pair.watched and self.loop.now - pair.account.started >= WATCH_SECONDS:
                 pair.watched = True
                 for sock in pair.sockets:
-                    _keep_alive(sock)
-        self.loop.after(WATCH_SECONDS, self._watch_over)
+                    _set_keep_alive(sock)
+        self.loop.after(WATCH_SECONDS, self._renew_settings)
 
     def _trim(self) -> None:
-        """After a large fall freed memory goes back to the kernel: an agent kept 518 MiB after a flood of uploads."""
+        """Give memory back to the kernel after a large fall: an agent kept 518 MiB after uploads."""
         if self.memory.fell():
             threading.Thread(target=trim, name="trim", daemon=True).start()
         self.loop.after(TRIM_SECONDS, self._trim)
@@ -561,11 +586,11 @@ class Relay:
         for handler in list(self.loop.handlers.values()):
             owner = getattr(handler, "__self__", None)
             if isinstance(owner, SocketEnd):
-                owner.cut_short()  # neither joined nor refused yet, or on its way out
+                owner.cut_short()  # before a join, or closing
             elif isinstance(owner, Attempt):
                 owner.cancel()
             elif isinstance(owner, TlsSocket):
-                owner.abandon()  # closed, with something still to say
+                owner.abandon()  # closed, with bytes pending
         self.pipes.close()
         self.loop.stop()
 

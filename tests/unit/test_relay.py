@@ -859,10 +859,10 @@ def test_pairs_that_come_to_stay_get_keep_alive() -> None:
         def probed() -> list[int]:
             return [sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) for sock in pair.sockets]
 
-        far.do(far._watch_over)
+        far.do(far._renew_settings)
         assert probed() == [0]
         pair.account.started -= WATCH_SECONDS
-        far.do(far._watch_over)
+        far.do(far._renew_settings)
         assert probed() == [1]
 
 
