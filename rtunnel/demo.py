@@ -379,9 +379,7 @@ async def _stay(story: Story, cluster: Cluster) -> None:
     host, port = cluster.proxy
     story.chapter("It stays up until Ctrl-C. Try:")
     for ip in HOSTS:
-        story.console.print(
-            f"  curl --socks5-hostname {host}:{port} http://{ip}:{cluster.target_port}/", soft_wrap=True
-        )
+        story.console.print(f"  curl --socks5 {host}:{port} http://{ip}:{cluster.target_port}/", soft_wrap=True)
     story.console.print(f"  curl --proxy http://{host}:{port} http://{HOSTS[0]}:{cluster.target_port}/", soft_wrap=True)
     await trio.sleep_forever()
 
