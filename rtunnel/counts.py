@@ -71,20 +71,20 @@ class StreamPermit:
             self._counts.accepted += 1
             self._counts.streams += 1
 
-    def release(self) -> None:
-        """Give back what is counted. Later calls have no effect."""
+    def release(self, account: Account | None = None) -> None:
+        """Give back what is counted, and count what the pair did. Later calls have no effect.
+
+        `account`: of the pair that has ended; None if there is no account, or never was a pair.
+        """
         carrier, self._carrier = self._carrier, None
         if carrier is not None:
             carrier.streams -= 1
         if self._is_joined:
             self._is_joined = False
-            self._counts.streams -= 1
-
-    def ended(self, account: Account) -> None:
-        """Count what its pair did, and release it. Later calls have no effect."""
-        if self._is_joined:
-            counts, ending = self._counts, str(account.ending)
-            counts.endings[ending] = counts.endings.get(ending, 0) + 1
-            counts.bytes_up += account.up
-            counts.bytes_down += account.down
-        self.release()
+            counts = self._counts
+            counts.streams -= 1
+            if account is not None:
+                ending = str(account.ending)
+                counts.endings[ending] = counts.endings.get(ending, 0) + 1
+                counts.bytes_up += account.up
+                counts.bytes_down += account.down

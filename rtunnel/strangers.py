@@ -62,8 +62,13 @@ class Place(Generic[T]):
     def release(self) -> None:
         """Give the place back. Later calls have no effect."""
         strangers, self._strangers = self._strangers, None
-        if strangers is not None:
-            strangers.remove(self)
+        if strangers is None:
+            return
+        places = strangers._sources[self.source]
+        del places[self]
+        if not places:
+            del strangers._sources[self.source]
+        strangers._count -= 1
 
 
 class Strangers(Generic[T]):
@@ -105,14 +110,6 @@ class Strangers(Generic[T]):
         places[place] = None
         self._count += 1
         return place
-
-    def remove(self, place: Place[T]) -> None:
-        """Forget a place; see `Place.release`."""
-        places = self._sources[place.source]
-        del places[place]
-        if not places:
-            del self._sources[place.source]
-        self._count -= 1
 
     def weakest(self, source: str, now: float) -> T | None:
         """Return what should end so that one more of `source` finds a place; None: nobody has had enough time yet.

@@ -140,7 +140,7 @@ class Served:
     def ended(self, account: Account) -> None:
         """See PairOwner."""
         if self.permit is not None:
-            self.permit.ended(account)
+            self.permit.release(account)
         self.targets.trace(self, account)
 
 

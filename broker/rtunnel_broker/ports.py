@@ -146,7 +146,7 @@ class Guarded:
 
     def ended(self, account: Account) -> None:
         """See PairOwner."""
-        self.permit.ended(account)
+        self.permit.release(account)
         keeper, body = self.port.session.keeper, self.body
         if keeper.debugging:
             keeper.trace(
@@ -340,7 +340,7 @@ class OpenConnection:
 
     def ended(self, account: Account) -> None:
         """See PairOwner."""
-        self._permit.ended(account)
+        self._permit.release(account)
 
     def _fail(self, code: Refusal, text: str) -> None:
         self._place.release()

@@ -92,6 +92,8 @@ class _State(Enum):
     No StrEnum: states of the two ends with the same word must not be equal.
     """
 
+    __hash__ = object.__hash__  # that of Enum is a call of Python for each stream
+
     def __init__(self, word: str, meaning: str) -> None:
         self.word = word
         self.meaning = meaning

@@ -93,7 +93,7 @@ class Joined:
         """See PairOwner."""
         auditor, asked, used, identity = self.auditor, self.asked, self.used, self.identity
         auditor.paths.closed(used)
-        self.permit.ended(account)
+        self.permit.release(account)
         if asked.permit is not None:
             asked.permit.release(auditor.relay.loop.now)
         requests = {"requests": self.requests} if self.requests else {}

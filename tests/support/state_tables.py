@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 WIRE_PAGE = Path(__file__).parents[2] / "docs" / "wire.md"
-
-
-def markdown(title: str, rows: Iterable[tuple[str, str, str]]) -> str:
-    """Return the table of one machine: state, what happens, next state."""
-    lines = [f"| {title} | what happens | next state |", "| --- | --- | --- |"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def put(name: str, table: str) -> None:

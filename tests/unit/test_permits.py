@@ -51,7 +51,7 @@ def test_a_stream_is_counted_once_and_given_back_once(steps: list[tuple[int, str
             permit.release()
             states[which] = "over"
         else:
-            permit.ended(Account(0.0, up=1, down=2, ending=Ending.IDLE))
+            permit.release(Account(0.0, up=1, down=2, ending=Ending.IDLE))
             endings += states[which] == "pair"
             states[which] = "over"
         assert carrier.streams == sum(state != "over" for state in states)
@@ -68,8 +68,8 @@ def test_a_gateways_stream_has_no_carrier() -> None:
     counts = StreamCounts()
     permit = StreamPermit(counts)
     assert (counts.streams, counts.accepted) == (1, 1)
-    permit.ended(Account(0.0))
-    permit.ended(Account(0.0))
+    permit.release(Account(0.0))
+    permit.release(Account(0.0))
     assert (counts.streams, counts.accepted, counts.endings) == (0, 1, {"closed": 1})
 
 
