@@ -7,7 +7,7 @@ from typing import Final, TypeVar
 from msgspec.structs import replace
 
 from rtunnel.errors import TrustError
-from rtunnel.trust.proof import Exchange, PairKey, said_by, sign
+from rtunnel.trust.proof import Exchange, PairKey, answer_bytes, sign
 from rtunnel.wire.messages import Accepted, DialBody, Refuse
 from rtunnel_agent.identity import AgentIdentity
 
@@ -31,7 +31,7 @@ class Prover:
         3 us once gateway and agent have the key of a pair; before, 25 us for the signature, and 40 more for a gateway
         that is new. A gateway's part that is no usable key gets no proof.
         """
-        said, pair = said_by(answer), self._pairs.get(dial.exchange)
+        said, pair = answer_bytes(answer), self._pairs.get(dial.exchange)
         if pair is not None and pair.id == dial.pair:
             return replace(answer, mac=pair.mac(said, body))
         identity, exchange = self.identity, self._exchange.public

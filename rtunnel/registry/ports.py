@@ -175,9 +175,7 @@ class PortAllocator:
             return PortCounts(len(self._free), len(self._used), resting, len(self._foreign))
 
     def held(self, prefix: str) -> dict[int, str]:
-        """Return the owners, by port, that begin with `prefix`: ports in use or in
-        quarantine here.
-        """
+        """Return owners that begin with `prefix`, by port: in use or in quarantine here."""
         with self._lock:
             self._wake()
             used = {port: lease.owner for port, lease in self._used.items()}

@@ -16,8 +16,7 @@ _TLS_OPTIONS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", 
 
 
 def pool_for(url: str, timeout: float) -> tuple[str, ConnectionPool, list[Any]]:
-    """Return the URL without its password, a pool of connections for it, and its sentinels'
-    clients.
+    """Return the URL without its password, a connection pool, and its sentinels' clients.
 
     `timeout` is in seconds. Raises ValueError for a URL that cannot be right.
     """

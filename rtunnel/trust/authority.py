@@ -1,4 +1,4 @@
-"""Who gets a certificate: the authority's decisions about Enrol. Everything here blocks; it is for one thread."""
+"""The authority's decisions about Enrol requests. Everything here blocks; it is for one thread."""
 
 from __future__ import annotations
 
@@ -23,47 +23,50 @@ from rtunnel.wire.refusal import Refusal, Refused
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """A certificate that was given out, and what to write down of it."""
+    """A certificate that was issued, with what the log says about it."""
 
     answer: Enrolled
     request: Request
-    token_id: str  # "": it was renewed
+    token_id: str  # "" for a renewal
     ends: float
-    took_over: tuple[str, ...] = ()  # the agents that lose their agent_id or an address by it
+    took_over: tuple[str, ...] = ()  # the agents that lose their agent_id or an address to this one
 
 
 @dataclass(frozen=True, slots=True)
 class _Due:
-    """What somebody may have: a certificate as asked for, of so many seconds."""
+    """The certificate that a request may have: the requested contents, for this many seconds."""
 
     asked: Request
     seconds: float
-    token: TokenRecord | None = None  # None: it renews
-    again: bool = False  # the token has counted this one already
-    origin: str = ""  # the token that the agent's first certificate came by
-    revokes: bool = False  # the agent_id's certificates of before are void with it
+    token: TokenRecord | None = None  # None for a renewal
+    again: bool = False  # the token has already counted this request
+    origin: str = ""  # the token with which the agent first enrolled
+    revokes: bool = False  # the earlier certificates of the agent_id are revoked by it
 
 
 class Authority:
-    """Decides with a directory of `pki.init`."""
+    """Decides Enrol requests with a directory that `pki.init` made."""
 
     def __init__(self, directory: Directory, *, renew_unknown: bool = False) -> None:
-        """`renew_unknown`: certificates that the store does not know are renewed, too."""
+        """`renew_unknown`: also renew certificates that the store does not know."""
         self.directory = directory
         self._renew_unknown = renew_unknown
 
     def enrol(self, enrol: Enrol) -> Granted:
-        """Answer an Enrol. Raises Refused, or StoreFault when nothing can be decided now."""
+        """Answer an Enrol.
+
+        Raises Refused, or StoreFault when the store cannot be used at present.
+        """
         if enrol.version != VERSION:
-            raise Refused(Refusal.VERSION, f"version {enrol.version} is not spoken here, only {VERSION}")
-        # Before the store is locked: who gets nothing must not keep `rtunnel pki revoke` out.
+            raise Refused(Refusal.VERSION, f"version {enrol.version} is not supported here, only {VERSION}")
+        # Decided once without a lock: rejected requests must not keep `rtunnel pki revoke` waiting.
         self.directory.refresh()
         self._due(enrol)
         with self.directory.change():
             return self._issue(self._due(enrol))
 
     def _due(self, enrol: Enrol) -> _Due:
-        """What it may have at this moment. Raises Refused."""
+        """Return the certificate that this request may have now. Raises Refused."""
         renews = bool(enrol.certificate) and not enrol.token_id
         due = self._renewal(enrol) if renews else self._first(enrol)
         try:
@@ -77,49 +80,62 @@ class Authority:
         return due
 
     def _token(self, enrol: Enrol) -> TokenRecord:
-        """The one that it proves."""
+        """Return the token that the request proves. Raises Refused."""
         token = self.directory.store.token(enrol.token_id)
         if token is None:
-            raise Refused(Refusal.BAD_TOKEN, f"no join token {enrol.token_id!r} is known here")
+            raise Refused(
+                Refusal.BAD_TOKEN,
+                f"no join token {enrol.token_id!r} is known here: create one (rtunnel pki token create)",
+            )
         if not hmac.compare_digest(token_mac(token.secret, ENROL_LABEL, enrol.request), enrol.mac):
-            raise Refused(Refusal.BAD_TOKEN, f"the proof of join token {token.id!r} is wrong")
+            raise Refused(
+                Refusal.BAD_TOKEN, f"the proof of join token {token.id!r} is wrong: give the agent that token's line"
+            )
         return token
 
     def _first(self, enrol: Enrol) -> _Due:
         token = self._token(enrol)
-        # From here on it is somebody who has the token: what is wrong with it may be told.
+        # The requester has the token's secret, so that refusals below may say what is wrong.
         if token.revoked:
-            raise Refused(Refusal.BAD_TOKEN, f"join token {token.id!r} is revoked")
+            raise Refused(
+                Refusal.BAD_TOKEN,
+                f"join token {token.id!r} is revoked: create a new one (rtunnel pki token create)",
+            )
         if token.ends <= self.directory.now():
-            raise Refused(Refusal.BAD_TOKEN, f"join token {token.id!r} is over: it needs a new one")
+            raise Refused(
+                Refusal.BAD_TOKEN,
+                f"join token {token.id!r} expired at {utc(token.ends)}: create a new one (rtunnel pki token create)",
+            )
         asked = _asked(enrol)
         _check_limits(asked, token)
-        # An answer that was lost costs no use: the same key comes again for the same agent.
+        # A repeated request costs no use: after a lost answer the same key comes again for the same
+        # agent.
         again = self._has_used(token, asked)
         if not again and token.used >= token.uses:
-            raise Refused(Refusal.BAD_TOKEN, f"join token {token.id!r} is used up: it was for {_times(token.uses)}")
+            used = f"join token {token.id!r} is used up: it was for {_times(token.uses)}"
+            raise Refused(Refusal.BAD_TOKEN, f"{used}; create a new one (rtunnel pki token create)")
         revokes = not again and self._takes_agent_id(enrol, asked, token)
         return _Due(asked, token.lifetime, token, again, token.id, revokes)
 
     def _takes_agent_id(self, enrol: Enrol, asked: Request, token: TokenRecord) -> bool:
-        """Whether the token takes the agent_id over from another agent. Raises Refused when it may not.
+        """Return whether the token takes the agent_id over from another agent. Raises Refused.
 
-        An agent_id belongs to whoever has a certificate in force for it. The same token may give it again (a host that
-        has lost its identity directory); another token must belong to the same agent, which proves its present
-        certificate, or be made for it (`take_over`). Even then it takes an agent_id only from an agent all of whose
-        addresses are in the token's networks.
+        An agent_id belongs to the holder of a certificate in force for it. The same token may give
+        it again, to a host that has lost its identity directory. Another token needs an agent that
+        also proves its present certificate, or must be made for it (`take_over`). Even then it
+        takes an agent_id only from an agent all of whose addresses are in the token's networks.
         """
         others = [item for item in self.directory.in_force(asked.subject) if item.token != token.id]
         if not others or self._is_same_agent(enrol, asked):
             return False
         last = max(others, key=lambda item: item.ends)
-        by = f"by join token {last.token!r}" if last.token else "by hand, or by a token that is not remembered"
+        by = f"by join token {last.token!r}" if last.token else "issued by hand, or by a token that is not recorded"
         has = f"{asked.subject} has a certificate in force until {utc(last.ends)}, {by}"
         foreign = _outside([address for item in others for address in item.addresses], token)
         if token.take_over and not foreign:
             return True
         if token.take_over:
-            fix = f"join token {token.id!r} can't take it over, for it is not for {', '.join(foreign[:4])}"
+            fix = f"join token {token.id!r} can't take it over, because it does not allow {', '.join(foreign[:4])}"
         else:
             fix = (
                 "choose another agent.agent_id; if this is the same host, set up anew, revoke its old certificate "
@@ -128,7 +144,7 @@ class Authority:
         raise Refused(Refusal.AGENT_ID_TAKEN, f"{has}: {fix}")
 
     def _is_same_agent(self, enrol: Enrol, asked: Request) -> bool:
-        """Whether a request with a token also proves the asked subject's present certificate."""
+        """Return whether a request with a token also proves the subject's present certificate."""
         if not enrol.certificate:
             return False
         try:
@@ -144,12 +160,12 @@ class Authority:
         present = self._present(enrol)
         known = self.directory.store.issued_for(key_hash(present.public_key))
         if not self._renew_unknown and not any(item.subject == present.subject for item in known):
-            # Good all the same: it was made with a stolen key, or the store is older than it.
-            reason = (
-                f"the certificate of {present.subject} was not given out here, as far as is known: enrol with a token"
-            )
+            # The certificate may have been made with a stolen key, or after the last backup of the
+            # store.
+            reason = f"the certificate of {present.subject} is not recorded here: enrol with a join token"
             raise Refused(
-                Refusal.BAD_CERTIFICATE, f"{reason} (after an older copy was put back: authority.renew = all)"
+                Refusal.BAD_CERTIFICATE,
+                f"{reason} (if the store was restored from an older copy: authority.renew = all)",
             )
         asked = _asked(enrol)
         if asked.subject != present.subject:
@@ -162,7 +178,7 @@ class Authority:
         return _Due(asked, present.ends - present.issued, origin=origin)
 
     def _present(self, enrol: Enrol) -> Identity:
-        """Whose certificate and key it proves."""
+        """Return the identity whose certificate and key the request proves. Raises Refused."""
         trust_store, der = self.directory.trust_store, enrol.certificate
         try:
             who = read_certificate(der)
@@ -172,7 +188,7 @@ class Authority:
         except TrustError as error:
             raise Refused(Refusal.BAD_CERTIFICATE, f"{error}: enrol with a join token") from None
         if who.kind != "agent":
-            raise Refused(Refusal.BAD_CERTIFICATE, f"{who.subject} is no agent, and can't renew here")
+            raise Refused(Refusal.BAD_CERTIFICATE, f"{who.subject} is not an agent: only agents can renew here")
         try:
             who.public_key.verify(enrol.signature, RENEW_LABEL + enrol.request, ec.ECDSA(hashes.SHA256()))
         except InvalidSignature:
@@ -205,7 +221,7 @@ class Authority:
 
 
 def claimed(enrol: Enrol) -> Request | None:
-    """Whom it is for, as it says itself: for the log of what was refused."""
+    """Return the contents of a request, unproven, for the log of refusals; None when unreadable."""
     try:
         return read_request(load_request(enrol.request))
     except TrustError:

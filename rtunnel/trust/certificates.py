@@ -1,7 +1,8 @@
-"""X.509: the cluster's CAs, the certificates that they give out, and requests for them.
+"""X.509: the cluster's CAs, the certificates that they issue, and requests for certificates.
 
-Keys are ECDSA on P-256: every TLS 1.3 implementation must have it (RFC 8446 section 9.1), OpenSSL's FIPS providers and
-hardware tokens too, which is not so for Ed25519; and with OpenSSL's assembly a handshake costs about the same.
+Keys are ECDSA on P-256. Every TLS 1.3 implementation must support it (RFC 8446 section 9.1), and
+OpenSSL's FIPS providers and hardware tokens do, which is not so for Ed25519. With OpenSSL's
+assembly a handshake costs about the same.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from rtunnel.config import MAX_ADDRESSES, canonical_ip, check_word
 from rtunnel.errors import TrustError
 from rtunnel.trust.identity import BACKDATE, UNREADABLE, PrivateKey, PublicKey, agent_uri, read_names
 
-#: What TLS looks for in the certificates of brokers and of the authority.
+#: DNS names that TLS clients look for in the certificates of brokers and of the authority.
 BROKER_NAME: Final = "broker.rtunnel"
 AUTHORITY_NAME: Final = "authority.rtunnel"
 CA_DAYS: Final = 3650
 DAY: Final = 86400
 
-#: What a join token's MAC in an Enrol is over, in front of the request (`keys.token_mac`).
+#: First part of the join token's MAC in an Enrol; the request follows (`keys.token_mac`).
 ENROL_LABEL: Final = b"rtunnel enrol 1"
-#: What the present key's signature in an Enrol is over, in front of the request.
+#: Prefix of the request in the text that the present key signs in an Enrol.
 RENEW_LABEL: Final = b"rtunnel renew 1\0"
 
 _ECDSA: Final = ec.ECDSA(hashes.SHA256())
@@ -38,20 +39,20 @@ _ECDSA: Final = ec.ECDSA(hashes.SHA256())
 
 @dataclass(frozen=True, slots=True)
 class Ca:
-    """A CA that can sign."""
+    """A CA's certificate with its private key."""
 
     certificate: x509.Certificate
     key: PrivateKey = field(repr=False)
 
     @property
     def fingerprint(self) -> bytes:
-        """Names it: SHA-256 of its certificate."""
+        """SHA-256 of the certificate, which names the CA in signatures."""
         return self.certificate.fingerprint(hashes.SHA256())
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What an agent asks for in a certificate request, and whose key it is."""
+    """The contents of an agent's certificate request, and the key that it is for."""
 
     namespace: str
     agent_id: str
@@ -60,37 +61,37 @@ class Request:
 
     @property
     def subject(self) -> str:
-        """As `Identity.subject`."""
+        """The name that revocations use, as in `Identity.subject`."""
         return f"agent/{self.namespace}/{self.agent_id}"
 
 
 def new_key() -> PrivateKey:
-    """A fresh one."""
+    """Return a new private key on P-256."""
     return ec.generate_private_key(ec.SECP256R1())
 
 
 def key_hash(key: PublicKey) -> bytes:
-    """Names a public key: SHA-256 of its SubjectPublicKeyInfo."""
+    """Return the name of a public key: the SHA-256 of its SubjectPublicKeyInfo."""
     spki = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(spki).digest()
 
 
 def pem(thing: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
-    """As text."""
+    """Return a certificate or request as PEM text."""
     return thing.public_bytes(serialization.Encoding.PEM)
 
 
 def key_pem(key: PrivateKey) -> bytes:
-    """As text, without a passphrase."""
+    """Return a private key as PEM text, without a passphrase."""
     plain = serialization.NoEncryption()
     return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
 
 
-# --- certificates -----------------------------------------------------------------------------------------
+# --- certificates ---------------------------------------------------------------------------------
 
 
 def new_ca(number: int, issued: float) -> Ca:
-    """The cluster's CA of this number, the first is 1."""
+    """Return a new CA of the cluster. `number`: 1 for the first; `issued`: seconds since 1970."""
     key = new_key()
     name = _name("rtunnel cluster CA" + (f" {number}" if number > 1 else ""))
     builder = _builder(name, name, key.public_key(), issued, CA_DAYS * DAY)
@@ -102,7 +103,10 @@ def new_ca(number: int, issued: float) -> Ca:
 def agent_certificate(
     ca: Ca, key: PublicKey, agent_id: str, namespace: str, addresses: Sequence[str], issued: float, seconds: float
 ) -> x509.Certificate:
-    """What makes a key an agent's: who it is, and which addresses it answers for. Raises TrustError."""
+    """Return an agent's certificate: who it is, and which addresses it answers for.
+
+    `issued`: seconds since 1970; `seconds`: the lifetime. Raises TrustError.
+    """
     names = _agent_names(agent_id, namespace, addresses)
     return _leaf(ca, key, "rtunnel agent", names, ExtendedKeyUsageOID.CLIENT_AUTH, issued, seconds)
 
@@ -110,16 +114,17 @@ def agent_certificate(
 def broker_certificate(
     ca: Ca, key: PublicKey, name: str, names: Sequence[str], ips: Sequence[str], issued: float, seconds: float
 ) -> x509.Certificate:
-    """What makes a key a broker's: agents connect to `broker.rtunnel`, or to these names and addresses.
+    """Return a broker's certificate. Agents connect to `broker.rtunnel`, or to `names` and `ips`.
 
-    `name` tells brokers apart. Raises TrustError.
+    `name` distinguishes brokers; `issued`: seconds since 1970; `seconds`: the lifetime. Raises
+    TrustError.
     """
     wanted = _alternatives((BROKER_NAME, *names), ips)
     return _leaf(ca, key, name, wanted, ExtendedKeyUsageOID.SERVER_AUTH, issued, seconds)
 
 
 def authority_certificate(ca: Ca, key: PublicKey, issued: float, seconds: float) -> x509.Certificate:
-    """What makes a key the authority's."""
+    """Return the authority's certificate. `issued`: seconds since 1970; `seconds`: the lifetime."""
     names = _alternatives((AUTHORITY_NAME,), ())
     return _leaf(ca, key, "authority", names, ExtendedKeyUsageOID.SERVER_AUTH, issued, seconds)
 
@@ -179,7 +184,7 @@ def _name(common: str) -> x509.Name:
 
 def _agent_names(agent_id: str, namespace: str, addresses: Sequence[str]) -> list[x509.GeneralName]:
     if not addresses:
-        raise TrustError(f"agent {agent_id}: an agent's certificate names at least one address")
+        raise TrustError(f"agent {agent_id}: an agent's certificate names at least one address: give one")
     return [x509.UniformResourceIdentifier(agent_uri(namespace, agent_id)), *_alternatives((), addresses)]
 
 
@@ -192,25 +197,31 @@ def _alternatives(names: Sequence[str], ips: Sequence[str]) -> list[x509.General
     return wanted
 
 
-# --- requests ---------------------------------------------------------------------------------------------
+# --- requests -------------------------------------------------------------------------------------
 
 
 def agent_request(
     key: PrivateKey, agent_id: str, namespace: str, addresses: Sequence[str]
 ) -> x509.CertificateSigningRequest:
-    """A request for an agent's certificate. Raises TrustError."""
+    """Return a request for an agent's certificate. Raises TrustError."""
     names = x509.SubjectAlternativeName(_agent_names(agent_id, namespace, addresses))
     builder = x509.CertificateSigningRequestBuilder(_name("rtunnel agent")).add_extension(names, critical=False)
     return builder.sign(key, hashes.SHA256())
 
 
 def broker_request(key: PrivateKey, name: str) -> x509.CertificateSigningRequest:
-    """A request for a broker's certificate: it proves the key, all else is said by who issues it. Raises TrustError."""
+    """Return a request for a broker's certificate, which only proves the key. Raises TrustError.
+
+    `rtunnel pki issue` chooses names and addresses.
+    """
     return x509.CertificateSigningRequestBuilder(_name(name)).sign(key, hashes.SHA256())
 
 
 def read_request(request: x509.CertificateSigningRequest) -> Request:
-    """What an agent asks for. Raises TrustError for what no agent may ask, whoever allows it."""
+    """Return the contents of an agent's request.
+
+    Raises TrustError for what no agent may request.
+    """
     key = requested_key(request)
     try:
         names = request.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -228,12 +239,12 @@ def read_request(request: x509.CertificateSigningRequest) -> Request:
     except ValueError as error:
         raise TrustError(f"the request is malformed: {error}") from None
     if not 1 <= len(addresses) <= MAX_ADDRESSES:
-        raise TrustError(f"the request names {len(addresses)} addresses: 1 to {MAX_ADDRESSES} are possible")
+        raise TrustError(f"the request names {len(addresses)} addresses: it must name 1 to {MAX_ADDRESSES}")
     return Request(namespace, agent_id, addresses, key)
 
 
 def load_request(der: bytes) -> x509.CertificateSigningRequest:
-    """From its DER. Raises TrustError."""
+    """Return the request in these bytes (DER). Raises TrustError."""
     try:
         return x509.load_der_x509_csr(der)
     except UNREADABLE as error:
@@ -241,10 +252,11 @@ def load_request(der: bytes) -> x509.CertificateSigningRequest:
 
 
 def requested_key(request: x509.CertificateSigningRequest) -> PublicKey:
-    """The key that a request is for, when its holder has signed the request. Raises TrustError."""
+    """Return the key that a request is for, if the same key signed it. Raises TrustError."""
     try:
         key = request.public_key()
-        # Before its signature: to check that of an RSA key with an odd exponent takes 12 ms, and anybody may ask.
+        # The check comes before that of the signature: verifying an RSA key with an odd exponent
+        # takes 12 ms, and any peer can send one.
         if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
             raise TrustError("the request's key is not on P-256")
         if not request.is_signature_valid:
@@ -255,7 +267,7 @@ def requested_key(request: x509.CertificateSigningRequest) -> PublicKey:
 
 
 def sign_renewal(key: PrivateKey, request: bytes) -> bytes:
-    """The proof in an Enrol that renews: the present key's signature over the request's DER."""
+    """Return the proof of a renewing Enrol: the present key's signature over the request."""
     return key.sign(RENEW_LABEL + request, _ECDSA)
 
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: keys, certificates, trust lists."""
+"""Writes keys, certificates and trust lists atomically: a file is complete, or is not there."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ SECRET: Final = 0o600
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What was written."""
+    """One file that was written, and what it is."""
 
     path: Path
     what: str
 
 
 def write_new(directory: Path, files: Sequence[tuple[str, int, bytes, str]]) -> list[Made]:
-    """Write all of (name, mode, content, what it is), or nothing; whatever is there already stays as it is.
+    """Write all files (name, mode, content, what it is), or none, and return what was written.
 
-    Raises TrustError.
+    Never overwrites a file. Raises TrustError when one exists or cannot be written.
     """
     undo: list[Callable[[], object]] = []
     try:
@@ -52,9 +52,10 @@ def write_new(directory: Path, files: Sequence[tuple[str, int, bytes, str]]) -> 
 
 
 def replace(path: Path, mode: int, data: bytes) -> None:
-    """Give a file this content: who reads it sees the old or the new one, also after a power cut. Raises TrustError.
+    """Replace the content of a file. Raises TrustError.
 
-    When root does it the file is its folder's owner's, whose process has to read it.
+    A reader sees the old content or the new one, also after a power cut. When root calls this, the
+    file gets the owner of its folder, because that owner's process has to read it.
     """
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     undo: list[Callable[[], object]] = []
@@ -87,7 +88,8 @@ def keep_trust_list(path: Path, mode: int, signed: bytes, log: FilteringBoundLog
 
 
 def _create(path: Path, mode: int, data: bytes, undo: list[Callable[[], object]]) -> None:
-    # Secret from its first byte on: the mode is given at creation, whatever the umask.
+    # The mode is given at creation, whatever the umask, so that a secret is never readable by
+    # others.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     undo.append(path.unlink)
     with os.fdopen(descriptor, "wb") as file:

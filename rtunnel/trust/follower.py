@@ -1,7 +1,8 @@
-"""What a broker or a gateway goes by: the CAs in force and the revocations, kept up to date. trio's side.
+"""Keeps one process's trust list current: the CAs in force and the revocations. For trio's thread.
 
-They come from files and from the authority. A list is good by its signature, so all ways may be used at once, and the
-newest list wins. When the authority is away what was in force stays in force.
+They come from files and from the authority. A list is trusted for its signature, so all ways may be
+used at once, and the newest list wins. While the authority is unreachable, the last list stays in
+force.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ from rtunnel.wire.messages import (
 )
 from rtunnel.wire.refusal import Refusal, Refused
 
-#: The authority is asked for news so often.
+#: Seconds between two requests to the authority for a newer list.
 FOLLOW_SECONDS: Final = 1.5
-#: An answer of the authority takes so long at most, with the connect.
+#: Seconds that a request to the authority may take, including the connect.
 PATIENCE: Final = 5.0
-#: Connections to the authority at once for enrolments; news have one of their own.
+#: Connections to the authority at once for enrolments. Requests for a list use one more.
 MAX_LINES: Final = 8
-#: A trust list with its wrapping has less; a longer file is the wrong one.
+# Bytes of a file; a trust list with its wrapping has fewer, and a longer file is the wrong one.
 _MAX_FILE: Final = 1 << 16
 
 Apply = Callable[[Callable[[], Any]], Awaitable[Any]]
@@ -54,7 +55,8 @@ Apply = Callable[[Callable[[], Any]], Awaitable[Any]]
 class TrustFollower:
     """The CAs in force and the revocations of one process.
 
-    `roots` belongs to the thread in which `apply` runs what it is given; `changed` is called there after each change.
+    `trust_store` belongs to the thread in which `apply` runs its argument. `changed` is called in
+    that thread after each change.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class TrustFollower:
         apply: Apply,
         changed: Callable[[], object],
     ) -> None:
-        """Reads `ca`, and `trust` if it is there. Raises TrustError."""
+        """Read `ca`, and `trust` if it exists. Raises TrustError."""
         self.trust_store = TrustStore(_read(ca), str(ca))
         self._ca = ca
         self._trust = trust
@@ -87,7 +89,7 @@ class TrustFollower:
                 self._take(_read(trust), f"{trust}: ")
 
     async def run(self) -> None:
-        """Keep up to date until cancelled: the files, and the authority through any outage."""
+        """Follow the files, and the authority through any outage, until cancelled."""
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(watch, self._watched, self._log)
@@ -98,9 +100,13 @@ class TrustFollower:
                 self._lines.pop().close()
 
     async def enrol(self, request: Enrol) -> Enrolled:
-        """The authority's answer. Raises Refused; AUTHORITY_UNAVAILABLE when there is none within 5 s."""
+        """Return the authority's answer.
+
+        Raises Refused, with AUTHORITY_UNAVAILABLE when there is no answer within 5 s.
+        """
         if not self._authority:
-            raise Refused(Refusal.AUTHORITY_UNAVAILABLE, "no authority is configured here: certificates come by hand")
+            text = "no authority is configured here: issue certificates by hand (rtunnel pki issue)"
+            raise Refused(Refusal.AUTHORITY_UNAVAILABLE, text)
         try:
             answer = await self._ask(request, Decoder[Enrolled | Refuse](Enrolled, Refuse, limit=MAX_MESSAGE))
         except (_Silent, TrustError) as error:
@@ -110,7 +116,7 @@ class TrustFollower:
         return answer
 
     def status(self) -> dict[str, object]:
-        """For /statusz."""
+        """Return the state for /statusz."""
         return {
             "number": self.trust_store.number,
             "generation": self.trust_store.generation,
@@ -119,7 +125,7 @@ class TrustFollower:
             "kept": self._unkept or ("ok" if self._trust else "no file"),
         }
 
-    # What changes `roots`.
+    # Changes of `trust_store`.
 
     async def _put_ca(self, pem: bytes) -> dict[str, object]:
         def begin_again() -> bool:
@@ -134,7 +140,10 @@ class TrustFollower:
         return {"number": self.trust_store.number, "news": news}
 
     async def _change(self, change: Callable[[], bool]) -> bool:
-        """Run where `roots` may be changed; whether it was. Raises TrustError."""
+        """Run `change` in the thread that owns `trust_store`.
+
+        Return its result. Raises TrustError.
+        """
 
         def there() -> bool:
             news = change()
@@ -144,7 +153,7 @@ class TrustFollower:
 
         news = bool(await self._apply(there))
         if news:
-            self._context = None  # it trusts the CAs of before
+            self._context = None  # the context trusts the CAs of before
         return news
 
     def _take(self, signed: bytes, where: str = "") -> bool:
@@ -153,7 +162,7 @@ class TrustFollower:
         except TrustError as error:
             raise TrustError(f"{where}{error}") from None
 
-    # The authority.
+    # Requests to the authority.
 
     async def _follow(self) -> None:
         while True:
@@ -176,9 +185,9 @@ class TrustFollower:
         return {"number": self.trust_store.number, "revoked": len(self.trust_store.revoked)}
 
     def _heard(self, fault: str) -> None:
-        """Say it once when it changes."""
+        """Log a fault once, when it changes, and its end."""
         if fault and fault != self._fault:
-            hint = "what was in force stays in force; nobody can enrol or renew meanwhile"
+            hint = "the last trust list stays in force; no agent can enrol or renew until the authority answers"
             self._log.warning("authority_unavailable", authority=self._authority, reason=fault, hint=hint)
         elif not fault and self._fault:
             self._log.info("authority_reached", authority=self._authority)
@@ -191,11 +200,11 @@ class TrustFollower:
 
     async def _ask(self, request: Message, answers: Decoder[M]) -> M:
         """Send one request and return its answer. Raises _Silent."""
-        # News do not wait behind a storm of new agents.
+        # Requests for a list do not wait behind many new agents.
         limit = self._limit if isinstance(request, Enrol) else nullcontext()
         with trio.move_on_after(PATIENCE):
             async with limit:
-                while self._lines:  # the authority closes those that are silent: then the next one
+                while self._lines:  # the authority closes silent connections: then use the next one
                     line = self._lines.pop()
                     try:
                         return await self._converse(line, request, answers)
@@ -219,23 +228,24 @@ class TrustFollower:
             tcp = await trio.open_tcp_stream(host, port)
         except OSError as error:
             raise _Silent(_reason(error)) from None
-        if self._context is None:  # only now: a list that came meanwhile has taken it away
+        # Checked after the connect, during which a new list may have come.
+        if self._context is None:
             self._context = client_context_of(self.trust_store.pem)
         return _Line(trio.SSLStream(tcp, self._context, server_hostname=AUTHORITY_NAME, https_compatible=True))
 
 
 class _Silent(Exception):
-    """No answer; the text says why."""
+    """The authority gave no answer; the text says why."""
 
 
 class _Line:
-    """A connection to the authority."""
+    """One connection to the authority."""
 
     def __init__(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
         self.stream = stream
 
     def close(self) -> None:
-        """At once."""
+        """Close the socket at once, without a TLS goodbye."""
         self.stream.transport_stream.socket.close()
 
     async def ask(self, request: Message, answers: Decoder[M]) -> M:
@@ -255,7 +265,7 @@ class _Line:
 
 
 def _reason(fault: BaseException) -> str:
-    """What lies below: trio wraps what OpenSSL and the kernel say."""
+    """Return the innermost reason: trio wraps the errors of OpenSSL and the kernel."""
     below = fault.__cause__ or fault.__context__
     while below is not None:
         fault = below.exceptions[0] if isinstance(below, BaseExceptionGroup) else below
@@ -274,5 +284,5 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise TrustError(f"{path}: can't be read: {error.strerror}") from None
     if len(data) > _MAX_FILE:
-        raise TrustError(f"{path}: is far too long")
+        raise TrustError(f"{path}: is longer than {_MAX_FILE} bytes: give a file of the cluster's CAs or trust list")
     return data

@@ -1,12 +1,14 @@
-"""Who somebody is, by certificate: names and addresses in it, the CAs in force, and what is revoked.
+"""Checks certificates: the names and addresses in them, the CAs in force, and the revocations.
 
-Certificates are X.509 (RFC 5280) on P-256, straight from a CA of the cluster. An identity stands in the subjectAltName:
-`rtunnel:agent/<namespace>/<agent_id>` as a URI, each word percent-encoded, and an agent's addresses as iPAddress. A
-broker's has DNS names (`broker.rtunnel`), as TLS wants it.
+Certificates are X.509 (RFC 5280) on P-256, issued directly by a CA of the cluster. The
+subjectAltName holds the identity. An agent has the URI `rtunnel:agent/<namespace>/<agent_id>`, with
+each word percent-encoded, and its addresses as iPAddress. A broker has DNS names
+(`broker.rtunnel`), as TLS requires.
 
-A **trust list** says which CAs are in force and what is revoked. It is numbered and signed by each CA that is or was in
-force, so the way that it comes is of no matter: a file, the authority, a broker. Only a list with a higher number
-counts, and only when a CA that is in force by now has signed it: one list hands on to the next, also from CA to CA.
+A **trust list** says which CAs are in force and what is revoked. It has a number, and is signed by
+each CA that is or was in force. So it can safely arrive by any way: a file, the authority, a
+broker. A list is accepted only if its number is higher, and a CA that is in force at that moment
+has signed it. One list thus hands over to the next, also from one CA to another.
 """
 
 from __future__ import annotations
@@ -33,20 +35,24 @@ from rtunnel.errors import TrustError
 from rtunnel.trust.tls import certificate_der
 from rtunnel.wire.messages import MAX_LIST
 
-#: Hosts whose clocks are behind accept a fresh certificate too: it begins so long before it is issued.
+#: A certificate is valid from this long before it is issued, for hosts whose clocks are behind.
 BACKDATE: Final = timedelta(hours=1)
-#: What the signatures of a trust list are over, in front of its body.
+#: Prefix of a trust list's body in the text that is signed.
 LIST_LABEL: Final = b"rtunnel trust list 1\0"
-#: What the signature of an Update with a certificate is over, before the session's binding, epoch and node.
+#: Prefix of binding, epoch and node in the text that an Update with a certificate signs.
 SESSION_LABEL: Final = b"rtunnel session 1\0"
 _SCHEME: Final = "rtunnel:"
 ECDSA_SHA256: Final = ec.ECDSA(hashes.SHA256())
-#: Of a trust list: one by each CA that is or was in force, and whose key is there.
+#: Signatures of a trust list: one by each CA that is or was in force, and whose key exists.
 MAX_SIGNATURES: Final = 16
-#: Certificates that were checked; one is checked again when it has been forgotten.
+# Verified certificates that are cached. The cache is cleared when it is full.
 _REMEMBERED: Final = 65536
 
-#: What a key or certificate from anybody may raise, when it is loaded or as late as when a part of it is looked at.
+#: Errors that a peer's key or certificate may raise when it is loaded, or later when a part is
+#: read.
+
+#: What a key or certificate from anybody may raise, when it is loaded or as late as when a part of
+#: it is looked at.
 UNREADABLE: Final = (
     ValueError,
     TypeError,
@@ -62,35 +68,38 @@ PublicKey = ec.EllipticCurvePublicKey
 
 
 class Revoked(TrustError):
-    """The certificate was good, and is revoked."""
+    """The certificate was valid before it was revoked."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a certificate says of its holder. Times are seconds since 1970."""
+    """The contents of a certificate. Times are seconds since 1970."""
 
     kind: str  # "agent", "broker", "authority"
     namespace: str  # of an agent
-    name: str  # the agent_id; else the certificate's common name
+    name: str  # the agent_id, or the common name of another certificate
     addresses: frozenset[str]  # canonical
     issued: float
     ends: float
     public_key: PublicKey
-    issuer: bytes = b""  # the CA that has signed it (`ca_id`); empty: nobody has looked
+    issuer: bytes = b""  # the CA that signed it (`ca_id`); empty when it was not verified
 
     @property
     def subject(self) -> str:
-        """As revocations name it: `agent/<namespace>/<agent_id>`, `broker/<name>`."""
+        """The name that revocations use: `agent/<namespace>/<agent_id>`, `broker/<name>`."""
         return f"agent/{self.namespace}/{self.name}" if self.kind == "agent" else f"{self.kind}/{self.name}"
 
 
 def agent_uri(namespace: str, agent_id: str) -> str:
-    """The URI of an agent in its certificate and in its request for one."""
+    """Return the URI that names an agent in its certificate and its request."""
     return f"{_SCHEME}agent/{quote(namespace, safe='')}/{quote(agent_id, safe='')}"
 
 
 def read_names(names: x509.SubjectAlternativeName | None, common: str) -> tuple[str, str, str, frozenset[str]]:
-    """(kind, namespace, name, addresses) of a subjectAltName. Raises TrustError for one that is none of ours."""
+    """Return (kind, namespace, name, addresses) of a subjectAltName.
+
+    Raises TrustError when it names no agent, broker or authority.
+    """
     uris = names.get_values_for_type(x509.UniformResourceIdentifier) if names is not None else []
     addresses = frozenset(str(ip) for ip in names.get_values_for_type(x509.IPAddress)) if names is not None else ()
     for uri in uris:
@@ -105,7 +114,10 @@ def read_names(names: x509.SubjectAlternativeName | None, common: str) -> tuple[
 
 
 def read_certificate(der: bytes) -> Identity:
-    """What it says; whether it is true is another question (`Roots.verify`). Raises TrustError."""
+    """Return the contents of a certificate, without verifying it (see `TrustStore.verify`).
+
+    Raises TrustError when the bytes are not such a certificate.
+    """
     try:
         return _identity(x509.load_der_x509_certificate(der))
     except UNREADABLE as error:
@@ -121,26 +133,29 @@ def _identity(certificate: x509.Certificate) -> Identity:
     kind, namespace, name, addresses = read_names(names, str(common[0].value) if common else "")
     key = certificate.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise TrustError("the certificate's key is not on P-256")
+        raise TrustError("the certificate's key is not on P-256: issue a new certificate with rtunnel pki issue")
     issued = (certificate.not_valid_before_utc + BACKDATE).timestamp()
     ends = certificate.not_valid_after_utc.timestamp()
     return Identity(kind, namespace, name, addresses, issued, ends, key)
 
 
-# --- trust lists --------------------------------------------------------------------------------------------
+# --- trust lists ----------------------------------------------------------------------------------
 
 
 class TrustList(msgspec.Struct, frozen=True):
-    """CAs in force and revocations. `number` grows with every list, `generation` when agents must know: the CAs change,
-    or a broker is revoked.
+    """The CAs in force and the revocations.
+
+    `number` increases with every list. `generation` increases when agents must get the list: when
+    the CAs change, or a broker is revoked.
     """
 
     number: int
     generation: int
     cas: list[bytes]  # certificates, DER
-    #: Subject -> seconds since 1970: what was issued to it until then is void. Gateways' Dial keys: `gateway/<key id>`.
+    #: Subject -> time, in seconds since 1970, up to which the subject's certificates are revoked. A
+    #: gateway's Dial key has the subject `gateway/<key id>`.
     revoked: dict[str, int] = {}
-    #: CAs (`ca_id`) whose keys were stolen: what was accepted by their certificates ends, too.
+    #: CAs (`ca_id`) whose keys were stolen. Sessions accepted by their certificates end, too.
     void: list[bytes] = []
 
 
@@ -155,46 +170,55 @@ class _SignedList(msgspec.Struct, frozen=True):
 
 
 def ca_id(ca: x509.Certificate) -> bytes:
-    """By which a CA is named: SHA-256 of its public key, which another certificate for the same CA has, too."""
+    """Return the name of a CA: the SHA-256 of its public key, equal in a renewed certificate."""
     key = ca.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(key).digest()
 
 
 def sign_list(content: TrustList, cas: Sequence[tuple[x509.Certificate, PrivateKey]]) -> bytes:
-    """The list as it travels. Raises TrustError when it is too long for a message."""
+    """Return the list as it is sent. Raises TrustError when it is too long for a message."""
     body = msgspec.msgpack.encode(content)
     signatures = [
         _Signature(ca.fingerprint(hashes.SHA256()), key.sign(LIST_LABEL + body, ECDSA_SHA256)) for ca, key in cas
     ]
     data = msgspec.msgpack.encode(_SignedList(body, signatures))
     if len(data) > MAX_LIST:
-        raise TrustError(f"the trust list has {len(data)} bytes, over {MAX_LIST}: too many revocations")
+        raise TrustError(
+            f"the trust list has {len(data)} bytes, over {MAX_LIST}: too many revocations; "
+            "wait until revoked certificates have expired, or rotate the CA (rtunnel pki rotate)"
+        )
     return data
 
 
 class TrustStore:
-    """The CAs in force and what is revoked; certificates are checked against both. For one thread."""
+    """The CAs in force and the revocations, which certificates are checked against.
+
+    For one thread.
+    """
 
     def __init__(self, pem: bytes, where: str = "the CA file") -> None:
-        """`pem` has one CA certificate or several. Raises TrustError, which names `where`."""
+        """Start with the CA certificates in `pem`. Raises TrustError, which names `where`."""
         self.number = 0
         self.generation = 0
-        self.signed = b""  # the list in force
+        self.signed = b""  # the list in force, as it was received
         self.revoked: dict[str, int] = {}
         self.void: frozenset[bytes] = frozenset()
-        # Each with its `ca_id`, which two certificates may share: a CA's own is renewed, too.
-        self._cas: list[tuple[bytes, x509.Certificate]] = []  # in force
-        self._past: list[tuple[bytes, x509.Certificate]] = []  # that are or were in force
-        self._ids: frozenset[bytes] = frozenset()  # of those in force
-        self._given: list[tuple[bytes, x509.Certificate]] = []  # that were given by hand last
+        # Each with its `ca_id`, which two certificates share when a CA's certificate was renewed.
+        self._cas: list[tuple[bytes, x509.Certificate]] = []  # the CAs in force
+        self._past: list[tuple[bytes, x509.Certificate]] = []  # CAs that are or were in force
+        self._ids: frozenset[bytes] = frozenset()  # the ids of those in force
+        self._given: list[tuple[bytes, x509.Certificate]] = []  # the CAs of the last file
         self._known: dict[bytes, Identity] = {}
         self._void_known: dict[bytes, bool] = {}
-        if b"-----BEGIN CERTIFICATE-----" not in pem:  # the library would say less, in more words
+        # The library's message is longer and less clear.
+        if b"-----BEGIN CERTIFICATE-----" not in pem:
             raise TrustError(f"{where}: has no PEM certificate: give the cluster's ca.pem")
         try:
             self._put(_usable(x509.load_pem_x509_certificates(pem)))
         except UNREADABLE as error:
-            raise TrustError(f"{where}: has no PEM certificate that can be used: {error}") from None
+            raise TrustError(
+                f"{where}: has no PEM certificate that can be used ({error}): give the cluster's ca.pem"
+            ) from None
         self._given = self._cas
 
     def _put(self, cas: Iterable[x509.Certificate], void: Iterable[bytes] = ()) -> None:
@@ -207,17 +231,20 @@ class TrustStore:
 
     @property
     def pem(self) -> str:
-        """The CAs in force."""
+        """The CAs in force, as PEM text."""
         return b"".join(ca.public_bytes(serialization.Encoding.PEM) for _, ca in self._cas).decode()
 
     def begin_again(self, pem: bytes, where: str = "the CA file") -> None:
-        """Other CAs are in force, by hand. The list in force stays so when one of them has signed it; else it is gone
-        but for its revocations, and any list of theirs counts. Without any CA of before, in force or by hand, it is no
-        rotation: those are void. Raises TrustError, and nothing has changed then.
+        """Put the CAs of a changed file in force.
+
+        The list in force stays when one of the new CAs has signed it. Otherwise only its
+        revocations stay, and any list that a new CA has signed is accepted. When no CA of before is
+        among the new ones, neither in force nor from the file, this is no rotation: the CAs of
+        before become void. Raises TrustError, and has then changed nothing.
         """
         fresh = TrustStore(pem, where)
         if fresh._cas == self._given:
-            return  # written again as it was: what the list has made of them holds
+            return  # the file was written again with the same CAs: the list in force still applies
         fresh.must_not_be(self.void, where)
         given = fresh._cas
         if self.signed:
@@ -229,12 +256,15 @@ class TrustStore:
         self._put((ca for _, ca in fresh._cas), fresh.void if handed_over else fresh.void | self._ids)
 
     def must_not_be(self, void: frozenset[bytes], where: str) -> None:
-        """Raises TrustError when there is no CA in force but these."""
+        """Raise TrustError when every CA in force is one of these void ones."""
         if self._ids <= void:
-            raise TrustError(f"{where}: has no CA but void ones, whose keys were stolen: give the newest ca.pem")
+            raise TrustError(f"{where}: has only void CAs, whose keys were stolen: give the newest ca.pem")
 
     def take(self, data: bytes) -> bool:
-        """Put a list in force; False when it is not newer. Raises TrustError when no CA in force has signed it."""
+        """Put a list in force, and return True. Returns False when it is not newer.
+
+        Raises TrustError when no CA in force has signed it.
+        """
         try:
             signed = msgspec.msgpack.decode(data, type=_SignedList)
             content = msgspec.msgpack.decode(signed.body, type=TrustList)
@@ -244,9 +274,9 @@ class TrustStore:
         if content.number <= self.number:
             return False
         if not any(self._has_signed(ca, signed) for _, ca in self._cas):
-            raise TrustError(f"trust list {content.number} is not signed by a CA in force")
+            raise TrustError(f"trust list {content.number} is not signed by a CA in force: give the cluster's ca.pem")
         if not cas:
-            raise TrustError(f"trust list {content.number} has no CA")
+            raise TrustError(f"trust list {content.number} has no CA: export it again")
         self.number, self.generation, self.signed = content.number, content.generation, data
         self.revoked = content.revoked
         self._put(cas, content.void)
@@ -256,7 +286,7 @@ class TrustStore:
     def _has_signed(ca: x509.Certificate, signed: _SignedList) -> bool:
         key, fingerprint = ca.public_key(), ca.fingerprint(hashes.SHA256())
         if not isinstance(key, ec.EllipticCurvePublicKey):
-            return False  # somebody's own CA: it may issue certificates, and signs no lists
+            return False  # an operator's own CA may issue certificates, but signs no lists
         for signature in signed.signatures:
             if signature.signer == fingerprint:
                 try:
@@ -267,9 +297,10 @@ class TrustStore:
         return False
 
     def verify(self, der: bytes, now: Callable[[], float] = time.time, *, keep: bool = True) -> Identity:
-        """Whose certificate this is: of a CA in force, of this time, not revoked. Raises TrustError (also Revoked).
+        """Return the identity in a certificate of a CA in force that is valid now.
 
-        The signature of one that was seen before is not computed again. `keep` False: it is not expected again soon.
+        The signature of a known certificate is not computed again. `keep`: cache the result,
+        because the certificate is expected again soon. Raises TrustError, or Revoked.
         """
         identity = self._known.get(der)
         if identity is None:
@@ -284,7 +315,7 @@ class TrustStore:
             raise TrustError(f"the certificate of {identity.subject} has expired: it ended {ended} ({CHECK_CLOCK})")
         if moment < identity.issued - BACKDATE.total_seconds():
             begins = utc(identity.issued)
-            text = f"the certificate of {identity.subject} is not valid yet: it is of {begins}"
+            text = f"the certificate of {identity.subject} is not valid yet: it begins {begins}"
             raise TrustError(f"{text} ({CHECK_CLOCK})")
         if self.is_revoked(identity):
             raise Revoked(f"the certificate of {identity.subject} is revoked")
@@ -301,19 +332,19 @@ class TrustStore:
         raise TrustError("the certificate is not from a CA in force")
 
     def is_revoked(self, identity: Identity) -> bool:
-        """Whether it was issued before its subject was revoked."""
+        """Return whether the certificate was issued before its subject was revoked."""
         return identity.issued <= self.revoked.get(identity.subject, 0)
 
     def in_force(self, identity: Identity) -> bool:
-        """Whether the CA that has signed a certificate, when that was verified, is in force still."""
+        """Return whether the CA that signed a verified certificate is still in force."""
         return identity.issuer in self._ids
 
     def is_void(self, identity: Identity) -> bool:
-        """Whether the CA that has signed it is void: then what was accepted by it ends."""
+        """Return whether the certificate's CA is void, so that its sessions must end."""
         return identity.issuer in self.void
 
     def fault_of(self, der: bytes | None) -> str:
-        """Why a certificate that TLS has found good is not: revoked, or its CA is void by now. Empty when it is good.
+        """Return why a certificate that TLS has accepted is revoked or from a void CA, or "".
 
         From any thread.
         """
@@ -322,7 +353,7 @@ class TrustStore:
         try:
             identity = read_certificate(der)
         except TrustError:
-            return ""  # somebody's own CA gave it out: it has no name of ours, and lists can't name it
+            return ""  # it is from an operator's own CA, and trust lists cannot name it
         if self.is_revoked(identity):
             return f"the certificate of {identity.subject} is revoked"
         return f"the certificate of {identity.subject} is from a CA that is void" if self._of_void_ca(der) else ""
@@ -349,7 +380,7 @@ def _ids(cas: Iterable[tuple[bytes, x509.Certificate]]) -> frozenset[bytes]:
 
 
 def void_cas(data: bytes) -> frozenset[bytes]:
-    """What a list says is void (`ca_id`), whoever has signed it; nothing when it is no list."""
+    """Return the CAs (`ca_id`) that a list calls void, without checking who signed it."""
     try:
         return frozenset(
             msgspec.msgpack.decode(msgspec.msgpack.decode(data, type=_SignedList).body, type=TrustList).void
@@ -359,39 +390,39 @@ def void_cas(data: bytes) -> frozenset[bytes]:
 
 
 def _usable(cas: Iterable[x509.Certificate]) -> list[x509.Certificate]:
-    """CAs whose keys are of a known kind; now, and not when a signature of theirs is looked at. Raises `UNREADABLE`."""
+    """Return the CAs, after a check that their keys are of a known kind. Raises `UNREADABLE`."""
     found = list(cas)
     for ca in found:
         ca.public_key()
         with suppress(x509.ExtensionNotFound):
             if ca.extensions.get_extension_for_class(x509.BasicConstraints).value.ca:
                 continue
-        raise ValueError(f"the certificate of {ca.subject.rfc4514_string()} is no CA's")
+        raise ValueError(f"the certificate of {ca.subject.rfc4514_string()} is not of a CA")
     return found
 
 
 def load_trust_store(path: Path | str) -> TrustStore:
-    """The CAs of a file, without any list. Raises TrustError."""
+    """Return a store with the CAs of a file, and no list. Raises TrustError."""
     try:
         return TrustStore(Path(path).read_bytes(), str(path))
     except OSError as error:
         raise TrustError(f"{path}: can't be read: {error.strerror}") from None
 
 
-# --- a session goes over to another certificate ----------------------------------------------------------------
+# --- a session changes to another certificate -----------------------------------------------------
 
 
 def prove_session(key: PrivateKey, node: str, epoch: int, binding: bytes) -> bytes:
-    """An agent's signature, by the key of its new certificate, that this session is its own.
+    """Return an agent's signature, by the key of its new certificate, that this session is its own.
 
-    `binding` is SHA-256 of the certificate that the broker has shown on the link: another broker that calls itself
-    `node` gets a signature of no use.
+    `binding` is the SHA-256 of the certificate that the broker presented on the link. So another
+    broker that claims to be `node` cannot use the signature.
     """
     return key.sign(_session(node, epoch, binding), ECDSA_SHA256)
 
 
 def is_session_proof(public_key: PublicKey, node: str, epoch: int, binding: bytes, signature: bytes) -> bool:
-    """Whether the holder of this key says that this session is its own."""
+    """Return whether the holder of this key signed that this session is its own."""
     try:
         public_key.verify(signature, _session(node, epoch, binding), ECDSA_SHA256)
     except InvalidSignature:
@@ -403,27 +434,30 @@ def _session(node: str, epoch: int, binding: bytes) -> bytes:
     return SESSION_LABEL + binding + epoch.to_bytes(8, "big") + node.encode()
 
 
-# --- files --------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def load_private_key(path: Path | str) -> PrivateKey:
-    """A P-256 key file. Raises TrustError."""
+    """Return the P-256 key of a file. Raises TrustError."""
     try:
         key = serialization.load_pem_private_key(Path(path).read_bytes(), None)
     except OSError as error:
         raise TrustError(f"{path}: can't be read: {error.strerror}") from None
     except UNREADABLE:
-        # The library's text may quote the file, and with it the key.
+        # The library's text may quote the file, and the key with it.
         raise TrustError(
             f"{path}: is not a private key that can be used: give a PEM file without a passphrase"
         ) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise TrustError(f"{path}: is not a key on P-256")
+        raise TrustError(f"{path}: is not a key on P-256: make a new key with rtunnel pki")
     return key
 
 
 def load_pair(certificate: Path | str, key: Path | str) -> tuple[bytes, PrivateKey, Identity]:
-    """An agent's certificate (DER), its key, and what it says. Raises TrustError, which names the file at fault."""
+    """Return an agent's certificate (DER), its key, and its identity.
+
+    Raises TrustError, which names the file at fault.
+    """
     der, private = certificate_der(certificate), load_private_key(key)
     try:
         who = read_certificate(der)
@@ -435,7 +469,7 @@ def load_pair(certificate: Path | str, key: Path | str) -> tuple[bytes, PrivateK
 
 
 def check_directory(path: Path | str) -> None:
-    """Whether a role may keep secrets there, in a directory that exists or that it could make. Raises TrustError."""
+    """Raise TrustError unless this process can write to the directory, or can create it."""
     directory = Path(path)
     try:
         if not directory.exists():

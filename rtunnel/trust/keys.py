@@ -1,15 +1,15 @@
-"""The symmetric secrets: cluster and gateway keys, join tokens, the MACs under them, and the memory of used nonces.
+"""Symmetric secrets: cluster keys, gateway keys, join tokens, their MACs, and the used nonces.
 
-All files are text with one secret a line; empty lines and lines that begin with `#` are skipped:
+All files are text with one secret a line. Empty lines and lines that begin with `#` are skipped:
 
     rtunnel-cluster-key-1 <base64 of 32 bytes>
     rtunnel-gateway-key-1 <id> <base64 of 32 bytes>
     rtunnel-token-1.<id>.<base64url of 32 bytes, no padding>
 
-A gateway's key is derived from the cluster key and the gateway's id, so that brokers know every gateway's key without
-being told, and no gateway knows another's.
+A gateway's key is derived from the cluster key and the gateway's id. Brokers can thus compute every
+gateway's key, and no gateway can compute another's.
 
-No message of this module repeats anything from such a file but the id of a key or token.
+Messages of this module repeat only the id of a key or token from such a file, never the secret.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from typing import Final
 from rtunnel.errors import TrustError
 
 KEY_BYTES = 32
-#: What a gateway's key is derived over, in front of its id.
+#: Prefix of the id in the text from which a gateway's key is derived.
 GATEWAY_LABEL: Final = b"rtunnel gateway 1\0"
-#: Cluster keys that are good at once: the new one and, until every gateway has a key from it, the old one.
+#: Cluster keys in force at once: the new one and, until every gateway has a key from it, the old
+#: one.
 MAX_CLUSTER_KEYS: Final = 2
-#: A file of 1000 tokens has 80 KB.
+# A file of 1000 tokens has 80 KB.
 _MAX_FILE = 1 << 20
-#: Derived keys that a broker remembers; the next one makes it begin anew.
+# Derived keys that a broker caches. The cache is cleared when it is full.
 _REMEMBERED: Final = 4096
 
 _CLUSTER = "rtunnel-cluster-key-1"
@@ -45,41 +46,41 @@ _GATEWAY_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _LENGTH = struct.Struct(">I")
 
 
-# --- files ------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A join token: what an agent proves to a broker."""
+    """A join token, with which an agent proves to a broker that it may join."""
 
     id: str
     secret: bytes = field(repr=False)
 
     def line(self) -> str:
-        """As it stands in a file."""
+        """Return the token as it stands in a file."""
         return f"{_TOKEN}.{self.id}.{base64.urlsafe_b64encode(self.secret).rstrip(b'=').decode()}"
 
 
 @dataclass(frozen=True, slots=True)
 class GatewayKey:
-    """What one gateway MACs its Dials with: HMAC-SHA256 over the body's exact bytes."""
+    """One gateway's key, which makes MACs of Dials: HMAC-SHA256 over the body's bytes."""
 
-    id: str  # told in every Dial, and what a revocation names
+    id: str  # stands in every Dial; a revocation names it
     secret: bytes = field(repr=False)
 
     def sign(self, body: bytes) -> bytes:
-        """The MAC of a Dial body."""
+        """Return the MAC of a Dial body."""
         return hmac.digest(self.secret, body, "sha256")
 
     def line(self) -> str:
-        """As it stands in a file."""
+        """Return the key as it stands in a file."""
         return f"{_GATEWAY} {self.id} {base64.b64encode(self.secret).decode()}"
 
 
 def gateway_key(cluster_key: bytes, key_id: str) -> GatewayKey:
-    """The key of the gateway of this id. Raises ValueError for an id that can't stand in a file."""
+    """Return the key of the gateway with this id. Raises ValueError for an invalid id."""
     if not _GATEWAY_ID.fullmatch(key_id):
-        raise ValueError(f"{key_id!r} is no id of a gateway's key: use 1 to 128 letters, digits, '-', '_', '.'")
+        raise ValueError(f"{key_id!r} can't be the id of a gateway's key: use 1 to 128 letters, digits, '-', '_', '.'")
     return GatewayKey(key_id, _derive(cluster_key, key_id))
 
 
@@ -88,28 +89,36 @@ def _derive(cluster_key: bytes, key_id: str) -> bytes:
 
 
 def new_cluster_key() -> bytes:
-    """A fresh cluster key."""
+    """Return a new, random cluster key."""
     return secrets.token_bytes(KEY_BYTES)
 
 
 def cluster_key_line(key: bytes) -> str:
-    """As it stands in a file."""
+    """Return a cluster key as it stands in a file."""
     return f"{_CLUSTER} {base64.b64encode(key).decode()}"
 
 
 def new_token(token_id: str = "") -> Token:
-    """A fresh token, of a random id unless one is given. Raises ValueError for an id that can't stand in a file."""
+    """Return a new token, with a random id unless one is given.
+
+    Raises ValueError for an invalid id.
+    """
     token_id = token_id or secrets.token_hex(4)
     if not _TOKEN_ID.fullmatch(token_id):
-        raise ValueError(f"{token_id!r} is no token id: use 1 to 64 letters, digits, '-', '_'")
+        raise ValueError(f"{token_id!r} can't be a token's id: use 1 to 64 letters, digits, '-', '_'")
     return Token(token_id, secrets.token_bytes(KEY_BYTES))
 
 
 def load_cluster_keys(path: Path | str) -> tuple[bytes, ...]:
-    """The keys of a cluster key file: one, or two while it is rotated, the new one first. Raises TrustError."""
+    """Return the keys of a cluster key file, the newest first. Raises TrustError.
+
+    There is one key, or two while the key is rotated.
+    """
     lines = _lines(path)
     if len(lines) > MAX_CLUSTER_KEYS:
-        raise TrustError(f"{path}: has {len(lines)} keys; a cluster has one, or two while it is rotated")
+        raise TrustError(
+            f"{path}: has {len(lines)} keys; a cluster has one, or two while it is rotated: remove the oldest"
+        )
     found = []
     for number, line in lines:
         word, _, encoded = line.partition(" ")
@@ -120,10 +129,10 @@ def load_cluster_keys(path: Path | str) -> tuple[bytes, ...]:
 
 
 def load_gateway_key(path: Path | str) -> GatewayKey:
-    """The key of a gateway's file. Raises TrustError."""
+    """Return the key of a gateway's key file. Raises TrustError."""
     lines = _lines(path)
     if len(lines) > 1:
-        raise TrustError(f"{path}: has {len(lines)} lines; a gateway has one key")
+        raise TrustError(f"{path}: has {len(lines)} lines; a gateway has one key: remove the others")
     number, line = lines[0]
     word, _, rest = line.partition(" ")
     if word != _GATEWAY:
@@ -135,18 +144,21 @@ def load_gateway_key(path: Path | str) -> GatewayKey:
 
 
 def load_tokens(path: Path | str) -> dict[str, bytes]:
-    """The secrets of all tokens of a file by their ids (a broker's side). Raises TrustError."""
+    """Return the secrets of all tokens of a file by their ids (a broker's side).
+
+    Raises TrustError.
+    """
     tokens: dict[str, bytes] = {}
     for number, line in _lines(path):
         token = _parse_token(line, path, number)
         if token.id in tokens:
-            raise TrustError(f"{path}:{number}: a second token of the id {token.id}")
+            raise TrustError(f"{path}:{number}: is a second token with the id {token.id}: remove one")
         tokens[token.id] = token.secret
     return tokens
 
 
 def load_token(path: Path | str) -> Token:
-    """The one token of a file (an agent's side). Raises TrustError."""
+    """Return the only token of a file (an agent's side). Raises TrustError."""
     tokens = load_tokens(path)
     if len(tokens) > 1:
         raise TrustError(f"{path}: has {len(tokens)} tokens; an agent needs a file with its own only")
@@ -154,7 +166,7 @@ def load_token(path: Path | str) -> Token:
 
 
 def _lines(path: Path | str) -> list[tuple[int, str]]:
-    """The lines that say something, with their numbers; at least one."""
+    """Return the lines that are not empty or comments, with their numbers; at least one."""
     try:
         with Path(path).open("rb") as file:
             data = file.read(_MAX_FILE + 1)
@@ -165,7 +177,7 @@ def _lines(path: Path | str) -> list[tuple[int, str]]:
     numbered = enumerate((line.strip() for line in data.decode("ascii").splitlines()), 1)
     lines = [(number, line) for number, line in numbered if line and not line.startswith("#")]
     if not lines:
-        raise TrustError(f"{path}: is empty")
+        raise TrustError(f"{path}: is empty: a key or token must stand in it")
     return lines
 
 
@@ -180,13 +192,13 @@ def _parse_token(line: str, path: Path | str, number: int) -> Token:
 
 
 def _looks_like(line: str) -> str:
-    """What the wrong file seems to be: mostly two paths were mixed up."""
+    """Return what the wrong file seems to be: usually two paths are mixed up."""
     kinds = {
         _CLUSTER: "a cluster key",
         _GATEWAY: "a gateway's key",
         _TOKEN: "a join token",
         "-----BEGIN": "a PEM file",
-        "rtunnel-": "for another version of rtunnel",
+        "rtunnel-": "of another version of rtunnel",
     }
     kind = next((kind for start, kind in kinds.items() if line.startswith(start)), "")
     return f" (it is {kind})" if kind else ""
@@ -202,11 +214,11 @@ def _decode(encoded: str, altchars: bytes, path: Path | str, number: int) -> byt
     return key
 
 
-# --- MACs -------------------------------------------------------------------------------------------------
+# --- MACs -----------------------------------------------------------------------------------------
 
 
 class DialKeys:
-    """The keys of all gateways, as a broker knows them. For one thread."""
+    """The keys of all gateways, as a broker computes them. For one thread."""
 
     __slots__ = ("_cluster", "_known")
 
@@ -217,9 +229,9 @@ class DialKeys:
         self._known: dict[str, bytes] = {}
 
     def verify(self, key_id: str, body: bytes, mac: bytes) -> bool:
-        """Whether the MAC of this Dial body is by the gateway's key of this id.
+        """Return whether the MAC of this Dial body was made with the key of this gateway.
 
-        Only keys that have fitted are remembered: whoever makes up ids fills nothing.
+        Caches a key only after it has verified a MAC, so that invented ids fill no memory.
         """
         known = self._known.get(key_id)
         if known is not None and hmac.compare_digest(hmac.digest(known, body, "sha256"), mac):
@@ -234,13 +246,17 @@ class DialKeys:
         return False
 
 
-#: What the two MACs of a link's handshake are over, beside the Hello, the nonce and the broker's certificate.
+#: First parts of the two MACs of a link's handshake; Hello, nonce and the broker's certificate
+#: follow.
 BROKER_LABEL: Final = b"rtunnel broker 1"
 AGENT_LABEL: Final = b"rtunnel agent 1"
 
 
 def token_mac(secret: bytes, label: bytes, *parts: bytes) -> bytes:
-    """HMAC-SHA256 over label and parts, each behind its length (4 bytes, big-endian): no two lists give one text."""
+    """Return HMAC-SHA256 over label and parts, each preceded by its length (4 bytes, big-endian).
+
+    The lengths make sure that no two lists of parts give the same text.
+    """
     text = b"".join(_LENGTH.pack(len(part)) + part for part in (label, *parts))
     return hmac.digest(secret, text, "sha256")
 
@@ -264,12 +280,13 @@ class LinkMacs:
 
 
 class NonceWindow:
-    """Which nonces were used lately: one is remembered for `seconds` at least and twice that at most.
+    """Remembers used nonces, each for at least `seconds` and at most twice that.
 
-    A Dial is good from `window` before its time to `window` after it, so give twice that window here. Two
-    generations are kept and the older one is dropped whole, so nothing is ever searched. When a generation is full
-    every nonce is refused until it ends: forgetting would open the door to replays. Only who has a key of a gateway
-    gets this far, so only a load far over a node's capacity can fill it.
+    A Dial is valid from `window` seconds before its time to `window` after it: pass twice that
+    window. Two generations are kept, and the older one is dropped as a whole, so that no search is
+    needed. When a generation is full, every nonce is refused until it ends, because forgetting
+    nonces would allow replays. A nonce arrives here only with a valid MAC, so that only a load far
+    beyond a node's capacity can fill it.
     """
 
     #: 1 Mi nonces: 17,000 Dials a second over a minute, and about 100 MB.
@@ -289,11 +306,11 @@ class NonceWindow:
 
     @property
     def full(self) -> bool:
-        """Whether `fresh` refuses for want of room."""
+        """Whether `fresh` refuses nonces because a generation is full."""
         return len(self._new) >= self._cap
 
     def fresh(self, nonce: bytes, now: float) -> bool:
-        """Take the nonce: True when it was not used before. `now` is a monotonic clock's."""
+        """Store the nonce, and return True when it is new. `now`: seconds of a monotonic clock."""
         age = now - self._began
         if age >= self.seconds:
             recent = age < 2 * self.seconds

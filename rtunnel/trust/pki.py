@@ -1,7 +1,8 @@
-"""The cluster's secrets and certificates: a directory with the CA, its key, and the authority's store.
+"""The cluster's directory: the CAs, their keys, the authority's store, and what they issue.
 
-`init` makes one. `Directory` is one that is there: it issues, revokes, and hands over from one CA to the next. Every
-change of the CAs or the revocations makes a new trust list, in the same transaction.
+`init` makes a directory. `Directory` is an existing one: it issues, revokes, and hands over from
+one CA to the next. Every change of the CAs or the revocations makes a new trust list in the same
+transaction.
 """
 
 from __future__ import annotations
@@ -37,22 +38,25 @@ from rtunnel.wire.messages import MAX_CERTIFICATE
 
 CA_FILE: Final = "ca.pem"
 BROKER_DAYS: Final = 365
-#: Roles of CAs in force, the one that issues first.
+# Roles of CAs in force, in the order of a list: the one that issues comes first.
 _IN_FORCE: Final = ("issuing", "next", "old")
-#: By hand; one that an agent enrols for lives shorter.
+#: Lifetime of a certificate that is issued by hand; one from enrolment has the token's lifetime.
 AGENT_DAYS: Final = 90
 
 
 class KeyRevoked(TrustError):
-    """A certificate for this key was revoked: the key gets no other one."""
+    """A certificate for this key was revoked, so that the key gets no other certificate."""
 
 
 class AddressHeld(TrustError):
-    """An address is certified for another agent; the text says for whom, until when, and what to do."""
+    """An address is certified for another agent; the text says which, and what to do."""
 
 
 def init(directory: Path, *, names: Sequence[str] = (), ips: Sequence[str] = ()) -> list[Made]:
-    """Make everything that a new cluster needs. Raises TrustError; never overwrites, and leaves nothing half made."""
+    """Make everything that a new cluster needs, or nothing, and return what was written.
+
+    `names` and `ips` go into the broker's certificate. Raises TrustError; never overwrites a file.
+    """
     now = time.time()
     ca = new_ca(1, now)
     key = new_key()
@@ -74,7 +78,7 @@ def init(directory: Path, *, names: Sequence[str] = (), ips: Sequence[str] = ())
 
 
 def _first_store(ca: Ca, broker: x509.Certificate) -> bytes:
-    """Made elsewhere, so that it appears whole; without the CA's key."""
+    """Return the bytes of a new store, so that its file can be written as a whole."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / FILE
         store = Store.create(path)
@@ -96,10 +100,10 @@ def issue_broker(
     key: PublicKey | None = None,
     into: Path | None = None,
 ) -> list[Made]:
-    """Another broker certificate from the CA in `directory`, also to renew one: `name`.pem and `name`.key, there or in
-    another folder.
+    """Write a broker's certificate and key as `name`.pem and `name`.key, in `directory` or `into`.
 
-    With `key` it is for that one, and only `name`.pem is written. Raises TrustError; never overwrites.
+    Also renews one. With `key` the certificate is for that key, and only `name`.pem is written.
+    Raises TrustError; never overwrites a file.
     """
     with open_directory(directory) as opened, opened.change():
         return _issue_pair(
@@ -119,10 +123,10 @@ def issue_agent(
     into: Path | None = None,
     take_over: bool = False,
 ) -> list[Made]:
-    """An agent's certificate and key from the CA in `directory`: `name`.pem and `name`.key, there or in another folder.
+    """Write an agent's certificate and key as `name`.pem and `name`.key, in `directory` or `into`.
 
-    With `key` it is for that one, and only `name`.pem is written. Raises TrustError (AddressHeld unless `take_over`);
-    never overwrites.
+    With `key` the certificate is for that key, and only `name`.pem is written. Raises TrustError
+    (AddressHeld unless `take_over`); never overwrites a file.
     """
     with open_directory(directory) as opened, opened.change():
         return _issue_pair(
@@ -134,10 +138,10 @@ def issue_agent(
 
 
 def issue_gateway(directory: Path, name: str) -> list[Made]:
-    """A gateway's key, `name`.key, derived from the (newest) cluster key in `directory`: also how one is renewed.
+    """Write a gateway's key as `name`.key, derived from the newest cluster key. Also renews one.
 
-    Its id is the name and a random part, so that a key that was revoked never comes back. Raises TrustError; never
-    overwrites.
+    The id is the name and a random part, so that a revoked key never comes back. Raises TrustError;
+    never overwrites a file.
     """
     check_file_name(name)
     return write_new(directory, [_gateway_file(name, keys.load_cluster_keys(directory / "cluster.key")[0])])
@@ -148,7 +152,7 @@ def _gateway_file(name: str, cluster_key: bytes) -> tuple[str, int, bytes, str]:
         key = keys.gateway_key(cluster_key, f"{name}-{token_hex(2)}")
     except ValueError as error:
         raise TrustError(str(error)) from None
-    return f"{name}.key", SECRET, _text(key.line()), f"for one gateway: signs its Dials; its id is {key.id}"
+    return f"{name}.key", SECRET, _text(key.line()), f"for one gateway: authenticates its Dials; its id is {key.id}"
 
 
 def _issue_pair(
@@ -166,18 +170,19 @@ def _issue_pair(
 
 
 def check_file_name(name: str) -> None:
-    """Whether files can be named so, without a folder. Raises TrustError."""
+    """Raise TrustError unless `name` can be the name of a file, without a folder."""
     if not name or "/" in name or name.startswith("."):
-        raise TrustError(f"{name!r} is not a name for a file")
+        raise TrustError(f"{name!r} can't be a file's name: use one without '/' that does not begin with '.'")
 
 
-# --- a directory that is there ----------------------------------------------------------------------------
+# --- an existing directory ------------------------------------------------------------------------
 
 
 class Directory:
-    """The CAs with their keys, and the store. For one thread at a time; every method raises TrustError.
+    """The CAs with their keys, and the store. For one thread at a time.
 
-    Other processes may change it: what is read here is from the last `refresh` or `change`.
+    Other processes may change the files: values here are of the last `refresh` or `change`. Every
+    method raises TrustError.
     """
 
     def __init__(self, path: Path, now: Callable[[], float] = time.time) -> None:
@@ -198,11 +203,11 @@ class Directory:
             raise
 
     def close(self) -> None:
-        """It is not to be used any more."""
+        """Close the store, which must not be used any more."""
         self.store.close()
 
     def refresh(self) -> None:
-        """Take in what other processes have changed."""
+        """Load what other processes have changed."""
         version = self.store.version()
         if version != self._version:
             self._load()
@@ -221,37 +226,37 @@ class Directory:
 
     @contextmanager
     def change(self) -> Iterator[None]:
-        """All or nothing of what is done inside; what changes something belongs in here."""
+        """Run the block, which may change the store, in one transaction."""
         with self.store.change():
             try:
                 self.refresh()
                 yield
             except BaseException:
-                self._version = -1  # what is known may not have come to be
+                self._version = -1  # what was loaded may have been rolled back
                 raise
 
     def ca(self, role: str) -> CaRecord | None:
-        """The CA that has this role."""
+        """Return the CA with this role, or None."""
         return next((record for record in self.cas if record.role == role), None)
 
     @property
     def issuing(self) -> Ca:
-        """The CA that certificates come from."""
+        """The CA that issues certificates."""
         return self._signers[self._issuing.number]
 
     @property
     def _issuing(self) -> CaRecord:
         record = self.ca("issuing")
         if record is None:
-            raise TrustError(f"{self.store.path}: has no CA that issues: it is damaged")
+            raise TrustError(f"{self.store.path}: is damaged: no CA issues; restore it from a backup")
         return record
 
     @property
     def pem(self) -> bytes:
-        """The CAs in force, the one that issues first."""
+        """The CAs in force as PEM text, the one that issues first."""
         return b"".join(pem(x509.load_der_x509_certificate(record.certificate)) for record in _in_force(self.cas))
 
-    # Certificates. Inside of `change`.
+    # Certificates. These methods must run inside `change`.
 
     def issue_agent(
         self,
@@ -265,30 +270,33 @@ class Directory:
         remember: int = 0,
         take_over: bool = False,
     ) -> x509.Certificate:
-        """For an agent, by a `token` or by hand; remembered until `remember` at least.
+        """Return a new agent certificate, issued for a `token` or by hand ("").
 
-        `take_over`: also addresses that are certified for another agent. Raises KeyRevoked, AddressHeld.
+        The record is kept until `remember` (seconds since 1970) at least. `seconds`: the lifetime.
+        `take_over`: accept addresses that are certified for another agent. Raises KeyRevoked,
+        AddressHeld.
         """
         if not take_over:
             self.check_addresses(f"agent/{namespace}/{agent_id}", namespace, addresses)
         issued = self._issue_time(f"agent/{namespace}/{agent_id}", key)
         made = certificates.agent_certificate(self.issuing, key, agent_id, namespace, addresses, issued, seconds)
         if len(_der(made)) > MAX_CERTIFICATE:
-            raise TrustError(f"the certificate would have {len(_der(made))} bytes, over {MAX_CERTIFICATE}")
+            size = len(_der(made))
+            raise TrustError(f"the certificate would have {size} bytes, over {MAX_CERTIFICATE}: use fewer addresses")
         _record(self.store, made, self._issuing.number, token, remember)
         self.store.put_holder(f"agent/{namespace}/{agent_id}", namespace, addresses)
         self.store.forget(self.now())
         return made
 
     def in_force(self, subject: str) -> list[Issued]:
-        """Return the subject's certificates that are good now: not expired, not revoked, of a CA in force."""
+        """Return the subject's valid certificates: not expired or revoked, and of a CA in force."""
         now, at = self.now(), self.store.revoked_at(subject)
         good = {record.number for record in _in_force(self.cas)}
         items = self.store.issued_to(subject)
         return [item for item in items if item.ends > now and item.issued > at and item.ca in good]
 
     def held_by_others(self, subject: str, namespace: str, addresses: Sequence[str]) -> dict[str, Issued]:
-        """Return those of `addresses` that are certified for another agent, each with its certificate in force."""
+        """Return the addresses that another agent holds, each with its certificate in force."""
         held: dict[str, Issued] = {}
         for address in addresses:
             holder = self.store.holder(namespace, address)
@@ -299,7 +307,10 @@ class Directory:
         return held
 
     def check_addresses(self, subject: str, namespace: str, addresses: Sequence[str]) -> None:
-        """Raises AddressHeld when one of the addresses is certified for another agent. Needs no `change`."""
+        """Raise AddressHeld when one of the addresses is certified for another agent.
+
+        May run outside `change`.
+        """
         for address, item in self.held_by_others(subject, namespace, addresses).items():
             raise AddressHeld(
                 f"{address} is certified for {item.subject} until {utc(item.ends)}: if it has moved for good, revoke "
@@ -308,74 +319,78 @@ class Directory:
             )
 
     def issue_broker(self, name: str, key: PublicKey, *, names: Sequence[str], ips: Sequence[str]) -> x509.Certificate:
-        """For a broker. KeyRevoked is possible."""
+        """Return a new broker certificate. Raises KeyRevoked."""
         issued = self._issue_time(f"broker/{name}", key)
         made = certificates.broker_certificate(self.issuing, key, name, names, ips, issued, BROKER_DAYS * DAY)
         _record(self.store, made, self._issuing.number)
         return made
 
     def check_key(self, key: PublicKey) -> None:
-        """Raises KeyRevoked. Needs no `change`."""
+        """Raise KeyRevoked when a certificate for this key was revoked.
+
+        May run outside `change`.
+        """
         for item in self.store.issued_for(key_hash(key)):
             if item.issued <= self.store.revoked_at(item.subject):
                 raise KeyRevoked(f"this key's certificate for {item.subject} is revoked: make another key")
 
     def _issue_time(self, subject: str, key: PublicKey) -> int:
         self.check_key(key)
-        # What is issued in the second of the revocation counts as issued before it.
+        # A certificate of the second of the revocation counts as issued before it.
         return max(int(self.now()), self.store.revoked_at(subject) + 1)
 
-    # Revocations. Inside of `change`.
+    # Revocations. These methods must run inside `change`.
 
     def revoke(self, subject: str, *, force: bool = False) -> list[Issued]:
-        """What was issued to it until now is void; returns that.
+        """Revoke all certificates that were issued to the subject until now, and return them.
 
-        Nothing known to have been issued is an error, unless `force`: then it stays on the list for ever. So does a
-        gateway's key, which has no end.
+        Raises TrustError when none is known, unless `force`: then the revocation stays on the list
+        for ever. So does that of a gateway's key, which has no end.
         """
         now = int(self.now())
         known = self.store.issued_to(subject)
         void = [item for item in known if item.ends > now and item.issued > self.store.revoked_at(subject)]
         if not (void or force or subject.startswith("gateway/")):
-            raise TrustError(f"nothing that is valid was issued to {subject} (`rtunnel pki list` shows what was)")
+            raise TrustError(f"no valid certificate was issued to {subject}: see `rtunnel pki list`")
         until = max(item.ends for item in void) if void else None
         self.store.revoke(subject, max([now, *(item.issued for item in known)]), until)
         self.publish(for_agents=subject.startswith("broker/"))
         return void
 
-    # The way from one CA to the next. Inside of `change`.
+    # The steps from one CA to the next. These methods must run inside `change`.
 
     def start_rotation(self) -> None:
-        """A new CA is in force beside the present one; certificates come from the present one still."""
+        """Put a new CA in force beside the present one, which goes on issuing certificates."""
         if self.ca("next") is not None:
-            raise TrustError("a rotation has been started already: `rotate switch` comes next")
+            raise TrustError("a rotation has been started already: continue with `rtunnel pki rotate switch`")
         if self.ca("old") is not None:
-            raise TrustError("the last rotation is not over: `rotate finish` comes next")
+            raise TrustError("the last rotation is not complete: continue with `rtunnel pki rotate finish`")
         self._check_room(len(self._signers) + 1)
         number = max(record.number for record in self.cas) + 1
         ca = new_ca(number, self.now())
         key_file = f"ca-{number}.key"
-        replace(self.path / key_file, SECRET, key_pem(ca.key))  # one that is there was never in force
+        # An existing file was left by a start that failed: its key was never in force.
+        replace(self.path / key_file, SECRET, key_pem(ca.key))
         self.store.put_ca(CaRecord(number, "next", _der(ca.certificate), key_file))
         self._handed_over()
 
     def _check_room(self, signers: int) -> None:
-        """Nobody takes a list with more signatures than there may be."""
+        """Raise TrustError when a list would have more signatures than a receiver accepts."""
         if signers > MAX_SIGNATURES:
             past = [r.key_file for r in self.cas if r.role not in _IN_FORCE and r.number in self._signers]
             raise TrustError(
                 f"{self.path}: there would be {signers} CAs with a key, and a trust list has room for {MAX_SIGNATURES} "
-                f"signatures: delete key files of CAs with which nothing starts any more ({', '.join(past)})"
+                f"signatures: delete key files of CAs that no process starts with any more ({', '.join(past)})"
             )
 
     def switch_rotation(self) -> None:
-        """Certificates come from the new CA; the old one is in force still."""
+        """Let the new CA issue certificates. The old one stays in force."""
         coming = self.ca("next")
         if coming is None:
             reason = (
-                "is not over: `rotate finish` comes next"
+                "is not complete: continue with `rtunnel pki rotate finish`"
                 if self.ca("old")
-                else "was not started: `rotate start` comes first"
+                else "was not started: begin with `rtunnel pki rotate start`"
             )
             raise TrustError(f"the rotation {reason}")
         self._give_role(self._issuing, "old")
@@ -383,7 +398,7 @@ class Directory:
         self._handed_over()
 
     def waiting(self) -> list[Issued]:
-        """Certificates that stop working when the old CA leaves: their holders have none from the new one."""
+        """Return certificates of the old CA whose holders have none of the new one."""
         old = self.ca("old")
         if old is None:
             return []
@@ -393,24 +408,28 @@ class Directory:
         return [item for item in left if item.issued > self.store.revoked_at(item.subject)]
 
     def finish_rotation(self, *, force: bool = False, stolen: bool = False) -> None:
-        """The old CA is in force no more. Refused while somebody depends on it, unless `force` or `stolen`.
+        """Retire the old CA. Raises TrustError while a certificate depends on it.
 
-        `stolen`: it is void, as are all that were retired before, and what was accepted by them ends, too. All join
-        tokens are revoked.
+        `force`: retire it all the same. `stolen`: the old CA and all retired ones become void,
+        sessions accepted by their certificates end, and all join tokens are revoked.
         """
         leaving = [record for record in self.cas if record.role == "old" or (stolen and record.role == "retired")]
         if not leaving:
-            step = "`rotate switch` comes next" if self.ca("next") else "it begins with `rotate start`"
+            step = (
+                "continue with `rtunnel pki rotate switch`"
+                if self.ca("next")
+                else "begin with `rtunnel pki rotate start`"
+            )
             raise TrustError(f"there is no rotation to finish: {step}")
         if (left := self.waiting()) and not force and not stolen:
             some = ", ".join(sorted(item.subject for item in left)[:5]) + (", ..." if len(left) > 5 else "")
             raise TrustError(
-                f"the old CA's certificates are in use still, {len(left)} of them ({some}): wait until they are "
-                "renewed (brokers: `rtunnel pki issue broker`), revoke who won't come back, or use --force"
+                f"certificates of the old CA are in use, {len(left)} of them ({some}): wait until they are renewed "
+                "(brokers: `rtunnel pki issue broker`), revoke those of removed hosts, or use --force"
             )
         for record in leaving:
             self._give_role(record, "void" if stolen else "retired")
-        if stolen:  # who has the key has the store, and in it the secrets of tokens
+        if stolen:  # a thief of the key may have the store, and the secrets of tokens in it
             for token in self.store.tokens():
                 self.store.revoke_token(token.id)
         self._handed_over()
@@ -424,7 +443,10 @@ class Directory:
         replace(self.path / CA_FILE, PUBLIC, self.pem)
 
     def publish(self, *, for_agents: bool = False) -> None:
-        """Make a new trust list of what is there; `for_agents` when they have to know it. Inside of `change`."""
+        """Make a new trust list of the store's state. Must run inside `change`.
+
+        `for_agents`: the list has something that agents must know.
+        """
         self._check_room(len(self._signers))
         _publish(self.store, self.cas, list(self._signers.values()), self.now(), for_agents=for_agents)
         self._load()
@@ -432,7 +454,7 @@ class Directory:
 
 @contextmanager
 def open_directory(path: Path) -> Iterator[Directory]:
-    """A directory of `init`, closed at the end. Raises TrustError."""
+    """Open a directory of `init` for one block. Raises TrustError."""
     directory = Directory(path)
     try:
         yield directory
@@ -442,7 +464,8 @@ def open_directory(path: Path) -> Iterator[Directory]:
 
 def _publish(store: Store, cas: Sequence[CaRecord], signers: Sequence[Ca], now: float, *, for_agents: bool) -> None:
     number, generation, _ = store.trust_list()
-    # Numbers are times: also after the store was restored from a backup the next list is newer than all before it.
+    # The number is at least the time, so that after the store was restored from a backup the next
+    # list is still newer than every list before it.
     number = max(number + 1, int(now))
     content = TrustList(
         number=number,
@@ -451,7 +474,8 @@ def _publish(store: Store, cas: Sequence[CaRecord], signers: Sequence[Ca], now: 
         revoked=store.revocations(now),
         void=[ca_id(x509.load_der_x509_certificate(record.certificate)) for record in cas if record.role == "void"],
     )
-    # Retired ones sign too: who has missed a rotation, or starts with the CA file of before, can take the list.
+    # Retired CAs sign too, so that a process that missed a rotation, or starts with an older CA
+    # file, accepts the list.
     store.put_trust_list(number, content.generation, sign_list(content, [(ca.certificate, ca.key) for ca in signers]))
 
 
@@ -471,7 +495,7 @@ def _load_ca(record: CaRecord, path: Path) -> Ca:
     certificate = x509.load_der_x509_certificate(record.certificate)
     key = load_private_key(path)
     if key.public_key() != certificate.public_key():
-        raise TrustError(f"{path}: is not the key of CA {record.number}")
+        raise TrustError(f"{path}: is not the key of CA {record.number}: restore it from a backup")
     return Ca(certificate, key)
 
 
@@ -484,7 +508,7 @@ def _until(certificate: x509.Certificate) -> str:
 
 
 def utc(seconds: float) -> str:
-    """A moment (seconds since 1970) for people."""
+    """Return a time (seconds since 1970) as text in UTC, to the minute."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 

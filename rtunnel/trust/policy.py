@@ -1,17 +1,21 @@
-"""Who may reach what: rules in one file, the first that fits decides, what none fits is denied (docs/policy.md).
+"""The rules of a gateway: which client may reach which target (docs/policy.md).
+
+The rules stand in one file. The first rule that matches decides; a request that matches none is
+denied.
 
     [[rule]]
     name = "operators"
     action = "allow"
-    users = ["alice", "bob"]     # "*": whoever has logged in; absent: anybody
-    from = ["10.9.0.0/16"]       # absent: from anywhere
-    namespaces = ["default"]     # absent: any
-    to = ["10.1.0.0/16"]         # absent: anywhere that is not special
-    ports = ["22", "9000-9999"]  # absent: any
+    users = ["alice", "bob"]     # "*": every user who has logged in; absent: everybody
+    from = ["10.9.0.0/16"]       # absent: every source
+    namespaces = ["default"]     # absent: every namespace
+    to = ["10.1.0.0/16"]         # absent: every address that is not special
+    ports = ["22", "9000-9999"]  # absent: every port
 
-A look-up does not walk the rules. The rules that a key lets through are one integer, a bit for each rule: each of the
-five keys gives its integer by a dictionary or a bisection, what fits is all five ANDed, and the lowest bit is the first
-rule. That costs the same few microseconds whatever 10,000 rules say, and is the first match exactly.
+A lookup does not walk the rules. For each of the five keys a dictionary or a bisection gives one
+integer, in which bit N is set when rule N accepts the value. The lowest bit of all five ANDed is
+the first rule that matches. This takes the same few microseconds for 10,000 rules, whatever they
+say.
 """
 
 from __future__ import annotations
@@ -34,14 +38,17 @@ from rtunnel.errors import TrustError
 
 MAX_RULES: Final = 20_000
 _MAX_FILE: Final = 16 << 20
-#: Bytes of one key's integers: 10,000 rules with 50,000 networks fit.
+# Bytes of one key's integers, enough for 10,000 rules with 50,000 networks.
 _MAX_TABLE: Final = 128 << 20
-#: Faults of one file that are told.
+# Faults of one file that an error lists.
 _MAX_FAULTS: Final = 20
 _SHOWN_NEAR: Final = 3
 
-#: What no rule allows unless its `to` names it (a network inside of one of these): the agent's own machine, and what is
-#: not one host. Link-local is also where clouds keep the metadata of their machines.
+#: Networks that a rule allows only when its `to` names a network inside one of them: the agent's
+#: own
+#: machine, and addresses that are not of one host. Clouds keep the metadata of machines on
+#: link-local
+#: addresses.
 SPECIAL: Final = {
     "0.0.0.0/8": "an unspecified address",
     "127.0.0.0/8": "a loopback address",
@@ -54,14 +61,14 @@ SPECIAL: Final = {
     "ff00::/8": "a multicast address",
 }
 
-#: Names that stand for everybody who has logged in.
+# The name that stands for every user who has logged in.
 _LOGGED_IN: Final = "*"
 
 Span = tuple[int, int]
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One rule as it stands in the file; None is a key that is not given."""
+    """One rule as it stands in the file. The value of an absent key is None."""
 
     action: Literal["allow", "deny"]
     name: str = ""
@@ -73,7 +80,10 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Question(NamedTuple):
-    """May this client reach this target? `user` is None for who has not logged in; addresses are canonical."""
+    """The question whether this client may reach this target.
+
+    `user` is None for a client without a login; addresses are canonical.
+    """
 
     user: str | None
     source: str
@@ -84,7 +94,7 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The answer, and the rule that gave it: its number from 1 in the file, or 0 when none fits."""
+    """The answer, and the number (from 1) of the rule that gave it, or 0 when none matches."""
 
     allowed: bool
     number: int
@@ -92,17 +102,17 @@ class Verdict:
 
     @property
     def rule(self) -> str:
-        """The rule, for log lines."""
+        """The rule's number and name, for log lines."""
         return f"{self.number} {self.name}".rstrip() if self.number else self.name
 
 
-#: Of who fits no rule.
+#: The verdict on a request that matches no rule.
 NO_RULE: Final = Verdict(False, 0, "none")
 
 
-# --- the rules of a key, by its value ---------------------------------------------------------------------
+# --- the rules of a key, by its value -------------------------------------------------------------
 
-_V6: Final = 1 << 32  # IPv6 stands behind IPv4 in one space of numbers
+_V6: Final = 1 << 32  # IPv6 addresses follow IPv4 addresses in one range of numbers
 _END: Final = _V6 + (1 << 128)
 
 
@@ -122,7 +132,10 @@ _SPECIAL_SPANS: Final = tuple(sorted(map(_span, SPECIAL)))
 
 
 def _without_special(spans: Iterable[Span]) -> Iterator[Span]:
-    """The parts that are not special; what lies inside of something special was meant, and stays."""
+    """Yield the parts outside special networks, and whole spans that lie inside one of them.
+
+    A rule that names a network inside a special one means it.
+    """
     for low, high in spans:
         if any(first <= low and high <= last for first, last in _SPECIAL_SPANS):
             yield low, high
@@ -140,7 +153,7 @@ _ORDINARY: Final = tuple(_without_special([(0, _END)]))
 
 
 class _Spans:
-    """The rules of every number: those whose spans, low <= number < high, have it."""
+    """Maps a number to the rules that have a span with it (low <= number < high)."""
 
     __slots__ = ("bits", "starts")
 
@@ -164,12 +177,12 @@ class _Spans:
             self.bits.append(same.setdefault(bits, bits))
 
     def of(self, number: int) -> int:
-        """The rules that have this number."""
+        """Return the rules that accept this number, one bit for each."""
         return self.bits[bisect_right(self.starts, number) - 1]
 
 
 def _edges(spans: Sequence[Span]) -> Iterator[int]:
-    """Where one rule's spans begin and end, each inside of no other."""
+    """Yield the numbers at which one rule's spans, merged, begin and end."""
     end = -1
     for low, high in sorted(spans):
         if low > end:
@@ -182,7 +195,7 @@ def _edges(spans: Sequence[Span]) -> Iterator[int]:
 
 
 class _Words:
-    """The rules of every word: those that list it, and those that take any."""
+    """Maps a word to the rules that list it, or that accept any word."""
 
     __slots__ = ("bits", "other")
 
@@ -195,23 +208,26 @@ class _Words:
         _bound(len(self.bits), len(of_rules))
 
     def of(self, word: str) -> int:
-        """The rules that take this word."""
+        """Return the rules that accept this word, one bit for each."""
         return self.bits.get(word, self.other)
 
 
 def _bound(entries: int, rules: int) -> None:
     if entries * rules // 8 > _MAX_TABLE:
-        raise TrustError(f"{entries} different values of one key in {rules} rules are too many")
+        raise TrustError(f"{entries} different values of one key in {rules} rules are too many: use larger networks")
 
 
-# --- the policy -------------------------------------------------------------------------------------------
+# --- the policy -----------------------------------------------------------------------------------
 
 
 class Policy:
-    """Checked rules, ready to be asked from any thread; it never changes."""
+    """Checked rules that answer questions from any thread. A policy never changes."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
-        """Of rules that `load_policy` would take. Raises TrustError when there are too many different values."""
+        """Prepare rules that `load_policy` has checked.
+
+        Raises TrustError when one key has too many different values.
+        """
         self.rules = tuple(rules)
         users = [rule.users for rule in rules]
         self._anonymous = sum(1 << index for index, names in enumerate(users) if names is None)
@@ -228,7 +244,7 @@ class Policy:
         self._verdicts = (NO_RULE, *verdicts)
 
     def verdict(self, question: Question) -> Verdict:
-        """The first rule that fits."""
+        """Return the verdict of the first rule that matches."""
         user, source, namespace, ip, port = question
         fits = (
             (self._anonymous if user is None else self._users.of(user))
@@ -237,11 +253,11 @@ class Policy:
             & self._targets.of(_number(ip))
             & self._ports.of(port)
         )
-        # The lowest bit; fits & -fits says the same and costs more.
+        # The index of the lowest bit; `fits & -fits` gives the same and costs more.
         return self._verdicts[(fits ^ (fits - 1)).bit_length()] if fits else NO_RULE
 
     def nearly(self, question: Question) -> list[tuple[Verdict, str]]:
-        """For people, when no rule fits: the first rules that fit but for one key, and that key."""
+        """Return the first rules that match except for one key, with that key, for display."""
         tests = {
             "users": self._anonymous if question.user is None else self._users.of(question.user),
             "from": self._sources.of(_number(question.source)),
@@ -258,7 +274,7 @@ class Policy:
 
 
 class Networks:
-    """Whether an address is in one of some networks."""
+    """A set of networks; `ip in networks` says whether an address is in one of them."""
 
     def __init__(self, networks: Sequence[str]) -> None:
         self._spans = _Spans([_networks(networks)], 1)
@@ -268,7 +284,7 @@ class Networks:
 
 
 def special(ip: str) -> str:
-    """What kind of special address this is ("a loopback address"); "" for an ordinary one."""
+    """Return the kind of special address this is ("a loopback address"), or ""."""
     number = _number(ip)
     kinds = (kind for network, kind in SPECIAL.items() if _span(network)[0] <= number < _span(network)[1])
     return next(kinds, "")
@@ -281,7 +297,7 @@ def _networks(networks: Sequence[str] | None) -> list[Span] | None:
 def _targets(rule: Rule) -> Sequence[Span] | None:
     spans = _networks(rule.to)
     if rule.action == "deny":
-        return spans  # a rule that forbids everything means everything
+        return spans  # a rule that denies every target also denies special ones
     return _ORDINARY if spans is None else list(_without_special(spans))
 
 
@@ -289,7 +305,7 @@ def _ports(ports: Sequence[str | int] | None) -> list[Span] | None:
     return None if ports is None else [(low, high + 1) for low, high in parse_exposes([str(item) for item in ports])]
 
 
-#: Without a file: programs of this machine reach whatever agents expose, and nobody else anything.
+#: The policy without a file: programs of this machine reach every target, others none.
 LOCAL_ONLY: Final = Policy(
     [
         Rule(
@@ -302,11 +318,14 @@ LOCAL_ONLY: Final = Policy(
 )
 
 
-# --- the file ---------------------------------------------------------------------------------------------
+# --- the file -------------------------------------------------------------------------------------
 
 
 def load_policy(path: Path | str) -> Policy:
-    """The rules of a file. Raises TrustError, which names the file, the rule's number, the key and the reason."""
+    """Return the rules of a file.
+
+    Raises TrustError, which names the file, the rule's number, the key and the reason.
+    """
     tables = _tables(path)
     faults: list[str] = []
     rules: list[Rule] = []
@@ -331,11 +350,12 @@ def _tables(path: Path | str) -> list[Any]:
         with Path(path).open("rb") as file:
             data = file.read(_MAX_FILE + 1)
         if len(data) > _MAX_FILE:
-            raise TrustError(f"{path}: is larger than {_MAX_FILE >> 20} MiB: the wrong file?")
+            raise TrustError(f"{path}: is larger than {_MAX_FILE >> 20} MiB: give the file of the gateway's rules")
         content = tomllib.loads(data.decode())
     except OSError as error:
         raise TrustError(f"{path}: can't be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+    # TOMLDecodeError and UnicodeDecodeError are ValueErrors.
+    except (ValueError, RecursionError) as error:
         raise TrustError(f"{path}: is not TOML: {error}") from None
     for key in content:
         if key != "rule":
@@ -344,10 +364,10 @@ def _tables(path: Path | str) -> list[Any]:
     if not isinstance(tables, list):
         raise TrustError(f"{path}: rule is not a list (write [[rule]], with two brackets)")
     if not tables:
-        # Also what is left of a file that is just being written.
+        # An empty file may also be one that is just being written.
         raise TrustError(f'{path}: has no rule (to forbid everything, write one with action = "deny")')
     if len(tables) > MAX_RULES:
-        raise TrustError(f"{path}: {len(tables)} rules are too many (at most {MAX_RULES})")
+        raise TrustError(f"{path}: has {len(tables)} rules, over {MAX_RULES}: merge rules")
     return tables
 
 
@@ -355,7 +375,7 @@ _KEYS: Final = tuple(field.encode_name for field in msgspec.structs.fields(Rule)
 
 
 def _rule(table: Any) -> Rule:
-    """A checked rule, its networks canonical. Raises BadValue, which begins with the key."""
+    """Return a checked rule with canonical networks. Raises BadValue, which begins with the key."""
     try:
         rule = msgspec.convert(table, Rule)
     except msgspec.ValidationError as error:
@@ -379,7 +399,7 @@ def _rule(table: Any) -> Rule:
 
 def _checked(key: str, values: Sequence[Any], check: Any) -> list[Any]:
     if not values:
-        raise BadValue(f"{key}: is empty, which fits nobody", "leave it out to fit everybody")
+        raise BadValue(f"{key}: is empty, which matches nobody", "leave it out to match everybody")
     try:
         return [check(value) for value in values]
     except BadValue as error:
@@ -409,6 +429,6 @@ def _type_fault(text: str) -> BadValue:
         fix = f"did you mean {near[0]}?" if near else "known here: " + ", ".join(_KEYS)
         return BadValue(f"{match[1]!r}: unknown key", fix)
     key = where.rstrip("`").lstrip(".")
-    if key == "action" or "missing required field" in reason:  # the only one that must be given
+    if key == "action" or "missing required field" in reason:  # `action` is the only required key
         return BadValue("action: must be given", 'write action = "allow" or action = "deny"')
     return BadValue((f"{key}: " if key else "") + reason[:1].lower() + reason[1:])

@@ -1,10 +1,12 @@
-"""Proofs that the target's own agent has answered a Dial: the first by signature, those that follow by MAC.
+"""Proofs that the target's own agent has answered a Dial: first by signature, later by MAC.
 
-A signature for each connection would cost 90 us of CPU, made and checked. So the Dial carries an X25519 key of the
-gateway (RFC 7748), and the signature covers one of the agent's beside the Dial's body. What the two make is the **key
-of the pair**: whoever has it is this gateway, or had the key of the agent's certificate. HMAC-SHA256 (RFC 2104) under
-it, over the Dial's body, proves later Dials between the two for 3 us. It is the signed key exchange of TLS 1.3 (RFC
-8446, 4.4.3) with a connection in the place of a record. Normative: docs/wire.md, "Proofs".
+To make and check a signature for each connection would cost 90 us of CPU. So the Dial carries an
+X25519 key of the gateway (RFC 7748), and the signature covers an X25519 key of the agent and the
+Dial's body. The shared secret of the two keys gives the **key of the pair**: only this gateway, and
+a holder of the private key of the agent's certificate, can compute it. HMAC-SHA256 (RFC 2104) under
+that key, over the Dial's body, proves later Dials between the two for 3 us. This is the signed key
+exchange of TLS 1.3 (RFC 8446, 4.4.3), with connections instead of records. docs/wire.md, "Proofs",
+is normative.
 """
 
 from __future__ import annotations
@@ -20,40 +22,46 @@ from rtunnel.errors import TrustError
 from rtunnel.trust.identity import ECDSA_SHA256, PrivateKey, PublicKey
 from rtunnel.wire.messages import PAIR_ID_BYTES, Accepted, Refuse
 
-#: In front of what a pair's key is made of.
+#: Prefix of the text from which the key of a pair is derived.
 PAIR_LABEL: Final = b"rtunnel pair 1\0"
-#: In front of what is signed, or under a MAC: what is said to the Dial.
+#: Prefixes of a text that is signed or authenticated by a MAC: the agent's answer to the Dial.
 ACCEPTED: Final = b"rtunnel accepted 1\0"
 REFUSED: Final = b"rtunnel refused 1\0"
 
 
-def said_by(answer: Accepted | Refuse) -> bytes:
-    """What an answer says, as the proof covers it: yes, or no and why."""
+def answer_bytes(answer: Accepted | Refuse) -> bytes:
+    """Return an answer as the proof covers it: accepted, or refused, code and text."""
     return ACCEPTED if isinstance(answer, Accepted) else REFUSED + f"{answer.code}\0{answer.text}\0".encode()
 
 
 class PairKey:
-    """The key of one gateway process and one agent's certificate, at either end."""
+    """The key of one gateway process and one agent's certificate, held by both ends."""
 
     __slots__ = ("_key", "id")
 
     def __init__(self, shared: bytes, gateway: bytes, agent: bytes, certificate: bytes) -> None:
-        """`shared` is what X25519 made of the two keys whose public halves follow; the certificate is the agent's."""
-        said = gateway + agent + hashlib.sha256(certificate).digest()
-        self._key = hmac.digest(shared, PAIR_LABEL + said, "sha256")
+        """Derive the key from `shared`, the X25519 result of the keys with these public halves.
+
+        `certificate` is the agent's, in DER form.
+        """
+        context = gateway + agent + hashlib.sha256(certificate).digest()
+        self._key = hmac.digest(shared, PAIR_LABEL + context, "sha256")
         self.id = hashlib.sha256(PAIR_LABEL + self._key).digest()[:PAIR_ID_BYTES]
 
-    def mac(self, said: bytes, body: bytes) -> bytes:
-        """The proof that this is said to the Dial with this body."""
-        return hmac.digest(self._key, said + body, "sha256")
+    def mac(self, answer: bytes, body: bytes) -> bytes:
+        """Return the proof of this answer to the Dial with this body."""
+        return hmac.digest(self._key, answer + body, "sha256")
 
-    def is_proof(self, said: bytes, body: bytes, mac: bytes) -> bool:
-        """Whether who has this key says this to the Dial with this body. In constant time."""
-        return hmac.compare_digest(self.mac(said, body), mac)
+    def is_proof(self, answer: bytes, body: bytes, mac: bytes) -> bool:
+        """Return whether `mac` proves this answer to the Dial with this body.
+
+        Takes constant time.
+        """
+        return hmac.compare_digest(self.mac(answer, body), mac)
 
 
 class Exchange:
-    """One end's part of its pairs: an X25519 key that lives as long as the process, or as an agent's certificate."""
+    """One end's X25519 key, which lives as long as the process, or as an agent's certificate."""
 
     __slots__ = ("_private", "public")
 
@@ -62,29 +70,39 @@ class Exchange:
         self.public = self._private.public_key().public_bytes_raw()
 
     def with_agent(self, agent: bytes, certificate: bytes) -> PairKey:
-        """As the gateway. Raises TrustError for bytes that are no usable key."""
+        """Return the gateway's key for this pair.
+
+        Raises TrustError for bytes that are no usable key.
+        """
         return PairKey(self._shared(agent), self.public, agent, certificate)
 
     def with_gateway(self, gateway: bytes, certificate: bytes) -> PairKey:
-        """As the agent with this certificate. Raises TrustError for bytes that are no usable key."""
+        """Return the agent's key for this pair.
+
+        Raises TrustError for bytes that are no usable key.
+        """
         return PairKey(self._shared(gateway), gateway, self.public, certificate)
 
     def _shared(self, other: bytes) -> bytes:
         try:
             return self._private.exchange(X25519PublicKey.from_public_bytes(other))
-        except ValueError:  # of another length, or a point with which everybody gets the same (RFC 7748, 6.1)
+        # A wrong length, or a point that gives everybody the same (RFC 7748, 6.1).
+        except ValueError:
             raise TrustError("is not a usable X25519 key") from None
 
 
-def sign(key: PrivateKey, said: bytes, exchange: bytes, body: bytes) -> bytes:
-    """The signature that this is said to the Dial with this body, and that the `exchange` key is the agent's own."""
-    return key.sign(said + exchange + body, ECDSA_SHA256)
+def sign(key: PrivateKey, answer: bytes, exchange: bytes, body: bytes) -> bytes:
+    """Return the agent's signature over its answer, its `exchange` key, and the Dial's body."""
+    return key.sign(answer + exchange + body, ECDSA_SHA256)
 
 
-def is_signed(public_key: PublicKey, said: bytes, exchange: bytes, body: bytes, signature: bytes) -> bool:
-    """Whether the holder of this key has signed all that. `exchange` has its full length."""
+def is_signed(public_key: PublicKey, answer: bytes, exchange: bytes, body: bytes, signature: bytes) -> bool:
+    """Return whether the holder of this key has signed all that.
+
+    `exchange` must have its full length.
+    """
     try:
-        public_key.verify(signature, said + exchange + body, ECDSA_SHA256)
+        public_key.verify(signature, answer + exchange + body, ECDSA_SHA256)
     except InvalidSignature:
         return False
     return True

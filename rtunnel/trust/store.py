@@ -1,7 +1,8 @@
-"""What the authority knows: `authority.db`, an SQLite file beside the CA's key.
+"""The authority's records: `authority.db`, an SQLite file beside the CA's key.
 
-The authority and `rtunnel pki` use it at the same time, each in transactions of their own (`Store.change`). Secrets of
-tokens are in it, since MACs are checked with them: it is for its owner only.
+The authority and `rtunnel pki` use it at the same time, each in its own transactions
+(`Store.change`). It holds the secrets of tokens, which check MACs, so that only its owner may read
+it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import Any, Final
 from rtunnel.errors import TrustError
 
 FILE: Final = "authority.db"
-#: Others hold it for milliseconds.
+# Seconds to wait for the file; other processes lock it for milliseconds.
 _PATIENCE: Final = 5.0
 _VERSION: Final = 2
 
-#: Since version 2. An address has one holder: the last agent that it was certified for, as long as a
-#: certificate of that agent is remembered.
+# Since version 2. An address has one holder: the last agent that it was certified for, as long as a
+# certificate of that agent is recorded.
 _HOLDERS: Final = """
 CREATE TABLE holders (
     namespace TEXT NOT NULL, address TEXT NOT NULL, subject TEXT NOT NULL, PRIMARY KEY (namespace, address))
@@ -51,15 +52,16 @@ PRAGMA user_version = {_VERSION};
 
 
 class StoreFault(TrustError):
-    """The file can't be read or written at present."""
+    """The file cannot be read or written at present."""
 
 
 @dataclass(frozen=True, slots=True)
 class CaRecord:
-    """A CA; its key is in a file.
+    """One CA, whose key is in a file.
 
-    Role `issuing` gives out certificates; `next` and `old` are in force beside it; `retired` only signs trust lists,
-    for those who have missed a rotation. So does `void`, whose key was stolen.
+    Role `issuing` issues certificates; `next` and `old` are in force beside it. `retired` only
+    signs trust lists, for processes that have missed a rotation. So does `void`, whose key was
+    stolen.
     """
 
     number: int
@@ -70,7 +72,7 @@ class CaRecord:
 
 @dataclass(frozen=True, slots=True)
 class TokenRecord:
-    """A join token, and what it allows. Times are seconds since 1970."""
+    """A join token, and the limits of what it allows. Times are seconds since 1970."""
 
     id: str
     secret: bytes = field(repr=False)
@@ -81,28 +83,31 @@ class TokenRecord:
     ends: int
     lifetime: int  # of a certificate, in seconds
     revoked: bool = False
-    take_over: bool = False  # it gives agents what is certified for another one
+    take_over: bool = False  # it may give an agent what is certified for another agent
 
 
 @dataclass(frozen=True, slots=True)
 class Issued:
-    """A certificate that was given out."""
+    """One certificate that was issued. Times are seconds since 1970."""
 
     subject: str
     key: bytes  # `certificates.key_hash`
     ca: int
     addresses: tuple[str, ...]
-    token: str  # that its agent's first certificate came by; "": by hand
+    token: str  # the token with which its agent first enrolled; "" when it was issued by hand
     issued: int
     ends: int
-    forget: int  # the record is of use until then
+    forget: int  # the record can be deleted after this time
 
 
 class Store:
-    """The file, open. For one thread at a time. Every method raises TrustError, which names the file."""
+    """The open file.
+
+    For one thread at a time. Every method raises TrustError, which names the file.
+    """
 
     def __init__(self, path: Path) -> None:
-        """A file that `create` has made."""
+        """Open a file that `create` has made."""
         self.path = path
         try:
             with path.open("r+b"):
@@ -113,25 +118,28 @@ class Store:
         self._db = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
         try:
             with self._translate_errors():
-                # FULL: a revocation or a used token that was told must not be undone by a power cut.
+                # FULL: a power cut must not undo a revocation or a token's use that was reported.
                 self._db.execute("PRAGMA journal_mode = WAL")
                 self._db.execute("PRAGMA synchronous = FULL")
                 (version,) = self._db.execute("PRAGMA user_version").fetchone()
             if version == 1:
                 version = self._add_holders()
             if version != _VERSION:
-                raise TrustError(f"{path}: is of version {version}, and this is rtunnel for version {_VERSION}")
+                raise TrustError(
+                    f"{path}: has version {version}, this rtunnel reads {_VERSION}: use the version that made it"
+                )
         except TrustError:
             self._db.close()
             raise
 
     def _add_holders(self) -> int:
-        """Bring a file of version 1 to version 2: of several agents with one address the newest one holds it.
+        """Upgrade a file of version 1 to version 2, and return the file's version.
 
-        Returns the file's version.
+        When several agents have one address, the newest one holds it.
         """
         with self.change():
-            (version,) = self._run("PRAGMA user_version").fetchone()  # another process may have done it meanwhile
+            # Another process may have upgraded it.
+            (version,) = self._run("PRAGMA user_version").fetchone()
             if version == 1:
                 self._run("ALTER TABLE tokens ADD COLUMN take_over INTEGER NOT NULL DEFAULT 0")
                 for statement in _statements(_HOLDERS):
@@ -145,22 +153,22 @@ class Store:
 
     @staticmethod
     def create(path: Path) -> Store:
-        """A new one."""
+        """Create a new file, and open it."""
         try:
             db = sqlite3.connect(path)
             db.executescript(_SCHEMA)
             db.close()
         except sqlite3.Error as error:
-            raise StoreFault(f"{path}: can't be made: {error}") from None
+            raise StoreFault(f"{path}: can't be created ({error}): make its directory writable") from None
         return Store(path)
 
     def close(self) -> None:
-        """It is not to be used any more."""
+        """Close the file, which must not be used any more."""
         self._db.close()
 
     @contextmanager
     def change(self) -> Iterator[None]:
-        """All or nothing of what is done inside, and nobody else changes anything meanwhile."""
+        """Run the block in one transaction, during which no other process can change the file."""
         self._run("BEGIN IMMEDIATE")
         try:
             yield
@@ -170,62 +178,65 @@ class Store:
             raise
 
     def version(self) -> int:
-        """Another one when another process has changed something; own changes don't count."""
+        """Return a number that differs after another process has changed the file."""
         return int(self._run("PRAGMA data_version").fetchone()[0])
 
     # CAs and the trust list.
 
     def cas(self) -> list[CaRecord]:
-        """All, also retired ones, the oldest first."""
+        """Return all CAs, also retired ones, the oldest first."""
         rows = self._run("SELECT number, role, certificate, key_file FROM cas ORDER BY number")
         return [CaRecord(*row) for row in rows]
 
     def put_ca(self, ca: CaRecord) -> None:
-        """Add one, or give it another role."""
+        """Add a CA, or give it another role."""
         values = (ca.number, ca.role, ca.certificate, ca.key_file)
         self._run("INSERT OR REPLACE INTO cas VALUES (?, ?, ?, ?)", *values)
 
     def trust_list(self) -> tuple[int, int, bytes]:
-        """(number, generation, signed) of the trust list in force; zeros before the first one."""
+        """Return (number, generation, signed) of the list in force; zeros before the first one."""
         row = self._run("SELECT number, generation, signed FROM list").fetchone()
         return (0, 0, b"") if row is None else (row[0], row[1], row[2])
 
     def put_trust_list(self, number: int, generation: int, signed: bytes) -> None:
-        """Another list is in force."""
+        """Replace the list in force."""
         self._run("DELETE FROM list")
         self._run("INSERT INTO list VALUES (?, ?, ?)", number, generation, signed)
 
     # Tokens.
 
     def tokens(self) -> list[TokenRecord]:
-        """All, those that end last first."""
+        """Return all tokens, the one that ends last first."""
         return [_token(row) for row in self._run("SELECT * FROM tokens ORDER BY ends DESC, id")]
 
     def token(self, token_id: str) -> TokenRecord | None:
-        """The one of this id."""
+        """Return the token with this id, or None."""
         row = self._run("SELECT * FROM tokens WHERE id = ?", token_id).fetchone()
         return None if row is None else _token(row)
 
     def add_token(self, token: TokenRecord) -> None:
-        """An id is given once."""
+        """Add a token. Raises TrustError when its id is in use."""
         if self.token(token.id) is not None:
-            raise TrustError(f"there is a token {token.id} already: choose another id")
+            raise TrustError(f"a token {token.id} exists already: choose another id")
         values = (token.id, token.secret, token.namespace, " ".join(token.networks), token.uses, token.used)
         rest = (token.ends, token.lifetime, int(token.revoked), int(token.take_over))
         self._run("INSERT INTO tokens VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", *values, *rest)
 
     def use_token(self, token_id: str) -> None:
-        """Count one use."""
+        """Count one use of a token."""
         self._run("UPDATE tokens SET used = used + 1 WHERE id = ?", token_id)
 
     def revoke_token(self, token_id: str) -> bool:
-        """It allows nothing more; False when there is none."""
+        """Revoke a token. Returns False when there is none with this id."""
         return self._run("UPDATE tokens SET revoked = 1 WHERE id = ?", token_id).rowcount > 0
 
     # Certificates.
 
     def record(self, item: Issued) -> None:
-        """Remember a certificate. Of one subject, key and CA the last one counts, and the token is the first one's."""
+        """Record a certificate.
+
+        Of several with one subject, key and CA the last one is kept, with the token of the first.
+        """
         values = (item.subject, item.key, item.ca, " ".join(item.addresses), item.token)
         self._run(
             "INSERT INTO issued VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (subject, key, ca) DO UPDATE SET"
@@ -236,33 +247,33 @@ class Store:
         )  # fmt: skip
 
     def forget(self, now: float) -> None:
-        """Drop records that are of no use any more."""
+        """Delete the certificates that are of no use after `now` (seconds since 1970)."""
         self._run("DELETE FROM issued WHERE forget < ?", int(now))
 
     def issued(self, now: float) -> list[Issued]:
-        """The certificates that have not expired."""
+        """Return the certificates that have not expired."""
         rows = self._run("SELECT * FROM issued WHERE ends > ? ORDER BY subject, issued", int(now))
         return [_issued(row) for row in rows]
 
     def issued_to(self, subject: str) -> list[Issued]:
-        """Every certificate of one that is remembered."""
+        """Return every recorded certificate of one subject."""
         return [_issued(row) for row in self._run("SELECT * FROM issued WHERE subject = ?", subject)]
 
     def issued_for(self, key: bytes) -> list[Issued]:
-        """Every certificate for one key that is remembered."""
+        """Return every recorded certificate for one key (`certificates.key_hash`)."""
         return [_issued(row) for row in self._run("SELECT * FROM issued WHERE key = ?", key)]
 
-    # Who holds an address.
+    # The holders of addresses.
 
     def put_holder(self, subject: str, namespace: str, addresses: Iterable[str]) -> None:
-        """These addresses are certified for this agent, and for another one no more."""
+        """Record that these addresses are certified for this agent, and for no other any more."""
         for address in addresses:
             self._run("INSERT OR REPLACE INTO holders VALUES (?, ?, ?)", namespace, address, subject)
 
     def holder(self, namespace: str, address: str) -> str:
-        """Return the subject that the address was certified for last, "" when none is remembered.
+        """Return the subject that the address was last certified for, or "" when none is recorded.
 
-        Its certificates may be over, void, or without this address by now.
+        Its certificates may have expired, be void, or be without this address by now.
         """
         sql = "SELECT subject FROM holders WHERE namespace = ? AND address = ?"
         row = self._run(sql, namespace, address).fetchone()
@@ -271,20 +282,24 @@ class Store:
     # Revocations.
 
     def revoke(self, subject: str, at: int, until: int | None) -> None:
-        """What was issued until `at` is void, and was to end at `until`; None: never. What was said before holds."""
+        """Record that certificates issued up to `at` are revoked, and would end at `until`.
+
+        `until` None: they do not end. An earlier record of the subject only becomes stricter.
+        """
         self._run(
             "INSERT INTO revocations VALUES (?, ?, ?) ON CONFLICT (subject) DO UPDATE SET"
-            " at = max(at, excluded.at), until = max(until, excluded.until)",  # NULL when one of them is
+            # Max is NULL when one is NULL.
+            " at = max(at, excluded.at), until = max(until, excluded.until)",
             subject, at, until,
         )  # fmt: skip
 
     def revoked_at(self, subject: str) -> int:
-        """Until when what was issued to it is void; 0: it was never revoked."""
+        """Return the time up to which the subject's certificates are revoked; 0 when never."""
         row = self._run("SELECT at FROM revocations WHERE subject = ?", subject).fetchone()
         return 0 if row is None else int(row[0])
 
     def revocations(self, now: float) -> dict[str, int]:
-        """Those that matter still: something that they make void would be good without them."""
+        """Return the revocations that still make a certificate invalid, as subject -> time."""
         rows = self._run("SELECT subject, at FROM revocations WHERE until IS NULL OR until > ?", int(now))
         return dict(rows.fetchall())
 
@@ -308,7 +323,7 @@ def _token(row: tuple[Any, ...]) -> TokenRecord:
 
 
 def _statements(script: str) -> list[str]:
-    """Cut a script into statements: `executescript` would commit the transaction that it runs in."""
+    """Cut a script into statements, because `executescript` would commit the open transaction."""
     found, statement = [], ""
     for line in script.splitlines(keepends=True):
         statement += line

@@ -1,9 +1,10 @@
-"""Who may log in at a gateway: a file with a name and an scrypt hash a line, which `rtunnel user` writes.
+"""The users of a gateway: a file with one name and scrypt hash a line, which `rtunnel user` writes.
 
     alice:$scrypt$ln=14,r=8,p=5$<salt, base64 without padding>$<hash>
 
-The hash is in the PHC string format (RFC 7914 has scrypt). Empty lines and lines that begin with `#` are skipped, and
-kept when the file is written. No message of this module repeats anything of a line but the name.
+The hash has the PHC string format; RFC 7914 specifies scrypt. Empty lines and lines that begin with
+`#` are skipped, and kept when the file is written. Messages of this module repeat only the name
+from a line, never its hash.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from typing import Final
 from rtunnel.config import BadValue, check_word
 from rtunnel.errors import TrustError
 
-#: What RFC 1929 can carry.
+#: Bytes that a password of RFC 1929 can have.
 MAX_PASSWORD: Final = 255
-#: 16 MiB and 0.15 s a check: what OWASP takes for the least.
+# 16 MiB and 0.15 s for one check: the least that OWASP recommends.
 _COST: Final = (14, 8, 5)
 _SALT_BYTES: Final = 16
 _HASH_BYTES: Final = 32
-#: Memory and time of one check, whatever a file says.
+# Bounds on the memory and time of one check, whatever a file says.
 _MAX_MEMORY: Final = 128 << 20
 _MAX_P: Final = 16
-#: A file of 10,000 users has 1 MB.
+# A file of 10,000 users has 1 MB.
 _MAX_FILE: Final = 4 << 20
 
 _HASH = re.compile(r"\$scrypt\$ln=(\d{1,2}),r=(\d{1,2}),p=(\d{1,2})\$([A-Za-z0-9+/]{11,86})\$([A-Za-z0-9+/]{22,86})")
@@ -41,24 +42,30 @@ _HASH = re.compile(r"\$scrypt\$ln=(\d{1,2}),r=(\d{1,2}),p=(\d{1,2})\$([A-Za-z0-9
 
 @dataclass(frozen=True, slots=True)
 class Hash:
-    """One password's hash, with what it was made of."""
+    """The hash of one password, with its cost and salt."""
 
     cost: tuple[int, int, int]  # log2 of N, r, p
     salt: bytes = field(repr=False)
     key: bytes = field(repr=False)
 
     def fits(self, password: str) -> bool:
-        """Whether it is this password; 0.15 s, the same for every password. For a worker thread."""
+        """Return whether this is the hash of the password.
+
+        Takes 0.15 s, the same for every password; for a worker thread.
+        """
         return hmac.compare_digest(_scrypt(password, self.salt, self.cost, len(self.key)), self.key)
 
     def text(self) -> str:
-        """As it stands in a file."""
+        """Return the hash as it stands in a file."""
         log_n, r, p = self.cost
         return f"$scrypt$ln={log_n},r={r},p={p}${_encoded(self.salt)}${_encoded(self.key)}"
 
 
 def new_hash(password: str) -> Hash:
-    """A password's hash with a fresh salt. Raises BadValue for one that no client could send."""
+    """Return a password's hash with a fresh salt.
+
+    Raises BadValue for one that no client can send.
+    """
     if not 1 <= len(password.encode()) <= MAX_PASSWORD:
         raise BadValue(f"the password has {len(password.encode())} bytes", f"use 1 to {MAX_PASSWORD}")
     salt = secrets.token_bytes(_SALT_BYTES)
@@ -66,34 +73,37 @@ def new_hash(password: str) -> Hash:
 
 
 class Users:
-    """The users of one file."""
+    """The users of one file, by name."""
 
     def __init__(self, hashes: Mapping[str, Hash]) -> None:
         self.hashes = dict(hashes)
-        # Who is not in the file costs what most who are cost: the time tells nobody which names there are.
+        # A name that is not in the file costs what most names cost, so that the time reveals no
+        # names.
         costs = [entry.cost for entry in hashes.values()]
         cost = max(set(costs), key=costs.count) if costs else _COST
         self._nobody = Hash(cost, secrets.token_bytes(_SALT_BYTES), secrets.token_bytes(_HASH_BYTES))
 
     def check(self, name: str, password: str) -> bool:
-        """Whether this is a user with this password. For a worker thread."""
+        """Return whether this is a user with this password. For a worker thread."""
         entry = self.hashes.get(name)
         return (entry or self._nobody).fits(password) and entry is not None
 
 
 def check_name(name: str) -> str:
-    """A name that a user may have. Raises BadValue."""
+    """Return `name` if a user may have it. Raises BadValue."""
     check_word(name)
     if ":" in name or name.startswith("#") or name == "*":
-        raise BadValue(f"{name!r} can't be a user's name", "without ':', not '*', and with another start than '#'")
+        raise BadValue(
+            f"{name!r} can't be a user's name", "use a name without ':', not '*', that does not begin with '#'"
+        )
     return name
 
 
-# --- the file ---------------------------------------------------------------------------------------------
+# --- the file -------------------------------------------------------------------------------------
 
 
 def load_users(path: Path | str) -> Users:
-    """The users of a file; it may have none. Raises TrustError."""
+    """Return the users of a file, which may be empty. Raises TrustError."""
     hashes: dict[str, Hash] = {}
     for number, line in enumerate(_lines(Path(path)), 1):
         if not line.strip() or line.startswith("#"):
@@ -104,15 +114,15 @@ def load_users(path: Path | str) -> Users:
         except BadValue:
             raise TrustError(f"{path}:{number}: does not begin with a user's name and ':'") from None
         if name in hashes:
-            raise TrustError(f"{path}:{number}: a second line of {name}")
+            raise TrustError(f"{path}:{number}: is a second line for the user {name}: remove one")
         hashes[name] = _parse(text.strip(), f"{path}:{number}: {name}")
     return Users(hashes)
 
 
 def put_user(path: Path, name: str, entry: Hash) -> bool:
-    """Add a user, or give one another password; the file is made when there is none. True for a new one.
+    """Add a user, or replace a user's password. Creates the file when there is none.
 
-    Raises TrustError; then the file is as it was.
+    Returns True for a new user. Raises TrustError, and then has not changed the file.
     """
     line = f"{check_name(name)}:{entry.text()}"
     lines = _lines(path) if path.exists() else []
@@ -122,7 +132,7 @@ def put_user(path: Path, name: str, entry: Hash) -> bool:
 
 
 def remove_user(path: Path, name: str) -> None:
-    """Take a user out. Raises TrustError, also when there is no such user."""
+    """Remove a user. Raises TrustError, also when there is no such user."""
     if name not in load_users(path).hashes:
         raise TrustError(f"{path}: has no user {name}")
     _write(path, [line for line in _lines(path) if not _is_of(line, name)])
@@ -146,7 +156,10 @@ def _lines(path: Path) -> list[str]:
 
 
 def _write(path: Path, lines: list[str]) -> None:
-    """Whole or not at all, for its owner only; a file that was there keeps its owner and its group's rights."""
+    """Replace the file atomically, with mode 0600.
+
+    An existing file keeps its owner and group rights.
+    """
     path = path.resolve()
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -170,11 +183,12 @@ def _write(path: Path, lines: list[str]) -> None:
 
 def _keep(descriptor: int, old: os.stat_result) -> None:
     if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
-        os.fchown(descriptor, old.st_uid, old.st_gid)  # or the gateway can't read it any more
+        # Otherwise the gateway cannot read it any more.
+        os.fchown(descriptor, old.st_uid, old.st_gid)
     os.fchmod(descriptor, old.st_mode & 0o660 | 0o600)
 
 
-# --- hashes -----------------------------------------------------------------------------------------------
+# --- hashes ---------------------------------------------------------------------------------------
 
 
 def _scrypt(password: str, salt: bytes, cost: tuple[int, int, int], size: int) -> bytes:

@@ -12,7 +12,7 @@ from typing import Final
 
 from rtunnel.errors import TrustError
 from rtunnel.trust.identity import Identity, Revoked, TrustStore
-from rtunnel.trust.proof import Exchange, PairKey, is_signed, said_by
+from rtunnel.trust.proof import Exchange, PairKey, answer_bytes, is_signed
 from rtunnel.wire.messages import EXCHANGE_BYTES, Accepted, Refuse
 from rtunnel.wire.refusal import Refusal, Refused
 
@@ -51,7 +51,7 @@ class Proofs:
         before as much again. Raises Refused: `not_proven`, or `revoked`.
         """
         if answer.mac:
-            if known is None or not known.pair.is_proof(said_by(answer), body, answer.mac):
+            if known is None or not known.pair.is_proof(answer_bytes(answer), body, answer.mac):
                 raise Refused(Refusal.NOT_PROVEN, "the MAC is not by the key of a pair with this target's agent")
             return self._holder(known.certificate)  # its CA, its time, and revocations are of now
         return self._first(answer, body, namespace, ip)
@@ -66,7 +66,7 @@ class Proofs:
             raise Refused(Refusal.NOT_PROVEN, f"{identity.subject} is of another namespace than {namespace}")
         if ip not in identity.addresses:
             raise Refused(Refusal.NOT_PROVEN, f"the certificate of {identity.subject} does not have the address {ip}")
-        said, exchange, key = said_by(answer), answer.exchange, identity.public_key
+        said, exchange, key = answer_bytes(answer), answer.exchange, identity.public_key
         if len(exchange) != EXCHANGE_BYTES or not is_signed(key, said, exchange, body, answer.signature):
             raise Refused(Refusal.NOT_PROVEN, f"the signature is not {identity.subject}'s over this Dial")
         self._remember(namespace, ip, answer)

@@ -249,7 +249,7 @@ def test_tokens_that_do_not_count(made: Path) -> None:
         code, text = refusal(decide, wrong)
         assert code is Refusal.BAD_TOKEN and "proof" in text
     clock.now += 60
-    assert "is over" in refusal(decide, question)[1]
+    assert "expired at" in refusal(decide, question)[1]
     assert "proof" in refusal(decide, stranger)[1]
     clock.now -= 1
     change(made, lambda opened: opened.store.revoke_token("web"))
@@ -415,7 +415,7 @@ def test_a_renewal_changes_nobody(made: Path) -> None:
         assert refusal(decide, question)[0] is Refusal.BAD_CERTIFICATE
     broker = certificate_der(made / "broker.pem")
     code, text = refusal(decide, renewal(broker, load_private_key(made / "broker.key")))
-    assert code is Refusal.BAD_CERTIFICATE and "no agent" in text
+    assert code is Refusal.BAD_CERTIFICATE and "is not an agent" in text
 
 
 def test_a_stranger_renews_nothing(made: Path, tmp_path: Path) -> None:
@@ -441,7 +441,7 @@ def test_what_was_not_given_out_here_is_not_renewed(made: Path, tmp_path: Path) 
         certificate_der(thiefs / "db.pem"), load_private_key(thiefs / "db.key"), agent_id="db", addresses=["10.9.9.9"]
     )
     code, text = refusal(at(made), question)
-    assert code is Refusal.BAD_CERTIFICATE and "agent/default/db was not given out here" in text
+    assert code is Refusal.BAD_CERTIFICATE and "agent/default/db is not recorded here" in text
     assert "authority.renew = all" in text
     renewed = Authority(kept(Directory(made)), renew_unknown=True).enrol(question)
     assert who(renewed).subject == "agent/default/db"

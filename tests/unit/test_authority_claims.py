@@ -175,7 +175,7 @@ def test_a_token_may_take_an_agent_id_over_within_its_networks(made: Path) -> No
     first = decide.enrol(enrol(token(made), agent_id="a1"))
     abroad = token(made, networks=("10.2.0.0/16",), take_over=True)
     code, text = refusal(decide, enrol(abroad, agent_id="a1", addresses=["10.2.0.7"]))
-    assert code is Refusal.AGENT_ID_TAKEN and "it is not for 10.1.0.7" in text
+    assert code is Refusal.AGENT_ID_TAKEN and "it does not allow 10.1.0.7" in text
     key = new_key()
     by = token(made, take_over=True)
     taken = decide.enrol(enrol(by, key, agent_id="a1"))

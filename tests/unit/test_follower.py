@@ -118,7 +118,7 @@ async def test_a_list_that_comes_while_the_authority_is_dialled(made: Path, monk
 
 async def test_who_is_no_ca_is_none(made: Path) -> None:
     """A CA file with somebody's certificate is refused at once, and not met by the first Enrol; from lists as well."""
-    with pytest.raises(TrustError, match=r"broker\.pem: .* is no CA's"):
+    with pytest.raises(TrustError, match=r"broker\.pem: .* is not of a CA"):
         Following(made / "broker.pem")
     with pytest.raises(TrustError, match="CAs in force"):
         server_context(made / "broker.pem", made / "broker.key", clients="noise")
@@ -349,7 +349,7 @@ def test_files_that_cant_be_used(made: Path, tmp_path: Path) -> None:
     with pytest.raises(TrustError, match="empty: has no PEM"):
         Following(tmp_path / "empty")
     (tmp_path / "long").write_bytes(b"x" * 70_000)
-    with pytest.raises(TrustError, match="long: is far too long"):
+    with pytest.raises(TrustError, match="long: is longer than 65536 bytes"):
         Following(made / "ca.pem", tmp_path / "long")
 
 

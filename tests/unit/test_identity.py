@@ -177,7 +177,7 @@ def test_a_ca_file_that_is_written_again_brings_no_void_ca_back(tmp_path: Path) 
             trust_store.verify(thief)
         trust_store.begin_again(file)
         assert trust_store.number == 2
-    with pytest.raises(TrustError, match=r"ca\.pem: has no CA but void ones.*newest ca\.pem"):
+    with pytest.raises(TrustError, match=r"ca\.pem: has only void CAs.*newest ca\.pem"):
         trust_store.begin_again(file + b"\n" + pem(renewed(old)), "ca.pem")
     assert trust_store.verify(honest) and trust_store.number == 2
 
@@ -192,7 +192,7 @@ def test_an_agents_own_list_says_which_cas_were_stolen(tmp_path: Path) -> None:
     with pytest.raises(TrustError, match="not signed by a CA in force"):
         trust_store.take(kept)
     assert void_cas(kept) == {ca_id(old[0])} and not void_cas(b"no list")
-    with pytest.raises(TrustError, match=r"^ca\.pem: has no CA but void ones"):
+    with pytest.raises(TrustError, match=r"^ca\.pem: has only void CAs"):
         trust_store.must_not_be(void_cas(kept), "ca.pem")
     TrustStore(pem(old[0]) + pem(new[0])).must_not_be(void_cas(kept), "ca.pem")
 

@@ -95,7 +95,7 @@ def test_a_file_that_is_no_store(made: Path) -> None:
     (made / "authority.db").write_bytes(b"x" * 5000)
     assert "authority.db: can't be used" in run(made, "list", code=2).stderr
     (made / "authority.db").write_bytes(b"")
-    assert "authority.db: is of version 0" in run(made, "list", code=2).stderr
+    assert "authority.db: has version 0" in run(made, "list", code=2).stderr
 
 
 def test_secrets_stay_private(made: Path) -> None:
@@ -146,7 +146,7 @@ def test_tokens(made: Path) -> None:
     assert re.search(r"web +revoked", run(made, "token", "list").output)
     assert "no token 'app'" in run(made, "token", "revoke", "app", code=2).stderr
     again = run(made, "token", "create", "--id", "web", *networks, code=2)
-    assert "there is a token web already" in again.stderr and not again.stdout
+    assert "a token web exists already" in again.stderr and not again.stdout
 
 
 def test_a_token_in_a_file(made: Path, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_token_in_a_file(made: Path, tmp_path: Path) -> None:
         (("--cidr", "10.1.0.0/16", "--lifetime", "1"), "write it like 30m, 24h or 7d"),
         (("--cidr", "10.1.0.0/16", "--lifetime", "0h"), "not a duration"),
         (("--cidr", "10.1.0.0/16", "--uses", "0"), "--uses"),
-        (("--cidr", "10.1.0.0/16", "--id", "a.b"), "no token id"),
+        (("--cidr", "10.1.0.0/16", "--id", "a.b"), "can't be a token's id"),
         (("--cidr", "10.1.0.0/16", "--namespace", "a b"), "has a space"),
     ],
 )
@@ -336,7 +336,7 @@ def test_after_a_backup_lists_are_newer(made: Path) -> None:
 
 def test_another_ca(made: Path, tmp_path: Path) -> None:
     """Three steps in their order and no other; what is trusted and what signs at each."""
-    for step, words in (("switch", "was not started"), ("finish", "begins with `rotate start`")):
+    for step, words in (("switch", "was not started"), ("finish", "begin with `rtunnel pki rotate start`")):
         assert words in run(made, "rotate", step, code=2).stderr
     pki.issue_agent(made, "a1", agent_id="a1", namespace="default", addresses=["10.1.0.7"])
     old = (made / "ca.pem").read_bytes()
@@ -345,14 +345,17 @@ def test_another_ca(made: Path, tmp_path: Path) -> None:
 
     assert "`rtunnel pki rotate switch`" in run(made, "rotate", "start").output
     assert count(made) == 2 and (made / "ca.pem").read_bytes().startswith(old)
-    for step, words in (("start", "started already"), ("finish", "`rotate switch` comes next")):
+    for step, words in (("start", "started already"), ("finish", "continue with `rtunnel pki rotate switch`")):
         assert words in run(made, "rotate", step, code=2).stderr
     assert take(follower, made) and len(follower.pem.split("BEGIN")) == 3
     run(made, "issue", "broker", "still-old")
     TrustStore(old).verify(certificate_der(made / "still-old.pem"))
 
     assert "From the old one: 3 certificates" in run(made, "rotate", "switch").output
-    for step, words in (("start", "`rotate finish` comes next"), ("switch", "`rotate finish` comes next")):
+    for step, words in (
+        ("start", "continue with `rtunnel pki rotate finish`"),
+        ("switch", "continue with `rtunnel pki rotate finish`"),
+    ):
         assert words in run(made, "rotate", step, code=2).stderr
     for name in ("broker", "still-old"):
         run(made, "issue", "broker", name, "--into", str(tmp_path / "new"))

@@ -234,7 +234,7 @@ def test_a_file_loads(tmp_path: Path) -> None:
         ("[[rule]]\naction = 'maybe'", "FILE: rule 1: action: must be given"),
         ("rule = [1]", "FILE: rule 1: expected `object`, got `int`"),
         ("[[rule]]\nname='x'\naction='deny'\nform=[]", "FILE: rule 1 (x): 'form': unknown key (did you mean from?)"),
-        ("[[rule]]\naction='deny'\nusers=[]", "FILE: rule 1: users: is empty, which fits nobody (leave it out"),
+        ("[[rule]]\naction='deny'\nusers=[]", "FILE: rule 1: users: is empty, which matches nobody (leave it out"),
         ("[[rule]]\naction='deny'\nusers='a'", "FILE: rule 1: users: expected `array | null`, got `str`"),
         ("[[rule]]\naction='deny'\nfrom=['10.0.0.1/8']", "FILE: rule 1: from: '10.0.0.1/8' has bits set behind its"),
         ("[[rule]]\naction='deny'\nto=['::ffff:10.0.0.0/104']", "FILE: rule 1: to: '::ffff:10.0.0.0/104' is IPv4"),
@@ -292,12 +292,12 @@ def test_all_faults_are_told_up_to_a_limit(tmp_path: Path) -> None:
 
 def test_sizes_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rules, the memory that they take, the file; and a file that is not there."""
-    assert "20001 rules are too many" in fault(tmp_path, "[[rule]]\naction='deny'\n" * 20001)
+    assert "has 20001 rules, over" in fault(tmp_path, "[[rule]]\naction='deny'\n" * 20001)
     monkeypatch.setattr(policy, "_MAX_TABLE", 10)
     text = "".join(f"[[rule]]\naction='deny'\nto=['10.0.{n}.0/24']\n" for n in range(0, 60, 2))
-    assert fault(tmp_path, text) == "FILE: 60 different values of one key in 30 rules are too many"
+    assert fault(tmp_path, text) == "FILE: 60 different values of one key in 30 rules are too many: use larger networks"
     monkeypatch.setattr(policy, "_MAX_FILE", 10)
-    assert "the wrong file?" in fault(tmp_path, text)
+    assert "give the file of the gateway's rules" in fault(tmp_path, text)
     with pytest.raises(TrustError, match="can't be read: No such file"):
         load_policy(tmp_path / "none")
 

@@ -103,7 +103,7 @@ def test_another_broker_certificate(made: Path) -> None:
     )
     with pytest.raises(TrustError, match=r"broker-2\.pem: exists"):
         pki.issue_broker(made, "broker-2")
-    with pytest.raises(TrustError, match="not a name"):
+    with pytest.raises(TrustError, match="can't be a file's name"):
         pki.issue_broker(made, "../broker")
 
 
@@ -296,7 +296,7 @@ def test_secrets_are_not_shown() -> None:
 def test_token_ids_are_checked() -> None:
     """An id that would break the file's format is refused."""
     for bad in ("a.b", "a b", "x" * 65, "ü"):
-        with pytest.raises(ValueError, match="is no token id"):
+        with pytest.raises(ValueError, match="can't be a token's id"):
             keys.new_token(bad)
 
 
@@ -313,7 +313,7 @@ SHORT = base64.b64encode(b"short").decode()
         ("# nothing\n\n", "is empty"),
         (TOKEN_LINE, ":1: is not a cluster key (it is a join token)"),
         ("\n-----BEGIN CERTIFICATE-----", ":2: is not a cluster key (it is a PEM file)"),
-        ("rtunnel-cluster-key-2 AAAA", "for another version of rtunnel"),
+        ("rtunnel-cluster-key-2 AAAA", "of another version of rtunnel"),
         ("hunter2", "is not a cluster key"),
         ("rtunnel-cluster-key-1", "0 bytes instead of 32"),
         ("rtunnel-cluster-key-1 !!!!", "it is not base64"),
@@ -339,7 +339,7 @@ def test_wrong_cluster_keys_are_told(tmp_path: Path, text: str, reason: str) -> 
     [
         ("", "is empty"),
         (CLUSTER_LINE, ":1: is not a gateway's key (it is a cluster key)"),
-        ("rtunnel-gateway-key-2 g1 AAAA", "for another version of rtunnel"),
+        ("rtunnel-gateway-key-2 g1 AAAA", "of another version of rtunnel"),
         ("rtunnel-gateway-key-1 g1", "is not rtunnel-gateway-key-1 <id> <key>"),
         ("rtunnel-gateway-key-1 g/1 AAAA", "is not rtunnel-gateway-key-1 <id> <key>"),
         (f"rtunnel-gateway-key-1 g1 {SHORT}", "5 bytes instead of 32"),
@@ -363,12 +363,12 @@ def test_wrong_gateway_keys_are_told(tmp_path: Path, text: str, reason: str) -> 
     [
         ("", "is empty"),
         (CLUSTER_LINE, ":1: is not a join token (it is a cluster key)"),
-        ("rtunnel-token-2.a.b", "for another version"),
+        ("rtunnel-token-2.a.b", "of another version"),
         ("rtunnel-token-1.web", "is not rtunnel-token-1.<id>.<secret>"),
         ("rtunnel-token-1.a b.AAAA", "is not rtunnel-token-1.<id>.<secret>"),
         ("rtunnel-token-1.web.AAAA", "3 bytes instead of 32"),
         ("rtunnel-token-1.web.A", "it is not base64"),
-        (f"{TOKEN_LINE}\n{TOKEN_LINE}", ":2: a second token of the id web"),
+        (f"{TOKEN_LINE}\n{TOKEN_LINE}", ":2: is a second token with the id web"),
         (TOKEN_LINE + "+", "the secret is damaged"),
     ],
 )
@@ -450,9 +450,9 @@ def test_a_gateways_key_has_an_id_of_its_own(made: Path, tmp_path: Path) -> None
     assert (made / "paris.key").stat().st_mode & 0o777 == 0o600
     with pytest.raises(TrustError, match=r"paris\.key: exists"):
         pki.issue_gateway(made, "paris")
-    with pytest.raises(TrustError, match="not a name for a file"):
+    with pytest.raises(TrustError, match="can't be a file's name"):
         pki.issue_gateway(made, "../paris")
-    with pytest.raises(TrustError, match="is no id of a gateway's key"):
+    with pytest.raises(TrustError, match="can't be the id of a gateway's key"):
         pki.issue_gateway(made, "pâris")
 
 

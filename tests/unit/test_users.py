@@ -147,7 +147,7 @@ HASH = "$scrypt$ln=10,r=1,p=1$c2FsdHNhbHRzYWx0c2FsdA$" + "a" * 43
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        (f"alice:{HASH}\nalice:{HASH}", ":2: a second line of alice"),
+        (f"alice:{HASH}\nalice:{HASH}", ":2: is a second line for the user alice"),
         ("alice", ":1: alice: the hash is not"),
         ("alice:hunter2", ":1: alice: the hash is not"),
         (":x", ":1: does not begin with a user's name"),

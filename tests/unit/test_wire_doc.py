@@ -209,7 +209,7 @@ def test_the_example_of_a_pair_is_right() -> None:
     assert pair.id == VECTORS["pair id"] and pair.is_proof(proofs.ACCEPTED, body, mac)
     for label in (proofs.ACCEPTED, proofs.REFUSED, proofs.PAIR_LABEL):
         assert f'"{label.rstrip(bytes(1)).decode()}" 00' in section("Proofs")
-    refused = proofs.said_by(messages.Refuse(code="not_exposed", text="no"))
+    refused = proofs.answer_bytes(messages.Refuse(code="not_exposed", text="no"))
     assert refused == b"rtunnel refused 1\0not_exposed\0no\0"
 
 
