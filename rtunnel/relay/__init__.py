@@ -1,17 +1,21 @@
-"""The data plane: one thread, one epoll loop; everything that happens per stream happens here.
+"""The data plane: one thread, one epoll loop; all that happens per stream happens here.
 
-- `relay`: the thread, and the verbs: listen, connect, link, join.
 - `loop`: descriptors, timers, run queue, calls from other threads.
-- `ends`: what can be joined. A `SocketEnd` is a TCP socket; a `StreamEnd` (in `stream`) is a yamux stream. Before an
-  end is joined it *talks*: bytes go to the role's `EndHandler`, a small protocol object, whose answers go out.
-- `join`: two ends become a pair; bytes, half-closes and resets flow from one to the other, and are counted.
-- `link`: one TCP connection between agent and broker, plain or TLS, carrying yamux; `windows`: how much its peer may
-  send ahead.
-- `memory`: what a process may hold for streams that stall.
+- `ends`: what can be joined, and how a role's `EndHandler` uses an end before that. A `SocketEnd` is
+  a TCP connection.
+- `stream`: a `StreamEnd`, a yamux stream as an end; `windows`: how much a link's peer may send ahead;
+  `memory`: how much one relay may hold for all its streams.
+- `engine`: TLS without a socket; `tls`: a TCP connection under TLS as an end.
+- `link`: one TCP connection between agent and broker that carries yamux; `transport`: its bytes,
+  plain or under TLS.
+- `join`: two ends become a pair; bytes, half-closes and resets pass between them, and are counted.
 - `lost`: why an end, a link or a session ended, as a type.
-- `engine`: TLS 1.3 without a socket; `transport`: how a link's bytes get through its socket, plain or TLS; `tls`: TLS
-  for a single connection that looks like a socket.
+- `relay`: the thread, and what a role asks of it: listen, connect, link, join.
 
-It imports no role, no registry and no trio. Follow a byte: `ends.SocketEnd` -> `join` -> `link.Link` ->
-`wire.yamux`, and back.
+`loop`, `ends`, `tls`, `link`, `join` and `rtunnel.wire.yamux` each begin with a theory of
+operation: what FIN, RST and HUP become, where bytes wait, and what may call back. To find why a
+stream was reset, begin with the ending in its account and the table in `join`, then see `link`.
+
+The package knows no role, no registry and no trio. Follow a byte: `ends.SocketEnd` -> `join` ->
+`link.Link` -> `wire.yamux`, and back.
 """

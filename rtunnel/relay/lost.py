@@ -1,6 +1,7 @@
 """Why a link, an end or a session ended, as a type.
 
-Code compares `Lost.kind`; `Lost.detail` is a sentence for the log and for people, and nothing reads it.
+Code compares `Lost.kind`; `Lost.detail` is a sentence for the log and for people, and nothing reads
+it.
 """
 
 from __future__ import annotations
@@ -14,28 +15,28 @@ from rtunnel.errors import certificate_fault
 
 
 class LostKind(StrEnum):
-    """The kind of the end; also the word for logs."""
+    """The kinds of ends; also the words in logs."""
 
-    CLOSED = "closed"  # one of the two sides ended it in order
+    CLOSED = "closed"  # one side ended it in order
     RESET = "reset"  # the peer reset it, or the socket failed
     LINK_LOST = "link_lost"  # a stream whose link has ended
-    DEADLINE = "deadline"  # what was due did not come in time
-    SILENT = "silent"  # the peer shows no sign of life
-    MADE_ROOM = "made_room"  # ended so that another connection finds a place
+    DEADLINE = "deadline"  # the peer did not do in time what was due
+    SILENT = "silent"  # no byte of the peer came for too long, or it took none
+    MADE_ROOM = "made_room"  # ended to make room for another connection
     NO_ADDRESS = "no_address"  # no address is known that could be dialled
-    UNREACHED = "unreached"  # there never was a connection
+    UNREACHED = "unreached"  # no connection could be made
     ANSWERED = "answered"  # it had its answer, and nothing more was to be said
     REFUSED = "refused"  # this side or the peer refused it with a code
     PROTOCOL_ERROR = "protocol_error"  # the peer broke the protocol
     NOT_TLS = "not_tls"  # the peer's first bytes are not TLS
-    TLS = "tls"  # TLS failed, for a reason that is none of the others
+    TLS = "tls"  # TLS failed for another reason
     CERTIFICATE = "certificate"  # this side does not accept the peer's certificate
     CERTIFICATE_REFUSED = "certificate_refused"  # the peer does not accept this side's certificate
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Why something ended: the kind, and one sentence for people."""
+    """Why something ended: the kind, and a sentence for people."""
 
     kind: LostKind
     detail: str
@@ -44,16 +45,16 @@ class Lost:
         return self.detail
 
     def during(self, phase: str) -> Lost:
-        """Return the same end with the phase, such as "handshake", in front of its detail."""
+        """Return the same with the phase, such as "handshake", in front of its detail."""
         return Lost(self.kind, f"{phase}: {self.detail}")
 
 
 def closed(detail: str) -> Lost:
-    """Return the end that one side chose, in order."""
+    """Return a `Lost` for an end in order; `detail` says who ended it, or why."""
     return Lost(LostKind.CLOSED, detail)
 
 
-#: The deadline of an end that talks; its owner says which deadline that was.
+#: The deadline of `End.talk`; its handler knows which deadline that was.
 DEADLINE: Final = Lost(LostKind.DEADLINE, "deadline")
 #: What a stream's handler hears when the link has ended.
 LINK_LOST: Final = Lost(LostKind.LINK_LOST, "link_lost")
@@ -61,7 +62,7 @@ RESET: Final = Lost(LostKind.RESET, "reset")
 
 
 def lost_by(error: OSError) -> Lost:
-    """Return the end that this error of a socket or of OpenSSL causes, in words of our own."""
+    """Return the `Lost` for an error of a socket or of OpenSSL, in this project's words."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return Lost(LostKind.CERTIFICATE, f"certificate not accepted: {certificate_fault(error)}")
     if isinstance(error, ssl.SSLError):
@@ -77,7 +78,8 @@ def _lost_by_tls(error: ssl.SSLError) -> Lost:
     return Lost(kind, detail)
 
 
-#: OpenSSL's names of the alerts by which a peer rejects a certificate (openssl/sslerr.h; RFC 8446 section 6.2).
+#: OpenSSL's names of the alerts by which a peer rejects a certificate (openssl/sslerr.h; RFC 8446
+#: section 6.2).
 _CERTIFICATE_ALERTS: Final = frozenset({
     "SSLV3_ALERT_BAD_CERTIFICATE",
     "SSLV3_ALERT_CERTIFICATE_EXPIRED",

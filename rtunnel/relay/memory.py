@@ -1,8 +1,9 @@
-"""What a process may hold for its streams: bytes that one side has sent and the other has not taken.
+"""The memory of one relay's streams: bytes that one side has sent and the other has not taken.
 
-Two things are counted. *Windows* are a promise: so much a link's peer may send ahead on a stream. Each begins with
-`START_WINDOW`, which every stream has; what is above comes out of one budget. *Held* is what really waits. New streams
-are refused while it is above the budget. So a process holds at most the budget and a `START_WINDOW` for each stream.
+Two things are counted. A *window* is a promise: the bytes that a link's peer may send ahead on a
+stream. Each stream begins with `START_WINDOW`; what a window has above that comes from one budget.
+*Held* bytes really wait. While they exceed the budget, new streams are refused. So a relay holds
+the budget and one `START_WINDOW` a stream at most.
 """
 
 from __future__ import annotations
@@ -10,56 +11,58 @@ from __future__ import annotations
 import ctypes
 from typing import Final
 
-#: A stream's window, at least: a TCP connection begins with as much (RFC 6928).
+#: Bytes of a stream's smallest window: a TCP connection begins with about as much (RFC 6928).
 START_WINDOW: Final = 16 * 1024
-#: The budget of a relay that is not told another one.
+#: Bytes of the budget, unless `stream_memory` is configured.
 BUDGET: Final = 256 * 1024 * 1024
-#: Half of the budget is for streams that move much: the windows of new ones share what is left of the other half, and
-#: each gets so small a part of it at most.
+#: Half of the budget is for streams that move much. Of what is left of the other half, a new
+#: stream's window gets one part in _START_PART at most.
 _START_PART: Final = 128
-#: When less than this part of the budget is left, windows that their streams don't use shrink.
+#: While less than one part in _TIGHT_PART of the budget is left, windows that their streams don't
+#: use shrink.
 _TIGHT_PART: Final = 4
-#: When so much was freed it goes back to the kernel: the C library itself keeps what lies between live blocks.
+#: Freed bytes after which memory is given back to the kernel: the C library keeps what lies between
+#: used blocks.
 TRIM_BYTES: Final = 32 * 1024 * 1024
 
 
 class Memory:
-    """The budget of one relay, in bytes. In the relay's thread."""
+    """The budget of one relay, and what is held, in bytes. In the relay's thread."""
 
     __slots__ = ("_peak", "budget", "full", "held", "left")
 
     def __init__(self, budget: int = BUDGET) -> None:
         self.budget = budget
-        self.left = budget  # for windows
+        self.left = budget  # of the budget, for windows
         self.held = 0
-        self.full = False  # more is held than the budget: no new streams
+        self.full = False  # more than the budget is held: new streams are refused
         self._peak = 0
 
     def hold(self, size: int) -> None:
-        """So many bytes wait from now on for a peer that does not take them."""
+        """Count bytes that are held from now on."""
         self.held += size
         self.full = self.held > self.budget
         if self.held > self._peak:
             self._peak = self.held
 
     def release(self, size: int) -> None:
-        """So many of them are gone."""
+        """Count bytes that are not held any more."""
         self.held -= size
         self.full = self.held > self.budget
 
     @property
     def tight(self) -> bool:
-        """Little is left to grow by."""
+        """Whether little of the budget is left."""
         return self.left * _TIGHT_PART < self.budget
 
     def widen(self, most: int) -> int:
-        """Take at most so many bytes for a new window."""
+        """Take up to `most` bytes of the budget for a new window. Return how many."""
         share = min(most, max(0, self.left - self.budget // 2) // _START_PART)
         self.left -= share
         return share
 
     def fell(self) -> bool:
-        """Return whether so much was freed since this was last True that a `trim` pays."""
+        """Return whether TRIM_BYTES were freed since this returned True last: time for `trim`."""
         if self._peak - self.held < TRIM_BYTES:
             return False
         self._peak = self.held
@@ -67,7 +70,10 @@ class Memory:
 
 
 def trim() -> None:
-    """Give freed memory back to the kernel, where the C library can. Takes milliseconds: not in the relay's thread."""
+    """Give freed memory back to the kernel, if the C library can (glibc).
+
+    Takes milliseconds: not in the relay's thread.
+    """
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)

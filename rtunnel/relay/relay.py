@@ -292,7 +292,7 @@ class Attempt:
             self._loop.soon(lambda: self._tell(*_bind_refusal(code, source, self.where)))
             return
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # keep-alive: `_renew_settings`
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
             code = sock.connect_ex((self._host, self._port))
             if code == errno.EINPROGRESS:
@@ -571,7 +571,7 @@ class Relay:
         self.loop.after(WATCH_SECONDS, self._renew_settings)
 
     def _trim(self) -> None:
-        """Give memory back to the kernel after a large fall: an agent kept 518 MiB after uploads."""
+        """Give memory back to the kernel: an agent kept 518 MiB after a flood of uploads."""
         if self.memory.fell():
             threading.Thread(target=trim, name="trim", daemon=True).start()
         self.loop.after(TRIM_SECONDS, self._trim)

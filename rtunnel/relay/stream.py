@@ -1,4 +1,12 @@
-"""A yamux stream as an end that talks and can be joined."""
+"""A yamux stream as an end: with a handler at first, then joined.
+
+The states are those of `ends`, with these differences. While no handler reads, bytes wait in
+`backlog`, one window at most, and count against the relay's memory. There is no descriptor: the
+link's read calls the hooks of `yamux.Stream`, which call the handler or the pair. A handler's calls
+from `talk` and `resume` come in a later step of the loop (`_replay`). `close` sends FIN and drops
+what still comes (`_Discard`); after LINGER_SECONDS the stream is reset. A lost link is `on_reset`
+with `session.over`.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +23,23 @@ if TYPE_CHECKING:
 
 
 class StreamJoin(Protocol):
-    """What a joined stream tells its pair."""
+    """A pair, as its stream uses it. All calls come from within the link's read."""
 
     def stream_data(self, data: memoryview) -> None:
-        """Payload from the peer."""
+        """Take payload, valid until this returns; call the stream's `consumed` when it has left."""
 
     def stream_fin(self) -> None:
-        """The peer sends no more."""
+        """Hear that the peer sends no more (FIN)."""
 
     def stream_lost(self, lost: Lost) -> None:
-        """Reset, or the link is gone."""
+        """Hear that the peer reset the stream, or that its link has ended."""
 
     def stream_window(self) -> None:
-        """There is send window again."""
+        """Hear that `send_window` grew."""
 
 
 class StreamEnd(yamux.Stream):
-    """See the module, and End."""
+    """One stream of a link as an end. In the relay's thread."""
 
     __slots__ = (
         "_deadline",
@@ -48,21 +56,21 @@ class StreamEnd(yamux.Stream):
         "wide",
     )
     session: Link
-    broken = False  # see End: a stream's failure is its link's, and comes as a reset
+    broken = False  # of `End`: a stream's write never fails; when its link does, `lost` comes
 
     def __init__(self, link: Link) -> None:
         super().__init__(link)
         self.link = link
-        self.start = link.start_window  # the window with which it began, beside the budget
+        self.start = link.start_window  # bytes of its first window, which the budget does not pay
         self.eof = False
         self.closed = False
-        self.granted = link.loop.now  # when the rate was looked at last,
-        self.given = 0  # and the window given back since
+        self.granted = link.loop.now  # when `grows` measured the rate last
+        self.given = 0  # bytes of window given back since then
         self.pair: StreamJoin | None = None
-        self.backlog = bytearray()  # came while nobody was reading; at most the window
+        self.backlog = bytearray()  # bytes that no handler has read; one window at most
         self._handler: EndHandler | None = None
         self._reading = False
-        self.wide = self.start >= yamux.INITIAL_WINDOW  # or it has been widened as far as the budget let it
+        self.wide = self.start >= yamux.INITIAL_WINDOW  # its first window is not widened any more
         self._deadline: Timer | None = None
 
     def talk(self, handler: EndHandler, deadline: float | None = None) -> None:
@@ -81,7 +89,7 @@ class StreamEnd(yamux.Stream):
             self.link.write(frame)
 
     def widen(self) -> int:
-        """Take the rest of an ordinary first window out of the budget, once. Return how many bytes there were."""
+        """Take the rest of a first window from the budget, once. Return the number of bytes."""
         self.wide = True
         return self.link.memory.widen(yamux.INITIAL_WINDOW - self.receive_window)
 
@@ -96,7 +104,7 @@ class StreamEnd(yamux.Stream):
             self.link.loop.soon(self._replay)
 
     def close(self) -> None:
-        """What the peer still sends is dropped; a reset now would overtake our last words further on."""
+        """Send FIN and drop what comes: a RST would overtake the last bytes beyond the link."""
         if not self.closed:
             self._let_go()
             self.finish()
@@ -109,7 +117,7 @@ class StreamEnd(yamux.Stream):
             self.reset()
 
     def hand_over(self, pair: StreamJoin) -> bytes:
-        """The join takes the stream; returns what came before and was not read (not yet `consumed`)."""
+        """Give the stream to a pair. Return the backlog, which is not `consumed` yet."""
         if self._deadline is not None:
             self._stop_deadline()
         self._handler = None
@@ -151,7 +159,7 @@ class StreamEnd(yamux.Stream):
             self.pair.stream_window()
 
     def _replay(self) -> None:
-        """Bytes that came while nobody was reading, then the FIN."""
+        """Give the handler the backlog, then the FIN."""
         if self._handler is None or not self._reading or self.closed:
             return
         if self.backlog:
@@ -194,7 +202,7 @@ class StreamEnd(yamux.Stream):
 
 
 class _Discard:
-    """Drops what a closed stream still gets, for a while."""
+    """Drops what comes on a closed stream until FIN, or for LINGER_SECONDS; then resets it."""
 
     __slots__ = ("_stream", "_timer")
 

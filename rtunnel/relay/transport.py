@@ -1,4 +1,4 @@
-"""How a link's bytes get through its socket: plain, or TLS."""
+"""How a link's bytes pass its socket: plain, or under TLS."""
 
 from __future__ import annotations
 
@@ -10,27 +10,32 @@ from rtunnel.compat import override
 from rtunnel.relay.engine import TlsEngine
 from rtunnel.relay.memory import Memory
 
-#: One read from a link's socket; beyond 256 KiB the gain is gone.
+#: Bytes of one read from a link's socket. Larger reads are not faster.
 READ_BYTES: Final = 256 * 1024
-#: One read from a peer that has not proved itself. OpenSSL's buffers stay as large as the largest piece was, and each
-#: record costs 2 us: 256 KiB of records with one byte each would stop the loop for 22 ms.
+#: The same for a peer that has not proved who it is. OpenSSL's buffers stay as large as the largest
+#: piece was, and each record costs 2 us: 256 KiB of records with one byte each would stop the loop
+#: for 22 ms.
 UNPROVEN_READ_BYTES: Final = 4 * 1024
 
 
 class Scratch:
-    """Buffers that all links and pairs of one loop share: their content never outlives a call."""
+    """Buffers that all links and pairs of one relay share.
+
+    `cipher` is used within one read; `plain` until the frames of a link's read are handed on;
+    `upload` from a read of a socket to the send that follows.
+    """
 
     __slots__ = ("cipher", "memory", "plain", "upload")
 
     def __init__(self, memory: Memory | None = None) -> None:
-        self.memory = memory or Memory()  # shared like the buffers, and for what does outlive a call
+        self.memory = memory or Memory()  # shared like the buffers
         self.plain = memoryview(bytearray(READ_BYTES))
         self.cipher = memoryview(bytearray(READ_BYTES))
         self.upload = memoryview(bytearray(READ_BYTES))
 
 
 class Transport:
-    """Plain TCP. `send` takes everything; what the kernel does not take stays in `pending` until `drain`."""
+    """Plain TCP. What the kernel does not take of a `send` stays in `pending` until `drain`."""
 
     __slots__ = ("drained", "eof", "hup", "pending", "sock")
 
@@ -39,19 +44,19 @@ class Transport:
         self.pending: bytes | memoryview = b""
         self.drained = False  # the last read left nothing in the kernel
         self.eof = False
-        self.hup = False  # a FIN is under way: read until it comes
+        self.hup = False  # a FIN may have come: a short read has not drained the socket
 
     @property
     def shaken(self) -> int:
-        """Bytes that the peer has sent in a TLS handshake."""
+        """The number of bytes that the peer has sent in a TLS handshake."""
         return 0
 
     def handshake(self) -> bool:
-        """Go on with the handshake; True when it is done. Raises OSError (ssl.SSLError is one)."""
+        """Go on with the handshake; return whether it is done. Raises OSError or ssl.SSLError."""
         return True
 
     def send(self, data: bytes | bytearray | memoryview) -> None:
-        """Send all; only while nothing is pending."""
+        """Take all bytes, and send what the kernel takes. Only while none are pending."""
         try:
             sent = self.sock.send(data)
         except BlockingIOError:
@@ -60,7 +65,7 @@ class Transport:
             self.pending = bytes(memoryview(data)[sent:])
 
     def drain(self) -> bool:
-        """Send what is pending; True when nothing is left."""
+        """Send what is pending; return whether nothing is left. Raises OSError."""
         while self.pending:
             try:
                 sent = self.sock.send(self.pending)
@@ -70,7 +75,11 @@ class Transport:
         return True
 
     def receive(self, scratch: Scratch, most: int = READ_BYTES) -> memoryview:
-        """Return up to `most` bytes of what came, in the scratch buffer; empty when there is nothing (or `eof`)."""
+        """Return up to `most` bytes in `scratch.plain`; none when there are none, or at the end
+        (`eof`).
+
+        Raises OSError.
+        """
         return scratch.plain[: self._read_kernel(scratch.plain[:most])]
 
     def _read_kernel(self, buffer: memoryview) -> int:
@@ -88,27 +97,27 @@ class Transport:
         return size
 
     def peer_certificate(self) -> bytes | None:
-        """The peer's certificate (DER); None without TLS or from a client that sent none."""
+        """Return the peer's certificate (DER); None without TLS, or when the peer showed none."""
         return None
 
     def last(self, data: bytes | bytearray) -> bytes | memoryview:
-        """Return what the socket has still to send so that `data` and an orderly end arrive; no `send` afterwards."""
+        """Return the bytes that must still be sent for `data` and an orderly end. The last call."""
         return bytes(self.pending) + data if data else self.pending
 
 
 class TlsTransport(Transport):
-    """TLS 1.3 over a socket (`engine`)."""
+    """TLS 1.3 (`engine`) over a socket. `pending` is encrypted."""
 
     __slots__ = ("_engine",)
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, server_name: str | None) -> None:
-        """`server_name` None: the server's side."""
+        """Make one side of a connection. `server_name` None: the server's."""
         super().__init__(sock)
         self._engine = TlsEngine(context, server_name)
 
     @property
     def shaken(self) -> int:
-        """Bytes that the peer has sent in the handshake."""
+        """The number of bytes that the peer has sent in the handshake."""
         return self._engine.shaken
 
     @override
@@ -134,7 +143,7 @@ class TlsTransport(Transport):
 
     @override
     def receive(self, scratch: Scratch, most: int = READ_BYTES) -> memoryview:
-        """Whole records only: a part of one stays inside OpenSSL."""
+        """Return the plain text of whole records; a part of one stays in OpenSSL."""
         size = self._read_kernel(scratch.cipher[:most])
         engine, plain = self._engine, scratch.plain
         filled = engine.decrypt(plain, scratch.cipher[:size])
@@ -155,11 +164,11 @@ class TlsTransport(Transport):
 
     @override
     def last(self, data: bytes | bytearray) -> bytes | memoryview:
-        """With a close_notify behind it."""
+        """Return the bytes with a close_notify behind them."""
         engine = self._engine
         try:
             words = engine.encrypt(data) if data else b""
         except ssl.SSLError:
-            words = b""  # the session is broken: only what is pending can arrive
+            words = b""  # TLS has failed: only what is pending can arrive
         engine.close()
         return bytes(self.pending) + words + engine.take()
