@@ -20,19 +20,18 @@ class GreetedNode(Protocol):
     tokens: Mapping[str, bytes]
     draining: bool
 
-    @property
-    def trust_store(self) -> TrustStore | None:
-        """What certificates are judged by; None: none is taken."""
 
-
-def who_greets(node: GreetedNode, hello: Hello, certificate: bytes | None) -> Identity | bytes:
+def who_greets(
+    node: GreetedNode, trust_store: TrustStore | None, hello: Hello, certificate: bytes | None
+) -> Identity | bytes:
     """Return the identity that the link's certificate (DER) shows, or the secret of the join token to be proved.
 
+    `trust_store`: what certificates are judged by; None: none is taken.
     Raises Refused, with the first code that applies in the order of docs/wire.md.
     """
     if fault := hello_fault(hello):
         raise Refused(Refusal.BAD_REQUEST, fault)
-    who = _secret(node, hello) if hello.token_id else _certified(node, hello, certificate)
+    who = _secret(node, hello) if hello.token_id else _certified(trust_store, hello, certificate)
     if node.draining:
         raise Refused(Refusal.DRAINING)
     if node.node in hello.holds:
@@ -79,9 +78,8 @@ def _secret(node: GreetedNode, hello: Hello) -> bytes:
     return secret
 
 
-def _certified(node: GreetedNode, hello: Hello, certificate: bytes | None) -> Identity:
+def _certified(trust_store: TrustStore | None, hello: Hello, certificate: bytes | None) -> Identity:
     """Return whom the certificate names: exactly the agent of the Hello. Raises Refused."""
-    trust_store = node.trust_store
     if trust_store is None or certificate is None:
         missing = (
             "this broker takes no certificates (it has no broker.ca)"

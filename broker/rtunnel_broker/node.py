@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import ssl
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -25,34 +24,24 @@ from rtunnel.config import (
     parse_endpoint,
 )
 from rtunnel.errors import RegistryUnavailable, Superseded
-from rtunnel.logs import Throttle, debugging, get_logger
-from rtunnel.net import bound_socket, listen, source_of
-from rtunnel.registry import Duplicate, NodeRecord, Registration, Registry
-from rtunnel.relay.link import Link
-from rtunnel.relay.loop import Timer
+from rtunnel.logs import get_logger
+from rtunnel.net import bound_socket, listen
+from rtunnel.registry import NodeRecord, Registration, Registry
 from rtunnel.relay.lost import Lost, LostKind
-from rtunnel.relay.relay import Listener, Relay
-from rtunnel.strangers import SILENT_GRACE, Loss, Strangers, made_room
-from rtunnel.trust.follower import TrustFollower
-from rtunnel.trust.identity import TrustStore
+from rtunnel.relay.relay import Relay
 from rtunnel.trust.keys import DialKeys, load_cluster_keys, load_tokens
-from rtunnel.wire.messages import Enrol
 from rtunnel.wire.refusal import Refusal
 from rtunnel_broker.admit import Admission
 from rtunnel_broker.duplicates import MAX_RECORDED
+from rtunnel_broker.linkport import LinkPort
+from rtunnel_broker.log import NodeLog
 from rtunnel_broker.ports import FIRST_BYTES, DialChecker, PortCounts
 from rtunnel_broker.registrar import Registrar
 from rtunnel_broker.session import Session
 from rtunnel_broker.trust import BrokerTrust
 
-#: With so many handshakes in line the next links wait in the kernel's queue: there they cost no memory yet.
-MAX_IN_LINE: Final = 64
 #: So often connections that have said nothing are looked for.
 SWEEP_SECONDS: Final = 1.0
-#: Lines in ten seconds about peers that have proved nothing, for each event and cause: enough to see what is wrong.
-STRANGERS_LINES: Final = 32
-
-
 #: The registry's clock is asked for this often, so that it is known when a gateway's clock differs.
 MEASURE_SECONDS: Final = 60.0
 
@@ -80,50 +69,31 @@ class Node:
         self.counts = PortCounts(broker.max_handshakes)
         self._registry_fault: RegistryUnavailable | None = None  # of the last call; None: it was answered
         self.session_refusals: Counter[str] = Counter()  # by code word
-        self._strangers: Strangers[Link] = Strangers(
-            broker.max_handshakes, broker.source_handshakes, lambda link: not link.has_spoken
-        )
-        self._room_timer: Timer | None = None  # looks again for a link that can make room
-        self.links_lost: Counter[str] = Counter()  # links that ended before they were proved or refused, by Loss
-        self._throttle = Throttle()
-        self.debugging = debugging()
         self._registry = registry
         self._beating = trio.Lock()
-        self._log = get_logger("broker").bind()
         self._admission = Admission(broker.admit)
-        self.relay = Relay(self.report, f"relay-{self.node}", memory=broker.stream_memory << 20)
+        self.relay = Relay(self._report, f"relay-{self.node}", memory=broker.stream_memory << 20)
         self.bridge = Bridge(self.relay)
+        log = get_logger("broker").bind()
+        self.log = NodeLog(log, self.node, self.relay.loop)
         dial_keys = DialKeys(load_cluster_keys(broker.cluster_key))
         self._registry_offset: float | None = None  # this machine's clock minus the registry's
         self._measured_at = -MEASURE_SECONDS
-        self.clock = ClockWatch("this broker", self.report, lambda: self._registry_offset)
-        self._trust = BrokerTrust(self, broker, self._log)
-        checker = DialChecker(self.node, dial_keys, broker.dial_window, self._trust.is_revoked, self.clock)
-        self._registrar = Registrar(self, registry, config.registry.quarantine, checker, self._log)
-        self._links: Listener | None = None
+        self.clock = ClockWatch("this broker", self._report, lambda: self._registry_offset)
+        self.trust = BrokerTrust(self, broker, log)
+        checker = DialChecker(self.node, dial_keys, broker.dial_window, self.trust.is_revoked, self.clock)
+        self._registrar = Registrar(self, registry, config.registry.quarantine, checker, log)
+        self.sessions = self._registrar.sessions  # those in the registry, by owner
+        self.duplicates = self._registrar.duplicates  # second hosts that came with an agent_id, and were refused
+        self.links = LinkPort(self.relay, broker, self.trust, self.log, self.session_refusals)
 
     # What sessions and the relay call, in the relay's thread.
 
-    @property
-    def trust_store(self) -> TrustStore | None:
-        """See SessionKeeper."""
-        return self._trust.trust_store
-
-    @property
-    def follower(self) -> TrustFollower | None:
-        """What follows the authority; None: certificates are not taken."""
-        return self._trust.follower
-
-    @property
-    def sessions(self) -> dict[str, Session]:
-        """Those in the registry, by owner."""
-        return self._registrar.sessions
-
     def wants(self, session: Session) -> None:
         """See SessionKeeper."""
-        self._handshake_over(session)
+        self.links.handshake_over(session)
         if session.identity is not None:
-            self._trust.add(session)
+            self.trust.add(session)
         assert session.hello is not None
         rule = self._admission.rule(session.hello.namespace, session.addresses)
         if rule is None:
@@ -136,20 +106,16 @@ class Node:
         else:
             self.bridge.spawn(self._registrar.register, session)
 
-    def enrols(self, session: Session, request: Enrol) -> None:
-        """See SessionKeeper."""
-        self._trust.enrols(session, request)
-
     def lost(self, session: Session, lost: Lost) -> None:
         """See SessionKeeper."""
-        self._trust.discard(session)
+        self.trust.discard(session)
         for listener in session.listeners:
             self.relay.unlisten(listener)
         session.listeners.clear()
         if session.place is not None:
-            self._handshake_over(session)
+            self.links.handshake_over(session)
             if lost.kind not in (LostKind.REFUSED, LostKind.ANSWERED):
-                self._lost_stranger(session, lost)
+                self.links.count_lost(session, lost)
         else:
             self.bridge.spawn(self._registrar.unregister, session, str(lost))
 
@@ -167,37 +133,11 @@ class Node:
         """See SessionKeeper."""
         self.session_refusals[code.value] += 1
 
-    def log(self, event: str, **fields: object) -> None:
-        """See SessionKeeper."""
-        self._log.info(event, node=self.node, **fields)
-
-    def trace(self, event: str, **fields: object) -> None:
-        """See SessionKeeper."""
-        self._log.debug(event, node=self.node, **fields)
-
-    def report(self, event: str, fields: dict[str, object]) -> None:
-        """What the relay itself has to say: never good news."""
-        self._log.error(event, node=self.node, **fields)
-
-    @property
-    def dial_tls(self) -> ssl.SSLContext | None:
-        """See SessionKeeper."""
-        return self._trust.presented.dials
-
-    @property
-    def handshakes(self) -> int:
-        """Links that are not proven yet."""
-        return len(self._strangers)
-
-    def _handshake_over(self, session: Session) -> None:
-        place, session.place = session.place, None
-        if place is not None:
-            place.release()
-        if self._links is not None:
-            self._links.release()
+    def _report(self, event: str, fields: dict[str, object]) -> None:
+        self.log.report(event, fields)
 
     def _listen(self, sock: socket.socket) -> None:
-        self._links = self.relay.listen(sock, self._accept_link)
+        self.links.listen(sock, lambda binding, source: Session(self, binding=binding, source=source))
         self.relay.loop.after(SWEEP_SECONDS, self._sweep)
 
     def _sweep(self) -> None:
@@ -206,74 +146,6 @@ class Node:
         for connection in self.counts.dials.silent(loop.now - FIRST_BYTES):
             connection.expel(Lost(LostKind.DEADLINE, f"deadline: nothing was said within {FIRST_BYTES:.0f} s"))
         loop.after(SWEEP_SECONDS, self._sweep)
-
-    def _accept_link(self, sock: socket.socket, peer: str) -> None:
-        source, now = source_of(peer), self.relay.loop.now
-        strangers = self._strangers
-        if not strangers.has_room(source):
-            weakest = strangers.weakest(source, now)
-            if weakest is None:
-                sock.close()  # the listener can't wait for one source alone
-                self.refused(Refusal.TOO_MANY_HANDSHAKES)
-                self._warn("source_has_too_many_handshakes", limit=strangers.share, peer=peer)
-                return
-            weakest.abort(made_room("too many links prove nothing"))
-        shown = self._trust.presented
-        session = Session(self, binding=shown.binding, source=source)
-        link = self.relay.link(
-            sock, session, peer=peer, client=False, tls=shown.context, handshake_timeout=self.handshake_timeout
-        )
-        session.place = strangers.enter(source, link, now)
-        self._hold_if_full(peer)
-
-    def _hold_if_full(self, peer: str) -> None:
-        """In a storm of agents the others wait in the kernel's queue. To turn them away costs nearly as much as to take
-        them, and they come back: 5000 agents tried 16,000 times.
-        """
-        links, loop = self._links, self.relay.loop
-        if links is None:
-            return
-        if self._strangers.full:
-            self._warn("too_many_handshakes", limit=self.config.max_handshakes, peer=peer)
-            self._hold_until_room()
-        elif loop.line >= MAX_IN_LINE:
-            links.hold()
-            loop.enqueue_slow(links.release)
-
-    def _hold_until_room(self) -> None:
-        """Accept again when a place is free, or when somebody has been silent for long enough to make room."""
-        links, loop = self._links, self.relay.loop
-        if links is None or links.closed:
-            return
-        if not self._strangers.full or self._strangers.weakest("", loop.now) is not None:
-            links.release()
-            return
-        links.hold()
-        if self._room_timer is None:
-            self._room_timer = loop.after(SILENT_GRACE, self._look_for_room)
-
-    def _look_for_room(self) -> None:
-        self._room_timer = None
-        self._hold_until_room()
-
-    def _lost_stranger(self, session: Session, lost: Lost) -> None:
-        silent = session.link is not None and not session.link.has_spoken
-        loss = Loss.of(lost.kind, silent=silent)
-        self.links_lost[loss.value] += 1
-        if loss is not Loss.PROBE:  # one each second of each VIP is told by the metric only
-            self.log_stranger("link_lost", loss.value, peer=session.peer, reason=str(lost))
-
-    def log_stranger(self, event: str, kind: str, **fields: object) -> None:
-        """See SessionKeeper."""
-        others = self._throttle.others(f"{event} {kind}", self.relay.loop.now, STRANGERS_LINES)
-        if others is not None:
-            self.log(event, **fields, **({"others_since": others} if others else {}))
-
-    def _warn(self, event: str, **fields: object) -> None:
-        """Log a warning that may be repeated without end: one line of it in ten seconds."""
-        others = self._throttle.others(event, self.relay.loop.now)
-        if others is not None:
-            self._log.warning(event, node=self.node, **fields, others_since=others)
 
     # Life.
 
@@ -295,9 +167,9 @@ class Node:
             await self.bridge.run(lambda: self._listen(sock))
             async with self.bridge.open_nursery() as nursery:
                 nursery.start_soon(self._heartbeats)
-                nursery.start_soon(self._trust.run)
-                self._log.info(
-                    "broker_ready", node=self.node, listen=format_endpoint(*self.bound), ip=self.ip,
+                nursery.start_soon(self.trust.run)
+                self.log.info(
+                    "broker_ready", listen=format_endpoint(*self.bound), ip=self.ip,
                     incarnation=self.incarnation, security=self.config.security,
                 )  # fmt: skip
                 task_status.started(self)
@@ -308,8 +180,8 @@ class Node:
     @property
     def bound(self) -> tuple[str, int]:
         """Where links are accepted."""
-        assert self._links is not None
-        return self._links.bound
+        assert self.links.listener is not None
+        return self.links.listener.bound
 
     def record(self) -> NodeRecord:
         """This node as the registry knows it."""
@@ -323,18 +195,8 @@ class Node:
             sessions=len(self.sessions),
             streams=self.counts.streams,
             started=self.started,
-            duplicates=self._registrar.duplicates.current()[:MAX_RECORDED],
+            duplicates=self.duplicates.current()[:MAX_RECORDED],
         )
-
-    @property
-    def duplicates(self) -> tuple[Duplicate, ...]:
-        """The second hosts that came with an agent_id lately, and were refused."""
-        return self._registrar.duplicates.current()
-
-    @property
-    def certificate_ends(self) -> float:
-        """Of the one that links and Dials are shown; seconds since 1970, 0 when it shows none."""
-        return self._trust.presented.ends
 
     @property
     def registry_down(self) -> str:
@@ -393,15 +255,15 @@ class Node:
             self._registry_offset = None
             return
         except Superseded:
-            self._log.error("node_superseded", node=self.node, reason="another broker started under this node_id")
+            self.log.error("node_superseded", reason="another broker started under this node_id")
             raise
         finally:
             self._registrar.left_during_beat = None
         if self._registry_fault is not None:
-            self._log.info("registry_back", node=self.node, tuples_put_back=beat.put_back)
+            self.log.info("registry_back", tuples_put_back=beat.put_back)
             self._registry_fault = None
         elif beat.put_back:
-            self._log.warning("registry_had_lost_tuples", node=self.node, tuples_put_back=beat.put_back)
+            self.log.warning("registry_had_lost_tuples", tuples_put_back=beat.put_back)
         if beat.lost:
             await self.bridge.run(lambda: self._registrar.end_lost(beat.lost))
         for registration in left:
@@ -421,14 +283,14 @@ class Node:
 
     def _registry_is_down(self, error: RegistryUnavailable) -> None:
         if self._registry_fault is None:
-            self._log.error("registry_unavailable", node=self.node, reason=str(error))
+            self.log.error("registry_unavailable", reason=str(error))
         self._registry_fault = error
 
     async def _drain(self) -> None:
         """Tell everybody, give streams their time, then end every session in order."""
         self.draining = True
         deadline = self.config.drain
-        self._log.info("draining", node=self.node, sessions=len(self.sessions), streams=self.counts.streams)
+        self.log.info("draining", sessions=len(self.sessions), streams=self.counts.streams)
         await self.bridge.run(self._start_drain)
         with trio.move_on_after(self.heartbeat):
             await self.beat()
@@ -440,11 +302,11 @@ class Node:
         # One call for whatever is left: tuples out, ports into quarantine. Not beside a beat: that would bring it back.
         async with self._beating:
             await self.bridge.registry_tries(self._registry.stop_node, self.node, self.incarnation)
-        self._log.info("broker_stopped", node=self.node, streams_cut=cut)
+        self.log.info("broker_stopped", streams_cut=cut)
 
     def _start_drain(self) -> None:
-        if self._links is not None:
-            self.relay.unlisten(self._links)
+        if self.links.listener is not None:
+            self.relay.unlisten(self.links.listener)
         for session in self.sessions.values():
             session.drain(self.config.drain)
 

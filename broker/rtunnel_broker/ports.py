@@ -147,9 +147,9 @@ class Guarded:
     def ended(self, account: Account) -> None:
         """See PairOwner."""
         self.permit.release(account)
-        keeper, body = self.port.session.keeper, self.body
-        if keeper.debugging:
-            keeper.trace(
+        log, body = self.port.session.keeper.log, self.body
+        if log.debugging:
+            log.trace(
                 "stream_relayed", reason=str(account.ending), who=body.who,
                 target=format_endpoint(body.ip, body.port), bytes_up=account.up, bytes_down=account.down,
                 seconds=round(account.seconds, 3),
@@ -208,7 +208,7 @@ class GuardedConnection:
         self._port.counts.lost[loss.value] += 1
         if loss is not Loss.PROBE:
             fix = {"hint": "gateway.dial_security must be tls"} if lost.kind is LostKind.NOT_TLS else {}
-            self._port.session.keeper.log_stranger(
+            self._port.session.keeper.log.stranger(
                 "dial_lost", loss.value, reason=str(lost), peer=self._peer, port=self._port.number, **fix
             )
 
@@ -232,7 +232,7 @@ class GuardedPort:
 
     def accept(self, sock: socket.socket, peer: str) -> None:
         """A connection: its Dial must come in time."""
-        tls, dials = self.session.keeper.dial_tls, self.counts.dials
+        tls, dials = self.session.keeper.trust.dial_tls, self.counts.dials
         source = source_of(peer)
         if not dials.has_room(source):
             weakest = dials.weakest(source, self.relay.loop.now)
@@ -275,9 +275,9 @@ class GuardedPort:
             "target": format_endpoint(body.ip, body.port) if body else "",
         }  # fmt: skip
         if body is None:
-            self.session.keeper.log_stranger("dial_refused", refused.code.value, **fields)
+            self.session.keeper.log.stranger("dial_refused", refused.code.value, **fields)
         else:
-            self.session.keeper.log("dial_refused", **fields)
+            self.session.keeper.log.info("dial_refused", **fields)
 
 
 class OpenConnection:
@@ -419,7 +419,7 @@ class OpenPortServer:
     def refuse(self, end: SocketEnd, code: Refusal, text: str) -> None:
         """There is no way to tell the client more than a reset; the log says why."""
         self.counts.refuse(code)
-        self.session.keeper.log_stranger(
+        self.session.keeper.log.stranger(
             "open_port_refused", code.value, code=code.value, reason=text or code.reply.text, peer=end.peer,
             port=self.number, target=f"{self.ip}:{self.target_port}",
         )  # fmt: skip

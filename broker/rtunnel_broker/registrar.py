@@ -25,6 +25,7 @@ from rtunnel.wire.control import BrokerState
 from rtunnel.wire.messages import OpenPort, Publish, Welcome
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_broker.duplicates import PROBE_SECONDS, Duplicates, is_restart, place, replaced_by
+from rtunnel_broker.log import NodeLog
 from rtunnel_broker.ports import DialChecker, GuardedPort, Networks, OpenPortServer, PortCounts
 from rtunnel_broker.session import REGISTERED, Session
 
@@ -42,8 +43,7 @@ class RegistrarNode(Protocol):
     relay: Relay
     bridge: Bridge
 
-    def log(self, event: str, **fields: object) -> None:
-        """A log line."""
+    log: NodeLog
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class Registrar:
                 taken = await self._node.bridge.registry(self._allocate_open, session, publish)
             except (Refused, PortsExhausted, PortTaken, ValueError) as error:
                 notices.append(f"{wanted} was not granted: {error}"[:512])
-                self._node.log(
+                self._node.log.info(
                     "open_port_not_granted", agent=session.hello.agent_id, port=publish.port, reason=str(error)
                 )
             else:

@@ -49,6 +49,7 @@ from rtunnel.wire.messages import Enrol, Enrolled, Hello, Publish, Update, Welco
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_broker.admit import EVERYTHING, Rule
 from rtunnel_broker.greeting import addresses_fault, who_greets
+from rtunnel_broker.log import NodeLog
 
 #: Streams of one agent may hold such a part of `broker.stream_memory`.
 HELD_PART: Final = 4
@@ -56,6 +57,21 @@ HELD_PART: Final = 4
 
 #: States in which the session has ports and tuples, or is about to.
 REGISTERED: Final = BROKER_SERVES | {BrokerState.PROVEN}
+
+
+class SessionTrust(Protocol):
+    """What one node believes, and what it shows. Called in the relay's thread."""
+
+    @property
+    def trust_store(self) -> TrustStore | None:
+        """What certificates are judged by; None: none is taken."""
+
+    @property
+    def dial_tls(self) -> ssl.SSLContext | None:
+        """What guarded ports show; None: they are plain."""
+
+    def enrols(self, session: Session, request: Enrol) -> None:
+        """Pass a request for a certificate on, and answer `enrolled` or `refuse`."""
 
 
 class SessionKeeper(Protocol):
@@ -66,20 +82,14 @@ class SessionKeeper(Protocol):
     tokens: Mapping[str, bytes]
     handshake_timeout: float
     draining: bool
+    log: NodeLog
 
     @property
-    def dial_tls(self) -> ssl.SSLContext | None:
-        """What guarded ports show; None: they are plain."""
-
-    @property
-    def trust_store(self) -> TrustStore | None:
-        """What certificates are judged by; None: none is taken."""
+    def trust(self) -> SessionTrust:
+        """What this node believes, and what it shows."""
 
     def wants(self, session: Session) -> None:
         """A proven Hello: register it and answer `welcome` or `refuse`."""
-
-    def enrols(self, session: Session, request: Enrol) -> None:
-        """A request for a certificate: pass it on and answer `enrolled` or `refuse`."""
 
     def lost(self, session: Session, lost: Lost) -> None:
         """The link is gone."""
@@ -89,17 +99,6 @@ class SessionKeeper(Protocol):
 
     def refused(self, code: Refusal) -> None:
         """Count it."""
-
-    def log(self, event: str, **fields: object) -> None:
-        """A log line."""
-
-    debugging: bool  # `trace` writes lines
-
-    def trace(self, event: str, **fields: object) -> None:
-        """A log line of level debug: one for each stream."""
-
-    def log_stranger(self, event: str, kind: str, **fields: object) -> None:
-        """The same of a peer that has proved nothing: few lines for each event and kind, the others are counted."""
 
 
 class Session:
@@ -226,7 +225,8 @@ class Session:
     def _take_hello(self, hello: Hello) -> None:
         self.hello = hello
         try:
-            who = who_greets(self.keeper, hello, self.link.peer_certificate if self.link is not None else None)
+            certificate = self.link.peer_certificate if self.link is not None else None
+            who = who_greets(self.keeper, self.keeper.trust.trust_store, hello, certificate)
         except Refused as error:
             self.refuse(error.code, error.text)
             return
@@ -244,7 +244,7 @@ class Session:
         if self.keeper.draining:
             self.refuse(Refusal.DRAINING)
         else:
-            self.keeper.enrols(self, request)
+            self.keeper.trust.enrols(self, request)
 
     def _proven(self) -> None:
         if self.link is not None:
@@ -285,7 +285,7 @@ class Session:
 
     def _go_over(self) -> None:
         """To the certificate that the agent has by now. One that can't be judged yet (of a CA to come) may be later."""
-        update, trust_store = self._renewed, self.keeper.trust_store
+        update, trust_store = self._renewed, self.keeper.trust.trust_store
         if update is None or self.identity is None or trust_store is None or self.state not in REGISTERED:
             return
         try:
@@ -317,14 +317,14 @@ class Session:
         if self.link is not None:
             self.link.start_window = self.hello.start_window
         self._say(self._control.welcome(welcome))
-        trust_store = self.keeper.trust_store
+        trust_store = self.keeper.trust.trust_store
         if trust_store is not None and self.hello.trust < trust_store.generation:
             self.tell_trust(trust_store.signed)
 
     def enrolled(self, answer: Enrolled) -> None:
         """Pass on the authority's answer. The agent ends the link when it has it all: it may be 60 KB."""
         if self._control.allows(Action.ENROLLED):
-            self.keeper.log("agent_enrolled", peer=self.peer)
+            self.keeper.log.info("agent_enrolled", peer=self.peer)
             self.lost_by = Lost(LostKind.ANSWERED, "the agent has its certificate")
             self._say(self._control.enrolled(answer))
 
@@ -354,9 +354,9 @@ class Session:
             "code": code.value, "reason": text, "peer": self.peer, "agent": self.hello.agent_id if self.hello else "",
         }  # fmt: skip
         if self.place is not None:
-            self.keeper.log_stranger("session_refused", code.value, **fields)
+            self.keeper.log.stranger("session_refused", code.value, **fields)
         else:
-            self.keeper.log("session_refused", **fields)
+            self.keeper.log.info("session_refused", **fields)
         self._say(self._control.refuse(code, text))
         self.end(f"refused: {code}", LostKind.REFUSED)
 
@@ -378,7 +378,7 @@ class Session:
             text = f"the certificate of {self.identity.subject} is not from a CA in force any more"
             fault = Refused(Refusal.BAD_CERTIFICATE, text)
         self._control.revoke()
-        self.keeper.log(
+        self.keeper.log.info(
             "session_revoked", code=fault.code.value, reason=fault.text, peer=self.peer, agent=self.identity.name,
             epoch=str(self.epoch), streams=self.streams,
         )  # fmt: skip

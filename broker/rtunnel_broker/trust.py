@@ -107,6 +107,11 @@ class BrokerTrust:
         """What certificates are judged by; None: none is taken."""
         return self.follower.trust_store if self.follower is not None else None
 
+    @property
+    def dial_tls(self) -> ssl.SSLContext | None:
+        """What guarded ports show; None: they are plain."""
+        return self.presented.dials
+
     def is_revoked(self, key: str) -> bool:
         """Of a gateway's key."""
         return self.trust_store is not None and f"gateway/{key}" in self.trust_store.revoked

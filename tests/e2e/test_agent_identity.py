@@ -458,7 +458,7 @@ async def test_a_revoked_agent_is_out_within_seconds_also_without_redis(
             name = cluster.certify("a2", "127.1.0.2")
             told = await Knock(hello(agent_id="a2", addresses=["127.1.0.2"]), showing(cluster.secrets, name)).at(late)
             assert told.session.welcome is not None
-            assert late.trust_store is not None and "agent/default/a1" in late.trust_store.revoked
+            assert late.trust.trust_store is not None and "agent/default/a1" in late.trust.trust_store.revoked
     finally:
         registry.close()
 
@@ -491,7 +491,7 @@ async def test_a_rotation_cuts_no_stream(tmp_path: Path, events: Events) -> None
                 assert says(stream) == b"127.1.0.1:still there"
             await in_thread(lambda: replace_broker_certificate(cluster.secrets))
             fingerprint = certificate_fingerprint(certificate_der(cluster.secrets / "broker.pem"))
-            await cluster.until(lambda: all(node._trust.presented.binding == fingerprint for node in nodes))
+            await cluster.until(lambda: all(node.trust.presented.binding == fingerprint for node in nodes))
             await cluster.until(lambda: from_new_ca(cluster.secrets, agent.identity), patience=30.0)
             before = agent.credentials.generation
             await in_thread(lambda: rotate(cluster.secrets, "finish_rotation", force=True))  # a9 has the old one
@@ -499,7 +499,9 @@ async def test_a_rotation_cuts_no_stream(tmp_path: Path, events: Events) -> None
             assert says(stream) == b"127.1.0.1:still there"
             in_force = (cluster.secrets / "ca.pem").read_text()
             await cluster.until(
-                lambda: all(node.trust_store is not None and node.trust_store.pem == in_force for node in nodes)
+                lambda: all(
+                    node.trust.trust_store is not None and node.trust.trust_store.pem == in_force for node in nodes
+                )
             )
             await other_sessions(cluster)
         assert not named(events, "session_revoked") and not named(events, "identity_rejected")
@@ -554,7 +556,7 @@ async def test_who_has_only_the_old_ca_is_out_when_it_leaves(tmp_path: Path, eve
             for step in ("start_rotation", "switch_rotation"):
                 await in_thread(partial(rotate, cluster.secrets, step))
             # Who saw the file only before and after would take it for a replacement by hand.
-            both = (node.trust_store, gateway.trust.store)
+            both = (node.trust.trust_store, gateway.trust.store)
             await cluster.until(
                 lambda: all(trust_store.pem.count("BEGIN CERT") == 2 for trust_store in both if trust_store is not None)
             )
@@ -661,13 +663,13 @@ async def test_a_token_is_proved_on_the_certificate_of_the_handshake(tmp_path: P
         node = (await cluster.start_broker()).node
         known = load_token(cluster.secrets / "join.token")
         slow = Knock(hello(known.id), showing(cluster.secrets, ""), known.secret)
-        held = node._trust.presented.binding
+        held = node.trust.presented.binding
         slow.session.link_up = lambda link: slow.hold(link)  # type: ignore[method-assign]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(slow.at, node)
             await cluster.until(lambda: slow.held is not None)
             await in_thread(lambda: replace_broker_certificate(cluster.secrets))
-            await cluster.until(lambda: node._trust.presented.binding != held)
+            await cluster.until(lambda: node.trust.presented.binding != held)
             slow.go_on()
         assert slow.session.welcome is not None, slow.why
         later = await Knock(hello(known.id, agent_id="a2"), showing(cluster.secrets, ""), known.secret).at(node)
@@ -694,13 +696,13 @@ async def test_bad_files_change_nothing(tmp_path: Path, events: Events) -> None:
     async with running_cluster(tmp_path) as cluster:
         await cluster.start(brokers=1)
         node = cluster.brokers["b1"].node
-        before = node._trust.presented
+        before = node.trust.presented
         put(cluster.secrets / "broker.key", (cluster.secrets / "ca.key").read_bytes())
         put(cluster.secrets / "ca.pem", "noise")
         await cluster.until(lambda: len(named(events, "ca_rejected")) == 3)  # broker, gateway and agent
         await cluster.until(lambda: bool(named(events, "certificate_rejected")))
         assert "is not the key of the certificate" in named(events, "certificate_rejected")[0]["reason"]
-        assert node._trust.presented is before
+        assert node.trust.presented is before
         await other_sessions(cluster)
 
 
@@ -787,7 +789,7 @@ async def test_one_source_does_not_take_all_handshakes(tmp_path: Path, events: E
     async with running_cluster(tmp_path, broker__handshake_timeout=60.0, broker__max_handshakes=8) as cluster:
         node = (await cluster.start_broker(source_handshakes=5)).node
         silent = [await in_thread(lambda: knock_from("127.66.0.9", node)) for _ in range(5)]
-        await cluster.until(lambda: node.handshakes == 5)
+        await cluster.until(lambda: node.links.handshakes == 5)
         late = await in_thread(lambda: knock_from("127.66.0.9", node))
         assert await in_thread(lambda: ended(late))
         assert [line["limit"] for line in named(events, "source_has_too_many_handshakes")] == [5]
@@ -795,7 +797,7 @@ async def test_one_source_does_not_take_all_handshakes(tmp_path: Path, events: E
         assert (await Knock(hello(), showing(cluster.secrets, name)).at(node)).session.welcome is not None
         for sock in silent:
             sock.close()
-        await cluster.until(lambda: node.handshakes == 0)
+        await cluster.until(lambda: node.links.handshakes == 0)
 
 
 def knock_from(source: str, node: Node) -> socket.socket:

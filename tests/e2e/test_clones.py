@@ -53,7 +53,7 @@ async def test_of_two_clones_the_living_one_stays(tmp_path: Path, events: Events
         assert "default/a1 has a living session from" in named(events, "no_session")[-1]["reason"]
         (line, *_) = named(events, "agent_duplicated")
         assert line["holder"].endswith("(127.0.0.1)") and line["refused"].endswith("(127.0.0.1)")
-        nodes = [part.node for part in cluster.brokers.values() if part.node.duplicates]
+        nodes = [part.node for part in cluster.brokers.values() if part.node.duplicates.current()]
         shown = metrics.text(status(nodes[0])).decode()
         assert f'claim="default/a1: {line["holder"]} stays, {line["refused"]} is refused"' in shown
         await nodes[0].beat()
@@ -74,7 +74,7 @@ async def test_a_clone_gets_no_session_on_a_third_node(tmp_path: Path, events: E
         second = await cluster.start_agent(**keys)
         await cluster.until(lambda: all("duplicate_agent" in reason for reason in second.agent.reasons()))
         assert held(cluster) == before
-        holder = cluster.brokers[free].node.duplicates[0].holder
+        holder = cluster.brokers[free].node.duplicates.current()[0].holder
         assert any(f"on the node '{node}'" in holder for node, _ in before)
         await first.shut()
         await cluster.until(lambda: second.agent.state == "degraded")

@@ -24,7 +24,7 @@ from rtunnel.wire.messages import (
     encode,
 )
 from rtunnel_broker import registrar
-from rtunnel_broker.node import STRANGERS_LINES
+from rtunnel_broker.log import STRANGERS_LINES
 from support.attackers import (
     FAST,
     PATIENCE,
@@ -217,10 +217,10 @@ async def test_silent_links_make_room_for_an_agent(here: Path) -> None:
         node = cluster.brokers["b1"].node
         async with unharmed(cluster, Target("127.1.0.1")) as logs:
             idle = [Attacker(node.bound) for _ in range(6)]
-            await cluster.until(lambda: node.handshakes == 6)
+            await cluster.until(lambda: node.links.handshakes == 6)
             late = await cluster.start_agent("late", "127.1.0.8", redundancy=1)
             await cluster.until(lambda: late.agent.state == "ready")
-            assert node.handshakes == 5
+            assert node.links.handshakes == 5
             for attacker in idle:
                 attacker.sock.close()
             await late.shut()
@@ -260,7 +260,7 @@ async def test_strangers_write_few_lines(here: Path, secrets: Path) -> None:
 
         async with unharmed(cluster, target) as logs:
             await in_thread(attack)
-            await cluster.until(lambda: node.links_lost == {"probe": many, "broken": many})
+            await cluster.until(lambda: node.links.lost == {"probe": many, "broken": many})
         assert node.counts.refused["bad_mac"] == many
         lines = {event: len(named(logs, event)) for event in ("link_lost", "dial_refused")}
         assert lines == dict.fromkeys(lines, STRANGERS_LINES)
@@ -395,7 +395,7 @@ async def test_a_dead_session_gives_way_and_a_living_one_stays(
                 wire.sock.shutdown(socket.SHUT_RDWR)
             told = [(line["holder"].split()[0], line["refused"].split()[0]) for line in named(logs, "agent_duplicated")]
             assert told == [("host-8", "host-9")] * 3
-            assert [entry.refused.split()[0] for entry in node.duplicates] == ["host-9"] * 3
+            assert [entry.refused.split()[0] for entry in node.duplicates.current()] == ["host-9"] * 3
             assert node.session_refusals["duplicate_agent"] == 3
             dead.close()
             wire.close()

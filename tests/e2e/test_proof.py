@@ -740,8 +740,8 @@ async def test_a_revoked_gateway_loses_its_streams_and_gets_no_others(tmp_path: 
             signed = authority.signed
 
         def put() -> None:
-            assert node.trust_store is not None and node.trust_store.take(signed)
-            node._trust.changed()
+            assert node.trust.trust_store is not None and node.trust.trust_store.take(signed)
+            node.trust.changed()
 
         await node.bridge.run(put)
         with pytest.raises(ConnectionResetError):

@@ -57,7 +57,7 @@ async def test_agents_leave_a_broker_that_has_shown_a_certificate_of_a_stolen_ca
             for kind in ("key", "pem"):
                 (cluster.secrets / f"{name}.{kind}").replace(Path(file).with_suffix(f".{kind}"))
         fingerprint = certificate_fingerprint(certificate_der(cluster.secrets / "broker.pem"))
-        await cluster.until(lambda: node._trust.presented.binding == fingerprint and agent.identity is not old)
+        await cluster.until(lambda: node.trust.presented.binding == fingerprint and agent.identity is not old)
         assert agent.redundancy == "2/2"
         change(cluster.secrets, lambda opened: opened.finish_rotation(stolen=True))
         await cluster.until(lambda: not cluster.brokers["b2"].node.sessions)

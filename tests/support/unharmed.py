@@ -24,7 +24,7 @@ def holdings(cluster: Cluster) -> dict[str, int]:
             f"{name} pairs": len(node.relay.pairs),
             f"{name} links": len(node.relay.links),
             f"{name} listeners": len(node.relay.listeners),
-            f"{name} handshakes": node.handshakes,
+            f"{name} handshakes": node.links.handshakes,
             f"{name} sessions": len(node.sessions),
             f"{name} waiting": node.counts.waiting,
             f"{name} streams": node.counts.streams,

@@ -64,13 +64,13 @@ class Session:
         self.link: Any = SimpleNamespace(over=False, going_away=None, attach=lambda stream: None, open=self._open)
         self.opened: list[FakeEnd] = []
         self.logged: list[tuple[str, dict[str, Any]]] = []
-        self.keeper = SimpleNamespace(
-            dial_tls=None,
+        log = SimpleNamespace(
             debugging=True,
-            log=self._log,
+            info=self._log,
             trace=self._log,
-            log_stranger=lambda event, _kind, **fields: self._log(event, **fields),
+            stranger=lambda event, _kind, **fields: self._log(event, **fields),
         )
+        self.keeper = SimpleNamespace(trust=SimpleNamespace(dial_tls=None), log=log)
 
     def _log(self, event: str, **fields: Any) -> None:
         self.logged.append((event, fields))

@@ -141,10 +141,14 @@ class Node:
     tokens: Mapping[str, bytes] = field(default_factory=lambda: {"t1": SECRET})
     handshake_timeout: float = 10.0
     draining: bool = False
-    debugging: bool = False
     trust_store: TrustStore | None = None
     dial_tls: None = None
     calls: list[tuple[Any, ...]] = field(default_factory=list)
+    debugging: bool = False
+
+    def __post_init__(self) -> None:
+        self.trust: Any = self
+        self.log: Any = self
 
     def wants(self, session: Session) -> None:
         self.calls.append(("wants", session.owner))
@@ -161,12 +165,14 @@ class Node:
     def refused(self, code: Refusal) -> None:
         self.calls.append(("refused", code))
 
-    def log(self, event: str, **fields: object) -> None:
+    # As its log.
+
+    def info(self, event: str, **fields: object) -> None:
         self.calls.append((event, fields.get("code", "")))
 
     def trace(self, event: str, **fields: object) -> None: ...
 
-    def log_stranger(self, event: str, kind: str, **fields: object) -> None:
+    def stranger(self, event: str, kind: str, **fields: object) -> None:
         self.calls.append((event, kind))
 
 
