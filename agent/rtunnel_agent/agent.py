@@ -155,15 +155,12 @@ class Agent:
     # What sessions call, in the relay's thread.
 
     def session_ready(self, session: AgentSession) -> None:
-        """See SessionOwner."""
         self.bridge.post(self._ready, session)
 
     def session_up(self, session: AgentSession) -> None:
-        """See SessionOwner."""
         self.bridge.post(self._settle, session, Outcome(session=session))
 
     def session_down(self, session: AgentSession, code: Refusal | None, lost: Lost) -> None:
-        """See SessionOwner."""
         explained = Lost(lost.kind, self._explained(session, code, lost))
         self.bridge.post(self._gone, session, Outcome(code=code, lost=explained))
 
@@ -185,11 +182,10 @@ class Agent:
         return str(lost)
 
     def session_draining(self, session: AgentSession, deadline: float) -> None:
-        """See SessionOwner."""
         self.bridge.post(self._retire, session)
 
     def session_trust(self, session: AgentSession, signed: bytes) -> None:
-        """See SessionOwner. Of many in a short time the last one counts: a broker must not fill our memory and log."""
+        """Of many in a short time the last one counts: a broker must not fill our memory and log."""
         if session.news_pause is not None:
             session.news = signed
             return
@@ -203,7 +199,6 @@ class Agent:
             self.session_trust(session, signed)
 
     def serve_stream(self, session: AgentSession, stream: StreamEnd) -> EndHandler:
-        """See SessionOwner."""
         return IncomingStream(self.targets, session, stream)
 
     def report(self, event: str, fields: dict[str, object]) -> None:
@@ -302,7 +297,6 @@ class Agent:
         return identity + lost + empty
 
     async def answered(self) -> None:
-        """See rtunnel.pulse.Part."""
         await self.bridge.answered()
 
     async def _drain(self) -> None:

@@ -99,21 +99,17 @@ class _ControlLink:
         return hashlib.sha256(self.certificate).digest() if self.certificate else b""
 
     def link_up(self, link: Link) -> None:
-        """See LinkOwner."""
         self.link = link
         self.certificate = link.peer_certificate
         self._is_up()
 
     def link_stream(self, stream: StreamEnd) -> EndHandler | None:
-        """See LinkOwner."""
         return None
 
     def link_down(self, link: Link, lost: Lost) -> None:
-        """See LinkOwner."""
         self._over(self._lost or lost)
 
     def received(self, data: bytes) -> None:
-        """See EndHandler."""
         try:
             while events := self._control.receive(data):
                 data = b""
@@ -126,7 +122,6 @@ class _ControlLink:
             self.end(text, LostKind.PROTOCOL_ERROR if broken else LostKind.REFUSED)
 
     def finished(self) -> None:
-        """See EndHandler."""
         self.end("the broker closed the control stream")
 
     def lost(self, lost: Lost) -> None:

@@ -47,7 +47,6 @@ class Entrant:
             self.race.tell(self)
 
     def settle(self) -> None:
-        """See `settled`."""
         self.settled.set()
         self.tell()
 

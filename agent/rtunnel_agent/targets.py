@@ -138,7 +138,6 @@ class Served:
         return self.ip in targets.addresses and targets.exposed.way(self.ip, self.port) == self.way
 
     def ended(self, account: Account) -> None:
-        """See PairOwner."""
         if self.permit is not None:
             self.permit.release(account)
         self.targets.trace(self, account)
@@ -160,7 +159,6 @@ class IncomingStream:
         stream.talk(self, DIAL_DEADLINE)
 
     def received(self, data: bytes) -> None:
-        """See EndHandler."""
         try:
             for event in self._dial.receive(data):
                 self._connect(event.body, self._targets.check(event.body, self._session))
@@ -198,11 +196,11 @@ class IncomingStream:
         targets.relay.join(self._stream, target, up=self._dial.rest, owner=served)
 
     def finished(self) -> None:
-        """See EndHandler: the FIN came before a whole Dial."""
+        """The FIN came before a whole Dial."""
         self._refuse(Refused(Refusal.PROTOCOL_ERROR, "the stream ended before a whole Dial"))
 
     def lost(self, lost: Lost) -> None:
-        """See EndHandler: nobody waits for the target any more."""
+        """Nobody waits for the target any more."""
         self._stop()
 
     def _refuse(self, refused: Refused) -> None:

@@ -90,7 +90,6 @@ class Node:
     # What sessions and the relay call, in the relay's thread.
 
     def wants(self, session: Session) -> None:
-        """See SessionKeeper."""
         self.links.handshake_over(session)
         if session.identity is not None:
             self.trust.add(session)
@@ -107,7 +106,6 @@ class Node:
             self.bridge.spawn(self._registrar.register, session)
 
     def lost(self, session: Session, lost: Lost) -> None:
-        """See SessionKeeper."""
         self.trust.discard(session)
         for listener in session.listeners:
             self.relay.unlisten(listener)
@@ -120,7 +118,6 @@ class Node:
             self.bridge.spawn(self._registrar.unregister, session, str(lost))
 
     def updated(self, session: Session) -> None:
-        """See SessionKeeper."""
         assert session.hello is not None
         rule = self._admission.rule(session.hello.namespace, session.addresses)
         if rule is None:
@@ -130,7 +127,6 @@ class Node:
         session.rule = rule
 
     def refused(self, code: Refusal) -> None:
-        """See SessionKeeper."""
         self.session_refusals[code.value] += 1
 
     def _report(self, event: str, fields: dict[str, object]) -> None:
@@ -217,7 +213,6 @@ class Node:
         return reasons
 
     async def answered(self) -> None:
-        """See rtunnel.pulse.Part."""
         await self.bridge.answered()
 
     async def _join_registry(self, stop: trio.Event) -> bool:

@@ -145,7 +145,6 @@ class Guarded:
         return not self.port.checker.is_revoked(self.key)
 
     def ended(self, account: Account) -> None:
-        """See PairOwner."""
         self.permit.release(account)
         log, body = self.port.session.keeper.log, self.body
         if log.debugging:
@@ -180,7 +179,6 @@ class GuardedConnection:
         self.lost(lost)
 
     def received(self, data: bytes) -> None:
-        """See EndHandler."""
         port = self._port
         self._heard = True
         try:
@@ -198,11 +196,9 @@ class GuardedConnection:
             self._refuse(error)
 
     def finished(self) -> None:
-        """See EndHandler."""
         self._refuse(Refused(Refusal.PROTOCOL_ERROR, "the connection ended before a whole Dial"))
 
     def lost(self, lost: Lost) -> None:
-        """See EndHandler."""
         self._place.release()
         loss = Loss.of(lost.kind, silent=self.is_silent)
         self._port.counts.lost[loss.value] += 1
@@ -299,7 +295,6 @@ class OpenConnection:
         self._stream = link.open(self, self._dial.dial(body), OPEN_DEADLINE)
 
     def received(self, data: bytes) -> None:
-        """See EndHandler."""
         try:
             events = self._dial.receive(data)
         except MessageError as error:
@@ -312,11 +307,9 @@ class OpenConnection:
                 self._fail(event.code, event.text)
 
     def finished(self) -> None:
-        """See EndHandler."""
         self._fail(Refusal.PROTOCOL_ERROR, "the agent ended the stream without an answer")
 
     def lost(self, lost: Lost) -> None:
-        """See EndHandler."""
         ended = lost.kind is LostKind.LINK_LOST
         self._fail(Refusal.LINK_LOST if ended else Refusal.DIAL_TIMEOUT, str(lost))
 
@@ -335,11 +328,10 @@ class OpenConnection:
         self._port.relay.join(self._client, self._stream, down=self._dial.rest, owner=self)
 
     def allowed(self) -> bool:
-        """See PairOwner: a source that may connect may stay."""
+        """A source that may connect may stay."""
         return True
 
     def ended(self, account: Account) -> None:
-        """See PairOwner."""
         self._permit.release(account)
 
     def _fail(self, code: Refusal, text: str) -> None:
@@ -359,13 +351,12 @@ class _ClientWatch:
         self._connection = connection
 
     def received(self, data: bytes) -> None:
-        """See EndHandler: does not come to a paused end."""
+        """Does not come to a paused end."""
 
     def finished(self) -> None:
-        """See EndHandler: neither."""
+        """Neither."""
 
     def lost(self, lost: Lost) -> None:
-        """See EndHandler."""
         self._connection.client_lost()
 
 

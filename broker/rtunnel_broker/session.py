@@ -160,7 +160,6 @@ class Session:
     # The link's owner.
 
     def link_up(self, link: Link) -> None:
-        """See LinkOwner."""
         self.link = link
         link.allowance = UNPROVEN_BYTES
         self._deadline = link.loop.after(
@@ -169,7 +168,7 @@ class Session:
         )
 
     def link_stream(self, stream: StreamEnd) -> EndHandler | None:
-        """See LinkOwner: the agent opens the control stream and no other."""
+        """The agent opens the control stream and no other."""
         if self._stream is not None:
             if self.link is not None and self.link.allowance is not None:
                 self.link.break_off("a second stream before the agent proved itself")
@@ -178,7 +177,6 @@ class Session:
         return self
 
     def link_down(self, link: Link, lost: Lost) -> None:
-        """See LinkOwner."""
         self.link = link
         self._stop_deadline()
         self.lost_by = self.lost_by or lost
@@ -188,7 +186,6 @@ class Session:
     # The control stream.
 
     def received(self, data: bytes) -> None:
-        """See EndHandler."""
         try:
             while events := self._control.receive(data):
                 data = b""
@@ -198,7 +195,7 @@ class Session:
             self.refuse(error.code, error.text)
 
     def finished(self) -> None:
-        """See EndHandler: an agent that closes its control stream leaves."""
+        """An agent that closes its control stream leaves."""
         self.end("the agent closed the control stream")
 
     def lost(self, lost: Lost) -> None:

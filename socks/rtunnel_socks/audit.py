@@ -90,7 +90,6 @@ class Joined:
         return auditor.trust.allows(self.identity, self.certificate) and self.asked.judge(auditor.access)
 
     def ended(self, account: Account) -> None:
-        """See PairOwner."""
         auditor, asked, used, identity = self.auditor, self.asked, self.used, self.identity
         auditor.paths.closed(used)
         self.permit.release(account)

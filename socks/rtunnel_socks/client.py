@@ -120,7 +120,6 @@ class Client:
     # What the client says.
 
     def received(self, data: bytes) -> None:
-        """See Talker."""
         try:
             if self._socks is None and self._http is None:
                 self._begin(data[0])
@@ -132,7 +131,6 @@ class Client:
             self._turn_away(error)
 
     def finished(self) -> None:
-        """See Talker."""
         if self._wait is not None:
             self.close_waiting()
         else:
@@ -140,7 +138,7 @@ class Client:
             self._turn_away(Refused(Refusal.BAD_REQUEST, text), told=False)
 
     def lost(self, lost: Lost) -> None:
-        """See Talker: before the request was whole, or while it was being dialled."""
+        """Before the request was whole, or while it was being dialled."""
         if self._dial is not None:
             self._dial.cancel()
         if self._wait is None:
@@ -217,7 +215,6 @@ class Client:
         self._gateway.access.login(self, name, password)
 
     def logged_in(self, name: str, entry: Hash | Refused) -> None:
-        """See Asker."""
         if self.over:
             return
         try:
@@ -360,7 +357,6 @@ class Client:
         return True
 
     def answered(self, rest: bytes) -> None:
-        """See Exchanger."""
         gateway = self._gateway
         if not gateway.keep_alive or not self._comes_back():
             self._drop_forwarding()
@@ -379,7 +375,6 @@ class Client:
             self.received(rest)
 
     def unanswered(self, rest: bytes) -> None:
-        """See Exchanger."""
         self._forwarding = None
         if not self._comes_back():
             self._end.close()
@@ -404,7 +399,6 @@ class Client:
         return True
 
     def broken(self, refused: Refused) -> None:
-        """See Exchanger."""
         self._turn_away(refused)
 
     def close_waiting(self) -> None:

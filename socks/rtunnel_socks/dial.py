@@ -404,7 +404,6 @@ class Attempt:
         return proofs.check(answer, body, target.namespace, target.ip, self._known)
 
     def received(self, data: bytes) -> None:
-        """See EndHandler."""
         try:
             events = self._dial.receive(data)
         except MessageError as error:
@@ -453,11 +452,9 @@ class Attempt:
         self.dial.won(self, Reached(end, self._dial.rest, self.used, self.dial.tried, event.proof, certificate))
 
     def finished(self) -> None:
-        """See EndHandler."""
         self._fail(Refusal.LINK_LOST, "the broker closed the connection without an answer")
 
     def lost(self, lost: Lost) -> None:
-        """See EndHandler."""
         end, self._end = self._end, None
         if isinstance(end, TlsEnd) and not end.up:
             text = f"no TLS with the broker: {lost}; see gateway.ca, and broker.dial_security, which must be tls"

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from rtunnel.compat import override
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import PIECE, QUANTUM, Ending, Pair, PairOwner
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Timer
@@ -200,9 +201,9 @@ class Forwarding(Pair):
         self._parking: Timer | None = None
         self.requests = 0
 
+    @override
     @property
     def sockets(self) -> tuple[socket.socket, ...]:
-        """See Pair."""
         sides = (self._target,) if self._client is None else (self._client, self._target)
         return tuple(side.end.sock for side in sides)
 
@@ -467,8 +468,9 @@ class Forwarding(Pair):
         self._end_exchange(Ending.CLOSED, reset=True)
         self._exchanger.unanswered(rest)
 
+    @override
     def abort(self, ending: Ending) -> None:
-        """See Pair. A client whose answer is whole lives on."""
+        """A client whose answer is whole lives on."""
         self._stop_parking()
         if self.done:
             return

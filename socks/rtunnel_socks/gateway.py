@@ -73,26 +73,21 @@ class Gateway:
     # What clients and dials call, in the relay's thread.
 
     def new_dial(self, client: Client, target: Target) -> TargetDial:
-        """See ClientOwner."""
         user = client.asked.user
         who = f"{user}@{client.peer}" if user else client.peer
         return TargetDial(self, target, f"{self.name}:{who}", client.dialled)
 
     def forget(self, stale: Tuple) -> None:
-        """See DialOwner."""
         self.table.forget(stale)
 
     def log(self, event: str, **fields: object) -> None:
-        """See ClientOwner."""
         self._log.info(event, **fields)
 
     def acquire_client(self, peer: str) -> ClientPermit:
-        """See ClientOwner."""
         return ClientPermit(self.counts, self.limits.acquire_client(peer, self.relay.loop.now))
 
     @property
     def keep_alive(self) -> float:
-        """See ClientOwner."""
         return 0.0 if self.draining else self.config.keep_alive
 
     def _close_waiting(self) -> None:
@@ -100,7 +95,6 @@ class Gateway:
             client.close_waiting()
 
     def not_proven(self, code: Refusal, fields: dict[str, object]) -> None:
-        """See DialOwner."""
         self.counts.unproven[code.value] = self.counts.unproven.get(code.value, 0) + 1
         self.report("proof_failed", {"code": code.value, **fields})
 
@@ -125,7 +119,6 @@ class Gateway:
         self._room.check()
 
     def connect_failed_here(self, code: int) -> None:
-        """See DialOwner."""
         what = shortage(code)
         self.counts.shortages[what] = self.counts.shortages.get(what, 0) + 1
         if what == "descriptors":
@@ -212,12 +205,10 @@ class Gateway:
         return [f"registry: {fault}"] if fault else []
 
     async def answered(self) -> None:
-        """See rtunnel.pulse.Part."""
         await self.bridge.answered()
 
     @property
     def ready(self) -> bool:
-        """See ClientOwner."""
         return not self.reasons()
 
     async def _drain(self) -> None:
