@@ -144,12 +144,10 @@ AgentTable = Mapping[tuple[AgentState, type[Message] | Action], AgentState]
 BROKER: Final[BrokerTable] = {
     (_B.NEW, Hello): _B.GREETED,
     (_B.NEW, Enrol): _B.ENROLLING,
-    (_B.NEW, _Do.REFUSE): _B.REFUSED,
     (_B.GREETED, _Do.CHALLENGE): _B.CHALLENGED,
     (_B.GREETED, _Do.ADMIT): _B.PROVEN,
     (_B.GREETED, _Do.REFUSE): _B.REFUSED,
     (_B.CHALLENGED, Proof): _B.PROVEN,
-    (_B.CHALLENGED, _Do.REFUSE): _B.REFUSED,
     (_B.PROVEN, Update): _B.PROVEN,
     (_B.PROVEN, Bye): _B.CLOSED,
     (_B.PROVEN, _Do.WELCOME): _B.LIVE,

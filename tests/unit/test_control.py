@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from msgspec import structs
 
 from rtunnel.trust.keys import LinkMacs
 from rtunnel.wire import control, messages
@@ -74,9 +75,12 @@ HELLO = Hello(
     nonce=NONCE,
     start_window=16384,
 )
-BY_TOKEN = Hello(**{name: getattr(HELLO, name) for name in HELLO.__struct_fields__} | {"token_id": "t1"})
+BY_TOKEN = structs.replace(HELLO, token_id="t1")
+#: These two are refused by the broker of the scripts.
+NO_TOKEN = structs.replace(HELLO, token_id="unknown")
+NO_CERTIFICATE = structs.replace(HELLO, agent_id="unknown")
 WELCOME = Welcome(node="b1", host="h1", epoch=7, ip="10.9.0.1", port=7001, heartbeat=5.0)
-WELCOMED = Welcome(node="b1", host="h1", epoch=7, ip="10.9.0.1", port=7001, heartbeat=5.0, start_window=16384)
+WELCOMED = structs.replace(WELCOME, start_window=16384)
 UPDATE = Update(exposes=["22"])
 ENROL = Enrol(version=1, request=b"csr", token_id="t1", mac=bytes(32))
 ENROLLED = Enrolled(certificate=b"der", trust=b"list")
@@ -111,6 +115,7 @@ class ConnectionPair:
     """Both ends of a control stream. `heard` has each event, or fault, with the state of its end then."""
 
     split: Split
+    says_why: bool = False  # the broker answers a fault
     broker: BrokerControl = field(default_factory=broker)
     agent: AgentControl = field(default_factory=agent)
     heard: list[tuple[Side, object, str]] = field(default_factory=list)
@@ -141,10 +146,14 @@ class ConnectionPair:
             fault = (to, (error.code, error.text), str(end.state))
             if fault not in self.heard:
                 self.heard.append(fault)
+            if to == "broker" and self.says_why:
+                self.send("broker", self.broker.refuse(error.code, error.text))
 
     def _answer(self, event: object) -> None:
         """Do what every owner does at once."""
         match event:
+            case Greeted(hello) if hello in (NO_TOKEN, NO_CERTIFICATE):
+                self.send("broker", self.broker.refuse(Refusal.DRAINING, "it drains"))
             case Greeted(hello) if hello.token_id:
                 self.send("broker", self.broker.challenge(SECRET))
             case Greeted():
@@ -216,9 +225,57 @@ SCRIPTS: dict[str, tuple[list[Step], list[tuple[str, object, str]]]] = {
         [*HEARD_UP, ("broker", Updated(UPDATE), "live"), ("broker", Updated(UPDATE), "live"),
          ("broker", Left("it leaves"), "closed")],
     ),
+    "an agent leaves before its Welcome": (
+        [says("agent", cert_hello, encode(UPDATE), encode(Bye("it leaves")))],
+        [HEARD_UP[0], ("broker", Updated(UPDATE), "proven"), ("broker", Left("it leaves"), "closed")],
+    ),
+    "a broker that stops without a drain": (
+        [*UP_BY_CERTIFICATE, says("broker", lambda b: b.bye("it stops"))],
+        [*HEARD_UP, ("agent", Left("it stops"), "closed")],
+    ),
+    "an agent leaves a node that drains": (
+        [*UP_BY_CERTIFICATE, says("broker", lambda b: b.drain(3.0), encode(Drain(2.0))),
+         says("agent", update, lambda a: a.bye("it leaves"))],
+        [*HEARD_UP, ("agent", DrainStarted(3.0), "draining"), ("agent", DrainStarted(2.0), "draining"),
+         ("broker", Updated(UPDATE), "draining"), ("broker", Left("it leaves"), "closed")],
+    ),
+    "an agent is refused while the node drains": (
+        [*UP_BY_CERTIFICATE, says("broker", lambda b: b.drain(3.0), lambda b: b.refuse(Refusal.DRAINING, "it drains"))],
+        [*HEARD_UP, ("agent", DrainStarted(3.0), "draining"), ("agent", WasRefused(REFUSED), "refused")],
+    ),
+    "an agent is revoked while the node drains": (
+        [*UP_BY_CERTIFICATE, says("broker", lambda b: b.drain(3.0), lambda b: b.revoke() or b""),
+         says("agent", update, lambda a: a.bye("it leaves"))],
+        [*HEARD_UP, ("agent", DrainStarted(3.0), "draining"), ("broker", Updated(UPDATE), "revoked"),
+         ("broker", Left("it leaves"), "closed")],
+    ),
+    "an agent is revoked before its Welcome": (
+        [says("agent", cert_hello),
+         says("broker", lambda b: b.revoke() or b"", lambda b: b.refuse(Refusal.DRAINING, "it drains"))],
+        [HEARD_UP[0], ("agent", WasRefused(REFUSED), "refused")],
+    ),
+    "a registration is refused": (
+        [says("agent", token_hello), says("broker", lambda b: b.refuse(Refusal.DRAINING, "it drains"))],
+        [("broker", Greeted(BY_TOKEN), "greeted"), ("agent", Challenged(), "challenged"),
+         ("broker", Proved(BY_TOKEN), "proven"), ("agent", WasRefused(REFUSED), "refused")],
+    ),
+    "a session is refused later": (
+        [*UP_BY_CERTIFICATE, says("broker", lambda b: b.refuse(Refusal.DRAINING, "it drains"))],
+        [*HEARD_UP, ("agent", WasRefused(REFUSED), "refused")],
+    ),
+    "a Hello that names a token is refused": (
+        [says("agent", lambda a: a.hello(NO_TOKEN, SECRET))],
+        [("broker", Greeted(NO_TOKEN), "greeted"), ("agent", WasRefused(REFUSED), "refused")],
+    ),
+    "a Bye behind the certificate": (
+        [says("agent", lambda a: a.enrol(ENROL)), says("broker", lambda b: b.enrolled(ENROLLED)),
+         says("agent", encode(Bye("thanks")))],
+        [("broker", EnrolRequested(ENROL), "enrolling"), ("agent", WasEnrolled(ENROLLED), "enrolled"),
+         ("broker", Left("thanks"), "closed")],
+    ),
     "a Hello is refused": (
-        [says("agent", cert_hello), says("broker", lambda b: b.refuse(Refusal.DRAINING, "it drains"))],
-        [("broker", Greeted(HELLO), "greeted"), ("agent", WasRefused(REFUSED), "refused")],
+        [says("agent", lambda a: a.hello(NO_CERTIFICATE, b""))],
+        [("broker", Greeted(NO_CERTIFICATE), "greeted"), ("agent", WasRefused(REFUSED), "refused")],
     ),
     "an agent is revoked": (
         [*UP_BY_CERTIFICATE,
@@ -268,8 +325,7 @@ SCRIPTS: dict[str, tuple[list[Step], list[tuple[str, object, str]]]] = {
         ],
     ),
     "a window that the Hello does not name": (
-        [says("agent", cert_hello), says("broker", encode(Welcome(**{
-            name: getattr(WELCOME, name) for name in WELCOME.__struct_fields__} | {"start_window": 8192})))],
+        [says("agent", cert_hello), says("broker", encode(structs.replace(WELCOME, start_window=8192)))],
         [HEARD_UP[0], ("agent", (Refusal.PROTOCOL_ERROR, "the broker's start_window 8192 is not the Hello's "
                                  "(in the state proven)"), "failed")],
     ),
@@ -294,6 +350,31 @@ def test_a_script_is_heard_alike_in_every_split(name: str, split: Split) -> None
     for step in steps:
         step(pair)
     assert pair.heard == heard
+
+
+class Used(dict[tuple[Any, Any], Any]):
+    """A table that remembers which of its transitions were used."""
+
+    def __init__(self, table: Any) -> None:
+        super().__init__(table)
+        self.used: set[tuple[Any, Any]] = set()
+
+    def get(self, key: tuple[Any, Any], default: Any = None) -> Any:
+        self.used.add(key)
+        return super().get(key, default)
+
+
+def test_the_scripts_use_every_transition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a transition that somebody needs can't leave the table, and one that nobody needs can't stay."""
+    near, far = Used(BROKER), Used(AGENT)
+    monkeypatch.setattr(BrokerControl, "_TABLE", near)
+    monkeypatch.setattr(AgentControl, "_TABLE", far)
+    for steps, _ in SCRIPTS.values():
+        pair = ConnectionPair("whole", says_why=True)
+        for step in steps:
+            step(pair)
+    assert set(BROKER) - near.used == set()
+    assert set(AGENT) - far.used == set()
 
 
 @settings(deadline=None, max_examples=times(40))
@@ -594,7 +675,7 @@ def test_events_can_not_be_changed() -> None:
 
 def test_the_version_of_a_hello_is_looked_at_first() -> None:
     """A Hello of another version may have another shape; this one can be decoded."""
-    wrong = Hello(**{name: getattr(HELLO, name) for name in HELLO.__struct_fields__} | {"version": 2})
+    wrong = structs.replace(HELLO, version=2)
     with pytest.raises(RemoteProtocolError, match="the agent speaks protocol version 2, this broker 1") as caught:
         broker().receive(encode(wrong))
     assert caught.value.code is Refusal.VERSION

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -296,6 +297,71 @@ def test_a_malformed_update_ends_the_session(update: Update, code: Refusal) -> N
     assert at.hear(Update(exposes=["22"])) == []
     at.wire.loop.turn()
     assert not [call for call in at.node.calls if call[0] == "updated"]
+
+
+@dataclass
+class Judge:
+    """A trust store that says what the test wants."""
+
+    revoked: bool = False
+    good: bool = True
+    generation: int = 0
+
+    def is_revoked(self, identity: object) -> bool:
+        return self.revoked
+
+    def in_force(self, identity: object) -> bool:
+        return self.good
+
+
+def certified(at: AtBroker) -> AtBroker:
+    """Let a session be one by certificate."""
+    identity = SimpleNamespace(subject="agent/default/a1", name="a1", addresses=frozenset({"10.1.0.7"}))
+    at.session.identity = cast(Any, identity)
+    return at
+
+
+@pytest.mark.parametrize(
+    ("judge", "answers"),
+    [
+        (Judge(revoked=True), [Refuse("revoked", "the certificate of agent/default/a1 is revoked")]),
+        (
+            Judge(good=False),
+            [
+                Trust(b"list"),
+                Refuse("bad_certificate", "the certificate of agent/default/a1 is not from a CA in force any more"),
+            ],
+        ),
+    ],
+)
+@pytest.mark.parametrize("before", ["proven", "live", "draining"])
+def test_a_certificate_that_is_not_good_any_more(judge: Judge, answers: list[Message], before: str) -> None:
+    """From the verdict on nothing but its answer is said; the list by which to know better goes before it."""
+    at = certified(AtBroker().proven() if before == "proven" else AtBroker().live())
+    if before == "draining":
+        at.session.drain(1.0)
+        at.wire.said()
+    fault = at.session.judge(cast(TrustStore, judge))
+    assert fault is not None
+    assert at.session.state is BrokerState.REVOKED and not at.session.serves
+    assert at.session.judge(cast(TrustStore, judge)) is None
+    at.session.welcome(WELCOME)
+    at.session.tell_trust(b"too late")
+    assert at.hear(Update(exposes=["22"])) == []
+    at.wire.loop.turn()
+    at.session.expel(fault, b"list")
+    at.session.expel(fault, b"list")
+    assert at.wire.said() == answers
+    assert not [call for call in at.node.calls if call[0] == "updated"]
+    assert at.node.calls[-1][:2] == ("lost", LostKind.REFUSED)
+
+
+def test_a_good_certificate_stays() -> None:
+    """A session by token is not judged at all."""
+    assert certified(AtBroker().live()).session.judge(cast(TrustStore, Judge())) is None
+    at = AtBroker().live()
+    assert at.session.judge(cast(TrustStore, Judge(revoked=True))) is None
+    assert at.session.state is BrokerState.LIVE
 
 
 def test_a_drain_and_a_goodbye() -> None:
