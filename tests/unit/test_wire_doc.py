@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from rtunnel.config import Config
+from rtunnel.relay import link
 from rtunnel.trust import certificates, identity
 from rtunnel.trust import proof as proofs
 from rtunnel.trust.keys import AGENT_LABEL, BROKER_LABEL, GATEWAY_LABEL, DialKeys, gateway_key, token_mac
@@ -26,6 +27,8 @@ from rtunnel.wire import messages
 from rtunnel.wire.messages import Dial, Hello, Message, Proof, decode_body
 from rtunnel.wire.refusal import Refusal
 from rtunnel.wire.yamux import Fault
+from rtunnel_agent import agent
+from rtunnel_agent import identity as credentials
 from support.messages import decoder_of
 
 TEXT = (Path(__file__).parents[2] / "docs" / "wire.md").read_text(encoding="utf-8")
@@ -330,3 +333,47 @@ def test_the_page_names_the_protocol() -> None:
     """ALPN and the version that the page describes are those of the code."""
     assert f"`{messages.ALPN}`" in section("Link")
     assert f"The version is one integer, {messages.VERSION} at present" in section("Versions")
+
+
+def test_the_values_of_t_are_those_of_the_messages() -> None:
+    """The table of message types has each one, and no other."""
+    found = {row[0].strip("`") for table in tables(section("Messages")) for row in table}
+    assert found == set(MESSAGES)
+
+
+def test_what_an_agent_does_after_a_refusal() -> None:
+    """The codes exist, and the numbers are the agent's."""
+    text = section("After a refusal")
+    named = {word for table in tables(text) for row in table for word in re.findall(r"`(\w+)`", row[0])}
+    assert named <= {code.value for code in Refusal} and len(named) > 12
+    assert f"for {agent.QUICK_REDIALS + agent.ANY_HOST_REDIALS} dials" in text
+    assert f"begins at {agent.BACKOFF_FIRST:g} s" in text and f"lasted {agent.STABLE:g} s" in text
+    assert f"and {credentials.LONGEST_PAUSE:g} s" in text
+
+
+def test_pings_are_sent_when_the_page_says() -> None:
+    """The words and the table have the silence after which a look pings, not the time between two looks."""
+    text = " ".join(section("yamux").split())
+    assert f"{link.PING_AFTER_CLIENT:g} s (agent) or {link.PING_AFTER_SERVER:g} s (broker)" in text
+    assert f"to {link.LOOK_CLIENT:g} s, and the broker every" in text and f"to {link.LOOK_SERVER:g} s." in text
+
+
+def test_a_key_that_comes_twice_has_its_last_value() -> None:
+    """The page allows both answers; this is the one that it says of this implementation. Of `t` there is one."""
+    pairs = [("t", "bye"), ("reason", "first"), ("reason", "last")]
+    assert twice(pairs).reason == "last"
+    with pytest.raises(messages.MessageError):
+        twice([("t", "bye"), ("t", "drain"), ("reason", "x")])
+
+
+def test_a_string_that_is_not_utf_8_is_an_error() -> None:
+    """In a value; the page says so."""
+    body = bytes([0x82]) + msgpack.packb("t") + msgpack.packb("bye") + msgpack.packb("reason") + b"\xa1\xff"
+    with pytest.raises(messages.MessageError):
+        one(len(body).to_bytes(4, "big") + body, messages.Bye)
+
+
+def twice(pairs: list[tuple[str, str]]) -> Any:
+    """The Bye of a map with these keys and values, in order."""
+    body = bytes([0x80 | len(pairs)]) + b"".join(msgpack.packb(word) for pair in pairs for word in pair)
+    return one(len(body).to_bytes(4, "big") + body, messages.Bye)
