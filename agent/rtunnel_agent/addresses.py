@@ -1,4 +1,4 @@
-"""Which addresses the agent answers for at present: those of its configuration that this host has."""
+"""Finds which of the agent's configured addresses this host has at present."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Final
 from rtunnel.config import ConfigError, Problem, default_address
 from rtunnel.relay.relay import bind_address
 
-#: errno of a bind that says for certain that the host does not have the address (or no IPv6 at all).
+#: Values of errno by which a bind says that the host does not have the address (or no IPv6 at all).
 _NOT_HERE: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 def host_has(ip: str) -> bool:
-    """Whether this host has the address; asks the kernel by a bind, which sends nothing and takes no port.
+    """Return whether this host has the address, by a bind(2) that sends nothing and takes no port.
 
-    A host that is out of descriptors gives no answer: then the address is taken to be there still. Where
-    net.ipv4.ip_nonlocal_bind is set, the kernel says yes to all.
+    True when the host is out of descriptors and can't say, and always where
+    net.ipv4.ip_nonlocal_bind is set.
     """
     try:
         with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -28,7 +28,7 @@ def host_has(ip: str) -> bool:
 
 
 class OwnAddresses:
-    """See the module. Without `configured` addresses it is the one of the default route, whichever that is."""
+    """The addresses of one agent: the configured ones, or the one of the default route."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class OwnAddresses:
         has: Callable[[str], bool] | None = None,
         default: Callable[[], str] | None = None,
     ) -> None:
-        """Raises ConfigError when no address is configured and there is no default route."""
+        """Look once. Raises ConfigError when no address is configured and no default route is there."""
         self._configured = bool(configured)
         self._has = has or host_has
         self._default = default or default_address
@@ -54,10 +54,10 @@ class OwnAddresses:
         return address
 
     def look(self) -> bool:
-        """Look again; whether `present` is another one now.
+        """Look again; return whether `present` has changed.
 
-        A default address that is lost gives way to the new default address. While the host has it, it stays, although
-        the default route may leave from another one.
+        A default address stays while the host has it, also when the default route changes. When the
+        host loses it, the new default address takes its place.
         """
         before = self.present
         self.present = tuple(address for address in self.wanted if self._has(address))
@@ -72,7 +72,7 @@ class OwnAddresses:
 
     @property
     def missing(self) -> str:
-        """Why the agent can answer for nothing; empty when it can."""
+        """Why the agent has no address to answer for, as a sentence; empty when it has one."""
         if self.present:
             return ""
         fix = "add the address to an interface, or change agent.addresses"

@@ -1,4 +1,7 @@
-"""Which broker address the agent dials next. `AddressQueue` is pure; `Brokers` asks the resolver, in trio's thread."""
+"""Chooses the broker address that the agent dials next.
+
+`AddressQueue` is pure; `Brokers` asks the resolver, in trio's thread.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ Address = tuple[str, int]
 
 #: Addresses of one name that are used. A DNS answer over UDP holds fewer.
 MAX_ADDRESSES: Final = 64
-#: Seconds that a dial waits for the resolver while an older answer is there to go on with.
+#: Seconds that a dial waits for the resolver while an older answer is known.
 RESOLVER_PATIENCE: Final = 1.0
 #: Seconds that a dial waits for the resolver when no address is known at all.
 RESOLVER_DEADLINE: Final = 30.0
@@ -27,12 +30,13 @@ RESOLVER_DEADLINE: Final = 30.0
 class AddressQueue:
     """The known broker addresses, in the order in which they are to be dialled.
 
-    The least recently dialled address comes first; a new one joins at the end. So an address that stays known is
-    dialled at least once in as many dials as there are addresses, in whatever order the resolver names them.
+    The least recently dialled address comes first; a new one joins at the end. So an address that
+    stays known is dialled at least once in as many dials as there are addresses, in whatever order
+    the resolver names them.
     """
 
     def __init__(self, rng: random.Random) -> None:
-        """`rng` orders addresses that were never dialled: a fleet must not begin with the same one."""
+        """`rng` orders addresses that were never dialled: agents must not all begin with the same."""
         self._rng = rng
         self._answers: dict[Address, tuple[Address, ...]] = {}  # by entry
         self._ranks: dict[Address, tuple[int, float]] = {}
@@ -59,31 +63,32 @@ class AddressQueue:
         return address
 
     def _newest(self) -> tuple[int, float]:
-        """The rank of a new address: behind all others, but ahead of the one that was dialled last."""
+        """Return the rank of a new address: behind all others but the one that was dialled last."""
         return self._dials, self._rng.random()
 
 
 def look_up(host: str, port: int) -> list[Address]:
-    """Ask the system's resolver; blocks. Raises OSError."""
+    """Ask the system's resolver for the addresses of a name. Blocks. Raises OSError."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [(str(address[0]), port) for *_, address in found]
 
 
 @dataclass(eq=False, slots=True)
 class _Name:
-    """One entry of agent.brokers that is a name."""
+    """One entry of `agent.brokers` that is a name."""
 
     host: str
     port: int
-    asked: float = -math.inf  # when the lookup that is under way began (trio's clock)
+    asked: float = -math.inf  # when the present lookup began (trio's clock)
     pending: bool = False
     failure: str = ""  # of the last lookup that ended
 
 
 class Brokers:
-    """The broker addresses of one agent. Names are looked up at every dial, because a VIP may move.
+    """The broker addresses of one agent. Names are looked up for each dial, because a VIP may move.
 
-    One lookup a name is under way at a time. While the resolver is silent or fails, its last answer counts.
+    Each name has one lookup at a time. While the resolver is silent or fails, its last answer
+    counts.
     """
 
     def __init__(
@@ -106,7 +111,7 @@ class Brokers:
                 self._names.append(_Name(host, port))
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Hold the lookups, which outlast the dials that asked for them."""
+        """Hold the nursery of the lookups, which may outlast the dials that began them."""
         async with trio.open_nursery() as self._nursery:
             task_status.started()
             await trio.sleep_forever()
@@ -126,7 +131,7 @@ class Brokers:
         return address
 
     def _is_fresh(self, name: _Name) -> bool:
-        """Whether the lookup may still be answered soon: a dial does not wait again for a stuck one."""
+        """Return whether the present lookup began lately: dials do not wait for a stuck one."""
         return trio.current_time() < name.asked + RESOLVER_PATIENCE
 
     def _ask(self) -> None:
@@ -163,5 +168,5 @@ def _fault_of(name: _Name) -> str:
 
 
 def _is_address(host: str) -> bool:
-    """`parse_endpoint` has checked it: what ends in digits is an address."""
+    """Return whether a host of `parse_endpoint` is an IP address: its last label is a number."""
     return ":" in host or host.rpartition(".")[2].isdigit()

@@ -1,8 +1,9 @@
-"""Which host this agent runs on: what lets a restarted agent take its sessions back at once.
+"""The host id: it lets a restarted agent take its sessions back at once.
 
-A broker keeps the living one of two processes with one agent_id. After kill -9 the new process must not wait until
-its predecessor's links are known to be dead, so its Hello carries a *host id*: the same for two processes of which the
-first is surely over when the second begins, and another one for a clone. It is a digest of
+Of two processes with one agent_id, a broker keeps the one whose link answers. After kill -9 the new
+process must not wait until the old links are given up. So its Hello carries a *host id*: equal for
+two processes when the first has certainly ended before the second begins, and different for a
+clone. It is a digest of
 
 - the kernel's boot id: another machine, and the same machine after a reboot, have another one. (After a reboot no link
   of before can answer, and brokers find that out.)
@@ -13,8 +14,8 @@ first is surely over when the second begins, and another one for a clone. It is 
 - without one: the network namespace. Two processes there share their addresses, so a client that is led to the wrong
   one of them still reaches the right host.
 
-It is made once for each process. So a machine that is cloned *with its memory* has two processes with one host id until
-one of them is started again: docs/identity.md says what that means.
+Each process makes it once. So a machine that is cloned *with its memory* has two processes with one
+host id until one of them is started again (docs/identity.md).
 """
 
 from __future__ import annotations
@@ -30,17 +31,18 @@ from rtunnel.trust.files import SECRET, replace
 
 SECRET_FILE: Final = "host.secret"  # noqa: S105 - a file's name
 SECRET_BYTES: Final = 32
-#: Of the digest: two hosts with one agent_id meet by chance in one of 2^64 cases.
+#: Bytes of the digest that are used: two hosts with one agent_id have the same id by chance in one
+#: of 2^64 cases.
 HOST_ID_BYTES: Final = 8
 
 _LABEL: Final = b"rtunnel host 1"
 
 
 def host_id(identity: str, root: Path = Path("/")) -> bytes:
-    """Return this process's host id; empty when the kernel tells no boot id.
+    """Return this process's host id; empty when the kernel has no boot id.
 
-    `identity` is the identity directory, whose lock the caller holds, or "". `root` is where /proc, /sys and /etc are.
-    Raises TrustError when the directory's secret can't be read or made.
+    `identity` is the identity directory, whose lock the caller holds, or "". `root` is where /proc,
+    /sys and /etc are. Raises TrustError when the directory's secret can't be read or made.
     """
     boot = _read(root / "proc/sys/kernel/random/boot_id")
     if not boot:
@@ -66,7 +68,7 @@ def _directory_parts(directory: Path) -> list[bytes]:
 
 
 def _inode(path: Path) -> bytes:
-    """Which file it is, on which file system; empty when there is none."""
+    """Return the file system and the inode of a file; empty when there is none."""
     try:
         found = path.stat()
     except OSError:
@@ -82,7 +84,7 @@ def _read(path: Path) -> bytes:
 
 
 def _cards(classes: Path) -> Iterator[bytes]:
-    """The addresses of physical (also virtio) cards. Those of bridges and containers come and go."""
+    """Yield the addresses of physical and virtio cards. Those of bridges change too often."""
     try:
         cards = list(classes.iterdir())
     except OSError:

@@ -1,4 +1,4 @@
-"""Proofs that an answer is the agent's own (docs/wire.md, "Proofs"). In the relay's thread."""
+"""Proves that answers to Dials are the agent's own (docs/wire.md, "Proofs")."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from rtunnel.trust.proof import Exchange, PairKey, answer_bytes, sign
 from rtunnel.wire.messages import Accepted, DialBody, Refuse
 from rtunnel_agent.identity import AgentIdentity
 
-#: Gateway processes with which it has the key of a pair; whose was forgotten gets another signature.
+#: Gateway processes with which the agent has the key of a pair. A forgotten one gets another
+#: signature.
 MAX_PAIRS: Final = 4096
 
 Answer = TypeVar("Answer", bound=Accepted | Refuse)
 
 
 class Prover:
-    """What proves Dials by one certificate; a renewed one gets another prover, and other keys of pairs."""
+    """Proves answers by one certificate; a renewed one gets another prover. In the relay's thread."""
 
     def __init__(self, identity: AgentIdentity) -> None:
         self.identity = identity
@@ -26,10 +27,11 @@ class Prover:
         self._pairs: dict[bytes, PairKey] = {}  # by the gateway's part
 
     def prove(self, answer: Answer, dial: DialBody, body: bytes) -> Answer:
-        """The answer to this Dial, whose `body` is exactly as it came, with the proof.
+        """Return the answer with a proof for this Dial; `body` is the Dial's, exactly as it came.
 
-        3 us once gateway and agent have the key of a pair; before, 25 us for the signature, and 40 more for a gateway
-        that is new. A gateway's part that is no usable key gets no proof.
+        Takes 3 us when gateway and agent have the key of a pair; else 25 us for the signature, and
+        40 us more for a new gateway. A gateway whose part of the exchange is no usable key gets no
+        proof.
         """
         said, pair = answer_bytes(answer), self._pairs.get(dial.exchange)
         if pair is not None and pair.id == dial.pair:

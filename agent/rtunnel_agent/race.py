@@ -1,4 +1,4 @@
-"""Links that are dialled beside each other: a silent address must not keep the agent from the next. trio's side."""
+"""Races of links, so that a silent broker address does not delay the agent. trio's side."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from rtunnel_agent.handshake import AgentSession, Enrolment
     from rtunnel_agent.identity import AgentIdentity
 
-#: A live broker takes a connection and does its part of TLS in some round trips. While an address is silent for so many
-#: seconds the next one is dialled beside it.
+#: Seconds of silence of an address after which the next one is dialled beside it. A broker that
+#: works takes a connection and does its part of TLS in some round trips.
 SILENCE: Final = 1.0
-#: Links under way at once for one slot: more silent addresses than that wait for their deadlines.
+#: Links of one race at a time. With more silent addresses the agent waits for their deadlines.
 MAX_BESIDE: Final = 4
 
 E = TypeVar("E", bound="Entrant")
@@ -36,24 +36,25 @@ class Outcome:
 
 @dataclass(eq=False)
 class Entrant:
-    """One link of a race, as trio sees it."""
+    """One link of a race. For trio's thread."""
 
     race: Race[Any] | None = None
-    settled: trio.Event = field(default_factory=trio.Event)  # it is over, or has what it was dialled for
+    settled: trio.Event = field(default_factory=trio.Event)  # it has ended, or got what it was dialled for
 
     def tell(self) -> None:
-        """Its link is up, or it has settled."""
+        """Tell the race that the link is up, or that it has settled."""
         if self.race is not None:
             self.race.tell(self)
 
     def settle(self) -> None:
+        """Set `settled`, and tell the race."""
         self.settled.set()
         self.tell()
 
 
 @dataclass(eq=False)
 class Watch(Entrant):
-    """A link for a session: settled by Welcome, by a refusal, or by a failure."""
+    """A link for a session; Welcome, a refusal or a failure settles it."""
 
     outcome: Outcome = field(default_factory=Outcome)
     session: AgentSession | None = None
@@ -64,7 +65,7 @@ class Watch(Entrant):
 
 @dataclass(eq=False)
 class Asked(Entrant):
-    """A link for one request to the authority: settled by the answer, or by why there is none."""
+    """A link for one request to the authority; the answer or a failure settles it."""
 
     broker: str = ""
     enrolment: Enrolment | None = None
@@ -72,7 +73,7 @@ class Asked(Entrant):
 
 
 class Race(Generic[E]):
-    """The links that are under way for one purpose."""
+    """The links that are being dialled for one purpose."""
 
     def __init__(self) -> None:
         self._under_way: dict[E, Callable[[], None]] = {}
@@ -84,24 +85,24 @@ class Race(Generic[E]):
 
     @property
     def full(self) -> bool:
-        """Whether no other one may be dialled beside these."""
+        """Whether no other link may be dialled beside these."""
         return len(self) >= MAX_BESIDE
 
     def add(self, entrant: E, end: Callable[[], None]) -> None:
-        """Let another one take part; `end` ends it when it is not needed."""
+        """Add a link; `end()` is called when the race ends without it."""
         entrant.race = self
         self._under_way[entrant] = end
 
     def tell(self, entrant: E) -> None:
-        """There is news of this one."""
+        """Hear that a link is up or has settled; `next` returns it."""
         if entrant in self._under_way and entrant not in self._told:
             self._told.append(entrant)
             self._news.set()
 
     async def next(self) -> E | None:
-        """Wait for one whose link is up, or that has settled, and take it out of the race.
+        """Wait for an entrant whose link is up, or that has settled; take it out and return it.
 
-        Returns None after SILENCE seconds without any: then it is time for another one, unless the race is `full`.
+        Return None after SILENCE seconds: then another one may be added, unless the race is `full`.
         """
         with trio.move_on_after(SILENCE):
             await self._news.wait()
@@ -114,7 +115,7 @@ class Race(Generic[E]):
         return entrant
 
     def end(self) -> None:
-        """End those that are left over."""
+        """End all links that are left in the race."""
         under_way, self._under_way = self._under_way, {}
         for end in under_way.values():
             end()

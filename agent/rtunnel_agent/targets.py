@@ -1,4 +1,4 @@
-"""Dials in, targets out: per stream, in the relay's thread."""
+"""Checks Dials of brokers, and connects streams to targets. In the relay's thread."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_agent.handshake import AgentSession
 from rtunnel_agent.proof import Prover
 
-#: A target that takes longer is announced with Dialling, so that no gateway takes a slow target for a dead path.
+#: Seconds of a connect after which the agent says Dialling, so that no gateway takes a slow target
+#: for a failed path.
 DIALLING_AFTER: Final = 0.1
-#: A broker sends the Dial with the stream's first frame.
+#: Seconds for a stream's Dial. A broker sends it with the stream's first frame.
 DIAL_DEADLINE: Final = 10.0
 
 Ranges = tuple[tuple[int, int], ...]
@@ -32,15 +33,15 @@ Ranges = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class Exposed:
-    """What streams may lead to."""
+    """The addresses and ports to which streams may lead."""
 
-    ports: list[str]  # as brokers are told
+    ports: list[str]  # as the Hello has them
     direct: Ranges = ()  # at the agent's addresses
-    loopback: Ranges = ()  # on this host's loopback, whatever address they were asked for at
+    loopback: Ranges = ()  # on this host's loopback, for Dials to any of the agent's addresses
     published: frozenset[tuple[str, int]] = frozenset()
 
     def way(self, ip: str, port: int) -> str | None:
-        """The address to connect to; None: it is not exposed."""
+        """Return the address to connect to, or None when the target is not exposed."""
         if _within(port, self.loopback):
             return "::1" if ":" in ip else "127.0.0.1"
         return ip if _within(port, self.direct) or (ip, port) in self.published else None
@@ -54,7 +55,7 @@ def _within(port: int, ranges: Ranges) -> bool:
 
 
 class Targets:
-    """What this agent exposes, and the way there."""
+    """What this agent exposes, and the counts of its streams."""
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class Targets:
         timeout: float,
         log: FilteringBoundLogger,
     ) -> None:
-        """`timeout` seconds for a connect."""
+        """`timeout`: seconds for a connect to a target."""
         self.relay = relay
         self.log = log
         self.namespace = namespace
@@ -86,12 +87,12 @@ class Targets:
             )  # fmt: skip
 
     def expose(self, exposed: Exposed) -> int:
-        """From now on this; streams to what is not exposed any more end. How many did."""
+        """Expose this from now on. Return how many streams, to other targets, were ended."""
         self.exposed = exposed
         return self._end_void()
 
     def answer_for(self, addresses: frozenset[str]) -> int:
-        """Answer for these addresses from now on. Ends the streams to others; returns how many did."""
+        """Answer for these addresses from now on. Return how many streams, to others, were ended."""
         self.addresses = addresses
         return self._end_void()
 
@@ -102,8 +103,9 @@ class Targets:
         return len(void)
 
     def check(self, body: DialBody, session: AgentSession) -> str:
-        """The address to connect to. Raises Refused unless this Dial is for us, for this session, and for something
-        that is exposed.
+        """Return the address to connect to for a Dial.
+
+        Raises Refused unless it is for this agent, for this session, and for an exposed target.
         """
         if body.namespace != self.namespace or body.ip not in self.addresses:
             raise Refused(Refusal.STALE_TARGET, f"{body.namespace}/{body.ip} is not this agent's address")
@@ -122,18 +124,18 @@ class Targets:
 
 @dataclass(slots=True)
 class Served:
-    """The owner of a pair at the agent: where its stream leads, and who asked for it."""
+    """The owner of a pair at the agent: where its stream leads, and for whom."""
 
     targets: Targets
     session: AgentSession
     ip: str
     port: int
     way: str
-    who: str  # who asks, as the gateway or the open port says
+    who: str  # the client, in the words of the gateway or the open port
     permit: StreamPermit | None = None  # once the target is connected
 
     def allowed(self) -> bool:
-        """Return whether the address is still this agent's, and the port exposed by the same way."""
+        """Return whether the address is still this agent's, and the port exposed as before."""
         targets = self.targets
         return self.ip in targets.addresses and targets.exposed.way(self.ip, self.port) == self.way
 
@@ -144,7 +146,7 @@ class Served:
 
 
 class IncomingStream:
-    """One stream from a broker, until it is joined: the handler of its end, and of the connect."""
+    """The handler of one stream from a broker, until it is joined."""
 
     __slots__ = ("_attempt", "_dial", "_late", "_served", "_session", "_stream", "_targets")
 
@@ -172,7 +174,8 @@ class IncomingStream:
         self._served = Served(self._targets, self._session, body.ip, body.port, way, body.who)
         relay = self._targets.relay
         self._late = relay.loop.after(DIALLING_AFTER, self._say_dialling)
-        # From the target's own address: a host that has lost it must not dial the one that has it now.
+        # From the target's own address: a host that has lost it must not dial the one that has it
+        # now.
         source = way if way == body.ip else ""
         self._attempt = relay.connect(way, body.port, self._targets.timeout, self._connected, source=source)
 
@@ -196,11 +199,11 @@ class IncomingStream:
         targets.relay.join(self._stream, target, up=self._dial.rest, owner=served)
 
     def finished(self) -> None:
-        """The FIN came before a whole Dial."""
+        """Refuse the stream: its FIN came before a whole Dial."""
         self._refuse(Refused(Refusal.PROTOCOL_ERROR, "the stream ended before a whole Dial"))
 
     def lost(self, lost: Lost) -> None:
-        """Nobody waits for the target any more."""
+        """Cancel the connect: the stream is lost."""
         self._stop()
 
     def _refuse(self, refused: Refused) -> None:

@@ -1,4 +1,4 @@
-"""[[broker.admit]] at work: who may register here, and what. The first rule that fits counts."""
+"""The rules of `[[broker.admit]]`: which agents may register. The first that fits applies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What an agent may register. Empty `namespaces` or `networks` fit every agent; `open_ports` None is any."""
+    """One rule. Empty `namespaces` or `networks` fit all agents; `open_ports` None: any port."""
 
     number: int = 0
     namespaces: frozenset[str] = frozenset()
@@ -22,7 +22,7 @@ class Rule:
     streams: int = 0  # at once; 0: no limit
 
     def fits(self, namespace: str, addresses: Iterable[str]) -> bool:
-        """Whether it is for this agent: every address has to be in one of the networks."""
+        """Return whether the rule fits an agent: each address must be in one of the networks."""
         if self.namespaces and namespace not in self.namespaces:
             return False
         return not self.networks or all(
@@ -30,16 +30,16 @@ class Rule:
         )
 
     def allows(self, port: int) -> bool:
-        """Whether the agent may have this open port."""
+        """Return whether the agent may have this open port."""
         return self.open_ports is None or any(first <= port <= last for first, last in self.open_ports)
 
 
-#: Without rules everybody who proves himself is admitted.
+#: Applies when no rules are configured: each agent that proves its identity may register.
 EVERYTHING = Rule()
 
 
 class Admission:
-    """The rules."""
+    """All rules of a node, in the order of the configuration."""
 
     def __init__(self, rules: Sequence[AdmitConfig]) -> None:
         self._rules = [
@@ -54,7 +54,7 @@ class Admission:
         ]
 
     def rule(self, namespace: str, addresses: Iterable[str]) -> Rule | None:
-        """The rule for an agent; None: it may not register."""
+        """Return the rule for an agent, or None when it must not register."""
         if not self._rules:
             return EVERYTHING
         return next((rule for rule in self._rules if rule.fits(namespace, addresses)), None)

@@ -1,7 +1,9 @@
-"""Two hosts with one agent_id: which of two sessions stays, and what is remembered of the other.
+"""Two hosts with one agent_id: which of two sessions stays, and what is remembered of the refused
+one.
 
-The living session stays. Only a newcomer that proves to be the same host (see `is_restart`) replaces it at once.
-For any other one the broker pings the older link, and refuses the newcomer (`duplicate_agent`) when that answers.
+A session whose link still answers stays. A newer session replaces it at once only when it proves to
+be of the same host (`is_restart`). Otherwise the broker pings the older link, and refuses the newer
+session (`duplicate_agent`) if the older link answers.
 """
 
 from __future__ import annotations
@@ -13,23 +15,28 @@ from rtunnel.registry import Duplicate
 from rtunnel.wire.messages import Hello
 from rtunnel_broker.session import Session
 
-#: Seconds in which an older session's link must answer a ping, or count as dead. Round trips are below 0.5 s; the
-#: rest is for one retransmission.
+#: Seconds in which an older session's link must answer a ping, else it is given up. Round trips are
+#: below 0.5 s; the rest is for one retransmission.
 PROBE_SECONDS: Final = 2.0
-#: A refused newcomer is shown so many seconds after its last try: longer than any `backoff_cap` that makes sense.
+#: Seconds after its last try in which a refused session is shown: longer than any useful
+#: `backoff_cap`.
 SHOWN_SECONDS: Final = 300.0
-#: Refused newcomers that are remembered, the latest ones; of these so many stand in the node's record in the registry.
+#: The number of refused sessions that are remembered, and of those in the node's record in the
+#: registry; the latest ones.
 MAX_KNOWN: Final = 256
 MAX_RECORDED: Final = 8
-#: Instances that a session remembers to have replaced: a host that restarts more often in one session's life is broken.
+#: Replaced instances that a session remembers. A host that restarts more often during one session
+#: is broken.
 MAX_REPLACED: Final = 8
 
 
 def is_restart(older: Session, newer: Session) -> bool:
-    """Whether `newer` is another process of the older session's host, and so proves that the older one is over.
+    """Return whether `newer` is a later process of the older session's host, so that the older
+    process has ended.
 
-    Not when it has none of the older one's addresses (then it is another host by the same name), and not when it was
-    itself replaced before: a process that is over does not come back, so both of them live.
+    False when it has none of the older one's addresses: then it is another host of the same name.
+    False also when it was replaced before: a process that has ended does not come back, so both of
+    them run.
     """
     old, new = older.hello, newer.hello
     assert old is not None and new is not None
@@ -49,19 +56,19 @@ def replaced_by(older: Session) -> tuple[bytes, ...]:
 
 
 def place(hello: Hello, peer: str) -> str:
-    """Return the words for the host of a session: its name and the address that its link comes from."""
+    """Return a text for the host of a session: its name and its link's source address."""
     return f"{hello.host} ({peer})" if hello.host else peer
 
 
 class Duplicates:
-    """The newcomers that were refused lately. For trio's thread; `clock` gives seconds since 1970."""
+    """The sessions refused lately. For trio's thread; `clock` gives seconds since 1970."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._known: dict[tuple[str, str], Duplicate] = {}  # by owner and refused host, the oldest first
 
     def add(self, session: Session, holder: str) -> tuple[Duplicate, bool]:
-        """Remember a newcomer that was refused for `holder`. Returns the entry, and whether it is news for the log."""
+        """Remember a session refused for `holder`. Return the entry, and whether to log it."""
         hello = session.hello
         assert hello is not None
         host = hello.host_id.hex() or session.peer
@@ -78,6 +85,6 @@ class Duplicates:
         return entry, before is None or now - before.at > SHOWN_SECONDS
 
     def current(self) -> tuple[Duplicate, ...]:
-        """Return those of the last SHOWN_SECONDS, the latest first."""
+        """Return the entries of the last SHOWN_SECONDS, the latest first."""
         since = self._clock() - SHOWN_SECONDS
         return tuple(entry for entry in reversed(self._known.values()) if entry.at >= since)

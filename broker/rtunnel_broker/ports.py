@@ -1,6 +1,8 @@
-"""The data plane of a broker's ports: a guarded port talks only after a valid Dial, an open port relays at once.
+"""The data plane of a broker's ports: guarded ports, which need a valid Dial, and open ports.
 
-Everything here runs in the relay's thread, once per connection.
+A connection to a guarded port sends a Dial, which is checked and passed on to the agent on a new
+stream. A connection to an open port goes to the port's one target; the broker itself sends the Dial
+for it. All of it runs in the relay's thread.
 """
 
 from __future__ import annotations
@@ -47,10 +49,11 @@ _TLS_ONLY: Final = encode(
 #: How a TLS handshake begins (RFC 8446 section 5.1).
 _TLS: Final = b"\x16\x03"
 
-#: An agent answers for its target within `agent.target_timeout` (10 s); one that has not by now never will.
+#: Seconds for the agent's answer to a Dial of an open port. An agent answers within
+#: `agent.target_timeout` (10 s).
 OPEN_DEADLINE: Final = 30.0
-#: A gateway says its Dial at once: a guarded connection without a first byte ends after so many seconds. A lost segment
-#: comes again after one second, and again after two.
+#: Seconds after which a connection to a guarded port without a byte is reset. A gateway sends its
+#: Dial at once; a lost segment is sent again after one second, and after two more.
 FIRST_BYTES: Final = 3.0
 
 Networks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
@@ -58,24 +61,24 @@ Networks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
 
 @lru_cache(maxsize=4096)
 def _address_of(peer: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """Return a client's address, as IPv4 where it is that. Cached: parsing takes 5 us, and clients come again."""
+    """Return a client's address, IPv4-mapped ones as IPv4. Cached, because parsing takes 5 us."""
     address = ipaddress.ip_address(peer)
     return getattr(address, "ipv4_mapped", None) or address
 
 
 class PortCounts(StreamCounts):
-    """What a broker's ports did since its start, and who waits there."""
+    """The counts of a broker's ports since its start, and the connections that wait there."""
 
     def __init__(self, most: int) -> None:
-        """At most `most` connections wait for their Dial, and as many for their agent's answer.
+        """Let up to `most` connections wait for their Dial, and as many for their agent's answer.
 
-        One source may have half of the first places. One agent may have a quarter of the others: its targets may all be
-        silent, and the other agents' open ports must go on.
+        One source may have half of the first places. One agent may have a quarter of the others, so
+        that the open ports of other agents work while all its targets are silent.
         """
         super().__init__()
         self.lost: Counter[str] = Counter()  # connections to guarded ports that ended before their Dial, by Loss
-        # The kernel gives a silent connection to us after a second only (TCP_DEFER_ACCEPT), and others are read in the
-        # turn that accepts them.
+        # No grace: a silent connection is accepted only after a second (TCP_DEFER_ACCEPT), and
+        # others are read in the turn that accepts them.
         self.dials: Strangers[GuardedConnection] = Strangers(
             most, max(1, most // 2), lambda connection: connection.is_silent, silent_grace=0.0
         )
@@ -83,17 +86,20 @@ class PortCounts(StreamCounts):
 
     @property
     def waiting(self) -> int:
-        """Connections whose Dial, or whose agent's answer, has not come yet."""
+        """The number of connections whose Dial, or whose agent's answer, has not come yet."""
         return len(self.dials) + len(self.answers)
 
 
 class DialChecker:
-    """What a Dial must be before it may reach an agent (docs/wire.md, "Dial")."""
+    """Checks Dials before they are passed on to an agent (docs/wire.md, "Dial")."""
 
     def __init__(
         self, node: str, keys: DialKeys, window: float, is_revoked: Callable[[str], bool], clock: ClockWatch
     ) -> None:
-        """`is_revoked` is asked with the id of a gateway's key; `clock` hears of Dials by another clock."""
+        """Check Dials for `node`. `window`: the seconds that a Dial may differ from this clock.
+
+        `is_revoked` gets the id of a gateway's key; `clock` hears of gateways whose clock differs.
+        """
         self._node = node
         self._keys = keys
         self._window = window
@@ -102,7 +108,7 @@ class DialChecker:
         self._nonces = NonceWindow(2 * window)
 
     def verify(self, dial: Dial) -> None:
-        """Raises Refused unless a gateway's key in force made the MAC."""
+        """Raise Refused unless the MAC is by a gateway's key that is in force."""
         if not self._keys.verify(dial.key, dial.body, dial.mac):
             text = f"the Dial's MAC is not by the gateway's key {dial.key!r}: is that from this cluster's key?"
             raise Refused(Refusal.BAD_MAC, text)
@@ -110,7 +116,7 @@ class DialChecker:
             raise Refused(Refusal.REVOKED, f"the gateway's key {dial.key} is revoked")
 
     def check(self, body: DialBody, session: Session, key: str) -> None:
-        """Raises Refused unless the Dial is fresh, and for exactly this session. `key`: the id of the gateway's key."""
+        """Raise Refused unless the Dial, by the key of this id, is fresh and for this session."""
         age = time.time() - body.time / 1000
         if abs(age) > self._window:
             self._clock.differs(f"gateway {key}", age, time.monotonic())
@@ -133,7 +139,7 @@ class DialChecker:
 
 @dataclass(slots=True)
 class Guarded:
-    """The owner of a gateway's pair: the session that it uses, and the gateway's key."""
+    """The owner of a pair that a gateway's Dial has made."""
 
     port: GuardedPort
     permit: StreamPermit
@@ -156,7 +162,7 @@ class Guarded:
 
 
 class GuardedConnection:
-    """One connection to a guarded port: a Dial, then a stream on the session's link."""
+    """The handler of one connection to a guarded port, until its Dial is passed on."""
 
     __slots__ = ("_dial", "_end", "_heard", "_peer", "_place", "_port")
 
@@ -170,11 +176,11 @@ class GuardedConnection:
 
     @property
     def is_silent(self) -> bool:
-        """The peer has sent nothing yet, neither of TLS nor of a Dial."""
+        """Whether the peer has sent no byte yet, neither of TLS nor of a Dial."""
         return not (self._heard or (isinstance(self._end, TlsEnd) and self._end.tls.shaken))
 
     def expel(self, lost: Lost) -> None:
-        """End it for its silence."""
+        """Reset the connection, to make room for another one."""
         self._end.abort()
         self.lost(lost)
 
@@ -217,7 +223,7 @@ class GuardedConnection:
 
 @dataclass(eq=False)
 class GuardedPort:
-    """A session's guarded port."""
+    """The guarded port of one session. `timeout`: seconds for a connection's Dial."""
 
     relay: Relay
     session: Session
@@ -227,7 +233,7 @@ class GuardedPort:
     timeout: float
 
     def accept(self, sock: socket.socket, peer: str) -> None:
-        """A connection: its Dial must come in time."""
+        """Take a connection from this IP. When all places are taken, the weakest one is reset."""
         tls, dials = self.session.keeper.trust.dial_tls, self.counts.dials
         source = source_of(peer)
         if not dials.has_room(source):
@@ -242,7 +248,7 @@ class GuardedPort:
         end.talk(GuardedConnection(self, end, source), self.timeout)
 
     def _turn_away(self, sock: socket.socket, *, plain: bool) -> None:
-        """No place is left: no lingering, there are too many already."""
+        """Close a connection for which there is no place. No lingering: too many are open."""
         self.counts.refuse(Refusal.OVERLOADED)
         try:
             if plain:
@@ -252,7 +258,11 @@ class GuardedPort:
         sock.close()
 
     def pass_on(self, end: SocketEnd, first: bytes, key: str, body: DialBody) -> None:
-        """A good Dial, by the gateway's key of this id: open the stream with the Dial in front, and join."""
+        """Open a stream that begins with `first` (the Dial, and what came behind it), and join it
+        with `end`.
+
+        `key`: the id of the gateway's key; `body`: the Dial's.
+        """
         link = self.session.link
         assert link is not None
         end.pause()
@@ -277,8 +287,7 @@ class GuardedPort:
 
 
 class OpenConnection:
-    """One connection to an open port, while the agent connects the target; the handler of its stream, then the owner
-    of the pair."""
+    """One connection to an open port: first the handler of its stream, then the pair's owner."""
 
     __slots__ = ("_client", "_dial", "_permit", "_place", "_port", "_stream")
 
@@ -291,7 +300,7 @@ class OpenConnection:
         self._stream: StreamEnd | None = None
 
     def begin(self, link: Link, body: DialBody) -> None:
-        """Open the stream, with the Dial in front."""
+        """Open a stream on this link, and send the Dial."""
         self._stream = link.open(self, self._dial.dial(body), OPEN_DEADLINE)
 
     def received(self, data: bytes) -> None:
@@ -314,7 +323,7 @@ class OpenConnection:
         self._fail(Refusal.LINK_LOST if ended else Refusal.DIAL_TIMEOUT, str(lost))
 
     def client_lost(self) -> None:
-        """Nobody waits for the target any more."""
+        """Reset the stream, because the client has gone before the agent answered."""
         if self._stream is not None and not self._stream.closed:
             self._place.release()
             self._permit.release()
@@ -328,7 +337,7 @@ class OpenConnection:
         self._port.relay.join(self._client, self._stream, down=self._dial.rest, owner=self)
 
     def allowed(self) -> bool:
-        """A source that may connect may stay."""
+        """Return True: the allow-list is asked when a client connects, and does not change."""
         return True
 
     def ended(self, account: Account) -> None:
@@ -343,7 +352,7 @@ class OpenConnection:
 
 
 class _ClientWatch:
-    """The talker of an open port's client, which is not read before its target answers."""
+    """The handler of an open port's client, which is paused: it hears only of its loss."""
 
     __slots__ = ("_connection",)
 
@@ -351,10 +360,10 @@ class _ClientWatch:
         self._connection = connection
 
     def received(self, data: bytes) -> None:
-        """Does not come to a paused end."""
+        """Is not called for a paused end."""
 
     def finished(self) -> None:
-        """Neither."""
+        """Is not called for a paused end."""
 
     def lost(self, lost: Lost) -> None:
         self._connection.client_lost()
@@ -362,7 +371,7 @@ class _ClientWatch:
 
 @dataclass(eq=False)
 class OpenPortServer:
-    """An open port: raw bytes to one target, for sources on its list."""
+    """One open port of a session: relays raw bytes to one target, for sources on its allow-list."""
 
     relay: Relay
     session: Session
@@ -374,7 +383,7 @@ class OpenPortServer:
     counts: PortCounts
 
     def accept(self, sock: socket.socket, peer: str) -> None:
-        """A connection."""
+        """Take a connection of the peer with this IP, and dial the target for it."""
         if not self.counts.answers.has_room(self.session.owner):
             self.counts.refuse(Refusal.OVERLOADED)
             sock.close()
@@ -388,7 +397,7 @@ class OpenPortServer:
         elif full := session.full:
             self.refuse(end, full.code, full.text)
         else:
-            connection = OpenConnection(self, end)  # it counts from here on: many may wait for their targets
+            connection = OpenConnection(self, end)  # counted from here on: many may wait for their targets
             end.talk(_ClientWatch(connection))
             end.pause()
             connection.begin(session.link, self._body(session, peer))
@@ -408,7 +417,7 @@ class OpenPortServer:
         )
 
     def refuse(self, end: SocketEnd, code: Refusal, text: str) -> None:
-        """There is no way to tell the client more than a reset; the log says why."""
+        """Reset the client, because a raw connection can't say more; log and count the reason."""
         self.counts.refuse(code)
         self.session.keeper.log.stranger(
             "open_port_refused", code.value, code=code.value, reason=text or code.reply.text, peer=end.peer,
@@ -418,5 +427,5 @@ class OpenPortServer:
 
 
 def _takes_streams(link: Link | None) -> bool:
-    """The link is there, and the agent has not said GoAway."""
+    """Return whether the link is up, and the agent has not sent GoAway."""
     return link is not None and not link.over and link.going_away is None
