@@ -33,8 +33,10 @@ NEXT_WORDS: Final = {
 }
 CLIENT_WORDS: Final = {
     "direct": "A client gets this code.",
-    "alike": "A client gets this code when every path gives it, and [`agent_unavailable`](agent_unavailable.md) "
-    "otherwise.",
+    "alike": "A client gets this code when the gateway itself or every path says it, and "
+    "[`agent_unavailable`](agent_unavailable.md) otherwise.",
+    "own": "A client gets this code only when the gateway itself says it. When paths say it and none works, the client "
+    "gets [`agent_unavailable`](agent_unavailable.md), whose sentence names this code.",
     "hidden": "A client does not get this code: when no path works it gets "
     "[`agent_unavailable`](agent_unavailable.md), whose sentence names this code.",
     "never": "No client gets this code.",
