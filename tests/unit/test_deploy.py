@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -29,11 +28,11 @@ import yaml
 
 import rtunnel
 from rtunnel import config, errors, roles
-from rtunnel.cli import cli
 from rtunnel.config import KEYS, Config, parse_endpoint, parse_range, preflight
 from rtunnel.trust import pki
 from rtunnel.workers import SILENCE
 from rtunnel_authority.server import MAX_CONNECTIONS
+from support.commands import command_of, shell_lines
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -501,9 +500,7 @@ def test_the_namespaces_allow_their_pods() -> None:
 
 def commands() -> list[list[str]]:
     """The words of every shell line of docs/deploy.md."""
-    text = (ROOT / "docs" / "deploy.md").read_text()
-    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
-    return [words for block in blocks for line in block.splitlines() if (words := shlex.split(line, comments=True))]
+    return list(shell_lines((ROOT / "docs" / "deploy.md").read_text()))
 
 
 def test_documented_secrets_are_those_that_pods_mount(secrets: Path) -> None:
@@ -536,21 +533,6 @@ def test_documented_commands_exist() -> None:
         if Path(ours[0]).name == "rtunnel":
             seen.add(command_of(ours[1:]).name)
     assert {"init", "check", "status"} <= seen
-
-
-def command_of(words: list[str]) -> click.Command:
-    """The rtunnel command that these arguments run, with every option known. Asserts that there is one."""
-    command: click.Command = cli
-    context = click.Context(cli)
-    rest = list(words)
-    while isinstance(command, click.Group):
-        found = command.get_command(context, rest[0])
-        assert found is not None, words
-        command = found
-        rest.pop(0)
-    known = {option for parameter in command.params for option in parameter.opts}
-    assert {word for word in rest if word.startswith("--")} <= known, words
-    return command
 
 
 # --- systemd ----------------------------------------------------------------------------------------------

@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
+from rtunnel import config
+from rtunnel.trust.policy import load_policy
 from rtunnel.wire.refusal import Refusal
 from rtunnel_socks import dial
 from support import refusal_pages
+from support.commands import command_of, here_documents, shell_lines
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -65,6 +68,28 @@ def test_links_lead_somewhere(path: Path) -> None:
         if outside or not there.exists() or (anchor and anchor not in anchors(there)):
             dead.append(target)
     assert not dead
+
+
+@pytest.mark.parametrize("path", ALL, ids=name_of)
+def test_commands_on_pages_exist(path: Path) -> None:
+    """Each rtunnel command in a block of shell is one, and its options are known."""
+    for words in shell_lines(path.read_text(encoding="utf-8")):
+        ours = words[words.index("--") + 1 :] if "--" in words else words
+        if ours and Path(ours[0]).name == "rtunnel":
+            end = next((n for n, word in enumerate(ours) if word in ("&", ">", "2>", "2>>", "|")), len(ours))
+            command_of(ours[1:end])
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", DOCS / "tutorial.md"], ids=name_of)
+def test_configurations_of_the_tours_are_good(path: Path, tmp_path: Path) -> None:
+    """The files that the page writes load; what keys and tokens they name is made by the page's commands."""
+    files = here_documents(path.read_text(encoding="utf-8"))
+    assert "rtunnel.toml" in files
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert config.load(tmp_path / "rtunnel.toml", {}, {}).agent.addresses == ["127.5.0.7"]
+    if "policy.toml" in files:
+        load_policy(tmp_path / "policy.toml")
 
 
 def nav(entries: Any) -> Iterator[str]:
