@@ -31,12 +31,20 @@ class Unit:
 
 
 def read_unit(path: Path) -> Unit:
-    """Read a unit file and its environment files. Raises OSError, or ValueError for a line that cannot be read."""
+    """Read a unit file, its drop-ins (`NAME.service.d/*.conf` beside it) and its environment files.
+
+    Raises OSError, or ValueError for a line that cannot be read.
+    """
     settings: dict[str, list[str]] = {}
-    for line in path.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
-        name, equals, value = line.strip().partition("=")
-        if equals and not name.startswith(("#", ";")):
-            settings.setdefault(name.strip(), []).append(value.strip())
+    for file in (path, *sorted(path.with_name(f"{path.name}.d").glob("*.conf"))):
+        for line in file.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
+            name, equals, value = line.strip().partition("=")
+            if not equals or name.startswith(("#", ";")):
+                continue
+            if value.strip():
+                settings.setdefault(name.strip(), []).append(value.strip())
+            else:  # systemd: an empty value takes back all before it
+                settings.pop(name.strip(), None)
     credentials = dict(entry.split(":", 1) for entry in settings.get("LoadCredential", []) if ":" in entry)
     environment: dict[str, str] = {}
     for text in [*settings.get("Environment", []), *_environment_files(settings.get("EnvironmentFile", []))]:

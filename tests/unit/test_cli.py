@@ -170,7 +170,15 @@ def test_config_check_sees_what_a_unit_will_run(secrets: Path, tmp_path: Path) -
     assert result.exit_code == errors.EXIT_USAGE
     assert f"gateway.users: {users}: the unit's user cannot read it" in result.stderr
     assert f"LoadCredential=users:{users} and Environment=RTUNNEL_GATEWAY_USERS=%d/users" in result.stderr
-    unit.write_text(unit.read_text() + f"LoadCredential=users:{users}\nEnvironment=RTUNNEL_GATEWAY_USERS=%d/users\n")
+    drop_in = tmp_path / "rtunnel-gateway.service.d" / "users.conf"
+    drop_in.parent.mkdir()
+    drop_in.write_text(
+        f"[Service]\nLoadCredential=users:{users}\nEnvironment=\n"
+        "Environment=RTUNNEL_GATEWAY_USERS=%d/users RTUNNEL_GATEWAY_CA=%d/ca.pem\n"
+    )
+    result = rtunnel(*check, "--unit", str(unit))
+    assert result.exit_code == errors.EXIT_USAGE and "gateway.key: is not given" in result.stderr  # it was taken back
+    drop_in.write_text(drop_in.read_text().replace("Environment=\n", ""))
     assert rtunnel(*check, "--unit", str(unit)).exit_code == 0
 
 
