@@ -139,8 +139,9 @@ class LinkOwner(Protocol):
         """
 
     def link_down(self, link: Link, lost: Lost) -> None:
-        """Hear that the link has ended, after each of its streams was lost. Called once, also
-        before `link_up`.
+        """Hear that the link has ended, after each of its streams was lost.
+
+        Called once, also before `link_up`.
         """
 
 
@@ -497,8 +498,9 @@ class Link(WindowedSession):
             self.measured(self.rtt)
 
     def close(self, lost: Lost) -> None:
-        """End in order, with a GoAway behind all that was written. The owner hears
-        `link_down(lost)` in this call.
+        """End in order, with a GoAway behind all that was written.
+
+        The owner hears `link_down(lost)` in this call.
         """
         self._leave(yamux.GoAwayCode.NORMAL, lost)
 

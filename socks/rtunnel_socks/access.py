@@ -1,12 +1,12 @@
-"""Who a client is, and whether it may: the rules and the users in force, and how they change while we run.
+"""Access: users, logins, and the rules in force, which change while the gateway runs.
 
-The relay's thread asks; what takes long is done elsewhere. A password's hash takes 0.15 s of a core: worker threads
-compute it, few at a time, for a queue that is short and that no source can fill alone. The answer is remembered for a
-minute under a keyed digest, so that a password is nowhere kept; a wrong one too, so that a client that repeats it costs
-nothing.
+The relay's thread asks, and worker threads hash passwords, which takes 0.15 s of a core: few at a
+time, for a short queue that no source can fill alone. Each answer is remembered for a minute under
+a keyed digest, so that no password is kept; also for a wrong password, so that a client that
+repeats it costs nothing.
 
-Both files are watched. A changed one that is good is in force at once, also for streams that are open
-(`changed`); a bad one changes nothing and is told in the log and in `/statusz`.
+Both files are watched. A changed file that is good is in force at once, also for open streams
+(`changed`). A bad one changes nothing, and is reported in the log and in `/statusz`.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from rtunnel.trust.users import Hash, Users, load_users
 from rtunnel.watch import Watched, watch
 from rtunnel.wire.refusal import Refusal, Refused
 
-#: A password is checked again after so long.
+#: Seconds after which a password is checked again, and the number of remembered answers.
 REMEMBER_SECONDS: Final = 60.0
 MAX_REMEMBERED: Final = 4096
-#: Different passwords that wait to be checked: some seconds of work. Of one source far fewer.
+#: Different passwords that wait to be checked: some seconds of work; and of one source.
 MAX_WAITING: Final = 64
 MAX_WAITING_OF_SOURCE: Final = 8
-#: Checks at once: half of the cores stay for streams, whoever guesses passwords.
+#: Checks at once. Half of the cores stay free for streams while passwords are guessed.
 CHECKS: Final = max(1, (os.cpu_count() or 1) // 2)
 
-#: For a user whose line is gone, or has another password.
+#: The verdict for a user whose line was removed, or has another password now.
 NO_USER: Final = Verdict(False, 0, "users")
 
 
@@ -49,15 +49,15 @@ class Asker(Protocol):
 
     @property
     def peer(self) -> str:
-        """Its address."""
+        """The client's IP."""
 
     def logged_in(self, name: str, entry: Hash | Refused) -> None:
-        """The answer: the user's hash, which fits, or why not."""
+        """Take the answer: the user's hash, which fits the password, or the refusal."""
 
 
 @dataclass(eq=False, slots=True)
 class _Check:
-    """One password that is being checked, and who waits for it."""
+    """One password that is being checked, and the clients that wait for the answer."""
 
     name: str
     password: str = field(repr=False)
@@ -66,16 +66,22 @@ class _Check:
 
     @property
     def wanted(self) -> bool:
-        """Somebody still waits."""
+        """Whether a client still waits."""
         return not all(asker.over for asker in self.waiting)
 
     def run(self, users: Users | None) -> bool | None:
-        """On a worker thread. None: nobody waits any more, and it was not worth the work."""
+        """Return whether the password fits; None, without work, when no client waits.
+
+        In a worker thread.
+        """
         return users.check(self.name, self.password) if users is not None and self.wanted else None
 
 
 class Access:
-    """Of one gateway. Made in trio's thread; `watch` runs there, everything else in the relay's."""
+    """The rules and users of one gateway.
+
+    Made in trio's thread; `watch` runs there, all else in the relay's.
+    """
 
     def __init__(
         self, config: GatewayConfig, bridge: Bridge, log: FilteringBoundLogger, changed: Callable[[], None]
@@ -99,14 +105,17 @@ class Access:
         self._checks: dict[bytes, _Check] = {}
         self._limiter = trio.CapacityLimiter(CHECKS)
 
-    # Who is it?
+    # Users.
 
     def anonymous(self, peer: str) -> bool:
-        """Whether this client need not log in."""
+        """Return whether a client of this IP need not log in."""
         return self.users is None or peer in self._no_auth
 
     def login(self, asker: Asker, name: str, password: str) -> None:
-        """`asker.logged_in` is called, now or later. Raises Refused when too many are waiting."""
+        """Check a password, and call `asker.logged_in`, now or later.
+
+        Raises Refused when too many wait.
+        """
         digest = hmac.digest(self._key, f"{name}\0{password}".encode(), "sha256")
         entry, until = self._remembered.get(digest, (None, 0.0))
         if until > self._relay.loop.now:
@@ -119,7 +128,10 @@ class Access:
             self._bridge.spawn(self._run_check, digest, check)
 
     def known(self, name: str) -> bool:
-        """Whether there is such a user: what is no name may be a password in the wrong field, and is never logged."""
+        """Return whether there is such a user.
+
+        Other names are never logged: one may be a password by mistake.
+        """
         return self.users is not None and name in self.users.hashes
 
     def _bound(self, peer: str) -> None:
@@ -131,7 +143,7 @@ class Access:
         users = self.users
         try:
             fits = await trio.to_thread.run_sync(check.run, users, limiter=self._limiter)
-        except Exception as error:  # no memory, no thread: the next one may have more luck
+        except Exception as error:  # no memory or no thread: the next check may have them
             self._log.error("password_check_failed", reason=f"{type(error).__name__}: {error}")
             self._relay.call(lambda: self._done(digest, check, None, Refusal.INTERNAL))
         else:
@@ -139,7 +151,8 @@ class Access:
 
     def _answer(self, digest: bytes, check: _Check, users: Users | None, fits: bool | None) -> None:
         if check.wanted and (fits is None or users is not self.users):
-            # Somebody joined when the others had gone, or the file changed meanwhile.
+            # A client joined after the others had gone, or the file has changed since the check
+            # began.
             self._bridge.spawn(self._run_check, digest, check)
             return
         entry = users.hashes[check.name] if fits and users is not None else None
@@ -154,10 +167,10 @@ class Access:
         for asker in check.waiting:
             asker.logged_in(check.name, entry or Refused(otherwise))
 
-    # May it?
+    # Rules.
 
     def judge(self, question: Question, entry: Hash | None) -> Verdict:
-        """By the rules in force, and for a user with `entry` by the users in force."""
+        """Return the verdict of the rules in force. A user needs the `entry` that is in force, too."""
         if question.user is not None and not self._stands(question.user, entry):
             return NO_USER
         return self.policy.verdict(question)
@@ -177,7 +190,7 @@ class Access:
         return load(path)
 
     async def watch(self) -> None:
-        """Read what has changed, until cancelled."""
+        """Read changed files, until cancelled."""
         await watch(self._files, self._log)
 
     def _put(self, put: Callable[[Any], int], loaded: Any) -> int:
@@ -196,7 +209,7 @@ class Access:
         return len(users.hashes)
 
     def status(self) -> dict[str, object]:
-        """For `/statusz`."""
+        """Return what `/statusz` shows."""
         return {
             "rules": len(self.policy.rules),
             "users": None if self.users is None else len(self.users.hashes),

@@ -1,4 +1,4 @@
-"""What a client asked for, what came of it, and the log line that says so. In the relay's thread."""
+"""The request of a client, and the log line of its stream or refusal. In the relay's thread."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rtunnel_socks.trust import GatewayTrust
 
 
 class Auditor(Protocol):
-    """The gateway, as a stream that ends sees it."""
+    """The gateway, as `Asked` and `Joined` see it."""
 
     relay: Relay
     paths: Paths
@@ -29,15 +29,18 @@ class Auditor(Protocol):
 
     @property
     def counts(self) -> StreamCounts:
-        """What is counted."""
+        """The counts of streams and refusals."""
 
     def log(self, event: str, **fields: object) -> None:
-        """A log line."""
+        """Write a log line."""
 
 
 @dataclass(eq=False, slots=True)
 class Asked:
-    """One request: where to, on whose behalf, and what was decided. It stays with the stream that comes of it."""
+    """One request: client, user, target, and the verdict.
+
+    It stays with the stream that is made for it.
+    """
 
     peer: str  # the client's IP
     started: float  # in the loop's seconds
@@ -51,7 +54,7 @@ class Asked:
     permit: Permit | None = None  # of its source and user, from the look-up on
 
     def judge(self, access: Access) -> bool:
-        """Whether it may reach its target by what is in force now."""
+        """Return whether the rules and users in force now allow the request."""
         target = self.target
         assert target is not None
         verdict = access.judge(Question(self.user, self.peer, target.namespace, target.ip, target.port), self.entry)
@@ -60,7 +63,7 @@ class Asked:
         return verdict.allowed
 
     def log(self, auditor: Auditor, event: str, **fields: object) -> None:
-        """Write a line about it."""
+        """Write a log line about the request."""
         auditor.log(
             event, client=self.peer, user=self.user or "", target=str(self.target) if self.target else "",
             namespace=auditor.namespace, via=self.via, rule=self.rule, **fields,
@@ -77,7 +80,7 @@ class Joined:
         self.asked = asked
         self.used = reached.used
         self.attempts = reached.attempts
-        self.identity = reached.identity  # whose proof it was
+        self.identity = reached.identity  # of the agent that proved it
         self.certificate = reached.certificate  # of the broker
         self.setup = auditor.relay.loop.now - asked.started
         self.requests = 0  # that were forwarded; 0: it is a tunnel
@@ -85,7 +88,9 @@ class Joined:
         self.permit = StreamPermit(auditor.counts)
 
     def allowed(self) -> bool:
-        """Return whether rules and users in force allow it, and neither agent nor broker is revoked."""
+        """Return whether rules and users in force allow it, and neither agent nor broker is
+        revoked.
+        """
         auditor = self.auditor
         return auditor.trust.allows(self.identity, self.certificate) and self.asked.judge(auditor.access)
 

@@ -1,6 +1,7 @@
-"""One client of the gateway: SOCKS5 or HTTP on the same port, until it is joined. In the relay's thread.
+"""One client of the gateway: SOCKS5 or HTTP on the same port, until it is joined. In the relay's
+thread.
 
-A client that sends requests in absolute form comes back after each answer, and asks anew.
+A client that sends requests in absolute form comes back after each answer, for the next request.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rtunnel_socks.resolver import Resolver
 
 
 class ClientCounts(Protocol):
-    """What is counted of clients."""
+    """The counter of the clients that negotiate."""
 
     clients: int  # that negotiate
 
@@ -35,18 +36,18 @@ class ClientOwner(Auditor, Protocol):
 
     config: GatewayConfig
     resolver: Resolver
-    waiting: set[Client]  # those that may send another request, and have not begun to
+    waiting: set[Client]  # clients that may send another request, and have sent no byte of it
 
     @property
     def keep_alive(self) -> float:
-        """Seconds that a client may wait with its next request; 0: there is none."""
+        """Seconds for the first byte of a client's next request; 0: one request a connection."""
 
     @property
     def ready(self) -> bool:
         """Whether a load balancer may send clients here."""
 
     def new_dial(self, client: Client, target: Target) -> TargetDial:
-        """A dial that reports to `client.dialled`."""
+        """Return a dial that calls `client.dialled`."""
 
     def acquire_client(self, peer: str) -> ClientPermit:
         """Return the permit of a client of this source that negotiates. Raises Refused."""
@@ -63,7 +64,10 @@ class ClientPermit:
         counts.clients += 1
 
     def release(self, now: float) -> None:
-        """Give it back. Later calls have no effect. `now`: seconds of the loop's clock."""
+        """Give the permit back; only the first call has an effect.
+
+        `now`: seconds of the loop's clock.
+        """
         counts, self._counts = self._counts, None
         if counts is not None:
             counts.clients -= 1
@@ -71,7 +75,7 @@ class ClientPermit:
 
 
 class Client:
-    """The talker of a client's socket."""
+    """The handler of a client's socket, until it is joined or closed."""
 
     __slots__ = (
         "_ahead",
@@ -101,23 +105,23 @@ class Client:
         self._socks: socks5.Socks5Server | None = None
         self._http: http.HttpServer | None = None
         self._request: http.Forward | None = None
-        self._ahead = b""  # came behind the head of that, and was read with the request before
+        self._ahead = b""  # bytes behind that one's head that were read with the request before
         self._dial: TargetDial | None = None
-        self._forwarding: Forwarding | None = None  # parked: of the request before
-        self._joined: Joined | None = None  # the owner of that
-        self._wait: Timer | None = None  # for another request
-        self._was_answered = False  # one before
-        self._claims = ""  # the known user that it says it is, until that is proved
+        self._forwarding: Forwarding | None = None  # of the request before, parked
+        self._joined: Joined | None = None  # the owner of that one
+        self._wait: Timer | None = None  # for the first byte of another request
+        self._was_answered = False  # a request before this one was
+        self._claims = ""  # a known user's name that the client gave, until its password is checked
         self._logging_in = False  # a SOCKS5 login waits for its answer
-        self._unproven = ""  # why somebody who answered was not believed
-        self.over = False
+        self._unproven = ""  # why the proof of an answer was not good
+        self.over = False  # the client negotiates no more
 
     @property
     def peer(self) -> str:
         """The client's IP."""
         return self._end.peer
 
-    # What the client says.
+    # What the client sends.
 
     def received(self, data: bytes) -> None:
         try:
@@ -138,7 +142,7 @@ class Client:
             self._turn_away(Refused(Refusal.BAD_REQUEST, text), told=False)
 
     def lost(self, lost: Lost) -> None:
-        """Before the request was whole, or while it was being dialled."""
+        """Cancel the dial, and log the loss: the client has gone before it was joined."""
         if self._dial is not None:
             self._dial.cancel()
         if self._wait is None:
@@ -163,7 +167,7 @@ class Client:
             self._end.write(out)
         if isinstance(event, socks5.Authenticate):
             self._logging_in = True
-            self._end.pause()  # as in HTTP: what follows, a FIN too, waits for the answer
+            self._end.pause()  # as in HTTP: what follows, and a FIN, waits for the answer
             self._admit()
             self._log_in(event.username, event.password)
         elif event is not None:
@@ -179,7 +183,7 @@ class Client:
             self._end.talk(self, self._gateway.config.handshake_timeout)
         if event is None:
             return
-        if isinstance(event, http.Health):  # of nobody, to nowhere: neither a login nor a limit nor a line
+        if isinstance(event, http.Health):  # a probe: no login, no limit, no log line
             self._end.write(http.response_health(self._gateway.ready, of_head=event.of_head))
             self._end.close()
             self._leave()
@@ -203,10 +207,10 @@ class Client:
         self.asked.target = Target(self._gateway.namespace, host, port)
         self.asked.is_name = is_name
 
-    # Whether it may.
+    # Whether the client may do it.
 
     def _admit(self) -> None:
-        """Before anything is done for it."""
+        """Charge the source for a request, before any work for it. Raises Refused."""
         self._gateway.limits.charge_request(self.peer, self._gateway.relay.loop.now)
 
     def _log_in(self, name: str, password: str) -> None:
@@ -215,6 +219,7 @@ class Client:
         self._gateway.access.login(self, name, password)
 
     def logged_in(self, name: str, entry: Hash | Refused) -> None:
+        """Take the answer of a login: the user's hash, which fits, or the refusal."""
         if self.over:
             return
         try:
@@ -238,8 +243,8 @@ class Client:
             who = f"{asked.user} from {self.peer}" if asked.user else self.peer
             raise Refused(Refusal.NOT_AUTHORISED, f"the policy does not let {who} reach {asked.target}")
 
-    # The way to the target. It is never dialled from here: a gateway connects to (PS IP, PS port) of tuples only, so
-    # that no target can be the gateway itself, a broker, or something beside them.
+    # The way to the target. The gateway connects only to (PS IP, PS port) of tuples, never to the
+    # target itself: so no target can be the gateway, a broker, or a service near them.
 
     def _go(self) -> None:
         asked, gateway = self.asked, self._gateway
@@ -260,7 +265,9 @@ class Client:
             self._start(target, tuples)
 
     def found(self, tuples: tuple[Tuple, ...]) -> None:
-        """What the registry knows of a target that the route table does not have."""
+        """Take the registry's tuples for a target that the route table does not have; there may be
+        none.
+        """
         target = self.asked.target
         if self.over or target is None:
             return
@@ -270,7 +277,7 @@ class Client:
             self._turn_away(Refused(Refusal.UNKNOWN_TARGET, f"no agent answers for {target.ip}"))
 
     def failed(self, refused: Refused) -> None:
-        """The registry could not be asked."""
+        """Refuse the request, because the registry could not be asked."""
         if not self.over:
             self._turn_away(refused)
 
@@ -279,7 +286,7 @@ class Client:
         self._dial.start(tuples)
 
     def dialled(self, reached: Reached | None, refused: Refused | None) -> None:
-        """The dial's outcome."""
+        """Take the outcome of the dial: what it reached, or the refusal."""
         if self._dial is not None:
             self._unproven = self._dial.unproven
         self._dial = None
@@ -295,7 +302,7 @@ class Client:
     def _join(self, reached: Reached) -> None:
         gateway = self._gateway
         try:
-            self._must_be_allowed()  # the rules may have changed meanwhile
+            self._must_be_allowed()  # the rules may have changed during the dial
             early = self._early()
         except Refused as error:
             reached.end.abort()
@@ -312,7 +319,7 @@ class Client:
         )
 
     def _early(self) -> bytes:
-        """What the client sent already behind its request."""
+        """Return the bytes that the client has sent behind its request. Raises Refused."""
         server = self._socks or self._http
         assert server is not None
         early, self._ahead = self._ahead + server.rest(), b""
@@ -340,8 +347,10 @@ class Client:
         self._forwarding.exchange(request, self._end, early, first=not self._was_answered)
 
     def _reuse(self, forwarding: Forwarding) -> bool:
-        """Send the request over the connection of the one before; False when it wants another target, or is another
-        user's."""
+        """Send the request over the connection of the one before.
+
+        Return False, and close that connection, when the target or the user is another one.
+        """
         before = self._joined
         assert before is not None
         request, asked = self._request, self.asked
@@ -357,6 +366,7 @@ class Client:
         return True
 
     def answered(self, rest: bytes) -> None:
+        """Wait for the client's next request, or close it when there can be none."""
         gateway = self._gateway
         if not gateway.keep_alive or not self._comes_back():
             self._drop_forwarding()
@@ -375,12 +385,13 @@ class Client:
             self.received(rest)
 
     def unanswered(self, rest: bytes) -> None:
+        """Look the target up and dial it again, for the same request."""
         self._forwarding = None
         if not self._comes_back():
             self._end.close()
             return
         self.over = False
-        self.asked = replace(self.asked, permit=None)  # that one is the stream's, which is over
+        self.asked = replace(self.asked, permit=None)  # the old stream has released it
         self._ahead = rest
         self._end.talk(self)
         self._end.pause()
@@ -391,7 +402,7 @@ class Client:
             self._turn_away(error)
 
     def _comes_back(self) -> bool:
-        """Whether there is a place for it among those that negotiate."""
+        """Take a permit for a client that negotiates again; return whether there was one."""
         try:
             self._permit = self._gateway.acquire_client(self.peer)
         except Refused:
@@ -399,10 +410,11 @@ class Client:
         return True
 
     def broken(self, refused: Refused) -> None:
+        """Refuse the request, whose body is broken."""
         self._turn_away(refused)
 
     def close_waiting(self) -> None:
-        """There will be no other request."""
+        """Close the client, which has not begun another request."""
         self._end.close()
         self._leave()
 
@@ -417,7 +429,8 @@ class Client:
         if forwarding is not None:
             forwarding.close()
 
-    # Ends: one line for each stream (see Joined) and each refusal says who, from where, to what, and why it ended.
+    # Ends. Each stream (`Joined`) and each refusal is logged once: client, user, target, and why it
+    # ended.
 
     def _turn_away(self, refused: Refused, *, told: bool = True) -> None:
         reply = self._answer(refused) if told or self.asked.target is not None else b""
@@ -432,11 +445,11 @@ class Client:
         self._leave()
 
     def _answer(self, refused: Refused) -> bytes:
-        """Return the refusal in the words that the client understands by now."""
+        """Encode the refusal in the protocol that the client speaks (SOCKS5 or HTTP)."""
         if isinstance(refused, socks5.Socks5Error | http.HttpError):
             return refused.reply
         if self._logging_in and self._socks is not None:
-            self._socks.authenticated(False)  # RFC 1929 has one word for every no
+            self._socks.authenticated(False)  # RFC 1929 has one status for each failure
             return self._socks.to_send()
         if self.asked.target is None:
             return b""

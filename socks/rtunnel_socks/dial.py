@@ -1,9 +1,10 @@
-"""Reaching one target: its candidate tuples, one attempt after another or beside it, until one is Accepted.
+"""Dials one target for one client: tries its candidate tuples until one answers Accepted. In the
+relay's thread.
 
-In the relay's thread, once per client. An attempt that is silent for longer than its path's hedge delay (hedge.py) is
-joined by the next candidate, within the budget; the first Accepted that is proved wins, the others are reset. An answer
-about the target itself ends everything at once; a stale tuple is forgotten; when nothing works the client is told what
-was tried.
+When an attempt is silent for its path's hedge delay (`hedge`), the next candidate is tried beside
+it, if the budget has a hedge left. The first proved Accepted wins, and the other attempts are
+reset. A refusal about the target itself ends the dial; a stale tuple is forgotten; when no path
+works, the refusal says what was tried.
 """
 
 from __future__ import annotations
@@ -38,20 +39,22 @@ from rtunnel_socks.proof import Known
 from rtunnel_socks.resources import Sources
 from rtunnel_socks.trust import GatewayTrust
 
-#: A node that did not answer goes behind the others for so long (seconds).
+#: Seconds for which a node that did not answer is tried after the others.
 SUSPECT_SECONDS: Final = 10.0
-#: More tuples than redundancy and a node or two in transition there can't be.
+#: Attempts of one dial: an agent has no more tuples than its redundancy, and one or two of nodes
+#: that it leaves.
 MAX_ATTEMPTS: Final = 6
-#: What is no fault of the paths to an agent, so that a client is told this and not `agent_unavailable`.
+#: Refusals that are no fault of the paths to an agent: the client is told these instead of
+#: `agent_unavailable`.
 _NOT_THE_PATHS: Final = frozenset({Refusal.TOO_MANY_STREAMS, Refusal.EXPIRED, Refusal.OVERLOADED})
-#: A connect that fails so lacks something of this gateway: a source port, a descriptor, or (STALE_TARGET) a source
-#: address that this host has lost. No node is suspect for it.
+#: Refusals of a connect that lacks something of this gateway: a source port, a descriptor, or
+#: (STALE_TARGET) a source address that this host has lost. They make no node suspect.
 _FAILS_HERE: Final = (Refusal.OVERLOADED, Refusal.STALE_TARGET)
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a client wants."""
+    """The target of a request: namespace, IP and port."""
 
     namespace: str
     ip: str
@@ -62,14 +65,20 @@ class Target:
 
 
 class Paths:
-    """What this gateway has learnt of the ways to agents: which nodes are slow to answer, who carries how much."""
+    """What this gateway knows of its paths: nodes that did not answer lately, and open streams by
+    session.
+    """
 
     def __init__(self) -> None:
         self._suspects: dict[str, float] = {}
         self._open: dict[tuple[str, int], int] = {}  # streams by session: two nodes may give out the same epoch
 
     def order(self, tuples: Sequence[Tuple], nodes: Mapping[str, NodeRecord], now: float) -> list[Tuple]:
-        """Best first: live before draining before no heartbeat, then nodes that answer, then the fewest streams."""
+        """Return the tuples, the best first.
+
+        Live nodes come before draining ones and these before nodes without a heartbeat; then nodes
+        that are not suspect; then sessions with the fewest streams.
+        """
         if len(tuples) < 2:
             return list(tuples)
 
@@ -85,24 +94,24 @@ class Paths:
         return sorted(tuples, key=rank)
 
     def suspect(self, node: str, now: float) -> None:
-        """It did not answer."""
+        """Note that a node did not answer."""
         self._suspects[node] = now + SUSPECT_SECONDS
 
     def is_suspect(self, node: str, now: float) -> bool:
-        """Whether it did not answer lately."""
+        """Return whether a node did not answer within the last SUSPECT_SECONDS."""
         return self._suspects.get(node, 0.0) > now
 
     def answered(self, node: str) -> None:
-        """It did."""
+        """Note that a node has answered."""
         self._suspects.pop(node, None)
 
     def opened(self, used: Tuple) -> None:
-        """A stream more."""
+        """Count a stream by this tuple."""
         session = used.node, used.epoch
         self._open[session] = self._open.get(session, 0) + 1
 
     def closed(self, used: Tuple) -> None:
-        """A stream less."""
+        """Count the end of a stream by this tuple."""
         session = used.node, used.epoch
         left = self._open.get(session, 0) - 1
         if left > 0:
@@ -126,27 +135,31 @@ class DialOwner(Protocol):
     config: GatewayConfig
 
     def forget(self, stale: Tuple) -> None:
-        """The tuple is stale."""
+        """Drop a stale tuple from the route table."""
 
     def log(self, event: str, **fields: object) -> None:
-        """A log line."""
+        """Write a log line."""
 
     def connect_failed_here(self, code: int) -> None:
-        """A connect to a broker failed with this errno, for want of something of this gateway: count it."""
+        """Count a connect to a broker that failed with this errno because this gateway lacks
+        something.
+        """
 
     def not_proven(self, code: Refusal, fields: dict[str, object]) -> None:
-        """Somebody who is not the target's agent has answered: count it, and say it where it is read soon."""
+        """Count and log an answer that is not proved to be of the target's agent."""
 
 
 @dataclass(slots=True)
 class Reached:
-    """An accepted dial: the socket to the broker, bytes that came behind Accepted, and the tuple that it used."""
+    """An accepted dial: the socket to the broker, bytes that came behind Accepted, and the tuple
+    that it used.
+    """
 
     end: SocketEnd
     rest: bytes
     used: Tuple
     attempts: int
-    identity: Identity | None  # who proved it; None when no proofs are asked for
+    identity: Identity | None  # of the agent that proved it; None without proofs
     certificate: bytes | None  # the broker's; None without TLS
 
 
@@ -155,7 +168,7 @@ Done = Callable[[Reached | None, Refused | None], None]
 
 @dataclass(eq=False, slots=True)
 class TargetDial:
-    """One dial. `done` is called once, unless `cancel` comes first."""
+    """One dial. `done(reached, refused)` is called once, unless `cancel` comes first."""
 
     owner: DialOwner
     target: Target
@@ -166,14 +179,14 @@ class TargetDial:
     _alive: list[Attempt] = field(default_factory=list)
     _failures: list[str] = field(default_factory=list)
     _codes: set[Refusal] = field(default_factory=set)
-    unproven: str = ""  # why a proof was not good, when one was not
+    unproven: str = ""  # why the proof of an answer was not good
     _hedge: Timer | None = None
-    _late: float = 0.0  # when half of the time is over: a hedge needs no budget then
-    _held: bool = False  # the budget had no hedge left for it
+    _late: float = 0.0  # when half of the time is over: from then on a hedge needs no budget
+    _held: bool = False  # a hedge had to wait for the budget
     _deadline: Timer | None = None
 
     def start(self, tuples: Sequence[Tuple]) -> None:
-        """Try these, in the order of `Paths`."""
+        """Try these tuples in the order of `Paths`."""
         loop = self.owner.relay.loop
         self._left = self.owner.paths.order(tuples, self.owner.table.nodes, loop.now)[:MAX_ATTEMPTS]
         self._deadline = loop.after(self.owner.config.dial_timeout, self._too_late)
@@ -182,12 +195,12 @@ class TargetDial:
         self._next()
 
     def cancel(self) -> None:
-        """The client is gone."""
+        """Reset all attempts; `done` is not called."""
         self.done = None
         self._clear()
 
     def _next(self) -> None:
-        """The next candidate, beside those that are still alive."""
+        """Try the next candidate beside the running attempts; fail when there are neither."""
         self._stop_hedge()
         if self._left:
             attempt = Attempt(self, self._left.pop(0))
@@ -197,7 +210,8 @@ class TargetDial:
                 self._hedge_after(self.owner.hedging.delay(attempt.path))
             attempt.start()
         elif not self._alive:
-            # Some causes are no fault of the paths: where all say the same, the client is told that.
+            # When all attempts failed for one cause that is no fault of the paths, the client is
+            # told that cause.
             alike = self._codes & _NOT_THE_PATHS if len(self._codes) == 1 else ()
             code = next(iter(alike), Refusal.AGENT_UNAVAILABLE)
             silence = self.owner.table.silence()
@@ -208,11 +222,11 @@ class TargetDial:
         self._hedge = self.owner.relay.loop.after(seconds, self._silent)
 
     def _silent(self) -> None:
-        """The newest attempt was silent for its path's hedge delay."""
+        """Hedge, if that is allowed: the newest attempt was silent for its path's hedge delay."""
         self._hedge = None
         if any(attempt.is_dialling for attempt in self._alive):
-            # The path works and the target is slow: dialling it twice would not help, so that is tried late. A broken
-            # broker could say so, too.
+            # The path works and the target is slow: to dial it twice would not help. It is done
+            # late all the same, because a faulty broker could say Dialling, too.
             self._hedge = self.owner.relay.loop.after(self.owner.config.dial_timeout / 2, self._next)
             return
         hedging = self.owner.hedging
@@ -222,14 +236,14 @@ class TargetDial:
         else:
             hedging.held += not self._held
             self._held = True
-            # By then the budget has some again, or the node has become suspect.
+            # Ask again later: the budget grows, and the node may become suspect.
             self._hedge_after(hedging.delay(self._alive[-1].path))
 
     def _may_hedge(self) -> bool:
-        """Whether the next candidate may be tried beside the silent ones.
+        """Return whether the next candidate may be tried beside the silent ones.
 
-        When everything is slow, hedges make it slower: so few dials have one. A node that is known to be silent is
-        another thing, and so is a dial that would run out of time.
+        Only few dials may, because hedges make an overload worse. A dial on a suspect node always
+        may, and one with half of its time over.
         """
         now, paths = self.owner.relay.loop.now, self.owner.paths
         if any(paths.is_suspect(attempt.used.node, now) for attempt in self._alive):
@@ -241,7 +255,10 @@ class TargetDial:
         return self.owner.hedging.spend()
 
     def heard(self, attempt: Attempt) -> None:
-        """The first word of an attempt. One that was begun before it and is still silent is on a node to be wary of."""
+        """Take an attempt's first answer.
+
+        Earlier attempts that are still silent make their nodes suspect.
+        """
         loop = self.owner.relay.loop
         self.owner.hedging.answered(attempt.path, loop.now - attempt.began)
         for other in self._alive:
@@ -251,7 +268,7 @@ class TargetDial:
                 self.owner.paths.suspect(other.used.node, loop.now)
 
     def failed(self, attempt: Attempt, code: Refusal, text: str) -> None:
-        """One attempt is over."""
+        """Take the failure of an attempt: end the dial, or try the next candidate."""
         self._alive.remove(attempt)
         told = code.reply.next
         if told is Next.STOP:
@@ -270,7 +287,7 @@ class TargetDial:
         self._next()
 
     def not_proven(self, attempt: Attempt, refused: Refused) -> None:
-        """Somebody answered who is not, or no longer, the target's agent: that is no accident of the network."""
+        """Report an answer whose proof is not good: no fault of the network explains one."""
         self.unproven = refused.text
         self.owner.not_proven(
             refused.code,
@@ -339,7 +356,7 @@ class Attempt:
 
     @property
     def path(self) -> Path:
-        """The key by which the time of its answer is known."""
+        """The node and epoch by which `Hedging` knows the attempt's answer times."""
         return self.used.node, self.used.epoch
 
     @property
@@ -349,14 +366,14 @@ class Attempt:
 
     def start(self) -> None:
         """Connect to the guarded port."""
-        # No time limit of its own: the dial has one.
+        # Without a timeout: the dial has one.
         self.began = self.dial.owner.relay.loop.now
         owner, ip = self.dial.owner, self.used.ps_ip
         source = "" if owner.sources is None else owner.sources.next(ip)
         self._connecting = owner.relay.connect(ip, self.used.ps_port, 0.0, self._connected, source=source)
 
     def cancel(self) -> None:
-        """Reset it; nothing is told."""
+        """Reset the attempt, without a call of the dial."""
         if self._connecting is not None:
             self._connecting.cancel()
         if self._end is not None:

@@ -1,11 +1,13 @@
-"""Requests in absolute form: a client's and a target's connection, one exchange after another. In the relay's thread.
+"""Forwards HTTP requests in absolute form, one exchange after another. In the relay's thread.
 
-Unlike the pairs of `relay/join.py` this one knows where a request and its answer end. So the answer's head can be
-rewritten, nothing behind a request reaches its target, and both connections can serve another request: the client's
-goes back to its `Client` after each answer, and the target's is parked, a few seconds at most, for the next one to it.
+Unlike the pairs of `relay/join.py`, a `Forwarding` knows where a request and its answer end. So it
+can rewrite heads, nothing behind a request reaches its target, and both connections can serve
+another request: the client's goes back to its `Client` after each answer, the target's is parked
+for PARK_SECONDS at most.
 
-A client's bytes behind its request stay in the kernel, but for a piece that is kept for the next one: they can't harm
-the answer. An orderly end and a reset are passed on as such, in both directions.
+Bytes of the client behind its request stay in the kernel, except AHEAD bytes, which are kept for
+the next request. FIN and RST are passed on as such, in both directions. States of a socket and
+edges: see `relay/join.py`.
 """
 
 from __future__ import annotations
@@ -25,31 +27,40 @@ from rtunnel.wire.http_body import Body, Chunked, Data, Endless, Sized
 from rtunnel.wire.http_response import ResponseReader
 from rtunnel.wire.refusal import Refused
 
-#: A target's connection waits so long for another request of its client. Node and Apache close theirs after 5 s: a
-#: request on its way just then would be lost.
+#: Seconds that a target's connection waits for another request of its client. Node and Apache close
+#: theirs after 5 s: a request on its way at that moment would be lost.
 PARK_SECONDS: Final = 4.0
-#: The piece of a coded body; a chunk costs as much as the copy of so many bytes (1.2 us).
+#: Bytes of one read of a chunked body. A chunk costs as much as the copy of CHUNK_COST bytes (1.2
+#: us).
 CODED_PIECE: Final = 16 * 1024
 CHUNK_COST: Final = 2048
-#: What is read ahead of the client's next request, to learn of its FIN.
+#: Bytes of the client's next request that are read ahead, to learn of its FIN.
 AHEAD: Final = 16 * 1024
 
 
 class Exchanger(Protocol):
-    """The client, as its forwarding sees it. Each of these gives its end back, which talks to nobody."""
+    """The client, as its forwarding sees it.
+
+    Before each call its end is given back, without a handler.
+    """
 
     def answered(self, rest: bytes) -> None:
-        """The answer is whole, and another request may come. `rest` the client has sent already."""
+        """Hear that the answer is whole, and another request may come.
+
+        `rest`: the client's bytes behind this one.
+        """
 
     def unanswered(self, rest: bytes) -> None:
-        """The target had ended a connection that was in use already: dial again for the same request."""
+        """Dial again for the same request: the target has ended a connection that had served
+        others.
+        """
 
     def broken(self, refused: Refused) -> None:
-        """The request's body is broken, and the target has not answered."""
+        """Refuse the request: the coding of its body is broken, and the target has not answered."""
 
 
 class _Lost(Exception):
-    """A socket failed, by a write or by a read."""
+    """A socket failed, in a write or in a read."""
 
     def __init__(self, side: _Side, *, writing: bool) -> None:
         super().__init__()
@@ -64,17 +75,19 @@ class _Side:
 
     def __init__(self, end: SocketEnd, handler: Callable[[int], None], memory: Memory) -> None:
         self._memory = memory
-        self.held: bytes | memoryview = b""  # to be written
+        self.held: bytes | memoryview = b""  # written, and not taken by the kernel yet
         self.end = end
         self._hold(end.hand_over(handler))
-        self.readable = True  # until a read says no
+        self.readable = True  # until a read gives nothing
         self.hup = end.hup
         self.eof = False
-        self.shut = False  # our FIN is sent
-        self.deaf = False  # a write has failed: what it has said may still be read
+        self.shut = False  # FIN is sent
+        self.deaf = False  # a write has failed; what the peer has sent before may still be read
 
     def read(self, view: memoryview) -> int:
-        """Return how many bytes were read; 0 when there are none now, or no more (`eof`)."""
+        """Read into `view`; return the number of bytes: 0 when there are none now, or no more
+        (`eof`).
+        """
         try:
             size = self.end.sock.recv_into(view)
         except BlockingIOError:
@@ -83,7 +96,7 @@ class _Side:
         except OSError:
             raise _Lost(self, writing=False) from None
         if not size:
-            if self.deaf:  # that write has taken the error, and this is no orderly end
+            if self.deaf:  # the failed write has used the error up: this is no orderly end
                 raise _Lost(self, writing=False)
             self.eof = True
         if not size or (size < len(view) and not self.hup):
@@ -91,7 +104,7 @@ class _Side:
         return size
 
     def write(self, data: Data) -> int:
-        """Send, or hold what the kernel does not take; returns how many bytes it took."""
+        """Send, and hold what the kernel does not take. Return the number of bytes that it took."""
         if self.held:
             self._hold(bytes(self.held) + bytes(data))
             return 0
@@ -111,11 +124,11 @@ class _Side:
         self.held = data
 
     def drop(self) -> None:
-        """Forget what is held."""
+        """Drop what is held."""
         self._hold(b"")
 
     def flush(self) -> int:
-        """Send what is held; returns how many bytes the kernel took."""
+        """Send what is held. Return the number of bytes that the kernel took."""
         held = self.held
         self._hold(b"")
         return self.write(held)
@@ -131,29 +144,29 @@ class _Side:
             raise _Lost(self, writing=True) from None
 
     def quiet(self, view: memoryview) -> bool:
-        """Whether nothing came: neither a byte nor FIN."""
+        """Return whether neither a byte nor FIN has come."""
         return not self.eof and not (self.readable and (self.read(view[:1]) or self.eof))
 
     def release(self) -> SocketEnd:
-        """Give the end back."""
+        """Take the socket back from this forwarding, and return its end, without a handler."""
         self.drop()
         self.end.take_back(hup=self.hup or self.eof)
         return self.end
 
     def reset(self) -> None:
-        """Close it at once."""
+        """Close the socket with RST."""
         self.end.reset_on_close()
-        self.bury()
+        self.close()
 
-    def bury(self) -> None:
-        """Close it, both directions having ended."""
+    def close(self) -> None:
+        """Close the socket, after both directions have ended."""
         self.drop()
         self.end.closed = True
         self.end.loop.close(self.end.sock)
 
 
 class Forwarding(Pair):
-    """One dialled target's connection, and the client whose requests it serves."""
+    """The connection to one dialled target, and the client whose requests it serves."""
 
     __slots__ = (
         "_answer",
@@ -179,24 +192,27 @@ class Forwarding(Pair):
         self, relay: Relay, exchanger: Exchanger, target: SocketEnd, down: bytes, *,
         idle: float, max_head: int, owner: PairOwner,
     ) -> None:  # fmt: skip
-        """`down` was read from the target already. `idle` seconds without a byte end it (0: never); an answer's head
-        may have `max_head` bytes."""
+        """Take the target's connection over.
+
+        `down`: bytes that were read from the target already. `idle`: seconds without a byte after
+        which it ends; 0: never. `max_head`: the most bytes of an answer's head.
+        """
         super().__init__(relay.loop, relay.pairs, idle, owner)
         self._scratch = relay.scratch.upload
         self._memory = relay.memory
         self._exchanger = exchanger
         self._max_head = max_head
         self._target = _Side(target, self._target_event, relay.memory)
-        self.account.up -= len(self._target.held)  # our own words, not the client's
+        self.account.up -= len(self._target.held)  # the Dial's last bytes are not the client's
         self._client: _Side | None = None  # during an exchange
         self._request: Forward
-        self._body: Body  # what is left of the request's
+        self._body: Body  # the rest of the request's body
         self._answer: ResponseReader
-        self._is_first = True  # the client has no answer yet
+        self._is_first = True  # the client has got no answer yet
         self._down = down
         self._rest = b""  # the client's bytes behind its request
-        self._cut = False  # the answer is not whole, and never will be
-        self._is_partial = False  # the same of the request
+        self._cut = False  # the answer has ended before it was whole
+        self._is_partial = False  # the request has ended before it was whole
         self._queued = False
         self._parking: Timer | None = None
         self.requests = 0
@@ -209,13 +225,14 @@ class Forwarding(Pair):
 
     @property
     def parked(self) -> bool:
-        """It waits for another request, and can take one."""
+        """Whether the target's connection waits for another request."""
         return self._parking is not None
 
     def exchange(self, request: Forward, client: SocketEnd, early: bytes, *, first: bool) -> None:
-        """Serve a request, the client's `first` or a later one; `early` came behind its head.
+        """Serve a request, the client's `first` or a later one. `early`: bytes that came behind its
+        head.
 
-        The exchanger and the owner of the pair may be called before this returns.
+        The exchanger and the pair's owner may be called before this returns.
         """
         self._stop_parking()
         self.requests += 1
@@ -263,13 +280,15 @@ class Forwarding(Pair):
             else:
                 self._count_down(sent)
         self._run()
-        # HUP alone comes when both sides have sent FIN.
+        # HUP without an error comes with the second FIN.
         is_ours = side in (self._client, self._target) and not self.done
         if mask & LOST and is_ours and side.end.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             raise _Lost(side, writing=False)
 
     def _guarded(self, step: Callable[[], None]) -> None:
-        """Do a step of an exchange. A socket that fails ends it, and so does a body whose coding is broken."""
+        """Do a step of an exchange, and end the exchange if a socket fails or a body's coding is
+        broken.
+        """
         try:
             step()
         except _Lost as error:
@@ -286,7 +305,9 @@ class Forwarding(Pair):
             self._guarded(self._run)
 
     def _run(self) -> None:
-        """Move until each side has enough, or the quantum is used up."""
+        """Move bytes both ways until nothing moves, or QUANTUM is used up; end the exchange if it
+        is done.
+        """
         is_up_left, is_down_left = self._run_up(), self._run_down()
         self._settle()
         if (is_up_left or is_down_left) and self._client is not None and not self._queued:
@@ -296,7 +317,7 @@ class Forwarding(Pair):
     # The request.
 
     def _run_up(self) -> bool:
-        """Move the request's body; then read ahead. True when there is more to do."""
+        """Move the request's body, then read ahead. Return whether QUANTUM stopped it."""
         client, target, budget = self._client, self._target, QUANTUM
         assert client is not None
         while client.readable and not target.held and not self._body.done:
@@ -313,12 +334,14 @@ class Forwarding(Pair):
         return False
 
     def _piece(self, body: Body) -> int:
-        """How many bytes of it to read at once: nothing behind a body of known length, little of a coded one."""
+        """Return how many bytes to read at once: none behind a body of known length, few of a
+        chunked one.
+        """
         most = CODED_PIECE if isinstance(body, Chunked) or self._memory.full else PIECE
         return most if body.reach is None else min(most, body.reach)
 
     def _pass_up(self, data: Data) -> int:
-        """Give the target what belongs to the request; returns what that has cost, in bytes."""
+        """Give the target what belongs to the request. Return what that has cost, in bytes."""
         body = self._body
         lines = _lines(body)
         try:
@@ -330,7 +353,10 @@ class Forwarding(Pair):
         return taken + CHUNK_COST * (_lines(body) - lines)
 
     def _stop_request(self, refused: Refused) -> None:
-        """The client's coding is broken: no more of it goes up. An answer that has begun may end."""
+        """Send no more of a request whose coding is broken.
+
+        An answer that has begun may go on to its end.
+        """
         if self._answer.begun:
             self._is_partial = True
             self._body = Sized(0)
@@ -340,8 +366,10 @@ class Forwarding(Pair):
         self._end_exchange(Ending.OVERRUN, reset=True)
         self._exchanger.broken(refused)
 
-    def _hear_out(self) -> None:
-        """The target takes no more of the request. What it has said before may be an answer: 413, for example."""
+    def _read_last_answer(self) -> None:
+        """Read what a target has sent that takes no more of the request: it may be an answer, such
+        as 413.
+        """
         target = self._target
         self._is_partial = self._is_partial or not self._body.done or len(target.held) > 0
         self._body = Sized(0)
@@ -353,7 +381,7 @@ class Forwarding(Pair):
     # The answer.
 
     def _run_down(self) -> bool:
-        """Move the answer. True when there is more to do."""
+        """Move the answer. Return whether QUANTUM stopped it."""
         client, target, answer, budget = self._client, self._target, self._answer, QUANTUM
         assert client is not None
         while target.readable and not client.held and not answer.done and not self._cut:
@@ -369,7 +397,7 @@ class Forwarding(Pair):
         return False
 
     def _pass_down(self, data: Data) -> int:
-        """Give the client what belongs to the answer; returns what that has cost, in bytes."""
+        """Give the client what belongs to the answer. Return what that has cost, in bytes."""
         client, answer = self._client, self._answer
         assert client is not None
         lines = _lines(answer.body)
@@ -383,7 +411,7 @@ class Forwarding(Pair):
     # Ends.
 
     def _settle(self) -> None:
-        """End the exchange, if it is over."""
+        """End the exchange if the answer is whole, or can't become whole any more."""
         client, target, answer = self._client, self._target, self._answer
         if client is None or client.held or not (answer.done or self._cut):
             return
@@ -392,8 +420,8 @@ class Forwarding(Pair):
             if target.shut:
                 self._client = None
                 self._keep(b"")
-                client.bury()
-                target.bury()
+                client.close()
+                target.close()
                 self._finish(Ending.CLOSED)
             return
         if not answer.begun and self.requests > 1 and self._request.replayable:
@@ -408,7 +436,8 @@ class Forwarding(Pair):
             client.release()
             self._parking = self.loop.after(PARK_SECONDS, self.close)
         else:
-            # A target that has answered before the request's end waits for the rest of it.
+            # A target that has answered early waits for the rest of the request: only RST ends
+            # that.
             self._end_exchange(Ending.CLOSED, reset=not is_whole and not target.eof)
         if keeps_client:
             self._exchanger.answered(rest)
@@ -416,7 +445,9 @@ class Forwarding(Pair):
             client.end.close()
 
     def _end_exchange(self, ending: Ending, *, reset: bool) -> None:
-        """The target's connection is over; the client's end is its own again."""
+        """Close the target's connection (`reset`: with RST), end the pair, and give the client's
+        end back.
+        """
         client, self._client = self._client, None
         assert client is not None
         self._keep(b"")
@@ -428,14 +459,16 @@ class Forwarding(Pair):
         client.release()
 
     def close(self) -> None:
-        """End a parked one, in order."""
+        """Close a parked connection, in order. No effect during an exchange."""
         self._stop_parking()
         if not self.done and self._client is None:
             self._target.release().close()
             self._finish(Ending.CLOSED)
 
     def _look_at_parked(self) -> None:
-        """A target that ends while nobody asks, or says what nobody asked for, gets no other request."""
+        """Close a parked connection on which a byte or FIN has come: it can't serve another
+        request.
+        """
         if self.done:
             return
         try:
@@ -453,11 +486,11 @@ class Forwarding(Pair):
         elif client is None or answer.upgraded:
             self.abort(Ending.TARGET_RESET)
         elif not target.deaf and (lost.writing or answer.done):
-            self._guarded(self._hear_out)
+            self._guarded(self._read_last_answer)
         elif not answer.begun and self.requests > 1 and self._request.replayable:
             self._dial_again()
         elif not answer.begun and not self._is_first:
-            # A reset would overtake the answers before this one.
+            # A RST could overtake the answers before this one.
             self._end_exchange(Ending.TARGET_RESET, reset=True)
             client.end.close()
         else:
@@ -470,7 +503,7 @@ class Forwarding(Pair):
 
     @override
     def abort(self, ending: Ending) -> None:
-        """A client whose answer is whole lives on."""
+        """Reset the target, and the client during an exchange; a client between exchanges stays."""
         self._stop_parking()
         if self.done:
             return

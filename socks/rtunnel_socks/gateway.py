@@ -1,4 +1,6 @@
-"""The gateway's control plane: the route table follows the registry, misses are looked up, drain. trio."""
+"""One gateway process: accepts clients, follows the registry and the trust list, and drains. trio's
+side.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,11 @@ PROBE_BYTES: Final = 4096
 
 @dataclass
 class GatewayCounts(StreamCounts):
-    """What this gateway did since its start."""
+    """The counts of a gateway since its start."""
 
-    clients: int = 0  # negotiating
-    unproven: dict[str, int] = field(default_factory=dict)  # answers that were not believed, by code word
-    shortages: dict[str, int] = field(default_factory=dict)  # connects that failed for want of something here
+    clients: int = 0  # that negotiate now
+    unproven: dict[str, int] = field(default_factory=dict)  # answers without a good proof, by code
+    shortages: dict[str, int] = field(default_factory=dict)  # connects that failed by a lack, by resource
 
 
 class Gateway:
@@ -99,7 +101,7 @@ class Gateway:
         self.report("proof_failed", {"code": code.value, **fields})
 
     def report(self, event: str, fields: dict[str, object]) -> None:
-        """What the relay has to say: never good news."""
+        """Log an event of the relay, which reports only faults."""
         self._log.error(event, **fields)
 
     def _accept(self, sock: socket.socket, peer: str) -> None:
@@ -125,7 +127,9 @@ class Gateway:
             self._room.hold()
 
     def _shut(self, sock: socket.socket, peer: str, code: Refusal) -> None:
-        """Close it without an answer: nothing is known of what it speaks. A load balancer's probe is answered."""
+        """Close a connection without an answer, because its protocol is not known; answer a probe,
+        though.
+        """
         if self._answer_probe(sock):
             return
         self.counts.refuse(code)
@@ -135,12 +139,15 @@ class Gateway:
             self._log.warning("shut_out", code=code.value, client=peer, reason=code.reply.text, others_since=others)
 
     def _answer_probe(self, sock: socket.socket) -> bool:
-        """Answer and close a connection that takes no place, if it is a probe and its request is there: most are."""
+        """Answer and close a connection whose first bytes are a load balancer's probe.
+
+        Return whether they are.
+        """
         try:
             probe = http.health_probe(sock.recv(PROBE_BYTES, socket.MSG_PEEK))
             if probe is None:
                 return False
-            sock.recv(PROBE_BYTES)  # unread bytes would turn the end into a reset
+            sock.recv(PROBE_BYTES)  # close(2) with unread bytes would send RST
             sock.send(http.response_health(self.ready, of_head=probe.of_head))
         except OSError:
             return False
@@ -148,13 +155,15 @@ class Gateway:
         return True
 
     def _review(self) -> None:
-        """Rules or users have changed, or an agent or broker is revoked: what is open and no longer allowed ends."""
+        """End open streams that are no longer allowed, after a change of rules, users or the trust
+        list.
+        """
         self.relay.review()
 
     # Life.
 
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Gateway] = trio.TASK_STATUS_IGNORED) -> None:
-        """Started when clients are accepted. Until `stop`."""
+        """Serve until `stop`, then drain. Started when clients are accepted."""
         async with self.bridge.running():
             shared = self.config.workers > 1
             sock = listening_socket(*parse_endpoint(self.config.listen), key="gateway.listen", shared=shared)
@@ -184,12 +193,15 @@ class Gateway:
 
     @property
     def bound(self) -> tuple[str, int]:
-        """Where clients are accepted."""
+        """The address and port on which clients are accepted."""
         assert self._listener is not None
         return self._listener.bound
 
     def reasons(self) -> list[str]:
-        """Why it is not ready; empty when it is. A registry lost later does not count: it serves what it knew."""
+        """Return why the gateway is not ready; empty when it is.
+
+        A later loss of the registry does not count.
+        """
         reasons = []
         if why := self.resolver.not_ready:
             reasons.append(f"registry: {why}")
@@ -200,7 +212,7 @@ class Gateway:
         return reasons
 
     def warnings(self) -> list[str]:
-        """What is wrong while it serves what it knew."""
+        """Return the faults with which the gateway still serves the tuples that it knows."""
         fault = self.resolver.fault
         return [f"registry: {fault}"] if fault else []
 
@@ -212,7 +224,9 @@ class Gateway:
         return not self.reasons()
 
     async def _drain(self) -> None:
-        """Serve new clients until the VIP knows, then take no more; streams may finish within the deadline."""
+        """Accept clients until the VIP has noticed (`lame_duck`), then no more; wait for streams,
+        up to `drain`.
+        """
         self.draining = True
         listener = self._listener
         assert listener is not None

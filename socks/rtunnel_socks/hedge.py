@@ -1,28 +1,33 @@
-"""When a dial is hedged: how long a path may be silent, and how many dials may try a second path beside it.
+"""Decides when a dial is hedged: how long a path may be silent, and how many dials may try a second
+path.
 
-Pure state: no clock and no I/O, times are arguments in seconds. O(1) for each dial, in the relay's thread.
+Pure state without a clock and without I/O: times are arguments, in seconds. Each dial costs O(1).
+In the relay's thread.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-#: Answers of one window. The second slowest of 20 is their 95th percentile (nearest rank).
+#: Answers of one measuring window. The second slowest of 20 is their 95th percentile (nearest
+#: rank).
 WINDOW: Final = 20
-#: A path is silent for too long after this many times its 95th percentile.
+#: The hedge delay of a path is this many times its 95th percentile.
 FACTOR: Final = 2.0
-#: ... and never sooner. An agent with a slow target says Dialling after 0.1 s, which then has 50 ms for its way:
-#: a shorter delay would dial slow targets twice.
+#: Seconds of the shortest hedge delay. An agent with a slow target says Dialling after 0.1 s, which
+#: leaves 50 ms for the way: a shorter delay would dial slow targets twice.
 LEAST_DELAY = 0.15
-#: ... nor later, so that a path whose answers became rare is given up in time (unless hedge_delay itself is longer).
+#: Seconds of the longest hedge delay, unless `gateway.hedge_delay` is longer.
 MOST_DELAY: Final = 2.0
-#: An answer within the same turn of the loop took some time, too.
+#: Seconds that an answer within one turn of the loop counts.
 LEAST_TIME: Final = 1e-6
-#: Paths whose times are known: twice as many at most, at about 250 bytes each.
+#: Paths of one generation whose times are known. There are two generations, at about 250 bytes a
+#: path.
 MAX_PATHS: Final = 8192
-#: One hedge for so many dials.
+#: Dials that pay for one hedge.
 DIALS_A_HEDGE: Final = 10
-#: Hedges in a row after a quiet time: what is under way to a broker at the moment when it freezes must not wait.
+#: Hedges in a row after a quiet time, for the dials that are on their way to a broker when it
+#: stops.
 BURST: Final = 10
 
 #: A session of an agent: its node and its epoch.
@@ -30,18 +35,18 @@ Path = tuple[str, int]
 
 
 class AnswerTime:
-    """How long one path takes for its first word, from the connect on."""
+    """The seconds that one path takes for its first answer, from the connect on."""
 
     __slots__ = ("_count", "_p95", "_second", "_slowest")
 
     def __init__(self) -> None:
-        self._count = 0  # answers of this window, of which
-        self._slowest = 0.0
-        self._second = 0.0
-        self._p95 = 0.0  # of the window before; 0: there was none
+        self._count = 0  # answers of this window
+        self._slowest = 0.0  # seconds of the slowest of them
+        self._second = 0.0  # and of the second slowest
+        self._p95 = 0.0  # seconds, of the window before; 0: there was none
 
     def record(self, seconds: float) -> None:
-        """Count one answer."""
+        """Count one answer that took so many seconds."""
         if seconds > self._slowest:
             self._slowest, self._second = seconds, self._slowest
         elif seconds > self._second:
@@ -56,12 +61,13 @@ class AnswerTime:
         """The 95th percentile; before the first whole window the slowest answer."""
         if not self._p95:
             return self._slowest
-        # One slow answer may be an accident, two are more than one in twenty before this window is whole.
+        # One slow answer may be an accident; two in an unfinished window are more than one in
+        # twenty.
         return max(self._p95, self._second)
 
     @property
     def measured(self) -> bool:
-        """There was a whole window."""
+        """Whether one window is complete."""
         return self._p95 > 0.0
 
 
@@ -72,12 +78,13 @@ class Hedging:
         """`first_delay`: seconds, for a path that is not measured yet (`gateway.hedge_delay`)."""
         self._first_delay = first_delay
         self._most = max(MOST_DELAY, first_delay)
-        # Two generations: when the young one is full the old one goes, with the paths that nobody used since.
+        # Two generations: when the young one is full, the old one is dropped with the paths not
+        # used since then.
         self._young: dict[Path, AnswerTime] = {}
         self._old: dict[Path, AnswerTime] = {}
         self._credit = BURST * DIALS_A_HEDGE  # a dial adds 1, a hedge takes DIALS_A_HEDGE
         self.sent = 0  # hedges since the start
-        self.held = 0  # dials whose hedge the budget held back, at least for a while
+        self.held = 0  # dials whose hedge had to wait for the budget
 
     def delay(self, path: Path) -> float:
         """Seconds of silence after which a dial on this path may be hedged."""
@@ -88,26 +95,26 @@ class Hedging:
         return max(least, min(FACTOR * times.slow, self._most))
 
     def answered(self, path: Path, seconds: float) -> None:
-        """The first word on this path took so long."""
+        """Count the seconds to the first answer on a path."""
         self._times(path).record(seconds)
 
     def given_up(self, path: Path, seconds: float) -> None:
-        """Nobody waits any longer for this path, which was silent for so long.
+        """Count a path that was given up after so many seconds of silence.
 
-        That is as good as an answer that took this long, when it is longer than was known: otherwise the answers that
-        a hedge overtakes would be missing, and the path would look faster the slower it is.
+        It counts as an answer when that is longer than `slow`. Otherwise the answers that a hedge
+        overtakes would be missing, and a path would look faster the slower it is.
         """
         times = self._times(path)
         if seconds > times.slow:
             times.record(seconds)
 
     def dialled(self) -> None:
-        """Count one dial: the budget grows with them."""
+        """Count one dial, which adds to the budget of hedges."""
         if self._credit < BURST * DIALS_A_HEDGE:
             self._credit += 1
 
     def spend(self) -> bool:
-        """Take one hedge out of the budget; False: it is used up."""
+        """Take one hedge from the budget. Return False when the budget is used up."""
         if self._credit < DIALS_A_HEDGE:
             return False
         self._credit -= DIALS_A_HEDGE
@@ -115,7 +122,7 @@ class Hedging:
 
     @property
     def known(self) -> int:
-        """How many paths have a time."""
+        """The number of paths whose times are known."""
         return len(self._young) + len(self._old)
 
     def _times(self, path: Path) -> AnswerTime:

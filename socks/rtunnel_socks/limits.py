@@ -1,6 +1,7 @@
-"""How much one source and one user may have at once, so that a neighbour does not suffer. In the relay's thread.
+"""Limits what one source and one user may have at once. In the relay's thread.
 
-A source is an IPv4 address, or the /64 of an IPv6 address: who has one address of it has them all.
+A source is an IPv4 address, or the /64 of an IPv6 address: a host that has one address of a /64 can
+use them all.
 """
 
 from __future__ import annotations
@@ -11,25 +12,26 @@ from rtunnel.config import LimitsConfig
 from rtunnel.net import source_of
 from rtunnel.wire.refusal import Refusal, Refused
 
-#: A bucket holds so many seconds of its rate: clients open connections in bursts.
+#: Seconds of its rate that a bucket holds: clients open connections in bursts.
 BURST_SECONDS: Final = 2.0
-#: Sources that are remembered only because their bucket is not full yet.
+#: Sources and users without clients and streams that are remembered because their bucket is not
+#: full.
 MAX_IDLE: Final = 65536
 
 
-#: What a source or user may hold, as indexes of `_Holding.held`.
+#: Indexes of `_Holding.held`.
 _CLIENTS: Final = 0
 _STREAMS: Final = 1
 
 
 class _Holding:
-    """What one source or user has."""
+    """The clients, the streams and the bucket of one source or user."""
 
     __slots__ = ("filled", "held", "tokens")
 
     def __init__(self, tokens: float, filled: float) -> None:
         self.tokens = tokens
-        self.filled = filled  # when `tokens` was right
+        self.filled = filled  # when `tokens` was computed
         self.held = [0, 0]
 
 
@@ -47,7 +49,10 @@ class Permit:
         holding.held[kind] += 1
 
     def release(self, now: float) -> None:
-        """Give it back. Later calls have no effect. `now`: seconds of the loop's clock."""
+        """Give the permit back; only the first call has an effect.
+
+        `now`: seconds of the loop's clock.
+        """
         meter, self._meter = self._meter, None
         if meter is not None:
             self._holding.held[self._kind] -= 1
@@ -57,7 +62,7 @@ class Permit:
 
 
 class _Meter:
-    """Sources, or users: their connections in this second, and what they hold. 0 is no limit."""
+    """The holdings of all sources, or of all users. A limit of 0 is no limit."""
 
     def __init__(self, what: str, *, rate: float, streams: int, clients: int = 0) -> None:
         self._what = what
@@ -71,7 +76,7 @@ class _Meter:
         return len(self._known)
 
     def acquire(self, key: str, kind: int, now: float) -> Permit:
-        """Return the permit for one more. Raises Refused."""
+        """Return a permit for one more client or stream (`kind`). Raises Refused."""
         holding = self._holding(key, now)
         most = self._most[kind]
         if most and holding.held[kind] >= most:
@@ -82,7 +87,7 @@ class _Meter:
         return Permit(self, key, holding, kind)
 
     def charge(self, key: str, now: float) -> None:
-        """Take a new connection from its rate. Raises Refused."""
+        """Count a new connection against the rate. Raises Refused."""
         if not self._rate:
             return
         holding = self._holding(key, now)
@@ -105,7 +110,9 @@ class _Meter:
         holding.filled = now
 
     def forget(self, key: str, holding: _Holding, now: float) -> None:
-        """Forget a source or user that holds nothing and whose bucket is full: it is as good as unknown."""
+        """Forget a source or user that holds nothing and whose bucket is full: a new one is the
+        same.
+        """
         held = holding.held
         if not (held[_CLIENTS] or held[_STREAMS]):
             self._fill(holding, now)
@@ -113,7 +120,7 @@ class _Meter:
                 del self._known[key]
 
     def _sweep(self, now: float) -> None:
-        """Forget those that hold nothing, at a constant cost for each newcomer."""
+        """Forget entries that hold nothing. The cost for each new entry is constant on average."""
         for key, holding in list(self._known.items()):
             self.forget(key, holding, now)
         idle = [key for key, holding in self._known.items() if not any(holding.held)]
@@ -123,7 +130,7 @@ class _Meter:
 
 
 class Limits:
-    """[gateway.limits] at work. `now` is in seconds of the loop's clock."""
+    """The limits of `[gateway.limits]`. `now` is in seconds of the loop's clock."""
 
     def __init__(self, config: LimitsConfig) -> None:
         self._sources = _Meter(
@@ -135,15 +142,18 @@ class Limits:
         self._users = _Meter("user", rate=config.user_rate, streams=config.user_streams)
 
     def acquire_client(self, peer: str, now: float) -> Permit:
-        """Return the permit of a connection that is not a stream yet. Raises Refused (too_many_handshakes)."""
+        """Return the permit of a connection that is not a stream yet.
+
+        Raises Refused (too_many_handshakes).
+        """
         return self._sources.acquire(source_of(peer), _CLIENTS, now)
 
     def charge_request(self, peer: str, now: float) -> None:
-        """Take a request from the rate of its source. Raises Refused (rate_limited)."""
+        """Count a request against the rate of its source. Raises Refused (rate_limited)."""
         self._sources.charge(source_of(peer), now)
 
     def charge_user(self, user: str, now: float) -> None:
-        """Take a request from the rate of its user. Raises Refused (rate_limited)."""
+        """Count a request against the rate of its user. Raises Refused (rate_limited)."""
         self._users.charge(user, now)
 
     def acquire_stream(self, peer: str, user: str | None, now: float) -> Permit:
@@ -159,5 +169,5 @@ class Limits:
 
     @property
     def known(self) -> int:
-        """Sources and users in memory."""
+        """The number of sources and users in memory."""
         return len(self._sources) + len(self._users)

@@ -1,8 +1,10 @@
-"""Whether whoever answered a Dial is the agent that has the target's address. In the relay's thread.
+"""Checks that an answer to a Dial is from the agent that has the target's address. In the relay's
+thread.
 
-Registry and brokers only say where an agent may be found. That it was found is proved by the agent itself, over the
-very Dial that was sent: by the key of a certificate that is from a CA of the cluster and names the address, or by the
-key of the pair, on which such a signature has agreed before (docs/wire.md, "Proofs").
+The registry and brokers only say where an agent may be found. The agent itself proves that it was
+found, over the very Dial that was sent: by the key of a certificate of the cluster's CA that names
+the address, or by the key of the pair, on which such a signature has agreed before (docs/wire.md,
+"Proofs").
 """
 
 from __future__ import annotations
@@ -16,15 +18,19 @@ from rtunnel.trust.proof import Exchange, PairKey, answer_bytes, is_signed
 from rtunnel.wire.messages import EXCHANGE_BYTES, Accepted, Refuse
 from rtunnel.wire.refusal import Refusal, Refused
 
-#: The reason when there is nothing to check: an older agent, one with a join token only, or none at all.
+#: The reason when an answer has nothing to check: from an older agent, one with a join token only,
+#: or no agent.
 NO_CERTIFICATE: Final = 'the agent showed no certificate: give it one, or write gateway.proof = "off"'
-#: Addresses whose agents have proved themselves; one that was forgotten gives another signature.
+#: Addresses whose agents have proved themselves. The agent of a forgotten one gives another
+#: signature.
 MAX_KNOWN: Final = 65536
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The agent of one address has proved itself by this certificate, and has this pair's key."""
+    """The agent of one address: the certificate by which it has proved itself, and the key of the
+    pair.
+    """
 
     pair: PairKey
     exchange: bytes  # the agent's part of it
@@ -32,7 +38,7 @@ class Known:
 
 
 class Proofs:
-    """What one gateway process asks of agents, and whom it knows by now."""
+    """Checks proofs for one gateway process, and remembers the agents that have given one."""
 
     def __init__(self, trust_store: TrustStore) -> None:
         self._trust_store = trust_store
@@ -41,19 +47,22 @@ class Proofs:
         self._known: dict[tuple[str, str], Known] = {}  # by namespace and address
 
     def known(self, namespace: str, ip: str) -> Known | None:
-        """Whom a Dial to this address is to name, and who may answer it by MAC."""
+        """Return the agent that a Dial to this address names, and that may answer it by MAC; None:
+        not known.
+        """
         return self._known.get((namespace, ip))
 
     def check(self, answer: Accepted | Refuse, body: bytes, namespace: str, ip: str, known: Known | None) -> Identity:
-        """Who gave this answer to the Dial of this body, for this target, that named `known`.
+        """Return the agent that gave this answer to a Dial with this `body`, for this target; the
+        Dial named `known`.
 
-        3 us by MAC. A signature takes 65 us, and another 40 for the key of the pair; a certificate that was not seen
-        before as much again. Raises Refused: `not_proven`, or `revoked`.
+        Takes 3 us by MAC. A signature takes 65 us, and 40 us more for the key of the pair; a new
+        certificate as much again. Raises Refused: `not_proven`, or `revoked`.
         """
         if answer.mac:
             if known is None or not known.pair.is_proof(answer_bytes(answer), body, answer.mac):
                 raise Refused(Refusal.NOT_PROVEN, "the MAC is not by the key of a pair with this target's agent")
-            return self._holder(known.certificate)  # its CA, its time, and revocations are of now
+            return self._holder(known.certificate)  # checked anew: CA, time and revocations
         return self._first(answer, body, namespace, ip)
 
     def _first(self, answer: Accepted | Refuse, body: bytes, namespace: str, ip: str) -> Identity:
@@ -87,8 +96,8 @@ class Proofs:
             try:
                 pair = self._exchange.with_agent(answer.exchange, answer.certificate)
             except TrustError:
-                return  # its signature is good all the same
+                return  # the signature is good without it
             if len(known) >= MAX_KNOWN:
                 del known[next(iter(known))]  # the oldest
             before = Known(pair, answer.exchange, answer.certificate)
-        known[key] = before  # as the youngest
+        known[key] = before  # as the newest

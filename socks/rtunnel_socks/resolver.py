@@ -1,4 +1,6 @@
-"""From a target's address to tuples: the route table, which follows the registry, and lookups of what it lacks."""
+"""Finds the tuples of a target: in the route table, which follows the registry, or by a look into
+the registry.
+"""
 
 from __future__ import annotations
 
@@ -36,21 +38,21 @@ class Asker(Protocol):
         """Take the tuples; there may be none."""
 
     def failed(self, refused: Refused) -> None:
-        """Learn why there is no answer."""
+        """Hear why there is no answer."""
 
 
 class Resolver:
     """The tuples that this gateway knows. `follow` runs in trio's thread, lookups in the relay's."""
 
     def __init__(self, registry: Registry, config: RegistryConfig, bridge: Bridge, log: FilteringBoundLogger) -> None:
-        self.table = RouteTable(grace=config.heartbeat + 1.0)  # a wiped registry is whole again by then
-        self.down: Refused | None = None  # the registry can't be reached, and why
+        self.table = RouteTable(grace=config.heartbeat + 1.0)  # by then brokers have filled a wiped registry again
+        self.down: Refused | None = None  # why the registry can't be reached; None when it can
         self._registry = registry
         self._ttl = config.ttl
         self._mirror = Mirror(registry, self.table, reconcile=config.reconcile)
         self._bridge = bridge
         self._log = log
-        self._followed: float | None = None  # when the table was true to the registry (monotonic)
+        self._followed: float | None = None  # when the table had the registry's state last (monotonic)
         self._silent = False  # no broker has a heartbeat, and it was logged
         self._misses: dict[_Key, float] = {}  # until when they are not asked for again
         self._asking: dict[_Key, list[Asker]] = {}
@@ -58,7 +60,10 @@ class Resolver:
     # In the relay's thread.
 
     def lookup(self, asker: Asker, target: Target) -> tuple[Tuple, ...]:
-        """Return the target's tuples. Empty: `asker` hears later, after a look into the registry."""
+        """Return the target's tuples.
+
+        When there are none, the `asker` is called later, after a look into the registry.
+        """
         key = target.namespace, target.ip
         tuples = _guarded(self.table.lookup(*key))
         if tuples:
@@ -76,7 +81,9 @@ class Resolver:
         return ()
 
     def _unaskable(self, key: _Key) -> Refused | None:
-        """Return why the registry is not asked: each question would time out, or it has enough to answer."""
+        """Return why the registry is not asked: each question would time out, or it has enough to
+        answer.
+        """
         if self.down is not None:
             return Refused(Refusal.REGISTRY_UNAVAILABLE, f"no tuple is known here for {key[1]}, and: {self.down.text}")
         if silence := self.table.silence():
@@ -139,7 +146,10 @@ class Resolver:
 
     @property
     def not_ready(self) -> str:
-        """Why nothing can be resolved yet; empty when it can. Later outages do not count: the table serves on."""
+        """Why nothing can be resolved yet; empty when it can.
+
+        Later outages do not count: the table stays.
+        """
         if self._mirror.synced:
             return ""
         return self.down.text if self.down is not None else "not contacted yet"
@@ -164,7 +174,9 @@ class Resolver:
         return None if self._followed is None else round(time.monotonic() - self._followed, 1)
 
     def clock_offset(self) -> float | None:
-        """Return this machine's clock minus the registry's, in seconds; None while the route table is not fresh."""
+        """Return this machine's clock minus the registry's, in seconds; None while the route table
+        is not fresh.
+        """
         followed = self._followed
         if followed is None or time.monotonic() - followed > self._ttl:
             return None
@@ -172,7 +184,9 @@ class Resolver:
 
 
 def _guarded(tuples: tuple[Tuple, ...]) -> tuple[Tuple, ...]:
-    """Return those of guarded ports. Open ports are for people who dial them; a gateway speaks Dial."""
+    """Return the tuples of guarded ports: a gateway sends Dials, which open ports do not
+    understand.
+    """
     for entry in tuples:
         if entry.agent_port:
             return tuple(entry for entry in tuples if not entry.agent_port)

@@ -1,6 +1,6 @@
-"""What a gateway can run out of by itself: descriptors, and source ports towards a broker.
+"""The resources that a gateway can run out of: descriptors, and source ports towards a broker.
 
-Neither is the fault of a path. All of it belongs to the relay's thread.
+A lack of them is no fault of a path. In the relay's thread.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from rtunnel.config import client_room
 from rtunnel.relay.loop import Loop
 from rtunnel.relay.relay import Listener
 
-#: A held listener is looked at again after so many seconds: clients wait that much longer at most.
+#: Seconds between two looks whether a held listener may accept again.
 HOLD_SECONDS: Final = 0.1
-#: That clients are held back is said once in so many seconds.
+#: Seconds between two log lines that say that clients are held back.
 TELL_AGAIN: Final = 10.0
 
 _DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
 
 
 class Room:
-    """Descriptors for clients. Without any, the next clients wait in the kernel's queue: to accept one that cannot be
-    dialled for would only end it.
+    """The descriptors for clients. Without a free one, new clients wait in the kernel's queue.
+
+    To accept a client for which no broker can be dialled would only end it.
     """
 
     def __init__(self, loop: Loop, taken: Callable[[], int], warn: Callable[..., None]) -> None:
-        """`taken`: how many clients and streams there are; `warn(event, **fields)` logs."""
+        """`taken()` returns the number of clients and streams; `warn(event, **fields)` logs."""
         self._loop = loop
         self._taken = taken
         self._warn = warn
@@ -38,12 +39,12 @@ class Room:
         self.size = client_room(descriptor_limit())
 
     def check(self) -> None:
-        """Another client was accepted."""
+        """Hold the listener if the client that was accepted now has taken the last place."""
         if self._taken() >= self.size:
             self.hold()
 
     def hold(self) -> None:
-        """Accept nobody for a moment, and then as soon as there is room."""
+        """Accept no client for HOLD_SECONDS, and then not before there is room."""
         if self._held or self.listener is None:
             return
         self._held = True
@@ -66,7 +67,9 @@ class Room:
 
 
 class Sources:
-    """The addresses that connections to brokers come from, in turn: each has the kernel's range of ports of its own."""
+    """The source addresses of connections to brokers, used in turn: each has a range of ports of
+    its own.
+    """
 
     def __init__(self, addresses: Sequence[str]) -> None:
         self._of_v4 = [address for address in addresses if ":" not in address]
@@ -74,7 +77,7 @@ class Sources:
         self._turn = 0
 
     def next(self, host: str) -> str:
-        """The address to connect to `host` from; "" leaves it to the kernel."""
+        """Return the source address for a connect to `host`; "": the kernel chooses."""
         addresses = self._of_v6 if ":" in host else self._of_v4
         if not addresses:
             return ""
@@ -83,10 +86,10 @@ class Sources:
 
 
 def descriptor_limit() -> int:
-    """How many descriptors this process may have now."""
+    """Return how many descriptors this process may have (RLIMIT_NOFILE)."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def shortage(code: int) -> str:
-    """What a connect with this errno found missing: the metric's label."""
+    """Return the metric's label for the resource that a connect with this errno lacked."""
     return "descriptors" if code in _DESCRIPTORS else "source_ports"

@@ -21,7 +21,7 @@ async def serve(
     stop: trio.Event,
     task_status: trio.TaskStatus[Gateway] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Run one gateway until `stop`; started when it accepts clients."""
+    """Run one gateway until `stop`. Started when it accepts clients."""
     assert registry is not None
     gateway = Gateway(config, registry)
     await admin.run_beside(
@@ -36,7 +36,7 @@ async def serve(
 
 
 def status(gateway: Gateway) -> dict[str, object]:
-    """What this gateway knows and does."""
+    """Return what `/statusz` shows of a gateway."""
     counts, routes = gateway.counts, gateway.table.counts()
     return {
         "role": "gateway",

@@ -1,4 +1,4 @@
-"""What a gateway checks brokers and agents by. It changes while the gateway runs; in the relay's thread."""
+"""The trust list by which a gateway checks brokers and agents; it changes while the gateway runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from rtunnel_socks.proof import Proofs
 
 
 class GatewayTrust:
-    """The CAs and revocations of one gateway, and what is made of them: TLS to guarded ports, and proofs."""
+    """The CAs and revocations of one gateway, its TLS to guarded ports, and its proofs.
+
+    In the relay's thread.
+    """
 
     def __init__(
         self, config: GatewayConfig, bridge: Bridge, log: FilteringBoundLogger, changed: Callable[[], None]
@@ -35,7 +38,7 @@ class GatewayTrust:
             )  # fmt: skip
             self.store = self.follower.trust_store
         self.proofs = Proofs(self.store) if self.store is not None and config.proof == "required" else None
-        self._cas = ""  # which `dial_tls` knows
+        self._cas = ""  # the CAs (PEM) of `dial_tls`
         self.dial_tls = self._make_dial_tls()  # None: guarded ports are plain
 
     def _make_dial_tls(self) -> ssl.SSLContext | None:
@@ -50,14 +53,17 @@ class GatewayTrust:
         self._changed()
 
     def fault_of(self, broker: bytes | None) -> str:
-        """Return why this certificate (DER) of a broker is not good; empty when it is, or when none is checked."""
+        """Return why this certificate (DER) of a broker is not good; empty when it is, or when none
+        is checked.
+        """
         return self.store.fault_of(broker) if self.store is not None else ""
 
     def allows(self, agent: Identity | None, broker: bytes | None) -> bool:
-        """Return whether a stream may go on that this agent has proved, through a broker with this certificate.
+        """Return whether a stream may go on that this agent has proved, through a broker with this
+        certificate.
 
-        A CA that left in order does not end what was proved by it before: an agent goes over to another certificate
-        with its sessions, and can't within a stream.
+        A CA that was removed in order ends no stream that was proved by it before: an agent moves
+        its sessions to another certificate, but can't move a stream.
         """
         store = self.store
         if store is None:
