@@ -34,6 +34,8 @@ MAX_MESSAGE = 64 * 1024
 #: A trust list, and a certificate.
 MAX_LIST = 60_000
 MAX_CERTIFICATE = 3072
+#: The body of a Dial: ordinary names take 250 bytes.
+MAX_BODY = 1024
 
 #: Code points of a sentence for people.
 MAX_TEXT = 512
@@ -232,7 +234,7 @@ class Bye(Message, tag="bye", frozen=True):
 class Dial(Message, tag="dial", frozen=True):
     """Gateway -> broker -> agent: `body` is an encoded DialBody, `mac` is HMAC-SHA256 over exactly those bytes."""
 
-    body: Annotated[bytes, msgspec.Meta(max_length=1024)]
+    body: Annotated[bytes, msgspec.Meta(max_length=MAX_BODY)]
     mac: MacOrNone = b""  # empty from a broker's own open port
     key: Id = ""  # the id of the gateway's key
 
@@ -286,8 +288,13 @@ def encode(message: Message) -> bytes:
 
 
 def encode_body(body: DialBody) -> bytes:
-    """The bytes that a Dial carries and its MAC covers."""
-    return _encoder.encode(body)
+    """Return the bytes that a Dial carries and its MAC covers. Cuts `who` where the body would be over its limit."""
+    raw = _encoder.encode(body)
+    if len(raw) > MAX_BODY:
+        who = body.who.encode()
+        kept = who[: max(0, len(who) - (len(raw) - MAX_BODY))].decode(errors="ignore")
+        raw = _encoder.encode(msgspec.structs.replace(body, who=kept))
+    return raw
 
 
 def decode_body(body: bytes) -> DialBody:

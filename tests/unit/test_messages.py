@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
+import msgspec
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -736,3 +737,19 @@ def _values(message: Message) -> list[Any]:
 def test_the_protocol_has_one_version() -> None:
     """ALPN and the version in messages agree."""
     assert (messages.ALPN, messages.VERSION) == ("rtunnel/1", 1)
+
+
+@pytest.mark.parametrize("word", ["x", "\u00e9", "\u20ac", "\U0001f600"])
+def test_who_is_cut_where_a_dials_body_would_be_too_long(word: str) -> None:
+    """Long names leave little room for `who`: it is cut between two characters, and everything else stays."""
+    body = messages.DialBody(
+        version=1, namespace=word * 100, ip="10.1.0.7", port=1, node="b1", epoch=1, nonce=bytes(16), time=1,
+        who="gateway:" + word * 500,
+    )  # fmt: skip
+    raw = messages.encode_body(body)
+    found = messages.decode_body(raw)
+    assert len(raw) <= messages.MAX_BODY
+    assert body.who.startswith(found.who) and found.who.startswith("gateway:")
+    assert msgspec.structs.replace(found, who=body.who) == body
+    if word != "x":
+        assert len(raw) > messages.MAX_BODY - 8
