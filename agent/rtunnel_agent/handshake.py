@@ -1,7 +1,7 @@
 """One link as the agent sees it, in the relay's thread: a session, or a request for a certificate.
 
-`rtunnel.wire.control` holds the protocol. The classes here own the link and the timers, and send what the machine
-returns.
+`rtunnel.wire.control` holds the protocol. The classes here own the link and the timers, and send
+what the machine returns.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class SessionOwner(Protocol):
 
 
 class _ControlLink:
-    """A link of the agent, its control stream and the machine on it: what a session and an enrolment share.
+    """A link of the agent with its control stream: what a session and an enrolment share.
 
-    A subclass hears `_hear`, `_is_up` and, once, `_is_down`.
+    A subclass has `_is_up`, `_hear` for each event, and `_is_down`, which is called once.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -277,7 +277,8 @@ class AgentSession(_ControlLink):
 class Enrolment(_ControlLink):
     """A link of its own for one request for a certificate.
 
-    `ready` is called when the link is up: `ask` then. `done` is called once, with the answer or with why there is none.
+    `ready` is called when the link is up: `ask` then. `done` is called once, with the answer or
+    with why there is none.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a broker decides on a Hello: who the agent is, and whether its session may be on this node."""
+"""What a broker decides on a Hello: who the agent is, and whether it may have a session here."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class GreetedNode(Protocol):
 def who_greets(
     node: GreetedNode, trust_store: TrustStore | None, hello: Hello, certificate: bytes | None
 ) -> Identity | bytes:
-    """Return the identity that the link's certificate (DER) shows, or the secret of the join token to be proved.
+    """Return the identity of the link's certificate (DER), or the secret of the join token to prove.
 
     `trust_store`: what certificates are judged by; None: none is taken.
     Raises Refused, with the first code that applies in the order of docs/wire.md.
@@ -42,7 +42,7 @@ def who_greets(
 
 
 def hello_fault(hello: Hello) -> str:
-    """Return what is wrong with the words of a Hello, which become registry keys and log fields, or ""."""
+    """Return what is wrong with the words of a Hello, or "". They go into registry and logs."""
     try:
         check_word(hello.agent_id)
         check_word(hello.namespace)
@@ -56,7 +56,10 @@ def hello_fault(hello: Hello) -> str:
 
 
 def addresses_fault(addresses: frozenset[str], identity: Identity | None) -> Refused | None:
-    """Return why an agent with this identity (None: by token) can't answer for these addresses; None when it can."""
+    """Return why an agent can't answer for these addresses; None when it can.
+
+    `identity`: of its certificate; None: its session is by token.
+    """
     try:
         odd = [address for address in addresses if canonical_ip(address) != address]
     except ValueError as error:

@@ -1,11 +1,12 @@
-"""A session on this node, from the link's first byte to its last. Everything here runs in the relay's thread.
+"""A session on this node, from the link's first byte to its last; all in the relay's thread.
 
     link up -> Hello [-> Challenge -> Proof] -> (control plane: ports, registry) -> Welcome -> ... -> link down
     link up -> Enrol -> (control plane: authority) -> Enrolled -> link down
 
-`rtunnel.wire.control` holds the protocol: its states, their order and the limits. A Session owns the link and the
-timers, decides who the agent is and what it may have, and sends what the machine returns. The step in the middle needs
-the world outside: the control plane is asked and answers with `welcome`, `enrolled` or `refuse`.
+`rtunnel.wire.control` holds the protocol: its states, their order and the limits. A Session owns
+the link and the timers, decides who the agent is (with `greeting`) and whether it stays, and sends
+what the machine returns. The step in the middle needs the world outside: the control plane is asked
+and answers with `welcome`, `enrolled` or `refuse`.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ class Session:
         self.keeper = keeper
         self.binding = binding
         self.source = source
-        self.place: Place[Link] | None = None  # among the links that have proved nothing; the node gives it back
+        #: Among the links that have proved nothing; the node gives it back.
+        self.place: Place[Link] | None = None
         self.link: Link | None = None
         self.lost_by: Lost | None = None  # why it ends, once that is known
         # What the agent says of itself.
@@ -234,7 +236,8 @@ class Session:
             self._control.admit()
             self._proven()
         else:
-            self.hello = msgspec.structs.replace(hello, publish=[])  # 4096 networks are 8 KiB in the frame and 260 here
+            # Until the Proof: 4096 networks are 8 KiB in the frame, which the machine keeps, and 260 KiB here.
+            self.hello = msgspec.structs.replace(hello, publish=[])
             self._say(self._control.challenge(who))
 
     def _take_enrol(self, request: Enrol) -> None:
@@ -281,7 +284,10 @@ class Session:
             self.keeper.updated(self)
 
     def _go_over(self) -> None:
-        """To the certificate that the agent has by now. One that can't be judged yet (of a CA to come) may be later."""
+        """Take the certificate that the agent has shown by an Update as the session's.
+
+        One that is not good yet, such as one of a CA to come, is looked at again later.
+        """
         update, trust_store = self._renewed, self.keeper.trust.trust_store
         if update is None or self.identity is None or trust_store is None or self.state not in REGISTERED:
             return
@@ -319,7 +325,7 @@ class Session:
             self.tell_trust(trust_store.signed)
 
     def enrolled(self, answer: Enrolled) -> None:
-        """Pass on the authority's answer. The agent ends the link when it has it all: it may be 60 KB."""
+        """Pass on the authority's answer, up to 60 KB. The agent ends the link when it has it all."""
         if self._control.allows(Action.ENROLLED):
             self.keeper.log.info("agent_enrolled", peer=self.peer)
             self.lost_by = Lost(LostKind.ANSWERED, "the agent has its certificate")
@@ -342,7 +348,10 @@ class Session:
         self.end(why)
 
     def refuse(self, code: Refusal, text: str = "") -> None:
-        """Refuse what the agent wants, and end the link when that is sent. No effect when the session has ended."""
+        """Refuse what the agent wants, and end the link when that is sent.
+
+        No effect when the session has ended.
+        """
         if not self._control.allows(Action.REFUSE):
             return
         text = text or code.reply.text
@@ -358,8 +367,10 @@ class Session:
         self.end(f"refused: {code}", LostKind.REFUSED)
 
     def judge(self, trust_store: TrustStore) -> Refused | None:
-        """Other CAs are in force, or somebody is revoked. Without a good certificate its streams end, and there are no
-        others from now on; what is returned is for `expel`.
+        """Look at the session's certificate after a change of the trust list.
+
+        Return None when it is good. Else reset the session's streams, let none begin from now on,
+        and return the refusal for `expel`.
         """
         if self.identity is None or not self._control.allows(Action.REVOKE):
             return None
@@ -385,7 +396,7 @@ class Session:
         return fault
 
     def expel(self, fault: Refused, signed: bytes) -> None:
-        """Tell a revoked session why, with the trust list by which the agent knows what to do, and end the link."""
+        """Tell a revoked session why, with the trust list that lets the agent act, and end the link."""
         if self.state is not BrokerState.REVOKED:
             return
         if fault.code is Refusal.BAD_CERTIFICATE and signed:

@@ -7,8 +7,8 @@ and each action returns the bytes to send. The owner makes the decisions that ne
 outside (is the token known, is there a port) and answers an event by an action.
 
 `BROKER` and `AGENT` are all transitions there are. docs/wire.md shows the same tables, and a test
-compares them. A message that is not in the table is the peer's fault: `RemoteProtocolError`, with the code
-to refuse it with. An action that is not in the table is our own fault: `LocalError`.
+compares them. A message that is not in the table is the peer's fault: `RemoteProtocolError`, with the
+code to refuse it with. An action that is not in the table is our own fault: `LocalError`.
 
 With the authority there is no such machine: a connection to it carries any number of Enrol and
 Follow, each with one answer, in one state.
@@ -223,9 +223,10 @@ _AGENT_LIMITS: Final = {_A.GREETED: messages.MAX_UNAUTHENTICATED}
 
 
 class TokenMacs(Protocol):
-    """The MACs by which the two ends prove a join token, over the Hello's frame and the broker's nonce.
+    """The MACs by which the two ends prove a join token.
 
-    They also cover the certificate that the broker has shown on the link, which the owner adds.
+    They cover the Hello's frame, the broker's nonce, and the certificate that the broker has shown
+    on the link, which the owner adds.
     """
 
     def broker(self, secret: bytes, hello: bytes, nonce: bytes) -> bytes:
@@ -240,14 +241,17 @@ class TokenMacs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Greeted:
-    """The agent said Hello. Answer by `challenge`, `admit` or `refuse` before `receive` is called again."""
+    """The agent said Hello.
+
+    Answer by `challenge`, `admit` or `refuse` before `receive` is called again.
+    """
 
     hello: Hello
 
 
 @dataclass(frozen=True, slots=True)
 class Proved:
-    """The agent proved the join token that its Hello names; `hello` is the same Hello again, whole."""
+    """The agent proved the join token that its Hello names; `hello` is that Hello, whole."""
 
     hello: Hello
 
@@ -271,7 +275,10 @@ class Updated:
 
 @dataclass(frozen=True, slots=True)
 class Challenged:
-    """The broker proved that it knows the join token. Answer by `proof` before `receive` is called again."""
+    """The broker proved that it knows the join token.
+
+    Answer by `proof` before `receive` is called again.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,8 +356,8 @@ class _Control(Generic[_S, _M, _E]):
         message is read: call it again with b"" until it returns nothing. So of the events of one
         call only the last one can have changed the state.
 
-        Raises RemoteProtocolError when the peer breaks the protocol, and the same error from then on. In
-        the last states, in which the link is about to end, it drops the bytes.
+        Raises RemoteProtocolError when the peer breaks the protocol, and the same error from then
+        on. In the last states, in which the link is about to end, it drops the bytes.
         """
         if self.state in _DEAF:
             return []
@@ -374,7 +381,7 @@ class _Control(Generic[_S, _M, _E]):
         self._enter(self._CLOSED)
 
     def _next(self) -> _E | None:
-        """Take one message; None when there is none, or when it is a fault: that goes into `_fault`."""
+        """Return the next event; None when there is none yet, or a fault, which goes into `_fault`."""
         try:
             return self._read()
         except MessageError as error:
@@ -398,7 +405,10 @@ class _Control(Generic[_S, _M, _E]):
         return event
 
     def _take(self, message: _M, frame: bytes) -> _E:
-        """Check a message that the table allows and return its event. Raises RemoteProtocolError, MessageError."""
+        """Check a message that the table allows and return its event.
+
+        Raises RemoteProtocolError or MessageError.
+        """
         raise NotImplementedError
 
     def _act(self, action: Action, message: Message | None = None) -> bytes:
@@ -489,7 +499,7 @@ class BrokerControl(_Control[BrokerState, FromAgent, BrokerEvent]):
             raise RemoteProtocolError(Refusal.PROTOCOL_ERROR, text)
 
     def challenge(self, secret: bytes) -> bytes:
-        """Ask for the proof of the join token with this secret, and prove that the broker knows it too."""
+        """Ask for the proof of the join token with this secret, and prove that the broker knows it."""
         nonce = self._new_nonce()
         data = self._act(Action.CHALLENGE, Challenge(nonce=nonce, mac=self._macs.broker(secret, self._hello, nonce)))
         self._expected = self._macs.agent(secret, self._hello, nonce)
@@ -505,7 +515,7 @@ class BrokerControl(_Control[BrokerState, FromAgent, BrokerEvent]):
         return self._act(Action.WELCOME, msgspec.structs.replace(welcome, start_window=self._start_window))
 
     def enrolled(self, answer: Enrolled) -> bytes:
-        """Pass on the authority's answer. The agent ends the link when it has it all: it may be 60 KB."""
+        """Pass on the authority's answer, up to 60 KB. The agent ends the link when it has it all."""
         return self._act(Action.ENROLLED, answer)
 
     def trust(self, signed: bytes) -> bytes:
@@ -517,7 +527,7 @@ class BrokerControl(_Control[BrokerState, FromAgent, BrokerEvent]):
         return self._act(Action.DRAIN, Drain(deadline=deadline))
 
     def revoke(self) -> None:
-        """Note that the agent's certificate is not good any more: nothing but `trust` and `refuse` follows."""
+        """Note that the agent's certificate is not good any more: `trust` and `refuse` may follow."""
         self._act(Action.REVOKE)
 
     def refuse(self, code: Refusal, text: str) -> bytes:
@@ -566,7 +576,7 @@ class AgentControl(_Control[AgentState, FromBroker, AgentEvent]):
                 assert_never(message)
 
     def _take_challenge(self, challenge: Challenge) -> Challenged:
-        """The broker must know the token as well: TLS says who it is, this says that it is of our cluster."""
+        """Check that the broker knows the token: TLS says who it is, this that it is of our cluster."""
         _check_version(challenge.version, "the broker", "this agent")
         if not hmac.compare_digest(challenge.mac, self._macs.broker(self._secret, self._hello, challenge.nonce)):
             text = "the broker does not know our join token's secret: wrong token, or not our broker"
@@ -581,7 +591,10 @@ class AgentControl(_Control[AgentState, FromBroker, AgentEvent]):
         return Welcomed(welcome)
 
     def hello(self, hello: Hello, secret: bytes) -> bytes:
-        """Ask for a session. `secret`: of the join token that it names; empty: the link's certificate is the proof."""
+        """Ask for a session.
+
+        `secret`: of the join token that the Hello names; empty: the link's certificate is the proof.
+        """
         data = self._act(Action.HELLO_BY_TOKEN if secret else Action.HELLO, hello)
         self._start_windows.add(hello.start_window)
         if secret:

@@ -21,7 +21,7 @@ def _cell(steps: list[tuple[str, Enum]], state: Enum) -> str:
 
 
 def text_of(table: Mapping[tuple[_S, type[Message] | Action], _S], states: type[_S]) -> str:
-    """Return the table as Markdown: a row for each state, with what it receives and does, and the next states."""
+    """Return the table as Markdown: for each state what it receives and does, and what is next."""
     rows = ["| state | what holds | receives | does |", "| --- | --- | --- | --- |"]
     for state in states:
         receives: list[tuple[str, Enum]] = []

@@ -112,7 +112,7 @@ SPLITS: tuple[Split, ...] = ("whole", "bytes", "coalesced")
 
 @dataclass
 class ConnectionPair:
-    """Both ends of a control stream. `heard` has each event, or fault, with the state of its end then."""
+    """Both ends of a control stream. `heard`: each event or fault, with the state of its end."""
 
     split: Split
     says_why: bool = False  # the broker answers a fault
@@ -365,7 +365,7 @@ class Used(dict[tuple[Any, Any], Any]):
 
 
 def test_the_scripts_use_every_transition(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So a transition that somebody needs can't leave the table, and one that nobody needs can't stay."""
+    """A transition that somebody needs can't leave the table, and one without use can't stay."""
     near, far = Used(BROKER), Used(AGENT)
     monkeypatch.setattr(BrokerControl, "_TABLE", near)
     monkeypatch.setattr(AgentControl, "_TABLE", far)
@@ -613,7 +613,7 @@ class AnyOrderAtTheAgent(AnyOrder):
 
 @pytest.mark.parametrize("machine", [AnyOrderAtTheBroker, AnyOrderAtTheAgent])
 def test_any_message_and_any_action_in_any_state(machine: type[AnyOrder]) -> None:
-    """No error but the declared ones, nothing accepted outside the table, and after a fault nothing but the fault."""
+    """No other error than the declared ones, nothing outside the table, a fault stays the last word."""
     effort = settings(deadline=None, max_examples=times(100), stateful_step_count=12)
     run_state_machine_as_test(machine, settings=effort)
 
@@ -649,7 +649,7 @@ def test_every_state_can_be_reached_and_left() -> None:
 
 
 def test_what_one_end_sends_the_other_receives() -> None:
-    """Every message that a table lets an end send is one that the other table receives somewhere."""
+    """Every message that one table sends is received somewhere in the other table."""
     sent = {str(action).split()[0] for _, action in [*BROKER, *AGENT] if isinstance(action, Action)}
     words = {control.word_of(key) for _, key in [*BROKER, *AGENT] if not isinstance(key, Action)}
     assert {word for word in sent if not word.startswith("(")} == words
@@ -663,7 +663,7 @@ def test_every_action_has_a_method_that_the_random_owner_uses() -> None:
 
 @pytest.mark.parametrize("name", ["states of the broker", "states of the agent"])
 def test_the_page_shows_the_table(name: str) -> None:
-    """docs/wire.md has exactly the machines' tables; `python -m support.control_tables` writes them."""
+    """docs/wire.md has the machines' tables; `python -m support.control_tables` writes them."""
     assert shown(name) == control_tables.parts()[name]
 
 

@@ -1,4 +1,4 @@
-"""The sessions of broker and agent without sockets: what they decide, say, and tell their owners."""
+"""Sessions of broker and agent without sockets: what they decide, say, and tell their owners."""
 
 from __future__ import annotations
 
@@ -336,7 +336,7 @@ def certified(at: AtBroker) -> AtBroker:
 )
 @pytest.mark.parametrize("before", ["proven", "live", "draining"])
 def test_a_certificate_that_is_not_good_any_more(judge: Judge, answers: list[Message], before: str) -> None:
-    """From the verdict on nothing but its answer is said; the list by which to know better goes before it."""
+    """From the verdict on only its answer is said, behind the trust list where that helps."""
     at = certified(AtBroker().proven() if before == "proven" else AtBroker().live())
     if before == "draining":
         at.session.drain(1.0)
