@@ -1,8 +1,10 @@
-"""The agent keeps `redundancy` sessions on different nodes and hosts behind a VIP that gives it no choice of either.
+"""The agent keeps `redundancy` sessions on different nodes and hosts, behind a VIP that chooses the
+node.
 
-Each slot dials; a broker on whose node, or host, the agent already sits refuses with `duplicate_node`, and the slot
-redials at once from a new source port. Connections and TLS are made beside each other, so that a silent address keeps
-nobody from another; one slot says its Hello at a time, so that what the Hello says about held nodes is true.
+Each slot dials. A broker on whose node, or host, the agent has a session already refuses with
+`duplicate_node`, and the slot dials again at once, from a new source port. Slots connect and do TLS
+at the same time, so that a silent address delays no other slot. Only one slot at a time says its
+Hello, so that the held nodes in it are true.
 """
 
 from __future__ import annotations
@@ -54,45 +56,47 @@ from rtunnel_agent.proof import Prover
 from rtunnel_agent.race import Asked, Outcome, Race, Watch
 from rtunnel_agent.targets import Exposed, IncomingStream, Targets
 
-#: A VIP picks the node, so finding another one takes some dials: each may lead to a node that is held
-#: (`duplicate_node`) or to one that is dead and still behind the VIP (refused). So many follow each other closely; with
-#: 3 nodes of which only one is of use, that is enough in 99.2 % of all cases.
+#: Dials that follow each other closely. The VIP chooses the node, so each may lead to a node that
+#: is held already (`duplicate_node`) or to one that is down and still behind the VIP (refused).
+#: With 3 nodes of which only one can be used, 12 dials find it in 99.2 % of all cases.
 QUICK_REDIALS: Final = 12
-#: So long it insists on another *host*. Then there may be only one: so many more, as closely, to any other node.
+#: Close dials after those, which take another node of the same host too: there may be only one
+#: host.
 ANY_HOST_REDIALS: Final = 6
 QUICK_JITTER: Final = 0.05
-#: Then the pauses double, up to this or `backoff_cap` (seconds, with jitter): what an agent that the VIP pins to one
-#: node goes on with.
+#: Seconds to which the pauses double after that, with jitter, unless `backoff_cap` is less. An
+#: agent that the VIP always leads to one node goes on at this pace.
 SLOW_REDIAL: Final = 10.0
-#: With one session left, an agent leaves a draining node after so many seconds: when the search has shown that there is
-#: no other node to be had, and when it could not show anything.
+#: Seconds after which an agent with one session left leaves a draining node: when its dials have
+#: found no other node, and when they could not finish.
 DRAIN_GRACE: Final = 2.0
 LONG_DRAIN_GRACE: Final = 10.0
+#: Seconds of the first pause after a failure; it doubles up to `backoff_cap`.
 BACKOFF_FIRST: Final = 0.25
-#: Without a certificate no slot dials; each looks so often whether there is one by now.
+#: Seconds between two looks of a slot that waits for a certificate.
 LOOK_SECONDS: Final = 1.0
-#: So many seconds after a change of this host's addresses the agent tells its brokers again at each look: the host
-#: that had a new address may give it back later.
+#: Seconds after a change of this host's addresses in which the agent repeats its Update at each
+#: look: the host that had a new address before may give it back later.
 ASK_AGAIN: Final = 60.0
-#: Between two trust lists of one broker.
+#: Seconds between two trust lists of one broker.
 NEWS_PAUSE: Final = 1.0
-#: A session that lasted so many seconds has proved the path: backoff starts anew. After a shorter one the
-#: slot waits: a broker that ends each session at once, or a second host with this identity, is not dialled
-#: without a pause (two such hosts replaced each other's session 14 times a second).
+#: Seconds after which a session resets the slot's pauses. After a shorter one the slot waits,
+#: because of brokers that end each session at once, and of two hosts with one identity, which
+#: replaced each other's session 14 times a second.
 STABLE: Final = 60.0
 
 
 @dataclass(eq=False)
 class Slot:
-    """One wanted session."""
+    """The place of one wanted session."""
 
     number: int
     session: AgentSession | None = None
     reason: str = "not dialled yet"  # why there is none; empty when there is
-    told: str = ""  # the reason that the log has
-    since: float = 0.0  # when the session came up, for people: seconds since 1970
-    up_at: float = 0.0  # the same by the monotonic clock
-    searches: int = 0  # dials that led to a node or host that is held, dead or draining, since the last session
+    told: str = ""  # the reason that was logged last
+    since: float = 0.0  # when the session came up, in seconds since 1970
+    up_at: float = 0.0  # the same by trio's clock
+    searches: int = 0  # dials since the last session that led to a node or host that is held, down or draining
     backoff: float = BACKOFF_FIRST
 
 
@@ -123,22 +127,22 @@ class Agent:
         self._greeting = trio.Lock()  # from a Hello until its answer
         self._brokers = Brokers(agent.brokers, self._log)
         self._stopping = False
-        self._one_host = ""  # told in the log
+        self._one_host = ""  # the host that was logged
         self.bridge = Bridge(self.relay)
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Those that the agent answers for at present."""
+        """The addresses that the agent answers for at present."""
         return self._own.present
 
     @property
     def lost_addresses(self) -> tuple[str, ...]:
-        """Those that it should answer for, and this host does not have."""
+        """The addresses that the agent should answer for, and that this host does not have."""
         return self._own.lost
 
     @property
     def identity(self) -> AgentIdentity | None:
-        """The newest certificate and its key; None: the agent has none."""
+        """The newest certificate and its key; None when the agent has none."""
         prover = self.targets.prover
         return None if prover is None else prover.identity
 
@@ -148,7 +152,9 @@ class Agent:
             self._go_over(session, identity)
 
     def _go_over(self, session: AgentSession, identity: AgentIdentity) -> None:
-        """The session is to last longer than the CA of the certificate that its link has shown."""
+        """Move a session to a new certificate, so that it outlasts the CA of the one that its link
+        has shown.
+        """
         if self.credentials.by_certificate:
             self.relay.call(lambda: session.go_over(self.targets.exposed.ports, identity.certificate, identity.key))
 
@@ -185,7 +191,9 @@ class Agent:
         self.bridge.post(self._retire, session)
 
     def session_trust(self, session: AgentSession, signed: bytes) -> None:
-        """Of many in a short time the last one counts: a broker must not fill our memory and log."""
+        """Take a broker's trust list; of several within NEWS_PAUSE only the last, to bound memory
+        and log lines.
+        """
         if session.news_pause is not None:
             session.news = signed
             return
@@ -202,10 +210,10 @@ class Agent:
         return IncomingStream(self.targets, session, stream)
 
     def report(self, event: str, fields: dict[str, object]) -> None:
-        """What the relay has to say: never good news."""
+        """Log an event of the relay, which reports only faults."""
         self._log.error(event, agent=self.agent_id, **fields)
 
-    # The same, arrived in trio's thread.
+    # The same, in trio's thread.
 
     def _ready(self, session: AgentSession) -> None:
         if session in self._watches:
@@ -218,7 +226,7 @@ class Agent:
         hello = session.hello
         assert hello is not None
         if hello.exposes != self.targets.exposed.ports or hello.addresses != list(self.addresses):
-            self._tell_update([session])  # they changed meanwhile
+            self._tell_update([session])  # they have changed since the Hello
         if self.identity is not None and self.identity is not watch.presented:
             self._go_over(session, self.identity)
         watch.outcome = outcome
@@ -250,7 +258,7 @@ class Agent:
     # Life.
 
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Agent] = trio.TASK_STATUS_IGNORED) -> None:
-        """Until `stop`; started when it begins to dial."""
+        """Run until `stop`, then drain. Started when the agent begins to dial."""
         async with self.bridge.running(), trio.open_nursery() as nursery:
             await nursery.start(self._brokers.run)
             for slot in self.slots:
@@ -268,7 +276,7 @@ class Agent:
 
     @property
     def redundancy(self) -> str:
-        """How many of the wanted sessions are up: "1/2"."""
+        """How many of the wanted sessions are up, such as "1/2"."""
         return f"{self.up}/{len(self.slots)}"
 
     @property
@@ -278,18 +286,18 @@ class Agent:
 
     @property
     def state(self) -> str:
-        """ready (all sessions up), degraded (some) or down (none)."""
+        """The word for `/statusz`: ready (all sessions are up), degraded (some) or down (none)."""
         return "ready" if self.up == len(self.slots) else "degraded" if self.up else "down"
 
     @property
     def one_host(self) -> str:
-        """The host that all sessions are on, when there are several and should be several hosts; else empty."""
+        """The host of all sessions, when there are several sessions and only one host; else empty."""
         welcomes = [slot.session.welcome for slot in self.slots if slot.session is not None]
         hosts = {welcome.host for welcome in welcomes if welcome is not None}
         return hosts.pop() if len(welcomes) > 1 and len(hosts) == 1 else ""
 
     def reasons(self) -> list[str]:
-        """Why it is not ready; empty when it is."""
+        """Return why the agent is not ready; empty when it is."""
         missing = self.credentials.missing
         identity = [f"identity: {missing}"] if missing else []
         lost = [f"address {address}: this host does not have it" for address in self._own.lost]
@@ -300,13 +308,13 @@ class Agent:
         await self.bridge.answered()
 
     async def _drain(self) -> None:
-        """Say goodbye to the brokers when the streams are done, or the deadline has come."""
+        """Send Bye to the brokers when all streams have ended, or after `agent.drain` seconds."""
         self._stopping = True
         with trio.move_on_after(self.config.drain):
             while self.targets.counts.streams:
                 await trio.sleep(0.05)
         sessions = list(self._watches)
-        cut = self.targets.counts.streams  # the links take them along
+        cut = self.targets.counts.streams  # they end with their links
         await self.bridge.run(lambda: _say_goodbye(sessions))
         self._log.info("agent_stopped", agent=self.agent_id, streams_cut=cut)
 
@@ -365,11 +373,13 @@ class Agent:
         )  # fmt: skip
 
     async def _wait(self, slot: Slot, outcome: Outcome) -> None:
-        """Before the next dial: a moment while the search for another node is young, full jitter after a failure."""
+        """Wait before the next dial: a moment while the slot looks for another node, longer after a
+        failure.
+        """
         duplicate = outcome.code is Refusal.DUPLICATE_NODE
         reason = str(outcome.lost)
-        # A session elsewhere proves that the VIP works: then a refused connection is just one dead node behind it, and
-        # a draining one may still be there for a moment.
+        # A session on another node proves that the VIP works. Then a refused connection is one node
+        # behind it that is down, and a draining node may stay behind it for a moment.
         gone = outcome.lost.kind is LostKind.UNREACHED or outcome.code is Refusal.DRAINING
         if duplicate or (gone and self.up):
             slot.searches += 1
@@ -401,9 +411,9 @@ class Agent:
     # One dial.
 
     async def _dial(self, slot: Slot) -> Watch:
-        """Dial until there is a session, or no link is under way any more; return the last one that was over.
+        """Dial until there is a session, or no link is left; return the last link.
 
-        Beside an address that is silent the next one is dialled.
+        While an address is silent, the next one is dialled beside it.
         """
         race = Race[Watch]()
         try:
@@ -448,7 +458,7 @@ class Agent:
         return watch
 
     async def _greet(self, slot: Slot, watch: Watch) -> None:
-        """Say the Hello and wait for its answer. No other slot does so meanwhile."""
+        """Send the Hello and wait for its answer; other slots wait with theirs."""
         session = watch.session
         assert session is not None
         try:
@@ -471,7 +481,10 @@ class Agent:
         tls: ssl.SSLContext | None,
         failed: Callable[[Lost], None],
     ) -> None:
-        """In the relay's thread: a link for this owner; `failed` gets why there is none."""
+        """Make a link for this owner; `failed` gets the reason when there is none.
+
+        In the relay's thread.
+        """
 
         def connected(end: SocketEnd | None, code: Refusal, why: str) -> None:
             owner.attempt = None
@@ -495,9 +508,10 @@ class Agent:
         )
 
     async def _ask(self, request: Enrol) -> Enrolled:
-        """Ask the first broker that takes a link for a certificate. Raises Refused, or OSError with a text.
+        """Ask the first broker that takes a link for a certificate. Raises Refused, or OSError with
+        a text.
 
-        Beside an address that is silent the next one is dialled.
+        While an address is silent, the next one is dialled beside it.
         """
         race = Race[Asked]()
         try:
@@ -551,7 +565,7 @@ class Agent:
         nodes = {session.node for session in self._watches if session.welcome is not None}
         hosts: set[str] = set()
         if slot.searches < QUICK_REDIALS:
-            # Of sessions that stay: the host of a node that drains may well be the one to go back to.
+            # Only hosts of sessions that stay: a draining node's host may serve the next session.
             stays = [other.session.welcome for other in self.slots if other.session is not None]
             hosts = {welcome.host for welcome in stays if welcome is not None}
         return Hello(
@@ -573,7 +587,7 @@ class Agent:
             host=host_name()[:128],
         )
 
-    # The configuration file: what it exposes may change.
+    # The configuration file: `agent.exposes` may change.
 
     def _watched_file(self) -> Watched:
         return Watched("config", [Path(self._whole.file)], self._reread, self._put_config)
@@ -585,7 +599,7 @@ class Agent:
             raise TrustError("; ".join(map(str, error.problems))) from None
 
     async def _put_config(self, config: Config) -> dict[str, object]:
-        """`exposes` counts at once, for new streams, open ones, and brokers; for the rest there is a restart."""
+        """Apply `agent.exposes` to new streams, open ones and brokers; other keys need a restart."""
         others = [key for key in changed(self._whole, config) if key != "agent.exposes"]
         self.config.exposes = config.agent.exposes
         now = exposed(self.config)
@@ -597,7 +611,7 @@ class Agent:
         return said | {"needs_restart": others} if others else said
 
     def _tell_update(self, sessions: list[AgentSession]) -> None:
-        """Tell the brokers what the agent exposes and answers for now."""
+        """Tell the brokers of these sessions what the agent exposes and answers for now."""
         ports, addresses = self.targets.exposed.ports, list(self.addresses)
 
         def tell() -> None:
@@ -609,7 +623,7 @@ class Agent:
     # The host's addresses.
 
     async def _follow_addresses(self) -> None:
-        """Look whether this host still has its addresses, and whether lost ones are back."""
+        """Look again and again which of its addresses this host has, and apply changes."""
         for address in self._own.lost:  # from the start; `address_lost` and `address_found` tell of changes
             self._log.warning(
                 "address_missing", agent=self.agent_id, address=address,
@@ -626,7 +640,7 @@ class Agent:
                 self._tell_update(list(self._watches))
 
     async def _put_addresses(self, before: tuple[str, ...]) -> None:
-        """Give lost addresses back and take new ones up, with the brokers and in the certificate."""
+        """Apply a change of addresses to streams, brokers and the certificate."""
         now = self.addresses
         ended = await self.bridge.run(lambda: self.targets.answer_for(frozenset(now)))
         for address in before:
@@ -642,7 +656,7 @@ class Agent:
         sessions = list(self._watches)
         if set(before) & set(now):
             self._tell_update(sessions)
-        else:  # nothing of what these sessions stand for is left
+        else:  # no address of these sessions is left
             await self.bridge.run(lambda: _say_goodbye(sessions, "the agent's addresses have changed"))
 
     # Revoked brokers.
@@ -656,14 +670,18 @@ class Agent:
     # Drain.
 
     def _covered(self, since: float) -> bool:
-        """Whether nothing is lost by leaving a node that drains since then."""
+        """Return whether the agent may leave a node that drains since then: other sessions serve
+        its targets.
+        """
         waited = trio.current_time() - since
         searched = all(slot.searches >= QUICK_REDIALS + ANY_HOST_REDIALS for slot in self.slots if slot.session is None)
         enough = DRAIN_GRACE if searched else LONG_DRAIN_GRACE
         return self.up == len(self.slots) or (self.up > 0 and waited >= enough)
 
     async def _leave_draining_nodes(self) -> None:
-        """A draining node's session ends when its streams are done and a replacement is up, or none was to be had."""
+        """End sessions of draining nodes that have no streams, when a replacement is up or none can
+        be found.
+        """
         while True:
             await trio.sleep(0.1)
             for session, since in list(self.draining.items()):
@@ -682,7 +700,7 @@ def _publish(target: str, port: int, allow: list[str]) -> Publish:
 
 
 def exposed(config: AgentConfig) -> Exposed:
-    """What the agent exposes and publishes."""
+    """Return what this configuration exposes and publishes."""
     direct, loopback = split_exposes(config.exposes)
     published = frozenset(parse_endpoint(entry.target) for entry in config.publish)
     return Exposed([*direct, *loopback], parse_exposes(direct), parse_exposes(loopback), published)

@@ -1,12 +1,14 @@
-"""Who the agent is: its certificate and key, the CAs that it believes, how it gets and renews all that. trio's side.
+"""The agent's identity: its certificate and key, the CAs that it trusts, enrolment and renewal.
+trio's side.
 
-A certificate that the agent enrols for lives in a directory of its own:
+An agent that enrols has a directory of its own for its identity:
 
-    agent.key, agent.pem   the key, which never leaves, and the certificate
-    next.key               the key of a request under way: it stays the same until there is an answer, so that asking
-                           again after a lost answer does not use a token up
+    agent.key, agent.pem   the key, which never leaves this host, and the certificate
+    next.key               the key of a pending request; it stays the same until there is an answer, so that a repeated
+                           request does not use the token up again
     trust.list             the newest trust list
-    token.id               which join token it had when it was in good standing: after a revocation it takes another one
+    token.id               the id of the join token with which a broker accepted it last: after a revocation only
+                           another token counts
     host.secret            a part of the host id (`host`)
     lock                   held by the agent's process: two would overwrite each other's keys
 """
@@ -51,19 +53,20 @@ from rtunnel.watch import Watched, watch
 from rtunnel.wire.messages import VERSION, Enrol, Enrolled
 from rtunnel.wire.refusal import Refusal, Refused
 
-#: A certificate is renewed when so much of its life is over, give or take the jitter: a fleet that was started at once
-#: must not come back at once.
+#: The part of its life after which a certificate is renewed, and the jitter: agents that were
+#: started at the same time must not renew at the same time.
 RENEW_AT: Final = 2 / 3
 RENEW_JITTER: Final = 0.05
-#: With less than this left somebody should look.
+#: The part of its life after which a warning is logged.
 WARN_AT: Final = 5 / 6
-#: Pauses between two requests: doubled from the first up to the cap, or a tenth of what the certificate lives still.
+#: Seconds between two requests: the first pause doubles up to the longest, or to a tenth of the
+#: certificate's remaining life.
 FIRST_PAUSE: Final = 0.25
 LONGEST_PAUSE: Final = 600.0
-#: The clock may be set, and the machine may sleep: look again so often.
+#: Seconds between two looks at the clock, which may be set, on a machine that may sleep.
 LOOK_SECONDS: Final = 30.0
 
-#: After CAs have changed certificates come from another one soon: so many seconds are enough for the fleet.
+#: Seconds over which agents spread their renewals after the CAs have changed.
 CA_SPREAD: Final = 600.0
 
 _FIX: Final = "make one with `rtunnel pki token create`, and give it to the agent"
@@ -82,7 +85,10 @@ class AgentIdentity:
 
 @contextmanager
 def locked(identity: str) -> Iterator[None]:
-    """Have the directory for oneself meanwhile, as long as this process lives. "": no directory. Raises TrustError."""
+    """Hold the lock of an identity directory, which no other process may have. "": no directory.
+
+    Raises TrustError.
+    """
     if not identity:
         yield
         return
@@ -118,7 +124,10 @@ def _make(directory: Path) -> None:
 
 
 class Credentials:
-    """See the module. `ask` gets a request to the authority; raises Refused, or OSError with a text."""
+    """The certificate, key and CAs of one agent, kept current by `run`. For trio's thread.
+
+    `ask` sends a request to the authority; it raises Refused, or OSError with a text.
+    """
 
     def __init__(
         self,
@@ -132,8 +141,8 @@ class Credentials:
     ) -> None:
         """`put` gets each new identity, the first one now. Raises TrustError."""
         self.identity: AgentIdentity | None = None
-        self.failure = ""  # why the last request came to nothing
-        self.renewed = 0.0  # when there was a new certificate last, since the start
+        self.failure = ""  # why the last request failed; empty when it did not
+        self.renewed = 0.0  # when the last new certificate came, in seconds since 1970; 0: none since the start
         self.context: SSLContext | None = None  # of links
         self.anonymous: SSLContext | None = None  # of links that show no certificate
         self._config = config
@@ -150,10 +159,11 @@ class Credentials:
         self._trust_store = load_trust_store(config.ca) if config.security == "tls" or config.identity else None
         self._renew_at = 0.0
         self._warned = False
-        self._revoked = False  # a broker says so;
-        self._void = False  # and there is another token since: then the certificate is worth nothing to us either
-        self._old_token = ""  # the id of the one that does not count as another
-        #: A certificate of this agent that lacks one of its addresses: beside a new token it proves the agent_id.
+        self._revoked = False  # a broker says that the certificate is revoked
+        self._void = False  # and another token has come since then: the agent enrols anew
+        self._old_token = ""  # the id of the token that does not count as another one
+        # A certificate of this agent that lacks one of its addresses: beside a new token it proves
+        # the agent_id.
         self._former: AgentIdentity | None = None
         self._proves_former = False  # the authority has asked for it
         self._changed = trio.Event()
@@ -167,36 +177,39 @@ class Credentials:
 
     @property
     def generation(self) -> int:
-        """Of the trust list."""
+        """The generation of the trust list; 0 without one."""
         return self._trust_store.generation if self._trust_store is not None else 0
 
     @property
     def by_certificate(self) -> bool:
-        """Whether sessions are proved by certificate, and not by the join token."""
+        """Whether sessions are proved by certificate instead of by the join token."""
         return self._config.security == "tls" and bool(self._config.identity or self._config.certificate)
 
     @property
     def missing(self) -> str:
-        """Why no session can be had at present; empty when one can."""
+        """Why the agent can have no session at present; empty when it can."""
         if not self.by_certificate or not (fault := self._fault()):
             return ""
         return f"{fault}; {self.failure}" if self.failure else fault
 
     def fault_of(self, certificate: bytes | None) -> str:
-        """Why a broker that shows this (DER) is not believed, although its CA is; empty when it is."""
+        """Return why a broker's certificate (DER) of a trusted CA is not good; empty when it is."""
         return self._trust_store.fault_of(certificate) if self._trust_store is not None else ""
 
     def revoked(self) -> None:
-        """A broker has said that the certificate is. Whoever means it to come back gives it another token."""
+        """Hear that a broker calls the certificate revoked.
+
+        Another token lets the agent enrol anew.
+        """
         self._revoked = True
-        if self._token is not None and self._old_token not in ("", self._token.id):  # it came while we were away
+        if self._token is not None and self._old_token not in ("", self._token.id):  # it came while the agent was down
             self._void = True
             self._tell()
 
     def accepted(self) -> None:
-        """A broker has said that the certificate is good."""
+        """Hear that a broker has accepted the certificate."""
         if self._directory is None or self._token is None or self._token.id == self._old_token:
-            return  # there is nothing to remember, or it is known
+            return  # nothing to remember, or remembered already
         self._old_token = self._token.id
         try:
             replace(self._directory / "token.id", SECRET, self._old_token.encode())
@@ -204,15 +217,15 @@ class Credentials:
             self._log.warning("token_id_not_kept", reason=str(error))
 
     def take(self, signed: bytes) -> None:
-        """A trust list came, from whoever it may be."""
+        """Take a trust list, from any source: its signatures count."""
         if self._trust_store is None:
-            return  # nobody is known by certificate here
+            return  # this agent checks no certificates
         cas = self._trust_store.pem
         try:
             if not self._trust_store.take(signed):
                 return
             self._make_contexts()
-        except Exception as error:  # TrustError says all; but whatever a list does, the agent goes on
+        except Exception as error:  # TrustError is expected; but no list may stop the agent
             self._log.error("trust_rejected", reason=str(error) or type(error).__name__)
             return
         if self._directory is not None:
@@ -225,12 +238,14 @@ class Credentials:
         self._log.info("trust_loaded", number=self._trust_store.number, generation=self._trust_store.generation)
 
     def answer_for(self, addresses: Sequence[str]) -> None:
-        """The agent has other addresses: a certificate that does not name them is replaced."""
+        """Answer for these addresses from now on: a certificate that does not name them is
+        replaced.
+        """
         self._addresses = tuple(addresses)
         self._tell()
 
     async def run(self) -> None:
-        """Keep everything up to date."""
+        """Follow the files, renew the certificate and warn, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch, self._files(), self._log)
             if self.identity is not None or self._directory is not None:
@@ -239,12 +254,12 @@ class Credentials:
                 nursery.start_soon(self._keep_fresh)
 
     async def changed(self, patience: float) -> None:
-        """Wait for another certificate, or other CAs; at most `patience` seconds."""
+        """Wait up to `patience` seconds for another certificate or other CAs."""
         with trio.move_on_after(patience):
             await self._changed.wait()
 
     def status(self) -> dict[str, object] | None:
-        """For /statusz."""
+        """Return what `/statusz` shows; None without a certificate."""
         if self.identity is None and not self.by_certificate:
             return None
         who = self.identity.who if self.identity is not None else None
@@ -260,10 +275,10 @@ class Credentials:
             else None,
         }
 
-    # The certificate, and what follows from it.
+    # The certificate.
 
     def _fault(self) -> str:
-        """Why the certificate can't be used; empty when it can."""
+        """Return why the certificate can't be used; empty when it can."""
         if self.identity is None:
             return "there is no certificate yet"
         who, trust_store = self.identity.who, self._trust_store
@@ -274,7 +289,7 @@ class Credentials:
         if foreign := [address for address in self._addresses if address not in who.addresses]:
             return f"the certificate does not name {foreign[0]}, which is this host's address now"
         if trust_store is None or trust_store.is_revoked(who):
-            return ""  # the broker says it better
+            return ""  # the broker's refusal says more
         try:
             trust_store.verify(self.identity.certificate)
         except TrustError as error:
@@ -282,7 +297,7 @@ class Credentials:
         return ""
 
     def _check(self, identity: AgentIdentity) -> None:
-        """Whether it is this agent's. Raises TrustError."""
+        """Raise TrustError unless the certificate is this agent's, with all its addresses."""
         wanted = f"agent/{self._config.namespace}/{self._agent_id}"
         missing = [address for address in self._addresses if address not in identity.who.addresses]
         if identity.who.subject != wanted:
@@ -318,7 +333,7 @@ class Credentials:
     # Files.
 
     def _open_directory(self, directory: Path) -> None:
-        """Make it, or read what is there."""
+        """Make the directory, or read its files. Raises TrustError."""
         _make(directory)
         assert self._trust_store is not None
         trust = directory / "trust.list"
@@ -326,7 +341,7 @@ class Credentials:
             try:
                 self._trust_store.take(data := trust.read_bytes())
             except TrustError as error:
-                # It was good when it was written: what it says of stolen CAs is not forgotten.
+                # It was good when it was written: the stolen CAs that it names stay void.
                 self._trust_store.must_not_be(void_cas(data), self._config.ca)
                 self._log.warning("trust_rejected", file=str(trust), reason=str(error))
             except OSError as error:
@@ -344,7 +359,9 @@ class Credentials:
             raise TrustError(f"{directory}: {missing}, and agent.join_token is not given: {_FIX}")
 
     def _finish_exchange(self, directory: Path) -> None:
-        """The last one ended between its two files: then the certificate is that of the next key."""
+        """Finish an exchange that ended between its two files: the certificate is that of
+        `next.key`.
+        """
         pending = directory / "next.key"
         if pending.exists() and not _fits(*self._pair) and _fits(self._pair[0], pending):
             pending.rename(self._pair[1])
@@ -363,7 +380,7 @@ class Credentials:
         return files
 
     async def _put_cas(self, fresh: TrustStore) -> dict[str, object]:
-        """Another CA file."""
+        """Apply a changed CA file."""
         assert self._trust_store is not None
         self._trust_store.begin_again(fresh.pem.encode())
         self._make_contexts()
@@ -402,11 +419,14 @@ class Credentials:
                 await self.changed(pause)
 
     async def _get(self) -> bool:
-        """One request, by the certificate while it is good, else by the token; whether it was answered with one."""
+        """Ask once, by the certificate while it is good, else by the token.
+
+        Return whether a certificate came.
+        """
         renewing = self.identity is not None and not self._fault()
         try:
             await self._exchange(renewing)
-        except Exception as error:  # whatever is answered, the agent tries again
+        except Exception as error:  # after any answer the agent tries again
             known = isinstance(error, TrustError | OSError)
             kind = "" if known else f"{error.code if isinstance(error, Refused) else type(error).__name__}: "
             failure = kind + str(error)
@@ -427,7 +447,8 @@ class Credentials:
             answer = await self._ask(self._request(key, renewing))
         except Refused as error:
             if error.code is Refusal.REVOKED and not renewing:
-                # The key was certified, the answer was lost, and then it was revoked: no token brings it back.
+                # The key was certified, the answer was lost, and then the key was revoked: no token
+                # can renew it.
                 pending.unlink(missing_ok=True)
             self._proves_former = error.code is Refusal.AGENT_ID_TAKEN
             raise
@@ -438,7 +459,7 @@ class Credentials:
             raise TrustError("the authority's certificate is for another key")
         identity = AgentIdentity(answer.certificate, key, who)
         self._check(identity)
-        # The certificate first: whoever dies between the two finds the key beside it.
+        # The certificate first: after a crash between the two, `_finish_exchange` finds the key.
         replace(self._pair[0], SECRET, pem(load_der_x509_certificate(answer.certificate)))
         pending.rename(self._pair[1])
         self._put(identity)
@@ -462,12 +483,12 @@ class Credentials:
         former = self.identity or self._former
         if former is None or not self._proves_former:
             return enrol
-        # Not in the first request: an authority of an older version would take it for a renewal.
+        # Not in the first request, which an authority of an older version would take for a renewal.
         signature = sign_renewal(former.key, request)
         return replace_fields(enrol, certificate=former.certificate, signature=signature)
 
     async def _warn_in_time(self) -> None:
-        """Once for each certificate, when it is nearly over and there is no other."""
+        """Log one warning for each certificate of which WARN_AT is over and that has no successor."""
         while True:
             identity = self.identity
             warn_at = 0.0
@@ -481,12 +502,12 @@ class Credentials:
 
 
 def _pending_key(path: Path) -> PrivateKey:
-    """The key of the request under way, or of a new one. Raises TrustError."""
+    """Return the key of the pending request, or a new one. Raises TrustError."""
     if path.exists():
         try:
             return load_private_key(path)
         except TrustError:
-            pass  # nothing depends on it yet
+            pass  # a damaged one can be replaced: no certificate is for it
     key = new_key()
     replace(path, SECRET, key_pem(key))
     return key

@@ -20,7 +20,7 @@ async def serve(
     stop: trio.Event,
     task_status: trio.TaskStatus[Agent] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Run one agent until `stop`; started when it begins to dial."""
+    """Run one agent until `stop`. Started when it begins to dial."""
     with locked(config.agent.identity):
         agent = Agent(config)
         await admin.run_beside(
@@ -34,7 +34,7 @@ async def serve(
 
 
 def status(agent: Agent) -> dict[str, object]:
-    """What this agent holds and does."""
+    """Return what `/statusz` shows of an agent."""
     counts = agent.targets.counts
     return {
         "role": "agent",

@@ -1,4 +1,7 @@
-"""The port that agents dial: links come in, prove themselves in time, or make room. In the relay's thread."""
+"""The port that agents dial, and the links that have not proved who they are.
+
+In the relay's thread.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,20 @@ from rtunnel_broker.log import NodeLog
 from rtunnel_broker.session import Session
 from rtunnel_broker.trust import BrokerTrust
 
-#: With so many handshakes in line the next links wait in the kernel's queue: there they cost no memory yet.
+#: Handshakes in the loop's slow queue with which further links wait in the kernel's queue, where
+#: they cost no memory.
 MAX_IN_LINE: Final = 64
 
 
 class LinkPort:
-    """The links that are not proven yet, and the listener that takes more of them while there are places."""
+    """The listener for links, and the places of the links that are not proven yet."""
 
     def __init__(
         self, relay: Relay, config: BrokerConfig, trust: BrokerTrust, log: NodeLog, refusals: Counter[str]
     ) -> None:
-        """`refusals`: sessions that are refused, by code word; a link that is closed for its source counts there."""
+        """`refusals`: the node's counter of refused sessions, by code; links over a source's share
+        count there.
+        """
         self._relay = relay
         self._config = config
         self._trust = trust
@@ -37,14 +43,14 @@ class LinkPort:
         self._strangers: Strangers[Link] = Strangers(
             config.max_handshakes, config.source_handshakes, lambda link: not link.has_spoken
         )
-        self._room_timer: Timer | None = None  # looks again for a link that can make room
+        self._room_timer: Timer | None = None  # until the next look for a link that can make room
         self.lost: Counter[str] = Counter()  # links that ended before they were proved or refused, by Loss
         self._refusals = refusals
         self.listener: Listener | None = None
 
     @property
     def handshakes(self) -> int:
-        """How many links are not proven yet."""
+        """The number of links that are not proven yet."""
         return len(self._strangers)
 
     def listen(self, sock: socket.socket, new_session: Callable[[bytes, str], Session]) -> None:
@@ -60,11 +66,13 @@ class LinkPort:
             self.listener.release()
 
     def count_lost(self, session: Session, lost: Lost) -> None:
-        """Count a link that ended before it was proved or refused, and log it unless it was a probe."""
+        """Count a link that ended before it was proved or refused, and log it unless it was a
+        probe.
+        """
         silent = session.link is not None and not session.link.has_spoken
         loss = Loss.of(lost.kind, silent=silent)
         self.lost[loss.value] += 1
-        if loss is not Loss.PROBE:  # each VIP sends one in each second
+        if loss is not Loss.PROBE:  # a VIP sends one each second
             self._log.stranger("link_lost", loss.value, peer=session.peer, reason=str(lost))
 
     def _accept(self, sock: socket.socket, peer: str, new_session: Callable[[bytes, str], Session]) -> None:
@@ -88,9 +96,10 @@ class LinkPort:
         self._hold_if_full(peer)
 
     def _hold_if_full(self, peer: str) -> None:
-        """Let further agents of a storm wait in the kernel's queue.
+        """Let further links wait in the kernel's queue while there is no place for them.
 
-        To refuse them costs nearly as much as to serve them, and they come back: 5000 agents tried 16,000 times.
+        To refuse them costs nearly as much as to serve them, and they come back: 5000 agents tried
+        16,000 times.
         """
         listener, loop = self.listener, self._relay.loop
         if listener is None:
@@ -103,7 +112,9 @@ class LinkPort:
             loop.enqueue_slow(listener.release)
 
     def _hold_until_room(self) -> None:
-        """Accept again when a place is free, or when a link has been silent for long enough to make room."""
+        """Accept again when a place is free, or when a link has been silent for long enough to make
+        room.
+        """
         listener, loop = self.listener, self._relay.loop
         if listener is None or listener.closed:
             return

@@ -9,12 +9,12 @@ from structlog.typing import FilteringBoundLogger
 from rtunnel.logs import Throttle, debugging
 from rtunnel.relay.loop import Loop
 
-#: Lines in ten seconds about peers that have proved nothing, for each event and cause: enough to see what is wrong.
+#: Log lines in ten seconds about unproven peers, for each event and cause.
 STRANGERS_LINES: Final = 32
 
 
 class NodeLog:
-    """Writes lines that carry the node's name, and keeps those few that a stranger can cause."""
+    """Writes log lines with the node's name, and bounds those that unproven peers can cause."""
 
     __slots__ = ("_log", "_loop", "_throttle", "debugging")
 
@@ -41,17 +41,19 @@ class NodeLog:
         self._log.debug(event, **fields)
 
     def report(self, event: str, fields: dict[str, object]) -> None:
-        """Write a line of level error: what the relay itself reports is never good news."""
+        """Write a line of level error: the relay reports only faults."""
         self._log.error(event, **fields)
 
     def stranger(self, event: str, kind: str, **fields: object) -> None:
-        """Write a line about a peer that has proved nothing: few lines for each event and kind, the others counted."""
+        """Write a line about an unproven peer: STRANGERS_LINES for each event and kind, the others
+        are counted.
+        """
         others = self._throttle.others(f"{event} {kind}", self._loop.now, STRANGERS_LINES)
         if others is not None:
             self.info(event, **fields, **({"others_since": others} if others else {}))
 
     def warn(self, event: str, **fields: object) -> None:
-        """Write a warning that may be repeated without end: one line of it in ten seconds."""
+        """Write a warning that may be repeated without a bound: one line of it in ten seconds."""
         others = self._throttle.others(event, self._loop.now)
         if others is not None:
             self._log.warning(event, **fields, others_since=others)

@@ -1,7 +1,7 @@
 """A session on this node, from the link's first byte to its last; all in the relay's thread.
 
-    link up -> Hello [-> Challenge -> Proof] -> (control plane: ports, registry) -> Welcome -> ... -> link down
-    link up -> Enrol -> (control plane: authority) -> Enrolled -> link down
+link up -> Hello [-> Challenge -> Proof] -> (control plane: ports, registry) -> Welcome -> ... ->
+link down link up -> Enrol -> (control plane: authority) -> Enrolled -> link down
 
 `rtunnel.wire.control` holds the protocol: its states, their order and the limits. A Session owns
 the link and the timers, decides who the agent is (with `greeting`) and whether it stays, and sends
@@ -52,7 +52,7 @@ from rtunnel_broker.admit import EVERYTHING, Rule
 from rtunnel_broker.greeting import addresses_fault, who_greets
 from rtunnel_broker.log import NodeLog
 
-#: Streams of one agent may hold such a part of `broker.stream_memory`.
+#: Streams of one agent may hold one part in HELD_PART of `broker.stream_memory`.
 HELD_PART: Final = 4
 
 
@@ -61,15 +61,15 @@ REGISTERED: Final = BROKER_SERVES | {BrokerState.PROVEN}
 
 
 class SessionTrust(Protocol):
-    """What one node believes, and what it shows. Called in the relay's thread."""
+    """The node's trust list and certificates, as its sessions see them. In the relay's thread."""
 
     @property
     def trust_store(self) -> TrustStore | None:
-        """What certificates are judged by; None: none is taken."""
+        """The trust list that certificates are checked with; None: certificates are not accepted."""
 
     @property
     def dial_tls(self) -> ssl.SSLContext | None:
-        """What guarded ports show; None: they are plain."""
+        """The TLS context of guarded ports; None: they are plain."""
 
     def enrols(self, session: Session, request: Enrol) -> None:
         """Pass a request for a certificate on, and answer `enrolled` or `refuse`."""
@@ -87,26 +87,29 @@ class SessionKeeper(Protocol):
 
     @property
     def trust(self) -> SessionTrust:
-        """What this node believes, and what it shows."""
+        """The node's trust list and certificates."""
 
     def wants(self, session: Session) -> None:
-        """A proven Hello: register it and answer `welcome` or `refuse`."""
+        """Register a session whose Hello is proven, and answer by `welcome` or `refuse`."""
 
     def lost(self, session: Session, lost: Lost) -> None:
-        """The link is gone."""
+        """Free what the session has: its link has ended."""
 
     def updated(self, session: Session) -> None:
-        """The agent's exposed ports or addresses changed: refuse the session, or let the next heartbeat tell it."""
+        """Check a session whose exposed ports or addresses have changed.
+
+        The next heartbeat tells the registry.
+        """
 
     def refused(self, code: Refusal) -> None:
-        """Count it."""
+        """Count a refused session."""
 
 
 class Session:
     """An agent's presence on this node; the link's owner and its control stream's handler.
 
-    `binding`: SHA-256 of the certificate that this link's handshake showed; empty without TLS.
-    `source`: whose share of handshakes the link takes.
+    `binding`: SHA-256 of the broker's certificate in this link's handshake; empty without TLS.
+    `source`: the source that the link's place counts for.
     """
 
     def __init__(self, keeper: SessionKeeper, *, binding: bytes = b"", source: str = "") -> None:
@@ -117,31 +120,32 @@ class Session:
         self.place: Place[Link] | None = None
         self.link: Link | None = None
         self.lost_by: Lost | None = None  # why it ends, once that is known
-        # What the agent says of itself.
+        # What the agent says.
         self.hello: Hello | None = None
-        self.identity: Identity | None = None  # who it is, by certificate; None: by token
+        self.identity: Identity | None = None  # the agent's, by certificate; None: by token
         self.exposes: tuple[str, ...] = ()
         self.addresses: frozenset[str] = frozenset()
-        self.update_due = False  # the registry is to be told of `exposes` and `addresses`
-        # What it has here.
+        self.update_due = False  # the registry does not have `exposes` and `addresses` yet
+        # What the agent has on this node.
         self.rule: Rule = EVERYTHING
         self.streams = 0
         self.epoch = 0
         self.registration: Registration | None = None
         self.granted: list[tuple[Publish, int]] = []  # open ports, with their numbers
         self.listeners: list[Listener] = []
-        #: The instances of this agent_id that it, and sessions before it, replaced here.
+        # The instances of this agent_id that were replaced on this node, by this session or earlier
+        # ones.
         self.replaced: tuple[bytes, ...] = ()
 
         self._control = BrokerControl(LinkMacs(lambda: binding), new_nonce, self._now)
         self._stream: StreamEnd | None = None
         self._deadline: Timer | None = None
-        self._renewed: Update | None = None  # with another certificate, which was not found good yet
-        self._update: Update | None = None  # the newest one, while it is in line
+        self._renewed: Update | None = None  # the newest with another certificate that was not accepted yet
+        self._update: Update | None = None  # the newest one, while it waits in the slow queue
 
     @property
     def state(self) -> BrokerState:
-        """Where it stands in the protocol, and so what holds (see BrokerState)."""
+        """The protocol's state; `BrokerState` says what holds in each."""
         return self._control.state
 
     @property
@@ -151,12 +155,14 @@ class Session:
 
     @property
     def owner(self) -> str:
-        """Whose ports these are: the same across restarts of the agent."""
+        """The owner of the session's ports, "namespace/agent_id": the same across restarts of the
+        agent.
+        """
         return f"{self.hello.namespace}/{self.hello.agent_id}" if self.hello else ""
 
     @property
     def peer(self) -> str:
-        """The link's other end."""
+        """The IP of the link's other end; empty without a link."""
         return self.link.peer if self.link else ""
 
     # The link's owner.
@@ -170,7 +176,7 @@ class Session:
         )
 
     def link_stream(self, stream: StreamEnd) -> EndHandler | None:
-        """The agent opens the control stream and no other."""
+        """Take the control stream; an agent may open no other."""
         if self._stream is not None:
             if self.link is not None and self.link.allowance is not None:
                 self.link.break_off("a second stream before the agent proved itself")
@@ -197,7 +203,7 @@ class Session:
             self.refuse(error.code, error.text)
 
     def finished(self) -> None:
-        """An agent that closes its control stream leaves."""
+        """End the session: the agent has closed its control stream."""
         self.end("the agent closed the control stream")
 
     def lost(self, lost: Lost) -> None:
@@ -236,7 +242,8 @@ class Session:
             self._control.admit()
             self._proven()
         else:
-            # Until the Proof: 4096 networks are 8 KiB in the frame, which the machine keeps, and 260 KiB here.
+            # Until the Proof: 4096 networks are 8 KiB in the frame, which the machine keeps, and
+            # 260 KiB here.
             self.hello = msgspec.structs.replace(hello, publish=[])
             self._say(self._control.challenge(who))
 
@@ -255,9 +262,9 @@ class Session:
         """Keep the newest Update, and look at it in its turn: there may be many in one frame."""
         assert self.link is not None
         if self.state not in REGISTERED:
-            return  # revoked or gone; what was already under way does not count
+            return  # revoked or ended: Updates that were on their way do not count
         if update.certificate:
-            self._renewed = update  # at once: the CA of the present one may leave meanwhile
+            self._renewed = update  # at once: the CA of the present certificate may be removed before its turn
         if self._update is None:
             self.link.loop.enqueue_slow(self._updated)
         self._update = update
@@ -309,7 +316,7 @@ class Session:
     # The control plane's answers.
 
     def welcome(self, welcome: Welcome) -> None:
-        """Make the registered session live. No effect when it has ended meanwhile."""
+        """Make the registered session live. No effect when it has ended."""
         if not self._control.allows(Action.WELCOME):
             return
         if self.keeper.draining:  # the drain has begun since the Hello, and did not know of this session
@@ -342,7 +349,7 @@ class Session:
             self._say(self._control.drain(deadline))
 
     def leave(self, why: str) -> None:
-        """Say goodbye and end the link."""
+        """Send Bye with this reason, and end the link."""
         if self._control.allows(Action.BYE):
             self._say(self._control.bye(why))
         self.end(why)
@@ -377,7 +384,7 @@ class Session:
         if not trust_store.in_force(self.identity):
             self._go_over()
         if not self._control.allows(Action.REVOKE):
-            return None  # its new certificate is another's: refused
+            return None  # refused: its new certificate is of another agent
         if trust_store.is_revoked(self.identity):
             fault = Refused(Refusal.REVOKED, f"the certificate of {self.identity.subject} is revoked")
         elif trust_store.in_force(self.identity):
@@ -396,7 +403,9 @@ class Session:
         return fault
 
     def expel(self, fault: Refused, signed: bytes) -> None:
-        """Tell a revoked session why, with the trust list that lets the agent act, and end the link."""
+        """Tell a revoked session why, with the trust list that lets the agent act, and end the
+        link.
+        """
         if self.state is not BrokerState.REVOKED:
             return
         if fault.code is Refusal.BAD_CERTIFICATE and signed:
@@ -408,14 +417,16 @@ class Session:
 
     @property
     def full(self) -> Refused | None:
-        """Why the agent can't have another stream here, if so."""
+        """The refusal if the agent can't have another stream on this node, else None."""
         if self.rule.streams and self.streams >= self.rule.streams:
             text = f"the agent has {self.streams} streams on {self.keeper.node}, its limit there"
             return Refused(Refusal.TOO_MANY_STREAMS, text)
         return self._too_much_held()
 
     def _too_much_held(self) -> Refused | None:
-        """Streams whose readers stall fill this process: one agent's may have a part of the memory for all."""
+        """Return the refusal if streams with slow readers hold too much memory, of this agent or in
+        all; else None.
+        """
         link = self.link
         if link is None or (not link.memory.full and link.held <= link.memory.budget // HELD_PART):
             return None

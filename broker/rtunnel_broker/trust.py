@@ -1,5 +1,6 @@
-"""Who is believed here, and what links are shown: both change while links stay. In the relay's thread, but for
-files and the authority.
+"""The trust list and the certificates of one broker node, which change while links stay.
+
+In the relay's thread, except for files and the authority.
 """
 
 from __future__ import annotations
@@ -29,23 +30,23 @@ from rtunnel_broker.session import Session
 
 _T = TypeVar("_T")
 
-#: Requests for certificates under way to the authority.
+#: Requests for certificates that wait for the authority.
 MAX_ENROLLING: Final = 64
-#: So many requests for certificates of one source may be refused close together, then one in so many seconds: each is a
-#: line in the authority's log.
+#: Refused requests for certificates of one source: how many at once, and the seconds for each
+#: further one. Each is a line in the authority's log.
 REFUSED_AT_ONCE: Final = 20
 REFUSED_SECONDS: Final = 0.5
-#: Sources for which that is remembered.
+#: Sources whose refused requests are remembered.
 MAX_REFUSED: Final = 4096
-#: Agents that are told of new CAs before others get their turn, and the seconds between two turns.
+#: Agents that are told of a new trust list at once, and the seconds until the next ones are.
 TELLS_A_TURN: Final = 50
 TELL_PAUSE: Final = 0.004
-#: Of a turn, for sessions that are judged anew.
+#: Seconds of one loop turn spent re-checking sessions after a trust change.
 JUDGE_SECONDS: Final = 0.001
 
 
 class TrustNode(Protocol):
-    """The node, as its standing sees it."""
+    """The node, as its trust sees it."""
 
     node: str
     relay: Relay
@@ -53,31 +54,35 @@ class TrustNode(Protocol):
 
     @property
     def sessions(self) -> dict[str, Session]:
-        """Those in the registry, by owner."""
+        """The sessions in the registry, by owner."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What handshakes show of this broker: TLS contexts, and the fingerprint of its certificate."""
+    """What TLS handshakes show of this broker: its contexts, and the fingerprint of its
+    certificate.
+    """
 
     context: ssl.SSLContext | None = None  # None: links are plain
     binding: bytes = b""
     dials: ssl.SSLContext | None = None  # of guarded ports; None: they are plain
     ends: float = 0.0  # of the certificate; 0: there is none
-    clients: str = ""  # the CAs that certificates of links are asked for from
+    clients: str = ""  # the CAs (PEM) from which links are asked for certificates
 
 
 class BrokerTrust:
-    """The CAs and revocations of one node, its own certificates, and the sessions that stand and fall with them."""
+    """The CAs and revocations of one node, its own certificates, and the sessions that depend on
+    them.
+    """
 
     def __init__(self, node: TrustNode, broker: BrokerConfig, log: FilteringBoundLogger) -> None:
-        """Raises TrustError."""
+        """Load all files. Raises TrustError."""
         self._node = node
         self._config = broker
         self._log = log
-        self._certified: set[Session] = set()  # by certificate, from a good Hello on
+        self._certified: set[Session] = set()  # sessions by certificate, from a good Hello on
         self._enrolling = 0
-        self._refused: dict[str, float] = {}  # sources; when nothing will be held against them any more
+        self._refused: dict[str, float] = {}  # by source: when its refusals will be forgotten
         self.follower = self._make_follower() if broker.ca else None
         self._generation = self.trust_store.generation if self.trust_store is not None else 0
         self.presented = self._load()
@@ -95,7 +100,7 @@ class BrokerTrust:
         )  # fmt: skip
 
     async def run(self) -> None:
-        """Follow the authority and the files, for ever."""
+        """Follow the authority and the files, until cancelled."""
         async with trio.open_nursery() as nursery:
             if self.follower is not None:
                 nursery.start_soon(self.follower.run)
@@ -104,34 +109,37 @@ class BrokerTrust:
 
     @property
     def trust_store(self) -> TrustStore | None:
-        """What certificates are judged by; None: none is taken."""
+        """The trust list that certificates are checked with; None: certificates are not accepted."""
         return self.follower.trust_store if self.follower is not None else None
 
     @property
     def dial_tls(self) -> ssl.SSLContext | None:
-        """What guarded ports show; None: they are plain."""
+        """The TLS context of guarded ports; None: they are plain."""
         return self.presented.dials
 
     def is_revoked(self, key: str) -> bool:
-        """Of a gateway's key."""
+        """Return whether the gateway's key of this id is revoked."""
         return self.trust_store is not None and f"gateway/{key}" in self.trust_store.revoked
 
     def _review(self) -> None:
-        """Pairs of gateways whose key is revoked end."""
+        """End the pairs of gateways whose key is revoked."""
         self._node.relay.review()
 
     def add(self, session: Session) -> None:
-        """It is by certificate: it ends when that is void. Until `discard`."""
+        """Re-check this session, which is by certificate, at each trust change, until `discard`."""
         self._certified.add(session)
 
     def discard(self, session: Session) -> None:
-        """It is over."""
+        """Forget a session that has ended."""
         self._certified.discard(session)
 
     # Requests for certificates.
 
     def enrols(self, session: Session, request: Enrol) -> None:
-        """A request for a certificate, for the authority. In the relay's thread."""
+        """Pass a request for a certificate on to the authority, or refuse it.
+
+        In the relay's thread.
+        """
         if self.follower is None or not self._config.authority:
             text = "this broker can't pass requests for certificates on (broker.authority)"
             session.refuse(Refusal.AUTHORITY_UNAVAILABLE, text)
@@ -156,7 +164,7 @@ class BrokerTrust:
             self._refused[source] = max(now, self._refused.get(source, 0.0)) + REFUSED_SECONDS
 
     async def _enrol(self, follower: TrustFollower, session: Session, request: Enrol) -> None:
-        """Ask the authority. The link's deadline goes on."""
+        """Ask the authority, and pass its answer on. The link's deadline goes on."""
         try:
             answer = await follower.enrol(request)
         except Refused as error:
@@ -178,7 +186,10 @@ class BrokerTrust:
     # Changes.
 
     def changed(self) -> None:
-        """In the relay's thread: there are other CAs, or revocations."""
+        """Apply other CAs or revocations: re-check sessions and pairs, and tell agents.
+
+        In the relay's thread.
+        """
         trust_store = self.trust_store
         assert trust_store is not None
         self._judge(list(self._certified), trust_store)
@@ -190,7 +201,9 @@ class BrokerTrust:
             self._tell(list(self._node.sessions.values()), trust_store.signed)
 
     def _judge(self, sessions: list[Session], trust_store: TrustStore) -> None:
-        """First all of them lose what they have no right to; then they are told, and their links end."""
+        """End the streams of all sessions that are no longer good first; then tell their agents,
+        and end links.
+        """
         void: list[tuple[Session, Refused]] = []
 
         def judge(session: Session) -> None:
@@ -203,12 +216,14 @@ class BrokerTrust:
         self._in_slices(sessions, judge, lambda: self._in_slices(void, expel))
 
     def _in_slices(self, things: list[_T], call: Callable[[_T], None], then: Callable[[], None] | None = None) -> None:
-        """A part of a turn for some of them, and the others in the next turns: there may be 50,000."""
+        """Call for as many things as JUDGE_SECONDS allow, and for the others in later turns: there
+        may be 50,000.
+        """
         until = time.monotonic() + JUDGE_SECONDS
         try:
             while things and time.monotonic() < until:
                 call(things.pop())
-        finally:  # a fault with one of them is no reason to forget the others
+        finally:  # an exception of one call must not lose the others
             if things:
                 self._node.relay.loop.soon(lambda: self._in_slices(things, call, then))
             elif then is not None:
@@ -222,7 +237,7 @@ class BrokerTrust:
             self._node.relay.loop.after(TELL_PAUSE, lambda: self._tell(sessions, signed))
 
     def _load(self) -> Shown:
-        """Raises TrustError."""
+        """Return what handshakes show, from the files. Raises TrustError."""
         broker = self._config
         clients = self.trust_store.pem if self.trust_store is not None else ""
         dials = dial_server_context(broker.certificate, broker.key) if broker.dial_security == "tls" else None
@@ -236,9 +251,11 @@ class BrokerTrust:
         return Shown(context, binding, dials, ends, clients)
 
     async def _show(self) -> Shown:
-        """Show links what is in the files, and ask for certificates of the CAs in force, from the next one on.
+        """Let the next links see the certificate in the files, and be asked for certificates of the
+        CAs in force.
 
-        Raises TrustError. One at a time: the last one has seen the last change.
+        Only one call at a time loads the files, so that the last one has the last change. Raises
+        TrustError.
         """
         async with self._showing:
             shown = await trio.to_thread.run_sync(self._load)
@@ -253,7 +270,8 @@ class BrokerTrust:
         try:
             await self._show()
         except TrustError as error:
-            # The files are looked at as well: a good pair will come. Of a CA that is gone nobody gets past the Hello.
+            # The files are watched: a good pair will come. Until then no agent of a removed CA
+            # passes the Hello.
             self._log.error("certificate_rejected", node=self._node.node, reason=str(error))
 
     async def _put_certificate(self, _: Shown) -> dict[str, object]:
