@@ -1,6 +1,7 @@
 """The broker accepts agents' links, gives each a port, records tuples, and passes Dials on.
 
-- `node`: the node's life: registry, heartbeats, drain. trio.
+- `node`: the node's life: start, drain, readiness. trio.
+- `presence`: this node in the registry: incarnation, heartbeats. trio.
 - `linkport`: the port that agents dial: links until they are proved. Relay's thread.
 - `session`: one link and its control stream, in the relay's thread.
 - `greeting`: what the broker decides on a Hello.

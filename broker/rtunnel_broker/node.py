@@ -12,7 +12,7 @@ import trio
 
 import rtunnel
 from rtunnel.bridge import Bridge
-from rtunnel.clock import ClockWatch, registry_offset
+from rtunnel.clock import ClockWatch
 from rtunnel.config import (
     BrokerConfig,
     Config,
@@ -23,10 +23,9 @@ from rtunnel.config import (
     host_name,
     parse_endpoint,
 )
-from rtunnel.errors import RegistryUnavailable, Superseded
 from rtunnel.logs import get_logger
 from rtunnel.net import bound_socket, listen
-from rtunnel.registry import NodeRecord, Registration, Registry
+from rtunnel.registry import NodeRecord, Registry
 from rtunnel.relay.lost import Lost, LostKind
 from rtunnel.relay.relay import Relay
 from rtunnel.trust.keys import DialKeys, load_cluster_keys, load_tokens
@@ -36,14 +35,13 @@ from rtunnel_broker.duplicates import MAX_RECORDED
 from rtunnel_broker.linkport import LinkPort
 from rtunnel_broker.log import NodeLog
 from rtunnel_broker.ports import FIRST_BYTES, DialChecker, PortCounts
+from rtunnel_broker.presence import Presence
 from rtunnel_broker.registrar import Registrar
 from rtunnel_broker.session import Session
 from rtunnel_broker.trust import BrokerTrust
 
 #: So often connections that have said nothing are looked for.
 SWEEP_SECONDS: Final = 1.0
-#: The registry's clock is asked for this often, so that it is known when a gateway's clock differs.
-MEASURE_SECONDS: Final = 60.0
 
 
 class Node:
@@ -52,8 +50,6 @@ class Node:
     def __init__(self, config: Config, registry: Registry) -> None:
         broker = config.broker
         self.config: BrokerConfig = broker
-        self.heartbeat = config.registry.heartbeat
-        self._registry_ttl = config.registry.ttl
         self.node = broker.node_id or host_name()
         self.host = broker.host or host_name()
         self.ip = broker.advertise_ip or default_address()
@@ -64,25 +60,22 @@ class Node:
         self.handshake_timeout = broker.handshake_timeout
         self.tokens: Mapping[str, bytes] = load_tokens(broker.join_token) if broker.join_token else {}
         self.draining = False
-        self.incarnation = 0
         self.started = time.time()
         self.counts = PortCounts(broker.max_handshakes)
-        self._registry_fault: RegistryUnavailable | None = None  # of the last call; None: it was answered
         self.session_refusals: Counter[str] = Counter()  # by code word
-        self._registry = registry
-        self._beating = trio.Lock()
         self._admission = Admission(broker.admit)
         self.relay = Relay(self._report, f"relay-{self.node}", memory=broker.stream_memory << 20)
         self.bridge = Bridge(self.relay)
         log = get_logger("broker").bind()
         self.log = NodeLog(log, self.node, self.relay.loop)
         dial_keys = DialKeys(load_cluster_keys(broker.cluster_key))
-        self._registry_offset: float | None = None  # this machine's clock minus the registry's
-        self._measured_at = -MEASURE_SECONDS
-        self.clock = ClockWatch("this broker", self._report, lambda: self._registry_offset)
+        self.clock = ClockWatch("this broker", self._report, lambda: self.presence.clock_offset)
         self.trust = BrokerTrust(self, broker, log)
         checker = DialChecker(self.node, dial_keys, broker.dial_window, self.trust.is_revoked, self.clock)
         self._registrar = Registrar(self, registry, config.registry.quarantine, checker, log)
+        self.presence: Presence = Presence(
+            registry, config.registry, self.bridge, self._registrar, self.clock, self.log, self.record
+        )
         self.sessions = self._registrar.sessions  # those in the registry, by owner
         self.duplicates = self._registrar.duplicates  # second hosts that came with an agent_id, and were refused
         self.links = LinkPort(self.relay, broker, self.trust, self.log, self.session_refusals)
@@ -152,7 +145,7 @@ class Node:
             shared = self.config.workers > 1
             sock = bound_socket(*parse_endpoint(self.config.listen), key="broker.listen", shared=shared)
             try:
-                joined = await self._join_registry(stop)
+                joined = await self.presence.join(stop)
             except BaseException:
                 sock.close()
                 raise
@@ -162,11 +155,11 @@ class Node:
             listen(sock, key="broker.listen")
             await self.bridge.run(lambda: self._listen(sock))
             async with self.bridge.open_nursery() as nursery:
-                nursery.start_soon(self._heartbeats)
+                nursery.start_soon(self.presence.run)
                 nursery.start_soon(self.trust.run)
                 self.log.info(
                     "broker_ready", listen=format_endpoint(*self.bound), ip=self.ip,
-                    incarnation=self.incarnation, security=self.config.security,
+                    incarnation=self.presence.incarnation, security=self.config.security,
                 )  # fmt: skip
                 task_status.started(self)
                 await stop.wait()
@@ -185,7 +178,7 @@ class Node:
             node=self.node,
             host=self.host,
             ip=self.ip,
-            incarnation=self.incarnation,
+            incarnation=self.presence.incarnation,
             state="draining" if self.draining else "live",
             version=rtunnel.__version__,
             sessions=len(self.sessions),
@@ -194,18 +187,11 @@ class Node:
             duplicates=self.duplicates.current()[:MAX_RECORDED],
         )
 
-    @property
-    def registry_down(self) -> str:
-        """Return why the registry does not serve this node; "" when it does."""
-        if self._registry_fault is not None:
-            return str(self._registry_fault)
-        return "" if self.incarnation else "not contacted yet"
-
     def reasons(self) -> list[str]:
         """Why this node is not ready; empty when it is."""
         reasons = []
-        if self.registry_down:
-            reasons.append(f"registry: {self.registry_down}")
+        if down := self.presence.down:
+            reasons.append(f"registry: {down}")
         if wrong := self.clock.reason(time.monotonic()):
             reasons.append(wrong)
         if self.draining:
@@ -215,88 +201,20 @@ class Node:
     async def answered(self) -> None:
         await self.bridge.answered()
 
-    async def _join_registry(self, stop: trio.Event) -> bool:
-        """The incarnation comes from the registry: without one this node can't fence, so it waits. False: stopped."""
-        while not stop.is_set():
-            try:
-                self.incarnation = await self.bridge.registry(self._registry.start_node, self.record())
-            except RegistryUnavailable as error:
-                self._registry_is_down(error)
-                with trio.move_on_after(min(1.0, self.heartbeat)):
-                    await stop.wait()
-            else:
-                self._registry_fault = None
-                return True
-        return False
-
-    async def _heartbeats(self) -> None:
-        while True:
-            await trio.sleep(self.heartbeat)
-            await self.beat()
-
-    async def beat(self) -> None:
-        """Refresh everything in the registry; put back what is missing. Raises Superseded."""
-        async with self._beating:
-            await self._beat()
-
-    async def _beat(self) -> None:
-        registrations = self._registrar.registrations()
-        left: list[Registration] = []
-        self._registrar.left_during_beat = left
-        try:
-            beat = await self.bridge.registry(self._registry.beat, self.record(), registrations)
-        except RegistryUnavailable as error:
-            self._registry_is_down(error)
-            self._registry_offset = None
-            return
-        except Superseded:
-            self.log.error("node_superseded", reason="another broker started under this node_id")
-            raise
-        finally:
-            self._registrar.left_during_beat = None
-        if self._registry_fault is not None:
-            self.log.info("registry_back", tuples_put_back=beat.put_back)
-            self._registry_fault = None
-        elif beat.put_back:
-            self.log.warning("registry_had_lost_tuples", tuples_put_back=beat.put_back)
-        if beat.lost:
-            await self.bridge.run(lambda: self._registrar.end_lost(beat.lost))
-        for registration in left:
-            await self.bridge.registry_tries(self._registry.unregister, registration)
-        for session in self._registrar.moved():
-            self.bridge.spawn(self._registrar.republish, session)
-        await self._measure_clock()
-
-    async def _measure_clock(self) -> None:
-        """Compare this clock with the registry's: seldom, and at each beat while Dials are refused as expired."""
-        now = time.monotonic()
-        if not self.clock.suspicious and now < self._measured_at + MEASURE_SECONDS:
-            return
-        self._measured_at = now
-        nodes = await self.bridge.registry_tries(self._registry.nodes) or []
-        self._registry_offset = registry_offset((node.beat for node in nodes), self._registry_ttl, time.time())
-
-    def _registry_is_down(self, error: RegistryUnavailable) -> None:
-        if self._registry_fault is None:
-            self.log.error("registry_unavailable", reason=str(error))
-        self._registry_fault = error
-
     async def _drain(self) -> None:
         """Tell everybody, give streams their time, then end every session in order."""
         self.draining = True
         deadline = self.config.drain
         self.log.info("draining", sessions=len(self.sessions), streams=self.counts.streams)
         await self.bridge.run(self._start_drain)
-        with trio.move_on_after(self.heartbeat):
-            await self.beat()
+        with trio.move_on_after(self.presence.heartbeat):
+            await self.presence.beat()
         with trio.move_on_after(deadline):
             while self.sessions or self.counts.streams:
                 await trio.sleep(0.05)
         cut = self.counts.streams  # the links take them along
         await self.bridge.run(self._end_sessions)
-        # One call for whatever is left: tuples out, ports into quarantine. Not beside a beat: that would bring it back.
-        async with self._beating:
-            await self.bridge.registry_tries(self._registry.stop_node, self.node, self.incarnation)
+        await self.presence.leave()
         self.log.info("broker_stopped", streams_cut=cut)
 
     def _start_drain(self) -> None:

@@ -7,7 +7,7 @@ import socket
 import time
 from dataclasses import dataclass
 from itertools import count
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import trio
@@ -29,6 +29,9 @@ from rtunnel_broker.log import NodeLog
 from rtunnel_broker.ports import DialChecker, GuardedPort, Networks, OpenPortServer, PortCounts
 from rtunnel_broker.session import REGISTERED, Session
 
+if TYPE_CHECKING:
+    from rtunnel_broker.presence import Presence
+
 
 class RegistrarNode(Protocol):
     """The node, as its registrar sees it."""
@@ -37,8 +40,7 @@ class RegistrarNode(Protocol):
     node: str
     host: str
     ip: str
-    incarnation: int
-    heartbeat: float
+    presence: Presence
     counts: PortCounts
     relay: Relay
     bridge: Bridge
@@ -131,7 +133,7 @@ class Registrar:
             if older is not None:
                 # The agent says that it has no session here: its old link is one that only we believe in.
                 await self._replace(older, session)
-            session.epoch = self._node.incarnation << COUNTER_BITS | next(self._counter)
+            session.epoch = self._node.presence.incarnation << COUNTER_BITS | next(self._counter)
             leased: list[Leased] = []
             try:
                 guarded = await self._take_port(session)
@@ -190,7 +192,7 @@ class Registrar:
                 epoch=session.epoch,
                 ip=self._node.ip,
                 port=guarded.number,
-                heartbeat=self._node.heartbeat,
+                heartbeat=self._node.presence.heartbeat,
                 open_ports=[OpenPort(port=n, ip=p.ip, target_port=p.target_port) for p, n in granted],
                 notices=notices,
                 software=f"rtunnel {rtunnel.__version__}",

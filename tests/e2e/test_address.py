@@ -139,11 +139,11 @@ async def test_after_a_wipe_the_agent_that_came_meanwhile_stays_and_the_other_wa
         first = cluster.agents["a1"]
         assert first.agent.state == "ready"
         for part in cluster.brokers.values():
-            await part.node.beat()
+            await part.node.presence.beat()
         await cluster.until(lambda: first.agent.state == "down" and "'a2' has it" in reason(first))
         await cluster.until(lambda: "'a2' has it" in "".join(told(events, "a1")))
         for part in cluster.brokers.values():
-            await part.node.beat()
+            await part.node.presence.beat()
         assert second.agent.state == "ready"
         assert owners(cluster) == {"a2"}
         assert not any(line["event"] == "session_down" and line.get("agent") == "a2" for line in events)

@@ -37,7 +37,7 @@ async def test_a_gateway_whose_clock_is_behind(tmp_path: Path, monkeypatch: pyte
         await cluster.start(brokers=1)
         target = Target("127.1.0.1")
         node = cluster.brokers["b1"].node
-        await cluster.until(lambda: node._registry_offset is not None)
+        await cluster.until(lambda: node.presence.clock_offset is not None)
         for module in (rtunnel_socks.dial, rtunnel_socks.gateway):
             set_clock(monkeypatch, module, -OFF)
         await refused(cluster, target)

@@ -56,7 +56,7 @@ async def test_of_two_clones_the_living_one_stays(tmp_path: Path, events: Events
         nodes = [part.node for part in cluster.brokers.values() if part.node.duplicates.current()]
         shown = metrics.text(status(nodes[0])).decode()
         assert f'claim="default/a1: {line["holder"]} stays, {line["refused"]} is refused"' in shown
-        await nodes[0].beat()
+        await nodes[0].presence.beat()
         (record,) = [record for record in cluster.registry.nodes() if record.node == nodes[0].node]
         said = cli._duplicate_line(record, record.duplicates[0])
         assert f"{line['holder']} has the sessions, {line['refused']} was refused by {record.node}" in said

@@ -216,19 +216,19 @@ async def test_a_restarted_broker_purges_what_it_left(tmp_path: Path) -> None:
         part = await cluster.start_agent("a1")
         await cluster.whole()
         target = Target("127.1.0.1")
-        before, first = epochs(part), cluster.brokers["b1"].node.incarnation
+        before, first = epochs(part), cluster.brokers["b1"].node.presence.incarnation
         cluster.brokers["b1"].kill()
         assert {t.node for t in cluster.registry.lookup("default", target.ip)} == {"b1", "b2"}
         cluster.vip.pinned = cluster.vip.backends[1]  # nobody finds the new b1 yet
         node = (await cluster.start_broker("b1", port_range=ranges["b1"])).node
-        assert node.incarnation > first
+        assert node.presence.incarnation > first
         assert {t.node for t in cluster.registry.lookup("default", target.ip)} == {"b2"}
         await cluster.until(lambda: {t.node for t in cluster.gateway.table.lookup("default", target.ip)} == {"b2"})
         cluster.vip.pinned = None
-        await cluster.until(lambda: incarnation_of(epochs(part).get("b1", (0, 0))[0]) == node.incarnation)
+        await cluster.until(lambda: incarnation_of(epochs(part).get("b1", (0, 0))[0]) == node.presence.incarnation)
         await cluster.whole()
         epoch, port = epochs(part)["b1"]
-        assert incarnation_of(epoch) == node.incarnation and port == before["b1"][1]
+        assert incarnation_of(epoch) == node.presence.incarnation and port == before["b1"][1]
         assert await cluster.ask(target.ip, target.port) == b"127.1.0.1:hello"
 
 
@@ -251,10 +251,10 @@ async def test_of_two_brokers_with_one_node_id_the_older_ends(tmp_path: Path, ev
         assert caught.value.split(Superseded)[1] is None
         assert named(events, "node_superseded")[0]["node"] == "b1"
         newer = cluster.brokers["b1"].node
-        await cluster.until(lambda: incarnation_of(epochs(part).get("b1", (0, 0))[0]) == newer.incarnation)
+        await cluster.until(lambda: incarnation_of(epochs(part).get("b1", (0, 0))[0]) == newer.presence.incarnation)
         await cluster.whole()
         for _ in range(3):  # heartbeats
-            await newer.beat()
+            await newer.presence.beat()
         target = Target("127.1.0.1")
         assert {t.node for t in cluster.registry.lookup("default", target.ip)} == {"b1", "b2"}
         assert await cluster.ask(target.ip, target.port) == b"127.1.0.1:hello"
@@ -598,7 +598,7 @@ async def test_a_registry_outage_is_not_noticed_by_traffic(tmp_path: Path, make_
         stream = await cluster.socks(target.ip, target.port)
         async with traffic(cluster, target) as runs:
             server.kill()
-            await cluster.until(lambda: all(node.registry_down for node in nodes))
+            await cluster.until(lambda: all(node.presence.down for node in nodes))
             await cluster.until(lambda: bool(cluster.gateway.resolver.down))
             assert all("registry" in node.reasons()[0] for node in nodes)
             assert cluster.gateway.reasons() == []  # it serves
@@ -611,7 +611,7 @@ async def test_a_registry_outage_is_not_noticed_by_traffic(tmp_path: Path, make_
             await cluster.until(lambda: runs.tries >= done + 20)
             server.start()
             await cluster.until(lambda: tuples_in(cluster) == before)
-            await cluster.until(lambda: not any(node.registry_down for node in nodes))
+            await cluster.until(lambda: not any(node.presence.down for node in nodes))
             await cluster.until(lambda: not cluster.gateway.resolver.down)
             done = runs.tries
             await cluster.until(lambda: runs.tries >= done + 20)
@@ -631,13 +631,13 @@ async def test_a_registry_that_hangs_delays_no_connection(tmp_path: Path, make_r
         server.freeze()
         try:
             async with traffic(cluster, target) as runs:
-                await cluster.until(lambda: all(node.registry_down for node in nodes))
+                await cluster.until(lambda: all(node.presence.down for node in nodes))
                 await cluster.until(lambda: runs.tries >= 100)
         finally:
             server.thaw()
         assert not runs.refused and not runs.cut
         assert max(runs.seconds) < timeout
-        await cluster.until(lambda: not any(node.registry_down for node in nodes))
+        await cluster.until(lambda: not any(node.presence.down for node in nodes))
 
 
 # --- helpers ------------------------------------------------------------------------------------------------

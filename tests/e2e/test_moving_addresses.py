@@ -62,7 +62,7 @@ async def test_a_lost_address_is_given_back_and_taken_up_again(tmp_path: Path, h
                 says(ends)
             assert agent.reasons() == [f"address {TWO}: this host does not have it"]
             assert says(stays) == b"127.1.0.1:still\n"
-            await cluster.brokers["b1"].node.beat()
+            await cluster.brokers["b1"].node.presence.beat()
             assert not cluster.registry.lookup("default", TWO), "a beat brought it back"
             host.lost = set()
             await cluster.until(lambda: bool(table.lookup("default", TWO)))

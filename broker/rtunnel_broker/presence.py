@@ -1,0 +1,131 @@
+"""One node in the registry: its incarnation, its heartbeats, and what they put right. In trio's thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+from rtunnel.bridge import Bridge
+from rtunnel.clock import ClockWatch, registry_offset
+from rtunnel.config import RegistryConfig
+from rtunnel.errors import RegistryUnavailable, Superseded
+from rtunnel.registry import NodeRecord, Registration, Registry
+from rtunnel_broker.log import NodeLog
+from rtunnel_broker.registrar import Registrar
+
+#: Seconds between two questions for the registry's clock, so that it is known when a gateway's clock differs.
+MEASURE_SECONDS: Final = 60.0
+
+
+class Presence:
+    """Keeps a node and its sessions in the registry."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        config: RegistryConfig,
+        bridge: Bridge,
+        registrar: Registrar,
+        clock: ClockWatch,
+        log: NodeLog,
+        record: Callable[[], NodeRecord],
+    ) -> None:
+        """`record` returns the node as the registry is to know it now."""
+        self.heartbeat = config.heartbeat  # seconds
+        self.incarnation = 0  # 0: the registry has not given one yet
+        self.clock_offset: float | None = None  # seconds that this machine's clock is ahead of the registry's
+        self._ttl = config.ttl
+        self._registry = registry
+        self._bridge = bridge
+        self._registrar = registrar
+        self._clock = clock
+        self._log = log
+        self._record = record
+        self._fault: RegistryUnavailable | None = None  # of the last call; None: it was answered
+        self._beating = trio.Lock()
+        self._measured_at = -MEASURE_SECONDS
+
+    @property
+    def down(self) -> str:
+        """Why the registry does not serve this node; empty when it does."""
+        if self._fault is not None:
+            return str(self._fault)
+        return "" if self.incarnation else "not contacted yet"
+
+    async def join(self, stop: trio.Event) -> bool:
+        """Wait for an incarnation, without which this node can't fence. Return False when `stop` comes first."""
+        while not stop.is_set():
+            try:
+                self.incarnation = await self._bridge.registry(self._registry.start_node, self._record())
+            except RegistryUnavailable as error:
+                self._is_down(error)
+                with trio.move_on_after(min(1.0, self.heartbeat)):
+                    await stop.wait()
+            else:
+                self._fault = None
+                return True
+        return False
+
+    async def run(self) -> None:
+        """Send heartbeats until cancelled. Raises Superseded when another process takes the node_id."""
+        while True:
+            await trio.sleep(self.heartbeat)
+            await self.beat()
+
+    async def beat(self) -> None:
+        """Refresh everything in the registry, and put back what is missing. Raises Superseded."""
+        async with self._beating:
+            await self._beat()
+
+    async def leave(self) -> None:
+        """Take all tuples of this node out, and put its ports into quarantine.
+
+        Never beside a heartbeat, which would bring them back.
+        """
+        async with self._beating:
+            await self._bridge.registry_tries(self._registry.stop_node, self._record().node, self.incarnation)
+
+    async def _beat(self) -> None:
+        registrations = self._registrar.registrations()
+        left: list[Registration] = []
+        self._registrar.left_during_beat = left
+        try:
+            beat = await self._bridge.registry(self._registry.beat, self._record(), registrations)
+        except RegistryUnavailable as error:
+            self._is_down(error)
+            self.clock_offset = None
+            return
+        except Superseded:
+            self._log.error("node_superseded", reason="another broker started under this node_id")
+            raise
+        finally:
+            self._registrar.left_during_beat = None
+        if self._fault is not None:
+            self._log.info("registry_back", tuples_put_back=beat.put_back)
+            self._fault = None
+        elif beat.put_back:
+            self._log.warning("registry_had_lost_tuples", tuples_put_back=beat.put_back)
+        if beat.lost:
+            await self._bridge.run(lambda: self._registrar.end_lost(beat.lost))
+        for registration in left:
+            await self._bridge.registry_tries(self._registry.unregister, registration)
+        for session in self._registrar.moved():
+            self._bridge.spawn(self._registrar.republish, session)
+        await self._measure_clock()
+
+    async def _measure_clock(self) -> None:
+        """Compare this clock with the registry's: seldom, and at each beat while Dials are refused as expired."""
+        now = time.monotonic()
+        if not self._clock.suspicious and now < self._measured_at + MEASURE_SECONDS:
+            return
+        self._measured_at = now
+        nodes = await self._bridge.registry_tries(self._registry.nodes) or []
+        self.clock_offset = registry_offset((node.beat for node in nodes), self._ttl, time.time())
+
+    def _is_down(self, error: RegistryUnavailable) -> None:
+        if self._fault is None:
+            self._log.error("registry_unavailable", reason=str(error))
+        self._fault = error
