@@ -80,7 +80,7 @@ Input = Action | type[Message]
 
 
 class Table(dict[tuple[DialState, Input], DialState]):
-    """The next state for each state and input; one that is missing raises the error that says so."""
+    """The next state for each state and input. A missing one raises the error that names both."""
 
     def __missing__(self, key: tuple[DialState, Input]) -> DialState:
         state, done = key
@@ -128,7 +128,10 @@ class DialAccepted(msgspec.Struct, Generic[P], frozen=True):
 
 
 class DialRefused(msgspec.Struct, frozen=True):
-    """The answer no. `time`: milliseconds since 1970 by the broker's clock with `expired`, else 0."""
+    """The answer no.
+
+    `time`: milliseconds since 1970 by the broker's clock, if the code is `expired`; else 0.
+    """
 
     code: Refusal
     text: str  # for people; the code's own sentence if the peer gave none
@@ -179,7 +182,7 @@ class DialSender(Generic[P]):
         self.rest = b""  # what came behind Accepted: it belongs to the raw stream
 
     def dial(self, body: DialBody, key: Signer | None = None) -> bytes:
-        """Return the Dial, signed with `key`; a broker's own open port has none. Raises LocalError."""
+        """Return the Dial, signed with `key`; an open port has none. Raises LocalError."""
         self.state = SENDER[self.state, Action.DIAL]
         raw = self._body = encode_body(body)
         return encode(Dial(body=raw) if key is None else Dial(body=raw, mac=key.sign(raw), key=key.id))
@@ -285,19 +288,23 @@ class DialReceiver:
         return self._frame + self.rest
 
     def dialling(self) -> bytes:
-        """Return Dialling: the target is being connected, and that takes a while. Raises LocalError."""
+        """Return Dialling: the agent still connects the target. Raises LocalError."""
         self.state = RECEIVER[self.state, Action.DIALLING]
         return _DIALLING
 
     def accept(self, prover: Prover | None = None) -> bytes:
-        """Return Accepted, proved if the Dial asks for that and there is a `prover`. Raises LocalError."""
+        """Return Accepted, proved if the Dial asks for a proof and there is a `prover`.
+
+        Raises LocalError.
+        """
         self.state = RECEIVER[self.state, Action.ACCEPT]
         return encode(_ACCEPTED if prover is None else self._proved(_ACCEPTED, prover))
 
     def refuse(self, refused: Refused, prover: Prover | None = None, time: int = 0) -> bytes:
-        """Return Refused, proved if another path could say nothing else (Next.STOP). Raises LocalError.
+        """Return Refused, proved if no other path is tried after it (Next.STOP).
 
-        `time`: milliseconds since 1970 by this end's clock, which is told with `expired` only.
+        `time`: milliseconds since 1970 by this end's clock; it is sent with `expired` only. Raises
+        LocalError.
         """
         self.state = RECEIVER[self.state, Action.REFUSE]
         code = refused.code

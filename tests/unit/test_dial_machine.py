@@ -1,4 +1,4 @@
-"""Both ends of a Dial without a socket: scripts in any split of bytes, and any message in any state."""
+"""Both ends of a Dial without a socket: any split of bytes, any message in any state."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ def test_raw_states_are_ends() -> None:
 
 
 def test_the_tables_of_the_page_are_those_of_the_machines() -> None:
-    """docs/wire.md is wrong as soon as a transition changes; `python -m support.dial_tables` writes it anew."""
+    """docs/wire.md has exactly these tables; `python -m support.dial_tables` writes them."""
     assert shown(dial_tables.NAME) == dial_tables.text()
 
 

@@ -1,4 +1,4 @@
-"""The four ends of Dials in their roles, without a socket: what each says, counts and gives back."""
+"""The four ends of Dials in their roles, without a socket: what each says and counts."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_what_is_no_dial_is_a_protocol_error(broker: Broker, data: bytes, text: 
 
 
 def test_a_connection_that_ends_before_its_dial_is_counted(broker: Broker) -> None:
-    """By kind: a probe, a broken one, one that is over its time or had to make room. A FIN gets an answer."""
+    """By kind: a probe, a broken one, one after its deadline, one that made room."""
     broker.gateway().lose()
     spoke = broker.gateway()
     spoke.receive(b"\0")
@@ -301,7 +301,7 @@ EVENTS = ["dial", "bad dial", "accepted", "refused", "garbage", "fin", "lost", "
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(EVENTS)), max_size=30), st.integers(0, 255))
 def test_whatever_happens_at_ports_all_is_given_back(events: list[tuple[int, str]], salt: int) -> None:
-    """Two guarded and two open connections, and any events: no count is ever below zero, and all end at zero."""
+    """Four connections and any events: no count falls below zero, and all end at zero."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ports, "StreamEnd", lambda link: FakeEnd())
         broker = Broker()
@@ -369,7 +369,7 @@ class Agent:
 
 
 def test_an_agent_connects_and_accepts() -> None:
-    """From the target's own address; bytes behind the Dial go to the target first. A port that is withdrawn ends it."""
+    """From the target's own address. When the port is withdrawn, the stream ends."""
     agent, target = Agent(), FakeEnd()
     stream = agent.stream(body(), EARLY)
     (connect,) = agent.relay.connects
@@ -564,7 +564,7 @@ def test_an_attempt_fails_once(happens: Any, code: Refusal) -> None:
 
 
 def test_an_attempt_believes_no_answer_that_is_not_proved() -> None:
-    """It reports who was not believed, and fails; a refusal that another path may change needs no proof."""
+    """It reports the answer and fails. A refusal that another path may change needs no proof."""
 
     def check(*_: Any) -> None:
         raise Refused(Refusal.NOT_PROVEN, "no proof")
