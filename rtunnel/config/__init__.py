@@ -1,13 +1,15 @@
-"""Configuration: one TOML file, a section per role; `RTUNNEL_SECTION_KEY` overrides it, flags override both.
+"""The configuration: one TOML file with a section for each role.
 
-`sections` is the source of everything said about a key: its type, default, unit, meaning and check stand on its line;
-flags, error messages and the test of `docs/configuration.md` are made from it. Durations are seconds.
+`RTUNNEL_SECTION_KEY` overrides the file, and flags override both. `sections` is the source of
+everything that is said about a key: its type, default, unit, meaning and check stand on its line.
+Flags, error messages and the test of `docs/configuration.md` are made from it. Durations are
+seconds.
 
-`load` (in `loading`) judges what the text alone can show: key by key (`values`, `checks`), then across keys
-(`consistency`). `unit` reads a systemd unit, so that a check sees what the unit will.
-`check_role` judges what one role needs on this machine, before it starts; `warnings` says what is allowed and probably
-not meant (`preflight`). Faults are `ConfigError`, all of them at once, each with where the value came from, its key,
-the reason, and the fix.
+`load` (in `loading`) checks the text alone: each key (`values`, `checks`), then several keys
+together (`consistency`). `unit` reads a systemd unit, so that a check sees what the unit will.
+`check_role` checks what one role needs on this machine before it starts; `warnings` names settings
+that are allowed and probably not intended (`preflight`). A `ConfigError` lists all faults at once,
+each with the source of the value, the key, the reason, and what to do.
 """
 
 from __future__ import annotations

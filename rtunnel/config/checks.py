@@ -1,4 +1,4 @@
-"""Checks of one key: value in, canonical value out, or BadValue."""
+"""Checks of one key: each takes a value, and returns its canonical form or raises BadValue."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rtunnel.config.values import (
     split_exposes,
 )
 
-#: What fits into one Hello (rtunnel/wire/messages.py).
+#: Items that fit into one Hello (rtunnel/wire/messages.py).
 MAX_ADDRESSES = 64
 MAX_EXPOSES = 256
 
@@ -31,12 +31,12 @@ Check = Callable[[Any], Any]
 
 
 def optional(check: Check) -> Check:
-    """Nothing, or what `check` takes."""
+    """Return a check that accepts an empty value, or what `check` accepts."""
     return lambda value: value if value == "" else check(value)
 
 
 def one_of(*words: str) -> Check:
-    """A word of a list."""
+    """Return a check that accepts one of these words."""
 
     def check(value: str) -> str:
         if value not in words:
@@ -49,10 +49,10 @@ def one_of(*words: str) -> Check:
 
 
 def between(low: float, high: float) -> Check:
-    """A finite number."""
+    """Return a check that accepts a finite number within these bounds."""
 
     def check(value: float) -> float:
-        # A nan fails both comparisons.
+        # Both comparisons are false for a nan.
         if not low <= value <= high:
             raise BadValue(f"{value} is out of bounds", f"use {low:.12g}..{high:.12g}")
         return value
@@ -61,18 +61,18 @@ def between(low: float, high: float) -> Check:
 
 
 def each(check: Check, at_most: int) -> Callable[[list[Any]], list[Any]]:
-    """A list, not too long, of what `check` takes."""
+    """Return a check that accepts a list of up to `at_most` values that `check` accepts."""
 
     def check_all(values: list[Any]) -> list[Any]:
         if len(values) > at_most:
-            raise BadValue(f"{len(values)} entries", f"at most {at_most}")
+            raise BadValue(f"{len(values)} entries", f"use at most {at_most}")
         return [check(value) for value in values]
 
     return check_all
 
 
 def check_listen(text: str) -> str:
-    """An address to listen on."""
+    """Return an address and port to listen on, in canonical form."""
     host, port = parse_endpoint(text)
     if not (":" in host or looks_like_ip(host)):
         raise BadValue(
@@ -82,7 +82,7 @@ def check_listen(text: str) -> str:
 
 
 def check_remote(text: str) -> str:
-    """An endpoint to dial."""
+    """Return a host and port to dial, in canonical form."""
     host, port = parse_endpoint(text)
     if port == 0:
         raise BadValue("port 0 can't be dialled", "use 1..65535")
@@ -90,7 +90,7 @@ def check_remote(text: str) -> str:
 
 
 def check_address(text: str) -> str:
-    """The address of one host."""
+    """Return the address of one host, in canonical form."""
     canonical = canonical_ip(text)
     address = ipaddress.ip_address(canonical)
     if address.is_unspecified or address.is_multicast:
@@ -99,22 +99,25 @@ def check_address(text: str) -> str:
 
 
 def check_addresses(values: list[str]) -> list[str]:
-    """Those of one agent. One order, no doubles: a Hello names each address once."""
+    """Return the addresses of one agent, sorted and each once, as a Hello names them."""
     return list(dict.fromkeys(each(check_address, MAX_ADDRESSES)(values)))
 
 
 def check_port_range(text: str) -> str:
-    """Ports, the first and the last."""
+    """Return a range of ports, as first and last."""
     return "{}-{}".format(*parse_range(text))
 
 
 def check_expose(text: str) -> str:
-    """Of one port or range."""
+    """Return one port or a range of ports, in canonical form."""
     return span(*parse_ports(text))
 
 
 def check_exposes(values: list[str]) -> list[str]:
-    """All of one agent: no port at its addresses and on loopback both."""
+    """Return all exposed ports of one agent.
+
+    No port may be both at its addresses and on loopback.
+    """
     entries = each(_expose_or_loopback, MAX_EXPOSES)(values)
     direct, loopback = map(parse_exposes, split_exposes(entries))
     for low, high in loopback:
@@ -134,7 +137,7 @@ def _expose_or_loopback(text: str) -> str:
 
 
 def check_registry_url(text: str) -> str:
-    """Where the registry is. The text may hold a password: no message repeats it."""
+    """Return the URL of the registry. It may hold a password, which no message repeats."""
     try:
         url = urlsplit(text)
         _ = url.port if url.scheme in ("redis", "rediss") else None
@@ -153,7 +156,7 @@ def check_registry_url(text: str) -> str:
 
 
 def check_server_name(text: str) -> str:
-    """What a certificate may carry."""
+    """Return a host name or IP address that a certificate can carry."""
     if looks_like_ip(text) or ":" in text:
         return canonical_ip(text)
     if not HOST_NAME.fullmatch(text):

@@ -1,4 +1,4 @@
-"""Checks across keys, of the text alone."""
+"""Checks several keys of the configuration's text together, without looking at the machine."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from rtunnel.config.sections import MAX_WORKERS, AgentConfig, Config
 from rtunnel.config.values import MAX_WORD, Problem, parse_endpoint, parse_range, span, split_exposes
 from rtunnel.wire.messages import MAX_HELLO, MAX_HOLDS, VERSION, Hello, Publish, encode
 
-#: Ranges of ports that a broker gives out; "" for none.
+#: Keys with ranges of ports that a broker allocates; "" for no range.
 BROKER_RANGES = ("broker.port_range", "broker.open_ports.range")
 
 
 def contradictions(config: Config) -> Iterator[Problem]:
-    """Where keys say what cannot be true together."""
+    """Yield a problem for each group of keys that contradict each other."""
     yield from _check_registry(config)
     for section in ("broker", "agent", "gateway", "authority"):
         yield from check_ports(config, (section,))
@@ -49,7 +49,7 @@ def _check_open_ports(config: Config) -> Iterator[Problem]:
 
 
 def _check_identity(config: Config) -> Iterator[Problem]:
-    """What certificates need of each other, for the side that judges them and the side that shows one."""
+    """Check the keys about certificates, of brokers and gateways that verify them and of agents."""
     for section in ("broker", "gateway"):
         for key in (f"{section}.trust", f"{section}.authority"):
             if config.get(key) and not config.get(f"{section}.ca"):
@@ -80,7 +80,7 @@ def _check_workers(config: Config) -> Iterator[Problem]:
 
 
 def check_ports(config: Config, sections: Sequence[str]) -> Iterator[Problem]:
-    """Nothing that one process binds may overlap."""
+    """Yield a problem for each two sockets or ranges of one process that overlap."""
     taken: list[tuple[str, str, int, int]] = []
     for key, host, low, high in _claims(config, sections):
         for other, other_host, other_low, other_high in taken:
@@ -104,12 +104,12 @@ def _claims(config: Config, sections: Sequence[str]) -> Iterator[tuple[str, str,
 
 
 def _same_host(one: str, other: str) -> bool:
-    """Whether sockets on both could collide; "" and the unspecified addresses are every address."""
+    """Return whether sockets on both could collide: "" stands for every address."""
     return one == other or any(host in ("", "0.0.0.0", "::") for host in (one, other))  # noqa: S104 - compared, not bound
 
 
 def check_publish(config: Config, addresses: Sequence[str]) -> Iterator[Problem]:
-    """Open ports lead to the agent's own addresses."""
+    """Yield a problem for each published target that is not one of the agent's addresses."""
     for index, entry in enumerate(config.agent.publish):
         host, _ = parse_endpoint(entry.target)
         if host not in addresses:
@@ -119,7 +119,7 @@ def check_publish(config: Config, addresses: Sequence[str]) -> Iterator[Problem]
 
 
 def longest_hello(agent: AgentConfig) -> Hello:
-    """The longest that this agent could send, whatever nodes it has sessions on."""
+    """Return the longest Hello that this agent can send, whatever sessions it has."""
     direct, loopback = split_exposes(agent.exposes)
     longest = "\U00010000" * MAX_WORD
     return Hello(
@@ -144,7 +144,7 @@ def longest_hello(agent: AgentConfig) -> Hello:
 
 
 def _check_hello(config: Config) -> Iterator[Problem]:
-    """All but networks fits, as many and as long as it can be."""
+    """Check the length of the Hello. Without networks even the longest one fits."""
     if (size := len(encode(longest_hello(config.agent))) - 4) > MAX_HELLO:
         reason = f"with its networks (allow) the agent's Hello can take {size} bytes, and brokers read {MAX_HELLO}"
         yield config.problem("agent.publish", reason, "allow fewer, or none: those that the broker allows")

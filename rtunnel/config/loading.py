@@ -1,4 +1,4 @@
-"""Loading: file, environment and flags into one `Config`."""
+"""Loads file, environment and flags into one `Config`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rtunnel.config.consistency import contradictions
 from rtunnel.config.sections import ENV_PREFIX, FILE, FOLDER, KEYS, SECTIONS, Config, Leaf, Section
 from rtunnel.config.values import BadValue, ConfigError, Problem
 
-#: A configuration is a page of text: a larger file is the wrong file.
+#: Bytes of a configuration, which is a page of text; a larger file is the wrong one.
 MAX_FILE = 1 << 20
 
 
 class Flag(NamedTuple):
-    """An override that knows the name of its flag."""
+    """An override with the name of the flag that gave it."""
 
     name: str
     value: object
@@ -29,13 +29,14 @@ class Flag(NamedTuple):
 class _Given(NamedTuple):
     value: Any
     source: str
-    base: Path | None = None  # relative files of a configuration file stand beside it
+    base: Path | None = None  # the folder of the configuration file, where its relative paths start
 
 
 def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, object]) -> Config:
-    """Defaults <- file <- environment <- overrides ("broker.listen" -> value or `Flag`; None is not given).
+    """Return the configuration: defaults, overridden by file, then environment, then `overrides`.
 
-    Raises ConfigError with every fault that can be seen without looking at the machine.
+    `overrides` maps a key ("broker.listen") to a value or `Flag`; None means not given. Raises
+    ConfigError with every fault that can be found without looking at the machine.
     """
     problems: list[Problem] = []
     given = {**_from_file(path, problems), **_from_environ(environ, problems), **_from_overrides(overrides, problems)}
@@ -58,13 +59,16 @@ def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, 
 
 
 def reread(config: Config) -> Config:
-    """The configuration with what its file says now; variables and flags stay as they were. Raises ConfigError."""
+    """Return the configuration with the present contents of its file. Raises ConfigError.
+
+    Environment variables and flags keep their values.
+    """
     kept = {key: Flag(source, config.get(key)) for key, source in config.sources.items() if source != config.file}
     return load(Path(config.file), {}, kept)
 
 
 def changed(old: Config, new: Config) -> list[str]:
-    """The keys whose values differ."""
+    """Return the keys whose values differ."""
     return [path for path in KEYS if old.get(path) != new.get(path)]
 
 
@@ -98,7 +102,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _syntax_problem(source: str, data: bytes, text: str) -> Problem:
-    """tomllib says where at the end of its sentence: put that behind the file's name, as compilers do."""
+    """Return a problem with the position behind the file's name, where editors expect it.
+
+    tomllib puts the position at the end of its message.
+    """
     if match := re.search(r" \(at line (\d+), column (\d+)\)$", text):
         line, column = match.groups()
         return Problem(f"{source}:{line}:{column}", "", f"is not TOML: {text[: match.start()]}")
@@ -126,7 +133,7 @@ def _shown(key: str) -> str:
 
 
 def _nearest(key: str) -> str:
-    """A suggestion for an unknown key: first among its own section's names, then the same name elsewhere."""
+    """Return a suggestion for an unknown key, at first from its own section."""
     prefix, _, name = key.rpartition(".")
     depth = prefix.count(".") + 1 if prefix else 0
     siblings = {known.split(".")[depth] for known in KEYS if not prefix or known.startswith(prefix + ".")}
@@ -138,7 +145,7 @@ def _nearest(key: str) -> str:
     return "known here: " + ", ".join(sorted(siblings)) if siblings else ""
 
 
-# Kubernetes puts these into every pod beside a Service of the name rtunnel-broker.
+# Kubernetes sets these in every pod when there is a Service with the name rtunnel-broker.
 _SERVICE_LINK = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?)")
 _SERVICE_URL = re.compile(r"(tcp|udp|sctp)://")
 _ENVS = {leaf.env: leaf.path for leaf in KEYS.values()}
@@ -178,7 +185,7 @@ def _from_overrides(overrides: Mapping[str, object], problems: list[Problem]) ->
 
 def _value(leaf: Leaf, given: _Given) -> Any:
     value = given.value
-    # Only a file has types: what comes as text from a variable or a flag is read as the key's type.
+    # Only a file has types: the text of a variable or flag is read as the key's type.
     from_text = given.base is None
     if leaf.is_list and from_text:
         value = _split(value)
@@ -191,7 +198,7 @@ def _value(leaf: Leaf, given: _Given) -> Any:
 
 
 def _split(value: Any) -> Any:
-    """Comma-separated text, or several such from a flag that was repeated."""
+    """Return the parts of comma-separated text, or of several from a repeated flag."""
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list | tuple):
         return value
@@ -225,7 +232,7 @@ def _build(struct: type[Any], path: str, values: Mapping[str, Any]) -> Any:
     return struct(**arguments)
 
 
-#: The types of each section's fields, once they were asked for: to evaluate them is most of a `load`.
+#: A cache of the types of each section's fields: computing them is most of a `load`.
 _hints_of: dict[type[Any], dict[str, Any]] = {}
 
 

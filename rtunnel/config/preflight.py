@@ -1,4 +1,4 @@
-"""What one role needs on this machine before it starts, and what is allowed and probably not meant."""
+"""Checks what one role needs on this machine, and warns of unlikely settings."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ ROLES = ("broker", "agent", "gateway", "authority", "standalone")
 
 
 def role_sections(role: str) -> tuple[str, ...]:
-    """The sections that a role reads, beside [log] and [registry]."""
+    """Return the sections that a role reads, beside [log] and [registry]."""
     if role not in ROLES:
         raise ValueError(f"no such role: {role!r} (known: {', '.join(ROLES)})")
     return ("broker", "gateway") if role == "standalone" else (role,)
 
 
 def check_role(config: Config, role: str) -> None:
-    """Whether this role could start here: what it needs is given, its files are readable. Raises ConfigError."""
+    """Raise ConfigError unless this role could start here.
+
+    It needs certain keys, and files that can be read.
+    """
     if problems := list(_missing(config, role)):
         raise ConfigError(problems)
 
@@ -49,12 +52,12 @@ def _missing(config: Config, role: str) -> Iterator[Problem]:
 
 
 def is_memory(config: Config) -> bool:
-    """Whether tuples live in this process only."""
+    """Return whether tuples are kept in this process only."""
     return urlsplit(config.registry.url).scheme == "memory"
 
 
 def warnings(config: Config, role: str) -> list[Problem]:
-    """What is allowed for this role and probably not meant."""
+    """Return settings of this role that are allowed and probably not intended."""
     return list(_warnings(config, role))
 
 
@@ -82,19 +85,21 @@ def _warnings(config: Config, role: str) -> Iterator[Problem]:
         yield config.problem("agent.exposes", "is empty: nothing can be reached through this agent")
 
 
-#: A client holds its own socket and one to a broker, a session its link and the socket of its port (docs/deploy.md).
+#: A client holds its own socket and one to a broker. A session holds its link and the socket of its
+#: port (docs/deploy.md).
 _DESCRIPTORS_EACH: Final = 2
-#: Beside them: pipes of bulk streams (96), connections to the registry and of the admin endpoint, hedges.
+#: Other descriptors: pipes of bulk streams (96), connections to the registry and of the admin
+#: endpoint, hedges.
 OTHER_DESCRIPTORS: Final = 256
 
 
 def client_room(limit: int) -> int:
-    """How many clients, or sessions, a process with so many descriptors can hold."""
+    """Return how many clients or sessions fit a process with this many descriptors."""
     return max(1, (limit - OTHER_DESCRIPTORS) // _DESCRIPTORS_EACH)
 
 
 def descriptor_limit() -> int:
-    """How many descriptors a role will have: it raises its soft limit to the hard one at its start."""
+    """Return how many descriptors a role can have: it raises its soft limit to the hard one."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return sys.maxsize if hard == resource.RLIM_INFINITY else hard
 
@@ -209,7 +214,7 @@ _NEEDS: dict[str, Callable[[Config], Iterator[Problem]]] = {
 
 
 def _role_files(config: Config, role: str) -> Iterator[str]:
-    """The file keys that this role will open, and that must be there."""
+    """Yield the keys of files that this role opens, and that must exist."""
     unused = {path for path, leaf in KEYS.items() if leaf.key.made}
     if config.broker.security == config.broker.dial_security == "plain":
         unused |= {"broker.certificate", "broker.key"}
@@ -223,7 +228,7 @@ def _role_files(config: Config, role: str) -> Iterator[str]:
 
 def _file_fault(name: str) -> str:
     try:
-        # Looked at before it is opened: opening a pipe would wait for its writer.
+        # The type is checked before the file is opened: opening a pipe would wait for a writer.
         if not stat.S_ISREG(Path(name).stat().st_mode):
             return f"{name} is not a file"
         with Path(name).open("rb"):
@@ -233,7 +238,7 @@ def _file_fault(name: str) -> str:
 
 
 def _open_to_others(config: Config, key: str, path: Path) -> Iterator[Problem]:
-    """A secret that everyone may read or write."""
+    """Warn of a secret that every user of this machine may read or write."""
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
     except (OSError, ValueError):
@@ -247,7 +252,7 @@ _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def _ephemeral_overlaps(config: Config) -> Iterator[Problem]:
-    """The kernel gives out ports of this range to outgoing connections, and may have given away ours."""
+    """Warn of ranges that overlap the kernel's range for outgoing connections."""
     try:
         kernel_low, kernel_high = map(int, _EPHEMERAL.read_text().split())
     except (OSError, ValueError):

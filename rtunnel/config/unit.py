@@ -1,7 +1,7 @@
-"""Reads the parts of a systemd unit that decide what a role sees: variables, credentials and the user.
+"""Reads what a systemd unit gives a role: variables, credentials and the user.
 
-`rtunnel config check --unit` uses them, because a check in root's shell has other variables than the unit, and may
-read files that the unit's user may not.
+`rtunnel config check --unit` uses them, because a check in root's shell has other variables than
+the unit, and may read files that the unit's user may not.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _DYNAMIC: Final = ("yes", "true", "1", "on")
 class Unit:
     """One unit file, as far as a role's configuration hangs on it."""
 
-    environment: dict[str, str]  # credentials stand in it by the paths that systemd copies them from
+    # Credentials stand in it by the paths that systemd copies them from.
+    environment: dict[str, str]
     credentials: frozenset[str]  # those paths
     other_user: bool  # it does not run as root
 
@@ -90,7 +91,7 @@ def unreadable(config: Config, unit: Unit, sections: tuple[str, ...]) -> list[Pr
 
 
 def _closed_to_others(path: Path) -> Path | None:
-    """Return the file or folder of the path that other users may not read or enter; None when all are open."""
+    """Return the part of the path that other users may not read or enter, or None."""
     for folder in reversed(path.resolve().parents):
         if not folder.stat().st_mode & stat.S_IXOTH:
             return folder

@@ -1,4 +1,7 @@
-"""Values: parse, or say why not. Ports, endpoints, addresses, networks, words."""
+"""Parses values: ports, endpoints, addresses, networks, words.
+
+A function raises ValueError if it can't.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-#: Characters of an id or a namespace.
+#: Greatest number of characters of an id or a namespace.
 MAX_WORD = 128
-#: In front of a port of `agent.exposes`: the service listens on loopback only.
+#: Prefix of a port in `agent.exposes` whose service listens on loopback only.
 LOOPBACK = "loopback:"
 
 #: RFC 4291 section 2.5.5: IPv4 addresses inside IPv6.
@@ -21,7 +24,7 @@ HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 
 
 class BadValue(ValueError):
-    """A value that can't be used; the text is the reason, `fix` says what to write instead."""
+    """A value that cannot be used. The text is the reason; `fix` says what to write instead."""
 
     def __init__(self, reason: str, fix: str = "") -> None:
         super().__init__(reason)
@@ -30,7 +33,7 @@ class BadValue(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One fault (or warning): where the value came from, which key, why, and what to do."""
+    """One fault or warning: the source of the value, the key, the reason, and what to do."""
 
     source: str
     key: str
@@ -43,7 +46,10 @@ class Problem:
 
 
 class ConfigError(Exception):
-    """The configuration can't be used. `problems` has all faults that were found; the text has one a line."""
+    """The configuration cannot be used.
+
+    `problems` has all faults that were found; the text has one on each line.
+    """
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
@@ -51,9 +57,10 @@ class ConfigError(Exception):
 
 
 def parse_endpoint(text: str) -> tuple[str, int]:
-    """(host, port) of "host:port" or "[v6]:port"; addresses come back canonical, port 0 is allowed.
+    """Return (host, port) of "host:port" or "[v6]:port". The address is canonical.
 
-    Raises ValueError."""
+    Port 0 is allowed. Raises ValueError.
+    """
     host, colon, port = text.rpartition(":")
     if not colon or not host or "]" in port:
         raise BadValue(f"{text!r} is not host:port", "write it like 10.0.0.1:7000 or [fd00::1]:7000")
@@ -70,12 +77,12 @@ def parse_endpoint(text: str) -> tuple[str, int]:
 
 
 def format_endpoint(host: str, port: int) -> str:
-    """The inverse of `parse_endpoint`."""
+    """Return "host:port" or "[v6]:port", the inverse of `parse_endpoint`."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def parse_range(text: str) -> tuple[int, int]:
-    """(first, last) of "first-last", both inclusive, 1..65535. Raises ValueError."""
+    """Return (first, last) of "first-last", both inclusive, 1..65535. Raises ValueError."""
     first, dash, last = text.partition("-")
     if not dash:
         raise BadValue(f"{text!r} is not a range of ports", "write it like 20000-29999")
@@ -86,24 +93,30 @@ def parse_range(text: str) -> tuple[int, int]:
 
 
 def span(low: int, high: int) -> str:
-    """The inverse of `parse_ports`."""
+    """Return "9100" or "8000-8100", the inverse of `parse_ports`."""
     return str(low) if low == high else f"{low}-{high}"
 
 
 def slice_of(text: str, number: int, count: int) -> str:
-    """Part `number` (from 1) of `count` of a range, as a range: disjoint, all of it, as equal as can be."""
+    """Return part `number` (from 1) of `count` equal parts of a range.
+
+    Together they are the range.
+    """
     first, last = parse_range(text)
     size = last - first + 1
     return f"{first + size * (number - 1) // count}-{first + size * number // count - 1}"
 
 
 def parse_exposes(items: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """Port ranges of "9100" and "8000-8100", sorted, touching ones merged. Raises ValueError."""
+    """Return the ranges of "9100" and "8000-8100", sorted, with touching ones merged.
+
+    Raises ValueError.
+    """
     return _merged(map(parse_ports, items))
 
 
 def split_exposes(items: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(ports at the agent's addresses, ports on its loopback) of `agent.exposes`, both without a prefix."""
+    """Return the entries of `agent.exposes` for the agent's addresses, and those for loopback."""
     loopback = [item.removeprefix(LOOPBACK) for item in items if item.startswith(LOOPBACK)]
     return [item for item in items if not item.startswith(LOOPBACK)], loopback
 
@@ -119,10 +132,12 @@ def _merged(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 
 
 def canonical_ip(text: str, version: int = 0) -> str:
-    """The one spelling of an IP address: v6 compressed, v4-mapped v6 as v4, no scope. Raises ValueError.
+    """Return the canonical text of an IP address: v6 compressed, v4-mapped v6 as v4, no scope.
 
-    `version` 6: it stood in brackets."""
-    # The C library reads an address in 1 us. `ipaddress` takes 20: 64 of them in a stranger's Hello are a stall.
+    `version` 6: the text stood in brackets. Raises ValueError.
+    """
+    # The C library parses an address in 1 us. `ipaddress` takes 20 us, so that 64 addresses in the
+    # Hello of an unknown peer would stall the thread.
     try:
         if ":" in text:
             return _spell_v6(socket.inet_pton(socket.AF_INET6, text))
@@ -138,7 +153,7 @@ def _spell_v6(packed: bytes) -> str:
     if packed.startswith(_MAPPED):
         return socket.inet_ntop(socket.AF_INET, packed[12:])
     if packed.startswith(_COMPATIBLE) and packed[12:14] != b"\0\0":
-        # RFC 5952 has ::a01:7 here, the C library ::10.1.0.7.
+        # RFC 5952 writes ::a01:7 here, the C library ::10.1.0.7.
         return f"::{int.from_bytes(packed[12:14], 'big'):x}:{int.from_bytes(packed[14:], 'big'):x}"
     return socket.inet_ntop(socket.AF_INET6, packed)
 
@@ -152,9 +167,10 @@ def _no_address(text: str) -> BadValue:
 
 
 def check_word(text: str) -> str:
-    """An id or namespace: 1..128 printable characters, no space, no '/' (lease owners join the two with it).
+    """Return an id or namespace: 1 to 128 printable characters, without space and '/'.
 
-    Raises ValueError."""
+    Lease owners join the two with '/'. Raises ValueError.
+    """
     if not 1 <= len(text) <= MAX_WORD:
         raise BadValue(f"{len(text)} characters long", f"use 1 to {MAX_WORD}")
     if not text.isprintable() or " " in text or "/" in text:
@@ -163,7 +179,7 @@ def check_word(text: str) -> str:
 
 
 def check_network(text: str) -> str:
-    """A network, or one address as a network, in its one spelling. Raises ValueError."""
+    """Return the canonical text of a network, or of one address as a network. Raises ValueError."""
     try:
         return str(ipaddress.ip_network(text))
     except ValueError:
@@ -176,13 +192,13 @@ def check_network(text: str) -> str:
 
 
 def host_name() -> str:
-    """The host's name: what ids default to."""
+    """Return the host's name, which is the default of several ids."""
     return socket.gethostname() or "localhost"
 
 
 def default_address() -> str:
-    """Return the address that the default route leaves from; "" where there is none. Sends nothing."""
-    # Documentation addresses: connecting a UDP socket only asks the kernel for the route.
+    """Return the source address of the default route, or "" without one. Sends no packet."""
+    # Addresses for documentation. To connect a UDP socket only asks the kernel for the route.
     for family, probe in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
         try:
             with socket.socket(family, socket.SOCK_DGRAM) as sock:
@@ -196,12 +212,12 @@ def default_address() -> str:
 
 
 def looks_like_ip(host: str) -> bool:
-    """Only digits in the last label: no host name is like that (RFC 1123), so it's an address, or wrong."""
+    """Return whether the last label has only digits, which no host name has (RFC 1123)."""
     return host.rstrip(".").rpartition(".")[2].isdigit()
 
 
 def parse_port(text: str, least: int) -> int:
-    """A port from `least` to 65535. Raises ValueError."""
+    """Return a port from `least` to 65535. Raises ValueError."""
     # isdecimal alone takes other scripts' digits, int() alone takes "+1" and "1_0".
     if not (text.isascii() and text.isdecimal() and len(text) <= 5 and least <= int(text) <= 65535):
         raise BadValue(f"{text!r} is not a port", f"use {least}..65535")
@@ -209,7 +225,7 @@ def parse_port(text: str, least: int) -> int:
 
 
 def parse_ports(text: str) -> tuple[int, int]:
-    """(first, last) of "9100" or "8000-8100". Raises ValueError."""
+    """Return (first, last) of "9100" or "8000-8100". Raises ValueError."""
     text = text.strip()
     if "-" in text:
         return parse_range(text)
