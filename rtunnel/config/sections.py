@@ -167,7 +167,8 @@ _HEDGE_DELAY = _seconds(
     "time after which the next tuple is tried beside a silent one, until enough answer times are known", low=0
 )
 _SOURCE_ADDRESSES = Key(
-    "addresses of this machine from which brokers are dialled in turn, for more source ports; default: the kernel's choice",
+    "addresses of this machine from which brokers are dialled in turn, for more source ports; "
+    "default: the kernel's choice",
     check_addresses,
     "IPs",
 )

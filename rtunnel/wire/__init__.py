@@ -1,9 +1,10 @@
-"""Sans-I/O protocols: bytes in, events out. Nothing in here knows sockets, TLS, threads or trio.
+"""Sans-I/O protocols: bytes in, events out. This package uses no socket, TLS, thread or trio.
 
-- `refusal`: every reason for which a stream or a session is not granted, and how each is told.
+- `refusal`: all reasons for refusals, and the reply for each.
 - `messages`: the MessagePack messages of control streams, and Dial and its answers.
 - `control`: both ends of a control stream as state machines.
 - `dial`: both ends of a Dial as state machines.
 - `yamux`: the framing of a link (hashicorp's spec).
-- `socks5`, `http`: what a gateway's clients speak; `http_response`, `http_body`: answers, and where bodies end.
+- `socks5`, `http`: the protocols of a gateway's clients.
+- `http_response`, `http_body`: targets' answers, and the ends of bodies.
 """

@@ -1,11 +1,12 @@
-"""HTTP/1.1, a proxy's half, sans-I/O (RFC 9110, 9112): a client's requests, CONNECT and absolute-form.
+"""HTTP/1.1 for a proxy, sans-I/O (RFC 9110, 9112): reads requests with CONNECT or in absolute form.
 
-h11 reads the grammar. Here is what makes it a proxy's: one limit on the head, the strictness that leaves a
-next reader nothing to read otherwise, where the request goes, and the head as the target gets it. Answers
-other than our own refusals are the target's (`http_response.py`).
+h11 reads the grammar. This module adds a proxy's part: one limit on the head, strict checks so that
+no later reader can read a message differently, the target, and the head that the target gets.
+Answers other than our own refusals come from the target (`http_response.py`).
 
-A connection may serve several requests, each to its own target. `Upgrade` is passed on (a WebSocket in absolute form),
-but not h2c: its other field, HTTP2-Settings, is hop-by-hop, and the target may answer as ever (RFC 9110 section 7.8).
+A connection may serve several requests, each to its own target. `Upgrade` is passed on (a WebSocket
+in absolute form), but not h2c: its other field, HTTP2-Settings, is hop-by-hop, and the target may
+answer without an upgrade (RFC 9110 section 7.8).
 """
 
 from __future__ import annotations
@@ -23,35 +24,43 @@ from .http_body import Body, Chunked, Sized
 from .refusal import Refusal, Refused
 from .socks5 import MAX_EARLY_DATA, host_of
 
-#: Bytes of request line, fields and the empty line. Kerberos tickets and cookies of large sites need more than
+#: Bytes of request line, fields and the empty line. Kerberos tickets and cookies of large sites
+#: need more than
 #: the 16 KiB that h11 and IIS take.
 MAX_HEAD: Final = 64 * 1024
-#: Fields of one head, as in Apache and HAProxy. h11 spends 2.5 us on each, however short it is.
+#: Fields of one head, as in Apache and HAProxy. h11 spends 2.5 us on each, whatever its length.
 MAX_FIELDS: Final = 100
-#: Bytes of all list fields that are read here, together: each of their elements costs as much as a copy of 1 KiB.
+#: Bytes of all list fields that are read here, together: each element costs as much as a copy of 1
+#: KiB.
 MAX_LISTS: Final = 2048
-#: Bytes of the sentence in a refusal.
+#: Bytes of the text in the body of a refusal.
 MAX_TEXT: Final = 512
-#: Bytes of the reason phrase: many clients show nothing else, and some cut their line off at 256 bytes.
+#: Bytes of the reason phrase. Many clients show nothing else, and some cut the line at 256 bytes.
 MAX_REASON: Final = 200
 
-#: Fields that end here (RFC 9110 section 7.6.1), beside those that Connection names. Transfer-Encoding ends
-#: here too by the book, but the body is passed on as it is coded. Trailer stays for the same reason.
+#: Fields that a proxy removes (RFC 9110 section 7.6.1), beside those that Connection names. By the
+#: RFC Transfer-Encoding is one of them, but the body is passed on as it is coded. Trailer stays for
+#: the same reason.
+#: here too by the book, but the body is passed on as it is coded. Trailer stays for the same
+#: reason.
 _HOP_BY_HOP = frozenset((b"connection", b"proxy-connection", b"keep-alive", b"te", b"upgrade"))
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
-#: Fields that this proxy reads itself, or writes anew.
+#: Fields that this proxy reads, or writes again.
 _OURS = frozenset((b"host", b"proxy-authorization"))
-#: Fields that no Connection field can take away: the target would find another end of the body than we do.
+#: Fields that a Connection field cannot remove: otherwise the target would find another end of the
+#: body.
 _FRAMING = frozenset((b"content-length", b"transfer-encoding"))
 
 _HEAD_END = re.compile(rb"\r\n\r\n|(?<!\r)\n")
 _FOLD = re.compile(rb"\r\n[ \t]")
-#: RFC 9112 section 2.2: clients may send empty lines before a request line (behind the body of a POST).
+#: RFC 9112 section 2.2: clients may send empty lines before a request line (after the body of a
+#: POST).
 _EMPTY_LINES = re.compile(rb"(?:\r\n)*")
 _LISTS = re.compile(rb"\r\n(?:connection|upgrade|content-length|transfer-encoding)[ \t]*:([^\r]*)", re.IGNORECASE)
 _LATER_VERSION = re.compile(rb"[^\r\n]* HTTP/1\.(?=[2-9]\r\n)")
 _ABSOLUTE = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?]*)(/[^?]*)?(\?.*)?")
-# RFC 3986 section 3.2.2 without percent-encoding: two spellings of one host help nobody but attackers.
+# RFC 3986 section 3.2.2, without percent-encoding: a second spelling of a host helps only
+# attackers.
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]*\]|[A-Za-z0-9._~!$&'()*+,;=-]*)(?::([0-9]{0,5}))?")
 _HEALTH = re.compile(rb"(GET|HEAD) /healthz HTTP/1\.[0-9]\r\n")
 _TOKEN = re.compile(r"[A-Za-z*][A-Za-z0-9!#$%&'*+.^_`|~:/-]*")
@@ -59,7 +68,7 @@ _TOKEN = re.compile(r"[A-Za-z*][A-Za-z0-9!#$%&'*+.^_`|~:/-]*")
 
 @dataclass(frozen=True, slots=True)
 class Tunnel:
-    """CONNECT: the client wants a raw stream to host:port; `rest` is its start."""
+    """A CONNECT request for a raw stream to host:port. `rest` is the beginning of the stream."""
 
     host: str
     port: int
@@ -69,16 +78,20 @@ class Tunnel:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """A request in absolute form: the target gets `head`, then of the client's bytes as many as `body` lets pass."""
+    """A request in absolute form.
+
+    The target gets `head`, then the client's bytes that belong to `body`.
+    """
 
     host: str
     port: int
     is_name: bool
     authorization: str = field(repr=False)
     method: bytes
-    keep: bool  # the client may send another request behind this one
-    upgrade: bool  # another protocol is offered
-    #: It may be sent once more when a connection that was in use already ends without an answer (RFC 9110 section
+    keep: bool  # another request may follow on this connection
+    upgrade: bool  # the client offers another protocol
+    #: Whether the request may be sent again when a reused connection ends without an answer (RFC
+    #: 9110 section 9.2.2): the method is idempotent, and no part of the body has been sent.
     #: 9.2.2): the method is idempotent, and no body is gone by then.
     replayable: bool
     head: bytes
@@ -87,38 +100,41 @@ class Forward:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """`GET /healthz` or HEAD: a load balancer asks whether this gateway can serve."""
+    """A `GET /healthz` or HEAD request, with which a load balancer checks this gateway."""
 
     of_head: bool
 
 
 class HttpError(Refused):
-    """The client broke the protocol, or asks for what is not offered: send `reply` and close."""
+    """The client broke the protocol or asks for an unsupported feature: send `reply` and close."""
 
     def __init__(self, text: str, status: int = HTTPStatus.BAD_REQUEST) -> None:
         super().__init__(Refusal.BAD_REQUEST, _printable(text))
         self.status = status
-        self.of_head = False  # the request is a HEAD: its answer has no body
+        self.of_head = False  # a HEAD request, whose answer has no body
 
     @property
     def reply(self) -> bytes:
-        """The whole response."""
+        """The complete response, as bytes."""
         return _response(self.status, self.code, self.text, of_head=self.of_head)
 
 
 class HttpServer:
-    """Reads one request of a client: any split or coalescing of the same bytes gives the same event.
+    """Reads one request of a client, in any split of its bytes.
 
-    `receive` bytes until there is a Tunnel, a Forward or a Health. Then `rest` is what the client sent behind the
-    head: of a Tunnel the start of the stream; of a Forward bytes for its body gate. Bytes after an error
-    are dropped.
+    Call `receive` until it returns a Tunnel, a Forward or a Health. `rest` is then what the client
+    sent behind the head: for a Tunnel the beginning of the stream, for a Forward bytes of its body.
+    Bytes after an error are dropped.
     """
 
     __slots__ = ("_buffer", "_keep", "_max_early", "_max_head", "_over", "_read", "_scanned")
 
     def __init__(self, *, keep: bool = False, max_head: int = MAX_HEAD, max_early: int = MAX_EARLY_DATA) -> None:
-        """Take whether another request may follow, and limits in bytes: of the head, and of what comes behind it
-        before the answer."""
+        """Start to read a request.
+
+        `keep`: another request may follow on the connection. `max_head`: bytes of the head.
+        `max_early`: bytes behind the head before the answer.
+        """
         self._keep = keep
         self._max_head = max_head
         self._max_early = max_early
@@ -128,7 +144,10 @@ class HttpServer:
         self._over = False
 
     def receive(self, data: bytes | bytearray | memoryview) -> Tunnel | Forward | Health | None:
-        """Take bytes; data is not kept. Raises HttpError."""
+        """Process bytes, which are not kept.
+
+        Return the request when it is complete. Raises HttpError.
+        """
         if self._over:
             return None
         self._buffer += data
@@ -144,11 +163,14 @@ class HttpServer:
 
     @property
     def begun(self) -> bool:
-        """Something of a request has come; empty lines do not count."""
+        """Whether bytes of a request have arrived; empty lines do not count."""
         return self._read or self._over or len(self._buffer) > 0
 
     def rest(self) -> bytes:
-        """Take out what the client sent behind the head. Raises HttpError when it is over the limit."""
+        """Return and remove the bytes behind the head.
+
+        Raises HttpError when they are over the limit.
+        """
         if self._over or not self._read:
             return b""
         try:
@@ -185,26 +207,31 @@ class HttpServer:
             raise HttpError("a line ends with LF alone")
         event = _read_request(bytes(buffer[: found.end()]), self._keep)
         self._read = True
-        # One byte over the limit is kept, as the sign of more: the event comes first in any split.
+        # One byte over the limit is kept as a sign of more, so that the event comes first in any
+        # split.
         self._buffer = buffer[found.end() : found.end() + self._max_early + 1]
         return event
 
 
 def response_connected() -> bytes:
-    """The answer to CONNECT when the target is connected; the raw stream follows."""
+    """Return the answer to CONNECT after the target is connected; the raw stream follows it."""
     return b"HTTP/1.1 200 Connection established\r\n\r\n"
 
 
 def response_refused(code: Refusal, text: str = "", *, proxy: str = "rtunnel", of_head: bool = False) -> bytes:
-    """Return the answer no, with `text` where more is known than the code says; `proxy` names the node that says it.
+    """Return the response for a refusal.
 
-    `of_head`: to a HEAD, whose answer ends with the head (RFC 9110 section 9.3.2).
+    `text` replaces the code's sentence; `proxy` names the node. `of_head`: it answers a HEAD
+    request, and ends with the head (RFC 9110 section 9.3.2).
     """
     return _response(code.reply.http, code, _printable(text or code.reply.text), proxy, of_head=of_head)
 
 
 def response_health(ready: bool, *, of_head: bool = False) -> bytes:
-    """Return the answer to a Health. Strangers may ask, so the reasons stand on the admin endpoint only."""
+    """Return the answer to a Health.
+
+    It has no reasons, since anybody may ask: see the admin endpoint.
+    """
     status = "200 ready" if ready else "503 not ready"
     body = "ready\n" if ready else "not ready: /readyz on the admin endpoint says why\n"
     return (
@@ -218,13 +245,13 @@ def response_health(ready: bool, *, of_head: bool = False) -> bytes:
 
 
 def health_probe(data: bytes) -> Health | None:
-    """Return the probe that begins with these bytes: for a connection that there is no place for."""
+    """Return the probe that these bytes begin, or None. Serves connections over the limit."""
     found = _HEALTH.match(data)
     return Health(of_head=found[1] == b"HEAD") if found else None
 
 
 def basic_credentials(authorization: str) -> tuple[str, str] | None:
-    """(user, password) of a Proxy-Authorization field (RFC 7617, UTF-8), or None when it is something else."""
+    """Return (user, password) of a Proxy-Authorization field (RFC 7617, UTF-8), or None."""
     scheme, _, encoded = authorization.partition(" ")
     if scheme.lower() != "basic":
         return None
@@ -232,13 +259,16 @@ def basic_credentials(authorization: str) -> tuple[str, str] | None:
         user, colon, password = base64.b64decode(encoded.strip(), validate=True).decode().partition(":")
     except (binascii.Error, ValueError):
         return None
-    # Who can't be printed is nobody: names go into log lines.
+    # User names go into log lines, so that they must be printable.
     return (user, password) if colon and user and user.isprintable() else None
 
 
 def _response(status: int, code: Refusal, text: str, proxy: str = "rtunnel", *, of_head: bool = False) -> bytes:
-    """Proxy-Status is RFC 9209. The reason phrase says the same: most clients show that and no more."""
-    # A 407 must say how (RFC 9110 section 15.5.8).
+    """Return the header fields of a refusal. Proxy-Status is RFC 9209.
+
+    The reason phrase says the same, because most clients show only that.
+    """
+    # A 407 must name the schemes (RFC 9110 section 15.5.8).
     challenge = 'Proxy-Authenticate: Basic realm="rtunnel", charset="UTF-8"\r\n' if status == 407 else ""
     body = f"rtunnel: {code}: {text}\n"
     name = proxy if _TOKEN.fullmatch(proxy) else _quoted(_printable(proxy))
@@ -254,23 +284,23 @@ def _response(status: int, code: Refusal, text: str, proxy: str = "rtunnel", *, 
 
 
 def _printable(text: str) -> str:
-    """One line of printable ASCII: a refusal's text may come from a peer."""
+    """Return the text as one line of printable ASCII, because a peer may have written it."""
     return re.sub(r"[^ -~]", "?", text[:MAX_TEXT])
 
 
 def _quoted(text: str) -> str:
-    """An sf-string (RFC 8941 section 3.3.3)."""
+    """Return the text as an sf-string (RFC 8941 section 3.3.3)."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _read_request(head: bytes, keep: bool) -> Tunnel | Forward | Health:
-    # RFC 9112 section 5.2; h11 would unfold it.
+    # A folded line is refused (RFC 9112 section 5.2); h11 would unfold it.
     if _FOLD.search(head):
         raise HttpError("a folded field line")
-    # RFC 9110 section 2.5: a later minor version is read as the latest that we know.
+    # RFC 9110 section 2.5: a later minor version is read as the latest one that we implement.
     if later := _LATER_VERSION.match(head):
         head = head[: later.end()] + b"1" + head[later.end() + 1 :]
-    if head.count(b"\r\n") - 2 > MAX_FIELDS:  # but the request line and the empty line
+    if head.count(b"\r\n") - 2 > MAX_FIELDS:  # without the request line and the empty line
         raise HttpError(f"more than {MAX_FIELDS} header fields", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
     if sum(map(len, _LISTS.findall(head))) > MAX_LISTS:
         text = f"Connection, Upgrade and the body's framing have more than {MAX_LISTS} bytes"
@@ -294,7 +324,10 @@ def _read_request(head: bytes, keep: bool) -> Tunnel | Forward | Health:
 
 
 def _body_length(request: h11.Request) -> int | None:
-    """None for chunked. h11 has checked each field; this is about both together (RFC 9112 section 6.1)."""
+    """Return the length of the body, or None for chunked.
+
+    Checks both fields together (RFC 9112 section 6.1); h11 has checked each by itself.
+    """
     length = _values(request, b"content-length")
     if not _values(request, b"transfer-encoding"):
         return int(length[0]) if length else 0
@@ -338,13 +371,13 @@ def _forward(request: h11.Request, body: Body, keep: bool) -> Forward:
 
 
 def _offered(request: h11.Request) -> bytes:
-    """Return the protocols that the client offers to go on with, but for h2c."""
+    """Return the protocols that the client offers for an upgrade, without h2c."""
     offers = [offer.strip() for value in _values(request, b"upgrade") for offer in value.split(b",")]
     return b", ".join(offer for offer in offers if offer and offer.lower() != b"h2c")
 
 
 def _connection_lines(keep: bool, upgrade: bytes) -> list[bytes]:
-    """Return the fields of our own connection with the target."""
+    """Return the fields that describe our own connection with the target."""
     options = ([b"Upgrade"] if upgrade else []) + ([] if keep else [b"close"])
     lines = [b"Upgrade: " + upgrade] if upgrade else []
     return [*lines, b"Connection: " + b", ".join(options)] if options else lines
@@ -353,9 +386,9 @@ def _connection_lines(keep: bool, upgrade: bytes) -> list[bytes]:
 def _rewritten(
     request: h11.Request, target: bytes, authority: bytes, options: set[bytes], connection: list[bytes]
 ) -> bytes:
-    """The head as the target gets it: without the fields of the client's connection (`options`), and with ours.
+    """Return the head for the target, without the fields of the client's connection (`options`).
 
-    It keeps the client's version, which is also that of Via: bodies are passed on as they are coded, and an
+    It keeps the client's version, which Via repeats: bodies are passed on as they are coded, and an
     HTTP/1.0 client must not get a chunked one.
     """
     dropped = (options | _HOP_BY_HOP | _OURS) - _FRAMING
@@ -371,14 +404,17 @@ def _rewritten(
 
 
 def _one_hop_less(value: bytes) -> bytes:
-    """RFC 9110 section 7.6.2."""
+    """Return whether Max-Forwards lets the request pass (RFC 9110 section 7.6.2)."""
     if not re.fullmatch(rb"[0-9]{1,9}", value) or not int(value):
         raise HttpError("Max-Forwards is used up")
     return b"%d" % (int(value) - 1)
 
 
 def _host_and_port(authority: bytes, default_port: int | None) -> tuple[str, int, bool]:
-    """(host, port, whether the host is a name). User information is refused: it can make a URL look like another."""
+    """Return (host, port, whether the host is a name). Raises for user information in a URL.
+
+    User information can make a URL look like another one.
+    """
     parts = _AUTHORITY.fullmatch(authority.decode("ascii"))
     if parts is None or not parts[1]:
         raise HttpError("the request target has no proper host")
@@ -406,6 +442,6 @@ def _values(request: h11.Request, wanted: bytes) -> list[bytes]:
 
 
 def _malformed(fault: h11.RemoteProtocolError) -> HttpError:
-    """h11 quotes the line at fault, which may be a credential, and the text goes into log lines: cut that off."""
+    """Return h11's error without the line at fault, which may hold a credential."""
     text = str(fault).partition("bytearray(")[0].rstrip(" :")
     return HttpError(f"malformed HTTP: {text}", fault.error_status_hint)

@@ -1,7 +1,8 @@
-"""Where the body of one HTTP/1.1 message ends, sans-I/O (RFC 9112 sections 6 and 7).
+"""Finds the end of one HTTP/1.1 message's body, sans-I/O (RFC 9112 sections 6 and 7).
 
-Bytes pass as they are coded; these classes only say how many of them belong to the message. The chunk reader is
-strict and our own: h11 spends 4 us on a chunk and copies it, and every response of a target goes through here.
+Bytes pass as they are coded: these classes only count how many belong to the message. The chunk
+reader is strict and our own: h11 spends 4 us on a chunk and copies it, and every response passes
+through here.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import Final, Protocol
 
 from .refusal import Refusal, Refused
 
-#: Bytes of a chunk's size, its extensions and the line ends around them. Nobody uses extensions.
+#: Bytes of a chunk's size, its extensions and the line ends around them. Extensions are not in use.
 MAX_CHUNK_LINE: Final = 4096
-#: Bytes, and fields, behind the last chunk.
+#: Bytes and fields of the trailers, behind the last chunk.
 MAX_TRAILERS: Final = 16 * 1024
 MAX_TRAILER_FIELDS: Final = 100
 
@@ -21,30 +22,30 @@ Data = bytes | bytearray | memoryview
 
 
 class FramingError(Refused):
-    """The coding of a body is broken: where it ends is not known."""
+    """The coding of a body is broken, so that its end cannot be found."""
 
     def __init__(self, text: str) -> None:
         super().__init__(Refusal.BAD_REQUEST, f"malformed HTTP: {text}")
 
 
 class Body(Protocol):
-    """The rest of one body."""
+    """The part of one body that is still to come."""
 
-    done: bool  # nothing more belongs to it
+    done: bool  # the end of the body was found
 
     @property
     def reach(self) -> int | None:
-        """The most bytes that can belong to it; None when it can not say."""
+        """The most bytes that can still belong to the body; None when it is unknown."""
 
     def feed(self, data: Data) -> int:
-        """Return how many of these next bytes, from their start, belong to it. Data is not kept.
+        """Return how many of these next bytes belong to the body. Data is not kept.
 
-        Raises FramingError; then the body is done, and nobody knows where.
+        Raises FramingError when the coding is broken.
         """
 
 
 class Sized:
-    """A body of a known length: Content-Length, or none at all (0)."""
+    """A body of a known length: that of Content-Length, or 0 without a body."""
 
     __slots__ = ("_left", "done")
 
@@ -54,11 +55,9 @@ class Sized:
 
     @property
     def reach(self) -> int | None:
-        """See Body."""
         return self._left
 
     def feed(self, data: Data) -> int:
-        """See Body."""
         taken = min(len(data), self._left)
         self._left -= taken
         self.done = self._left == 0
@@ -66,7 +65,7 @@ class Sized:
 
 
 class Endless:
-    """A body that ends with its connection, or the raw bytes behind an upgrade."""
+    """A body that ends with its connection, or the raw bytes after an upgrade."""
 
     __slots__ = ("done",)
 
@@ -75,11 +74,9 @@ class Endless:
 
     @property
     def reach(self) -> int | None:
-        """See Body."""
         return None
 
     def feed(self, data: Data) -> int:
-        """See Body."""
         return len(data)
 
 
@@ -89,7 +86,7 @@ _SIZE = rb"([0-9A-Fa-f]{1,16})(?:;" + _TEXT + rb"|[ \t]*)"
 
 
 class _Line:
-    """One line of the coding: the whole of it, and what may become one."""
+    """Patterns of one line of the coding: of a whole line, and of the beginning of one."""
 
     __slots__ = ("name", "prefix", "whole")
 
@@ -99,7 +96,8 @@ class _Line:
         self.prefix = re.compile(prefix)
 
 
-#: The first chunk's size; that of the others, behind the end of the data before it; a trailer field or the end.
+#: Patterns of the first chunk's size, of later sizes (behind the end of the data before), and of a
+#: trailer field or the end.
 _FIRST: Final = _Line("chunk size", _SIZE + rb"\r\n", _SIZE + rb"\r?")
 _NEXT: Final = _Line("chunk end or size", rb"\r\n" + _SIZE + rb"\r\n", rb"\r(?:\n(?:" + _SIZE + rb"\r?)?)?")
 _TRAILER: Final = _Line(
@@ -108,14 +106,17 @@ _TRAILER: Final = _Line(
 
 
 class Chunked:
-    """A chunked body, trailers included. `lines` counts what costs more than a copy: chunks and trailer fields."""
+    """A chunked body with its trailers.
+
+    `lines` counts chunks and trailer fields, which cost CPU time.
+    """
 
     __slots__ = ("_left", "_line", "_partial", "_trailer_bytes", "_trailers", "done", "lines")
 
     def __init__(self) -> None:
-        self._line = _FIRST  # what comes behind the present chunk's data
-        self._left = 0  # of that data
-        self._partial = b""  # a line's start, passed on already
+        self._line = _FIRST  # the pattern of the line behind the present chunk's data
+        self._left = 0  # bytes of the data still to come
+        self._partial = b""  # the beginning of a line, already passed on
         self._trailers = 0
         self._trailer_bytes = 0
         self.lines = 0
@@ -123,14 +124,12 @@ class Chunked:
 
     @property
     def reach(self) -> int | None:
-        """See Body."""
         return None
 
     def feed(self, data: Data) -> int:
-        """See Body."""
         if self.done:
             return 0
-        if self._left >= len(data):  # nothing but data, which is most
+        if self._left >= len(data):  # only data, the usual case
             self._left -= len(data)
             return len(data)
         passed = len(self._partial)
@@ -153,7 +152,7 @@ class Chunked:
         return at - passed
 
     def _read_line(self, data: Data, at: int) -> int:
-        """Return where the line that begins at `at` ends; 0 when its end is not there yet."""
+        """Return the end of the line that begins at `at`, or 0 when it is not complete."""
         line = self._line
         limit = MAX_TRAILERS - self._trailer_bytes if line is _TRAILER else MAX_CHUNK_LINE
         found = line.whole.match(data, at)

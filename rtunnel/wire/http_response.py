@@ -1,7 +1,9 @@
-"""A target's answer to one forwarded request, sans-I/O (RFC 9112): its head rewritten, its body as it is coded.
+"""Reads a target's answer to one forwarded request, sans-I/O (RFC 9112).
 
-What can not be read as HTTP/1.1 (no status line, a broken field, too large a head) passes raw until the target ends it,
-as through a tunnel: a proxy should not lose the answer of an odd target. Then the connection serves no other request.
+The head is rewritten; the body passes as it is coded. An answer that cannot be read as HTTP/1.1 (no
+status line, a broken field, too large a head) passes raw until the target ends it, as through a
+tunnel, because a proxy should not lose the answer of an unusual target. The connection then serves
+no other request.
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ from typing import Final
 from .http_body import Body, Chunked, Data, Endless, Sized
 from .refusal import Refusal, Refused
 
-#: 1xx answers in front of the final one: 100, some 102 or 103. Each is a head to read.
+#: Interim 1xx answers before the final one: 100, some 102 or 103. Each has a head to read.
 MAX_INTERIM: Final = 16
-#: Fields of one head that are read; a head with more passes raw.
+#: Fields of one head; a head with more passes raw.
 MAX_FIELDS: Final = 200
 #: Bytes of all list fields that are read here, together; a head with more passes raw.
 MAX_LISTS: Final = 2048
 
-#: Fields that end here (RFC 9110 section 7.6.1), beside those that Connection names. The coding of the body stays.
+#: Fields that a proxy removes (RFC 9110 section 7.6.1), beside those that Connection names. The
+#: coding of the body stays.
 _HOP_BY_HOP: Final = frozenset((b"connection", b"proxy-connection", b"keep-alive", b"te", b"upgrade"))
 _FRAMING: Final = frozenset((b"content-length", b"transfer-encoding"))
 _LISTS: Final = frozenset((b"connection", b"content-length", b"transfer-encoding"))
@@ -38,11 +41,11 @@ _BODILESS: Final = (_NO_CONTENT, 304)
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    """A target's head, read."""
+    """The head of a target's answer, after parsing."""
 
     status: int
-    minor: int  # of the version 1.x
-    reason: bytes  # with the space in front
+    minor: int  # minor version of HTTP/1
+    reason: bytes  # including the space before it
     fields: list[tuple[bytes, bytes, bytes]]  # name in lower case, value, the whole line
 
     def tokens(self, name: bytes) -> list[bytes]:
@@ -51,15 +54,19 @@ class _Head:
         return [stripped for value in values for token in value if (stripped := token.strip())]
 
     def lengths(self) -> set[bytes]:
-        """Return the values of Content-Length that differ; an empty element counts (RFC 9110 section 8.6)."""
+        """Return the different values of Content-Length (RFC 9110 section 8.6).
+
+        An empty element counts as one.
+        """
         values = (value.split(b",") for known, value, _ in self.fields if known == b"content-length")
         return {element.strip(b" \t") for value in values for element in value}
 
 
 class ResponseReader:
-    """Reads what the target sends for one request; what `feed` and `end` return goes to the client.
+    """Reads a target's answer to one request. `feed` and `end` return bytes for the client.
 
-    When `done`, `keeps_client` and `keeps_target` say which of the two connections may serve another request.
+    When `done`, `keeps_client` and `keeps_target` say whether each connection may serve another
+    request.
     """
 
     __slots__ = (
@@ -80,27 +87,30 @@ class ResponseReader:
     )
 
     def __init__(self, *, is_head: bool, keep: bool, upgrade: bool, max_head: int) -> None:
-        """`is_head`: to a HEAD request. `keep`: the client may send another request. `upgrade`: the request offered
-        another protocol. `max_head`: bytes of a head that is read."""
+        """Start to read an answer.
+
+        `is_head`: it answers a HEAD request. `keep`: the client may send another request.
+        `upgrade`: the request offered another protocol. `max_head`: bytes of a head that is read.
+        """
         self._is_head = is_head
         self._keep = keep
         self._upgrade = upgrade
         self._max_head = max_head
-        self.in_head = True  # of the final answer, or one before it
-        self._held = bytearray()  # of a head that is not whole
+        self.in_head = True  # True while reading a head, of an interim or the final answer
+        self._held = bytearray()  # bytes of an incomplete head
         self._scanned = 0
         self._interim = 0
-        self.body: Body = Sized(0)  # what is left of the final answer's
-        self.begun = False  # the target has sent something
+        self.body: Body = Sized(0)  # the rest of the final answer's body
+        self.begun = False  # the target has sent bytes
         self.done = False
         self.keeps_client = False
         self.keeps_target = False
         self.upgraded = False  # the connection is a tunnel now, in both directions
 
     def feed(self, data: Data) -> list[Data]:
-        """Return what goes to the client. Bytes behind the end of the answer are left out.
+        """Return the bytes for the client, without bytes behind the end of the answer.
 
-        Raises Refused when the coding of the body is broken, or 1xx answers do not end.
+        Raises Refused when the coding of the body is broken, or interim answers do not end.
         """
         self.begun = True
         out: list[Data] = []
@@ -115,18 +125,21 @@ class ResponseReader:
                 out.append(data[:size])
             self.done = self.body.done
             if size < len(data):
-                self.keeps_target = False  # it says what nobody has asked for
+                self.keeps_target = False  # the target sends bytes that belong to no request
         return out
 
     def end(self) -> bytes:
-        """The target has ended its side: return what was held back. An answer that is not `done` now is cut short."""
+        """Return the bytes that were held back, after the target has ended its side.
+
+        An answer that is not `done` then is incomplete.
+        """
         held = bytes(self._held)
         self.done = self.done or self.in_head or isinstance(self.body, Endless)
         self.keeps_target = False
         return held
 
     def _read_head(self, out: list[Data]) -> bytes:
-        """Read the next head, if it is there; return the bytes behind it."""
+        """Read the next head if it is complete, and return the bytes behind it."""
         held = self._held
         if not (held.startswith(_START) or _START.startswith(held[: len(_START)])):
             return self._pass_raw()
@@ -144,7 +157,7 @@ class ResponseReader:
         return rest
 
     def _pass_raw(self) -> bytes:
-        """Read no more: all belongs to the answer until the target ends it."""
+        """Stop parsing: all further bytes belong to the answer until the target ends it."""
         held = bytes(self._held)
         self._held.clear()
         self.in_head = False
@@ -178,7 +191,7 @@ class ResponseReader:
         return _written(head, options)
 
     def _framing(self, head: _Head) -> Body:
-        """RFC 9112 section 6.3, as far as it is about responses."""
+        """Set the framing of the body (RFC 9112 section 6.3, for responses)."""
         if self._is_head or head.status in _BODILESS:
             return Sized(0)
         codings = head.tokens(b"transfer-encoding")
@@ -190,7 +203,7 @@ class ResponseReader:
 
 
 def _length(head: _Head) -> bytes | None:
-    """Return the Content-Length that the client gets; None when there is none that it can go by."""
+    """Return the Content-Length for the client; None when there is none that it can use."""
     lengths = head.lengths()
     if len(lengths) != 1 or head.tokens(b"transfer-encoding"):
         return None
@@ -199,15 +212,16 @@ def _length(head: _Head) -> bytes | None:
 
 
 def _is_length_false(head: _Head) -> bool:
-    """Whether Content-Length is malformed or stands beside a Transfer-Encoding.
+    """Return whether Content-Length is malformed, or stands beside a Transfer-Encoding.
 
-    RFC 9112 section 6.3: either may be an attempt to smuggle. Nothing follows on the connection with the target.
+    Either may be an attempt at smuggling (RFC 9112 section 6.3), so that no other request uses the
+    connection with the target.
     """
     return bool(head.lengths()) and _length(head) is None
 
 
 def _read(head: bytes) -> _Head | None:
-    """Return the head without its empty line, read; None when it can not be read."""
+    """Parse a head, without its empty line; None when it cannot be read."""
     first, *lines = head.split(b"\r\n", MAX_FIELDS + 1)
     status = _STATUS_LINE.fullmatch(first)
     if status is None or len(lines) > MAX_FIELDS:
@@ -227,20 +241,22 @@ def _read(head: bytes) -> _Head | None:
 
 
 def _written(head: _Head, options: list[bytes]) -> bytes:
-    """The head as the client gets it; `options` are those of our connection with it."""
+    """Return the head for the client; `options` are those of our connection with it."""
     dropped = (_HOP_BY_HOP | set(head.tokens(b"connection"))) - _FRAMING | {b"content-length"}
     if not head.tokens(b"transfer-encoding"):
-        dropped |= {b"transfer-encoding"}  # an empty one: some readers take it for a coding
+        dropped |= {b"transfer-encoding"}  # an empty field, which some readers take for a coding
     if b"Upgrade" in options:
         dropped -= {b"upgrade"}
     length = _length(head)
     if head.status < 200 or head.status == _NO_CONTENT:
-        dropped |= _FRAMING  # RFC 9110 section 8.6, RFC 9112 section 6.1: a server must send neither
+        # A server must send neither (RFC 9110 section 8.6, RFC 9112 section 6.1).
+        dropped |= _FRAMING
         length = None
     lines = [b"HTTP/1.1 %d%s" % (head.status, head.reason or b" ")]
     lines += (line for name, _, line in head.fields if name not in dropped)
     if length is not None:
-        lines.append(b"Content-Length: " + length)  # once, though the target may have repeated it
+        # One field, also when the target has repeated it.
+        lines.append(b"Content-Length: " + length)
     if options:
         lines += (b"Via: 1.%d rtunnel" % min(head.minor, 1), b"Connection: " + b", ".join(options))
     lines += (b"", b"")

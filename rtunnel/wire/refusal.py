@@ -1,7 +1,8 @@
-"""Why a stream or a session was refused: one enum, told alike to clients, logs and metrics.
+"""The reasons for refusals: one enum for clients, logs and metrics.
 
-The wire value of a code is its word; the same word stands in log lines and metric labels. The SOCKS reply
-is RFC 1928 section 6; the HTTP status and the `Proxy-Status` error token are RFC 9209 section 2.3.
+The wire value of a code is its word, which log lines and metric labels also use. The SOCKS reply is
+from RFC 1928 section 6; the HTTP status and the `Proxy-Status` error token are from RFC 9209
+section 2.3.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from enum import Enum, StrEnum
 
 
 class Next(Enum):
-    """What a gateway does after a refusal of one candidate tuple."""
+    """The action of a gateway after a refusal of one candidate tuple."""
 
     STOP = "stop"  # the answer is about the target itself: another tuple would say the same
-    TRY = "try"  # this path did not work, another one may
+    TRY = "try"  # this path failed, and another one may work
     FORGET = "forget"  # the tuple is stale: drop it from the route table, then try another
 
 
 @dataclass(frozen=True, slots=True)
 class ReplyMapping:
-    """How one refusal is told to a SOCKS client, to an HTTP client, and what a gateway does next."""
+    """The replies for one refusal to SOCKS and HTTP clients, and the gateway's next action."""
 
     socks: int
     http: int
@@ -30,7 +31,7 @@ class ReplyMapping:
 
 
 class Refusal(StrEnum):
-    """Every reason to refuse. `code.telling` says how it is told."""
+    """All reasons for refusals. `code.reply` says how clients learn of one."""
 
     # The client's request.
     BAD_REQUEST = "bad_request"
@@ -84,17 +85,17 @@ class Refusal(StrEnum):
 
     @property
     def reply(self) -> ReplyMapping:
-        """How this refusal is told."""
-        return _TELLINGS[self]
+        """The replies and the next action for this refusal."""
+        return _REPLIES[self]
 
     @classmethod
     def parse(cls, word: str) -> Refusal:
-        """The code of a word from the wire; a word that this version does not know is INTERNAL."""
+        """Return the code of a word from the wire; an unknown word is INTERNAL."""
         return _BY_WORD.get(word, cls.INTERNAL)
 
 
 class Refused(Exception):
-    """A refusal on its way to the one who asked."""
+    """A refusal, raised until the code that answers the client catches it."""
 
     def __init__(self, code: Refusal, text: str = "") -> None:
         super().__init__(text or code.reply.text)
@@ -102,7 +103,7 @@ class Refused(Exception):
 
     @property
     def text(self) -> str:
-        """The sentence for people: specific where the refuser knew more, else the code's own."""
+        """The sentence for display: a specific one if given, else the code's own."""
         return str(self.args[0])
 
 
@@ -118,7 +119,7 @@ ADDRESS_UNSUPPORTED = 0x08
 
 _STOP, _TRY, _FORGET = Next.STOP, Next.TRY, Next.FORGET
 _R = Refusal
-_TELLINGS: dict[Refusal, ReplyMapping] = {
+_REPLIES: dict[Refusal, ReplyMapping] = {
     _R.BAD_REQUEST: ReplyMapping(GENERAL_FAILURE, 400, "http_request_error", _STOP, "the request is malformed"),
     _R.COMMAND_NOT_SUPPORTED: ReplyMapping(
         COMMAND_UNSUPPORTED, 501, "http_request_denied", _STOP, "only CONNECT is supported"

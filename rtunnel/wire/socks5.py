@@ -1,12 +1,11 @@
-"""SOCKS5, the server's half, sans-I/O (RFC 1928; user/password RFC 1929): CONNECT, and nothing else.
+"""SOCKS5 for a server, sans-I/O (RFC 1928; user/password RFC 1929). CONNECT is the only command.
 
     greeting   05 NMETHODS METHODS...          ->  05 METHOD
     login      01 ULEN UNAME PLEN PASSWD       ->  01 STATUS               only after METHOD 02
     request    05 CMD RSV ATYP ADDR PORT:16    ->  05 REP RSV ATYP ADDR PORT:16
 
-`Socks5Server` reads, and answers greeting and login by itself; the answer to the request is the caller's,
-made with `reply_ok` or `reply_refused`. Here also stand `host_of`, which HTTP shares, and `sniff`, which
-tells the two apart.
+`Socks5Server` answers greeting and login itself. The caller answers the request, with `reply_ok` or
+`reply_refused`. `host_of` is shared with HTTP; `sniff` distinguishes the two protocols.
 """
 
 from __future__ import annotations
@@ -25,11 +24,13 @@ NO_AUTH, USER_PASSWORD = 0x00, 0x02
 CONNECT: Final = 0x01
 IPV4, NAME, IPV6 = 0x01, 0x03, 0x04
 
-#: The answer no of SOCKS4 and SOCKS4a: version 0 of the reply, 91 "request rejected or failed", port and address 0.
+#: The refusal of SOCKS4 and SOCKS4a: version 0 of the reply, 91 "request rejected or failed", port
+#: and address 0.
 SOCKS4_REJECTED: Final = b"\x00\x5b" + bytes(6)
-#: The longest legal request: a name of 255 bytes.
+#: Bytes of the longest legal request, with a name of 255 bytes.
 MAX_REQUEST: Final = 4 + 1 + 255 + 2
-#: What an eager client may send behind its request before it has the answer. A caller that reads at most
+#: Bytes that a client may send behind its request before it has the answer. A caller that reads at
+#: most this much at a time, and stops when it has the request, never exceeds it.
 #: this much at a time, and nothing more once it has the request, never runs into it.
 MAX_EARLY_DATA: Final = 16 * 1024
 
@@ -38,7 +39,7 @@ _GREETING, _LOGIN, _VERDICT, _REQUEST, _EARLY, _OVER = range(6)
 
 @dataclass(frozen=True, slots=True)
 class Authenticate:
-    """The client says who it is: call `authenticated`. The password may be empty, the name never is."""
+    """A login: call `authenticated`. The password may be empty, the name never is."""
 
     username: str
     password: str = field(repr=False)
@@ -46,7 +47,7 @@ class Authenticate:
 
 @dataclass(frozen=True, slots=True)
 class Connect:
-    """The client wants host:port. Unless `is_name`, host is the canonical text of an address."""
+    """A request for host:port. Unless `is_name`, host is the canonical text of an address."""
 
     host: str
     port: int
@@ -54,7 +55,7 @@ class Connect:
 
 
 class Socks5Error(Refused):
-    """The client broke the protocol, or asks for what is not offered: send `reply` and close."""
+    """The client broke the protocol or asks for an unsupported feature: send `reply` and close."""
 
     def __init__(self, code: Refusal, text: str, reply: bytes) -> None:
         super().__init__(code, text)
@@ -62,27 +63,31 @@ class Socks5Error(Refused):
 
 
 class Protocol(Enum):
-    """What a client of a gateway speaks."""
+    """The protocol that a client of a gateway uses."""
 
     SOCKS5 = "socks5"
     HTTP = "http"
 
 
 def sniff(first_byte: int) -> Protocol:
-    """What a connection that starts with this byte speaks. Raises Refused for neither: just close it."""
-    if first_byte in (VERSION, 0x04):  # 4: Socks5Server says what is wrong with it
+    """Return the protocol of a connection that begins with this byte.
+
+    Raises Refused for any other byte; the caller only closes the connection.
+    """
+    if first_byte in (VERSION, 0x04):  # 4: Socks5Server refuses SOCKS4 with a reason
         return Protocol.SOCKS5
-    if 0x41 <= first_byte <= 0x5A or first_byte == 0x0D:  # CR: an empty line before the request line
+    # CR: an empty line before the request line.
+    if 0x41 <= first_byte <= 0x5A or first_byte == 0x0D:
         return Protocol.HTTP
     raise Refused(Refusal.BAD_REQUEST, _not_a_proxy_client(first_byte))
 
 
 class Socks5Server:
-    """Reads one client: any split or coalescing of the same bytes gives the same events, one a call at most.
+    """Reads one client, in any split of its bytes. Each call returns one event at most.
 
-    `receive` bytes and send what `to_send` hands out, until there is a Connect; an Authenticate in between
-    waits for `authenticated`. Then `rest` is the start of the client's stream. Bytes after an error are
-    dropped.
+    Call `receive`, and send what `to_send` returns, until there is a Connect. An Authenticate
+    before it waits for `authenticated`. `rest` is then the beginning of the client's stream. Bytes
+    after an error are dropped.
     """
 
     __slots__ = ("_buffer", "_max_early", "_no_auth", "_out", "_state", "_user_password")
@@ -98,7 +103,10 @@ class Socks5Server:
         self._out = b""
 
     def receive(self, data: bytes | bytearray | memoryview) -> Authenticate | Connect | None:
-        """Take bytes; data is not kept. Raises Socks5Error."""
+        """Process bytes, which are not kept.
+
+        Return an event when one is complete. Raises Socks5Error.
+        """
         self._buffer += data
         if self._state == _GREETING:
             self._read_greeting()
@@ -110,9 +118,9 @@ class Socks5Server:
         return None
 
     def authenticated(self, ok: bool) -> Connect | None:
-        """Answer an Authenticate. An impatient client may have sent its request already: then it is returned.
+        """Answer an Authenticate. Returns the request if the client has already sent it.
 
-        Raises Socks5Error. When not ok, send `to_send()` and close (RFC 1929 section 2).
+        Raises Socks5Error. When not `ok`, send `to_send()` and close (RFC 1929 section 2).
         """
         if self._state != _VERDICT:
             raise RuntimeError("no Authenticate is waiting for an answer")
@@ -125,13 +133,16 @@ class Socks5Server:
         return None
 
     def to_send(self) -> bytes:
-        """Take out what is to be sent to the client now."""
+        """Return and remove the bytes that must be sent to the client now."""
         out = self._out
         self._out = b""
         return out
 
     def rest(self) -> bytes:
-        """Take out what the client sent behind its request. Raises Socks5Error when it is over the limit."""
+        """Return and remove the bytes behind the request.
+
+        Raises Socks5Error when they are over the limit.
+        """
         self._bound()
         if self._state != _EARLY:
             return b""
@@ -142,7 +153,7 @@ class Socks5Server:
     def _read_greeting(self) -> None:
         buffer = self._buffer
         if buffer and buffer[0] != VERSION:
-            # Nothing but SOCKS4 would understand our answer.
+            # Of the other protocols only SOCKS4 has an answer that its clients understand.
             self._fail(Refusal.BAD_REQUEST, _not_a_proxy_client(buffer[0]), SOCKS4_REJECTED if buffer[0] == 4 else b"")
         if len(buffer) < 2:
             return
@@ -152,7 +163,7 @@ class Socks5Server:
         if len(buffer) < end:
             return
         offered = buffer[2:end]
-        # A client that offers user/password has a name to give: then we want to know it.
+        # A client that offers user/password has a name, which the rules and the log need.
         if self._user_password and USER_PASSWORD in offered:
             self._out = b"\x05\x02"
             self._state = _LOGIN
@@ -172,9 +183,9 @@ class Socks5Server:
         if len(buffer) < 2:
             return None
         name_end = 2 + buffer[1]
-        # RFC 1929 has 1 to 255 bytes for both. An empty name is nobody, so it is refused; an empty password
-        # is what clients send for a name alone (`curl -U token:`), and whether that will do is the caller's
-        # to say.
+        # RFC 1929 requires 1 to 255 bytes for both. An empty name identifies no user, so it is
+        # refused. Clients send an empty password for a name alone (`curl -U token:`), and the
+        # caller decides whether to accept it.
         if name_end == 2:
             self._fail_login("the user name is empty")
         if len(buffer) <= name_end:
@@ -205,7 +216,7 @@ class Socks5Server:
             return None
         if buffer[1] != CONNECT:
             self._refuse(Refusal.COMMAND_NOT_SUPPORTED, _COMMANDS.get(buffer[1], "unknown command"))
-        # buffer[2] is reserved and must be 0, but nothing hangs on it.
+        # buffer[2] is reserved and must be 0, but no meaning depends on it.
         end = self._request_length(buffer[3], buffer[4])
         if len(buffer) < end:
             return None
@@ -214,12 +225,13 @@ class Socks5Server:
         if not port:
             self._refuse(Refusal.BAD_REQUEST, "port 0 can't be dialled")
         self._state = _EARLY
-        # One byte over the limit is kept, as the sign of more: the event comes first in any split.
+        # One byte over the limit is kept as a sign of more, so that the event comes first in any
+        # split.
         self._buffer = buffer[end : end + self._max_early + 1]
         return Connect(host, port, is_name)
 
     def _request_length(self, kind: int, first: int) -> int:
-        """The size of a whole request, by the address type and the first byte of the address."""
+        """Return the size of a whole request, from address type and first byte of the address."""
         if kind == IPV4:
             return 10
         if kind == IPV6:
@@ -241,12 +253,13 @@ class Socks5Server:
             self._refuse(Refusal.BAD_REQUEST, str(error))
 
     def _bound(self) -> None:
-        """Keep no more than may follow in the present state."""
+        """Drop bytes beyond those that may follow in the present state."""
         held = len(self._buffer)
         if self._state == _OVER:
             self._buffer = b""
         elif self._state == _VERDICT:
-            # What is cut off is over the limit of early data, whatever the length of the request before it.
+            # These bytes are over the limit of early data, whatever the length of the request
+            # before them.
             if held > MAX_REQUEST + self._max_early:
                 self._buffer = self._buffer[: MAX_REQUEST + self._max_early + 1]
         elif self._state == _EARLY and held > self._max_early:
@@ -261,12 +274,15 @@ class Socks5Server:
     def _fail(self, code: Refusal, text: str, reply: bytes) -> NoReturn:
         self._state = _OVER
         self._buffer = b""
-        # The answer to a coalesced greeting is not sent yet, and belongs before this one.
+        # The answer to a coalesced greeting was not sent yet, and belongs before this one.
         raise Socks5Error(code, text, self.to_send() + reply)
 
 
 def reply_ok(bind_host: str = "0.0.0.0", bind_port: int = 0) -> bytes:  # noqa: S104 - told, not bound
-    """The target is connected, from this address (RFC 1928 allows zeros, and clients don't look)."""
+    """Return the reply that the target is connected, from this address.
+
+    RFC 1928 allows zeros, and clients do not use it.
+    """
     if bind_host == "0.0.0.0" and not bind_port:  # noqa: S104
         return _OK
     address = ip_address(bind_host)
@@ -275,16 +291,16 @@ def reply_ok(bind_host: str = "0.0.0.0", bind_port: int = 0) -> bytes:  # noqa: 
 
 
 def reply_refused(code: Refusal) -> bytes:
-    """The answer no."""
+    """Return the reply for this refusal."""
     return _REFUSED[code]
 
 
 def host_of(text: str) -> tuple[str, bool]:
-    """What a client wrote for a host: (its canonical text, whether it is a name). Raises ValueError.
+    """Return (the host's canonical text, whether it is a name). Raises ValueError.
 
-    Clients that leave names to the proxy send literals as names too (curl --socks5-hostname, PySocks with
-    rdns), so a literal is told by its looks; IPv6 may stand in brackets. Other notations of IPv4 (octal,
-    fewer parts) are names.
+    Clients that leave names to the proxy send addresses as names too (curl --socks5-hostname,
+    PySocks with rdns), so an address is recognised by its form. IPv6 may stand in brackets. Other
+    notations of IPv4 (octal, fewer parts) are names.
     """
     if _IPV4_TEXT.fullmatch(text):
         return text, False
@@ -303,7 +319,7 @@ def host_of(text: str) -> tuple[str, bool]:
 
 
 def _ipv6_text(address: IPv6Address) -> str:
-    """An IPv4-mapped address is the IPv4 address: tuples know it by that."""
+    """Return an IPv4-mapped address as IPv4, the form in which tuples have it."""
     mapped = address.ipv4_mapped
     return str(address if mapped is None else mapped)
 

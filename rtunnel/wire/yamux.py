@@ -196,7 +196,7 @@ class Stream:
         return bytes(header) + payload
 
     def finish(self) -> None:
-        """Send FIN: this end sends no more. Only the first call has an effect, and none after a reset."""
+        """Send FIN: this end sends no more. Has an effect once, and none after a reset."""
         if self.fin_sent or self.gone:
             return
         flags = self._pending_flags | FIN
@@ -205,7 +205,7 @@ class Stream:
         self._fin_sent()
 
     def reset(self) -> None:
-        """Abort both directions and tell the peer. Calls no hook; no effect on a stream that is gone."""
+        """Abort both directions and tell the peer. Calls no hook. Does nothing when `gone`."""
         if self.gone:
             return
         self._gone()
