@@ -1,14 +1,13 @@
-"""The agent's identity: its certificate and key, the CAs that it trusts, enrolment and renewal.
-trio's side.
+"""The agent's identity: certificate, key, trusted CAs, enrolment and renewal. trio's side.
 
 An agent that enrols has a directory of its own for its identity:
 
     agent.key, agent.pem   the key, which never leaves this host, and the certificate
-    next.key               the key of a pending request; it stays the same until there is an answer, so that a repeated
-                           request does not use the token up again
+    next.key               the key of a pending request; it stays the same until there is an answer,
+                           so that a repeated request does not use the token up again
     trust.list             the newest trust list
-    token.id               the id of the join token with which a broker accepted it last: after a revocation only
-                           another token counts
+    token.id               the id of the join token with which a broker accepted it last: after a
+                           revocation only another token counts
     host.secret            a part of the host id (`host`)
     lock                   held by the agent's process: two would overwrite each other's keys
 """

@@ -1,7 +1,7 @@
 """A session on this node, from the link's first byte to its last; all in the relay's thread.
 
-link up -> Hello [-> Challenge -> Proof] -> (control plane: ports, registry) -> Welcome -> ... ->
-link down link up -> Enrol -> (control plane: authority) -> Enrolled -> link down
+    link up -> Hello [-> Challenge -> Proof] -> (control plane: ports, registry) -> Welcome -> link down
+    link up -> Enrol -> (control plane: authority) -> Enrolled -> link down
 
 `rtunnel.wire.control` holds the protocol: its states, their order and the limits. A Session owns
 the link and the timers, decides who the agent is (with `greeting`) and whether it stays, and sends
