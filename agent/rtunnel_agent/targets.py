@@ -158,7 +158,7 @@ class IncomingStream:
         self._served: Served | None = None
         self._attempt: Attempt | None = None
         self._late: Timer | None = None
-        stream.talk(self, DIAL_DEADLINE)
+        stream.set_handler(self, DIAL_DEADLINE)
 
     def received(self, data: bytes) -> None:
         try:

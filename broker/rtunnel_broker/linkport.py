@@ -24,7 +24,7 @@ from rtunnel_broker.trust import BrokerTrust
 
 #: Handshakes in the loop's slow queue with which further links wait in the kernel's queue, where
 #: they cost no memory.
-MAX_IN_LINE: Final = 64
+MAX_SLOW_QUEUED: Final = 64
 
 
 class LinkPort:
@@ -107,7 +107,7 @@ class LinkPort:
         if self._strangers.full:
             self._log.warn("too_many_handshakes", limit=self._config.max_handshakes, peer=peer)
             self._hold_until_room()
-        elif loop.line >= MAX_IN_LINE:
+        elif loop.slow_queued >= MAX_SLOW_QUEUED:
             listener.hold()
             loop.enqueue_slow(listener.release)
 

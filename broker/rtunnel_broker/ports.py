@@ -177,7 +177,7 @@ class GuardedConnection:
     @property
     def is_silent(self) -> bool:
         """Whether the peer has sent no byte yet, neither of TLS nor of a Dial."""
-        return not (self._heard or (isinstance(self._end, TlsEnd) and self._end.tls.shaken))
+        return not (self._heard or (isinstance(self._end, TlsEnd) and self._end.tls.handshake_bytes))
 
     def expel(self, lost: Lost) -> None:
         """Reset the connection, to make room for another one."""
@@ -245,7 +245,7 @@ class GuardedPort:
         end = self.relay.end(sock, peer, spoken=True)
         if tls is not None:
             end = self.relay.secure(end, tls, alpn=messages.DIAL_ALPN, otherwise=_TLS_ONLY)
-        end.talk(GuardedConnection(self, end, source), self.timeout)
+        end.set_handler(GuardedConnection(self, end, source), self.timeout)
 
     def _turn_away(self, sock: socket.socket, *, plain: bool) -> None:
         """Close a connection for which there is no place. No lingering: too many are open."""
@@ -398,7 +398,7 @@ class OpenPortServer:
             self.refuse(end, full.code, full.text)
         else:
             connection = OpenConnection(self, end)  # counted from here on: many may wait for their targets
-            end.talk(_ClientWatch(connection))
+            end.set_handler(_ClientWatch(connection))
             end.pause()
             connection.begin(session.link, self._body(session, peer))
 

@@ -9,8 +9,8 @@ The states of a `SocketEnd`:
     State         Owner of the descriptor      What ends it
     ------------  ---------------------------  -----------------------------------------------------
     reading       the end; the peer's bytes    `pause`, a join, `close`, `abort`; a lost peer; the
-                  go to the handler            deadline of `talk`
-    paused        the end; bytes stay in the   `resume` or `talk`, a join, `close`, `abort`; a lost
+                  go to the handler            deadline of `set_handler`
+    paused        the end; bytes stay in the   `resume` or `set_handler`, a join, `close`, `abort`; a lost
                   kernel                       peer
     joined        the pair (`hand_over`)       the pair's end, which closes the socket, or
                                                `take_back`
@@ -43,10 +43,11 @@ What happens to its socket, before it is joined:
 FIN. A close(2) with unread bytes would send RST instead of FIN, and a RST throws away what the peer
 has not read yet: a refusal, for instance. After LINGER_SECONDS or LINGER_BYTES the end is reset.
 
-**What calls back.** `talk`, `write`, `pause`, `resume`, `close`, `abort` and a join call no method
-of the handler before they return; what is due comes in a later step of the loop. In `received` and
-`finished` the handler may call any of them: the end looks at its state anew after each call. `lost`
-is the last call, and the end is closed by then. After `close`, `abort` or a join there is none.
+**What calls back.** `set_handler`, `write`, `pause`, `resume`, `close`, `abort` and a join call no
+method of the handler before they return; what is due comes in a later step of the loop. In
+`received` and `finished` the handler may call any of them: the end looks at its state anew after
+each call. `lost` is the last call, and the end is closed by then. After `close`, `abort` or a join
+there is none.
 
 Everything here must run in the relay's thread. Tests: `tests/unit/test_last_words.py` and
 `tests/unit/test_hostile_kernel.py` ("last words reset" puts a fault into `_event`).
@@ -99,10 +100,10 @@ class End(Protocol):
     closed: bool
     broken: bool  # `write` failed: `lost` follows in the next turn, and it must not be joined
 
-    def talk(self, handler: EndHandler, deadline: float | None = None) -> None:
+    def set_handler(self, handler: EndHandler, deadline: float | None = None) -> None:
         """Give the peer's bytes to this handler from now on, in place of any other.
 
-        After `deadline` seconds without `pause`, a join or another `talk`, the handler hears
+        After `deadline` seconds without `pause`, a join or another `set_handler`, the handler hears
         `lost(DEADLINE)`; None: no deadline.
         """
 
@@ -176,7 +177,7 @@ class SocketEnd:
         else:
             loop.add(self.fd, self._event, out=False)
 
-    def talk(self, handler: EndHandler, deadline: float | None = None) -> None:
+    def set_handler(self, handler: EndHandler, deadline: float | None = None) -> None:
         self._handler = handler
         self._reading = True
         if self._deadline is not None:
@@ -266,8 +267,8 @@ class SocketEnd:
         return out
 
     def take_back(self, *, hup: bool) -> None:
-        """Undo `hand_over`, so that `talk` or `close` can follow. The pair must have sent all that
-        it held.
+        """Undo `hand_over`, so that `set_handler` or `close` can follow. The pair must have sent
+        all that it held.
 
         `hup`: a FIN may have come, or was read already.
         """

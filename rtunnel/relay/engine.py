@@ -30,7 +30,7 @@ class TlsEngine:
     close_notify came.
     """
 
-    __slots__ = ("_incoming", "_left", "_outgoing", "_tls", "answers", "eof", "shaken")
+    __slots__ = ("_incoming", "_left", "_outgoing", "_tls", "answers", "eof", "handshake_bytes")
 
     def __init__(self, context: ssl.SSLContext, server_name: str | None) -> None:
         """Make one side of a connection. `server_name` None: the server's."""
@@ -42,7 +42,7 @@ class TlsEngine:
         self.eof = False
         self.answers = False  # `take` has answers to the peer
         self._left = False  # a part of a record may be decrypted, and not read yet
-        self.shaken = 0  # bytes that the peer has sent in the handshake
+        self.handshake_bytes = 0  # bytes that the peer has sent in the handshake
 
     @property
     def certificate(self) -> bytes | None:
@@ -75,8 +75,8 @@ class TlsEngine:
             if not data:
                 text = "the peer closed the connection during the TLS handshake"
                 raise ConnectionResetError(errno.ECONNRESET, text)
-            self.shaken += len(data)
-            if self.shaken > HANDSHAKE_BYTES:
+            self.handshake_bytes += len(data)
+            if self.handshake_bytes > HANDSHAKE_BYTES:
                 raise ConnectionResetError(f"the peer's TLS handshake is over {HANDSHAKE_BYTES} bytes")
             self._incoming.write(data)
 

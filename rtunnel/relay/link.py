@@ -235,7 +235,7 @@ class Link(WindowedSession):
 
         Valid after the link's end, too.
         """
-        return self._spoken or self._handshake_queued or self._transport.shaken > 0
+        return self._spoken or self._handshake_queued or self._transport.handshake_bytes > 0
 
     @property
     def silence(self) -> float:
@@ -248,11 +248,11 @@ class Link(WindowedSession):
         """Open a stream that begins with the bytes `first` (they must fit its window), and return
         it.
 
-        `deadline`: as of `End.talk`. Raises OverflowError when all ids are used up.
+        `deadline`: as of `End.set_handler`. Raises OverflowError when all ids are used up.
         """
         stream = StreamEnd(self)
         self.attach(stream)
-        stream.talk(handler, deadline)
+        stream.set_handler(handler, deadline)
         stream.write(first)
         return stream
 
@@ -263,7 +263,7 @@ class Link(WindowedSession):
         if handler is None:
             return None
         if stream._handler is None:
-            stream.talk(handler)
+            stream.set_handler(handler)
         return stream
 
     # Out.

@@ -192,7 +192,7 @@ class Loop:
         self._slow.append(call)
 
     @property
-    def line(self) -> int:
+    def slow_queued(self) -> int:
         """The number of calls in the slow queue."""
         return len(self._slow)
 

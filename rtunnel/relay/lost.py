@@ -54,7 +54,7 @@ def closed(detail: str) -> Lost:
     return Lost(LostKind.CLOSED, detail)
 
 
-#: The deadline of `End.talk`; its handler knows which deadline that was.
+#: The deadline of `End.set_handler`; its handler knows which deadline that was.
 DEADLINE: Final = Lost(LostKind.DEADLINE, "deadline")
 #: What a stream's handler hears when the link has ended.
 LINK_LOST: Final = Lost(LostKind.LINK_LOST, "link_lost")

@@ -3,9 +3,9 @@
 The states are those of `ends`, with these differences. While no handler reads, bytes wait in
 `backlog`, one window at most, and count against the relay's memory. There is no descriptor: the
 link's read calls the hooks of `yamux.Stream`, which call the handler or the pair. A handler's calls
-from `talk` and `resume` come in a later step of the loop (`_replay`). `close` sends FIN and drops
-what still comes (`_Discard`); after LINGER_SECONDS the stream is reset. A lost link is `on_reset`
-with `session.over`.
+from `set_handler` and `resume` come in a later step of the loop (`_replay`). `close` sends FIN and
+drops what still comes (`_Discard`); after LINGER_SECONDS the stream is reset. A lost link is
+`on_reset` with `session.over`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class StreamEnd(yamux.Stream):
         self.wide = self.start >= yamux.INITIAL_WINDOW  # its first window is not widened any more
         self._deadline: Timer | None = None
 
-    def talk(self, handler: EndHandler, deadline: float | None = None) -> None:
+    def set_handler(self, handler: EndHandler, deadline: float | None = None) -> None:
         self._handler = handler
         if self._deadline is not None:
             self._stop_deadline()

@@ -8,10 +8,10 @@ know of TLS. It keeps what they need of a non-blocking socket, edge by edge; onl
 for it (`can_splice`).
 
 **Life.** `TlsEnd` takes the descriptor over from a `SocketEnd` that has no handler yet. The
-handshake begins in the next step of the loop and goes on at each event; the deadline of `talk`
-covers it. Bytes written before it is done wait in the end's `_out`. When it fails, the socket is
-closed in order, so that no RST overtakes the alert, and the handler hears `lost`. When it is done
-(`up`), the end is one like any other: reading, paused, joined, closing.
+handshake begins in the next step of the loop and goes on at each event; the deadline of
+`set_handler` covers it. Bytes written before it is done wait in the end's `_out`. When it fails,
+the socket is closed in order, so that no RST overtakes the alert, and the handler hears `lost`.
+When it is done (`up`), the end is one like any other: reading, paused, joined, closing.
 
 **Where bytes are.** From the peer: the kernel, then OpenSSL (the last part of a record), then
 `_ahead` (plain text that had to be read before the own close_notify), then the caller's buffer. To
@@ -154,9 +154,9 @@ class TlsSocket(socket.socket):
         return self._engine.certificate
 
     @property
-    def shaken(self) -> int:
+    def handshake_bytes(self) -> int:
         """The number of bytes that the peer has sent in the handshake."""
-        return self._engine.shaken
+        return self._engine.handshake_bytes
 
     # The handshake.
 
@@ -184,7 +184,7 @@ class TlsSocket(socket.socket):
         if size and self._first:
             self._first = False
             if cipher[0] != _HANDSHAKE:
-                self._engine.shaken = size
+                self._engine.handshake_bytes = size
                 raise NotTls("the peer does not speak TLS")
         return cipher[:size]
 

@@ -47,7 +47,7 @@ class Transport:
         self.hup = False  # a FIN may have come: a short read has not drained the socket
 
     @property
-    def shaken(self) -> int:
+    def handshake_bytes(self) -> int:
         """The number of bytes that the peer has sent in a TLS handshake."""
         return 0
 
@@ -116,9 +116,9 @@ class TlsTransport(Transport):
         self._engine = TlsEngine(context, server_name)
 
     @property
-    def shaken(self) -> int:
+    def handshake_bytes(self) -> int:
         """The number of bytes that the peer has sent in the handshake."""
-        return self._engine.shaken
+        return self._engine.handshake_bytes
 
     @override
     def handshake(self) -> bool:

@@ -180,7 +180,7 @@ class Client:
     def _take_http(self, server: http.HttpServer, event: http.Tunnel | http.Forward | http.Health | None) -> None:
         if self._wait is not None and server.begun:
             self._stop_waiting()
-            self._end.talk(self, self._gateway.config.handshake_timeout)
+            self._end.set_handler(self, self._gateway.config.handshake_timeout)
         if event is None:
             return
         if isinstance(event, http.Health):  # a probe: no login, no limit, no log line
@@ -231,7 +231,7 @@ class Client:
                 event = self._socks.authenticated(True)
                 self._take_socks(self._socks, event)
                 if event is None:
-                    self._end.talk(self, self._gateway.config.handshake_timeout)
+                    self._end.set_handler(self, self._gateway.config.handshake_timeout)
             else:
                 self._go()
         except Refused as error:
@@ -380,7 +380,7 @@ class Client:
         self._http = self._new_http()
         self._wait = gateway.relay.loop.after(gateway.keep_alive, self.close_waiting)
         gateway.waiting.add(self)
-        self._end.talk(self)
+        self._end.set_handler(self)
         if rest:
             self.received(rest)
 
@@ -393,7 +393,7 @@ class Client:
         self.over = False
         self.asked = replace(self.asked, permit=None)  # the old stream has released it
         self._ahead = rest
-        self._end.talk(self)
+        self._end.set_handler(self)
         self._end.pause()
         assert self.asked.target is not None
         try:

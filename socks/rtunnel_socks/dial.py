@@ -394,7 +394,7 @@ class Attempt:
         if owner.trust.dial_tls is not None:
             end = owner.relay.secure(end, owner.trust.dial_tls, alpn=messages.DIAL_ALPN, server_name=BROKER_NAME)
         self._end = end
-        end.talk(self)
+        end.set_handler(self)
         end.write(self._dial.dial(self._body(), owner.key))
 
     def _body(self) -> DialBody:

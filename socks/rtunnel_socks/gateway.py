@@ -117,7 +117,7 @@ class Gateway:
             self._shut(sock, peer, error.code)
             return
         end = self.relay.end(sock, peer, spoken=True)
-        end.talk(Client(self, end, permit), self.config.handshake_timeout)
+        end.set_handler(Client(self, end, permit), self.config.handshake_timeout)
         self._room.check()
 
     def connect_failed_here(self, code: int) -> None:

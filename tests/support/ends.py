@@ -67,7 +67,7 @@ class FakeEnd:
     reading: bool = False
     handler: Any = None
 
-    def talk(self, handler: Any, deadline: float | None = None) -> None:
+    def set_handler(self, handler: Any, deadline: float | None = None) -> None:
         """See End."""
         self.handler, self.reading = handler, True
 

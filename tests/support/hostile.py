@@ -338,7 +338,7 @@ class World:
             onward.abort()
 
         def accepted(_: bytes, down: bytes) -> None:
-            onward.talk(Waits(fail))
+            onward.set_handler(Waits(fail))
             onward.pause()
             self._later(relay, lambda: join(down))
 
@@ -348,7 +348,7 @@ class World:
                     end.write(answer)
                 self._join(way, relay, end, onward, up=up, down=down)
 
-        end.talk(Waits(fail))
+        end.set_handler(Waits(fail))
         end.pause()
         if isinstance(hops[0], LinkHop) and hops[0].link.over:  # as a broker: the session is gone
             end.abort()
@@ -365,7 +365,7 @@ class World:
                     end.write(answer)
                 self._join(way, relay, end, self._end(relay, way.target_side), up=up)
 
-        end.talk(Waits(lambda: None))
+        end.set_handler(Waits(lambda: None))
         end.pause()
         self._later(relay, join)
 
@@ -396,9 +396,9 @@ class World:
             server, client = contexts()
             near = relay.secure(near, client, alpn=DIAL_ALPN, server_name="x")
             far = hop.relay.secure(far, server, alpn=DIAL_ALPN)
-        near.talk(handler)
+        near.set_handler(handler)
         near.write(words)
-        far.talk(self._answering(far, hop.relay, hops[1:]))
+        far.set_handler(self._answering(far, hop.relay, hops[1:]))
         return near
 
     def _answering(self, end: End, relay: SimRelay, hops: list[Hop]) -> EndHandler:

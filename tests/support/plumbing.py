@@ -249,7 +249,7 @@ class Tunnel:
 
     def link_stream(self, stream: StreamEnd) -> EndHandler | None:
         handler = Quiet()
-        stream.talk(handler)
+        stream.set_handler(handler)
         stream.pause()
         host, port = self.target.getsockname()[:2]
 

@@ -77,7 +77,7 @@ class Session:
 
     def _open(self, handler: Any, first: bytes, _deadline: float) -> FakeEnd:
         stream = FakeEnd(written=first)
-        stream.talk(handler)
+        stream.set_handler(handler)
         self.opened.append(stream)
         return stream
 

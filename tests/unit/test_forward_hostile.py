@@ -240,7 +240,7 @@ class World:
         self.side, ours = self.kernel.connection(client_capacity)
         end = SocketEnd(self.relay.loop, self.kernel.socket(ours), "10.9.9.9")
         self.client = Client(cast("ClientOwner", self), end, self.acquire_client("10.9.9.9"))
-        end.talk(self.client, 1000.0)
+        end.set_handler(self.client, 1000.0)
 
     def _exchange(self, number: int, most: int) -> Exchange:
         below = self.choices.below

@@ -117,7 +117,7 @@ class End:
     def __init__(self) -> None:
         self.over = False
 
-    def talk(self, handler: Any) -> None:
+    def set_handler(self, handler: Any) -> None:
         self.handler = handler
 
     def write(self, data: bytes) -> None:

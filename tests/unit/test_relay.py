@@ -59,7 +59,7 @@ class SocketHop:
 
     def _accept(self, sock: socket.socket, peer: str) -> None:
         client = self.relay.end(sock, peer)
-        client.talk(Quiet())
+        client.set_handler(Quiet())
         client.pause()
 
         def connected(end: SocketEnd | None, *_: object) -> None:
@@ -548,7 +548,7 @@ class TestTalking:
             theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * size)
             theirs.settimeout(5)
             theirs.sendall(bytes(size // 2))
-            relay.do(lambda: relay.end(ours, "peer").talk(Listens()))
+            relay.do(lambda: relay.end(ours, "peer").set_handler(Listens()))
             theirs.sendall(bytes(size // 2))
             relay.settle(lambda: sum(heard) == size)
             assert at and at[0] <= READS_A_TURN
@@ -894,7 +894,7 @@ def test_an_end_that_broke_while_it_was_told_is_not_joined() -> None:
             sock.setblocking(False)
         ends = relay.do(lambda: [relay.end(sock, "") for sock in accepted])
         quiet = Quiet()
-        relay.do(lambda: ends[0].talk(quiet))
+        relay.do(lambda: ends[0].set_handler(quiet))
         relay.do(ends[0].pause)
         accounts: list[Account] = []
 

@@ -102,7 +102,7 @@ class Tunnel:
         def connected(end: SocketEnd | None, *_: object) -> None:
             assert end is not None
             secured = self.relay.secure(end, self.client, alpn=DIAL_ALPN, server_name="broker.rtunnel")
-            secured.talk(Opening(secured, joined, self.lost), self.deadline)
+            secured.set_handler(Opening(secured, joined, self.lost), self.deadline)
             secured.write(b"open")
 
         def joined(end: SocketEnd, data: bytes) -> None:
@@ -126,7 +126,7 @@ class Tunnel:
             host, port = self.target.getsockname()
             self.relay.connect(host, port, 5.0, connected)
 
-        end.talk(Opening(end, opened, self.lost), self.deadline)
+        end.set_handler(Opening(end, opened, self.lost), self.deadline)
 
     def open(self) -> tuple[socket.socket, socket.socket]:
         """(client, target), connected through it."""
