@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-import rtunnel_broker.node
 import rtunnel_broker.ports
+import rtunnel_broker.presence
 import rtunnel_socks.dial
-import rtunnel_socks.gateway
+import rtunnel_socks.resolver
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel_broker.serve import status as broker_status
 from rtunnel_socks.serve import status as gateway_status
@@ -38,7 +38,7 @@ async def test_a_gateway_whose_clock_is_behind(tmp_path: Path, monkeypatch: pyte
         target = Target("127.1.0.1")
         node = cluster.brokers["b1"].node
         await cluster.until(lambda: node.presence.clock_offset is not None)
-        for module in (rtunnel_socks.dial, rtunnel_socks.gateway):
+        for module in (rtunnel_socks.dial, rtunnel_socks.resolver):
             set_clock(monkeypatch, module, -OFF)
         await refused(cluster, target)
         gateway = cluster.gateway
@@ -51,7 +51,7 @@ async def test_a_gateway_whose_clock_is_behind(tmp_path: Path, monkeypatch: pyte
         assert (by_gateway["wrong"], by_broker["wrong"]) == ("this gateway", f"gateway {gateway.key.id}")
         assert by_gateway["log_level"] == by_broker["log_level"] == "error"
         assert gateway_status(gateway)["clock"]["expired"] == 1  # type: ignore[index]
-        for module in (rtunnel_socks.dial, rtunnel_socks.gateway):
+        for module in (rtunnel_socks.dial, rtunnel_socks.resolver):
             set_clock(monkeypatch, module, 0.0)
         assert gateway.reasons() == []
         assert await cluster.ask(target.ip, target.port) == b"127.1.0.1:hello"
@@ -63,12 +63,12 @@ async def test_a_broker_whose_clock_is_ahead(tmp_path: Path, monkeypatch: pytest
         await cluster.start(brokers=1)
         target = Target("127.1.0.1")
         node = cluster.brokers["b1"].node
-        for module in (rtunnel_broker.ports, rtunnel_broker.node):
+        for module in (rtunnel_broker.ports, rtunnel_broker.presence):
             set_clock(monkeypatch, module, OFF)
         await refused(cluster, target)
         assert cluster.gateway.reasons() == []
         await cluster.until(lambda: any("ahead of gateway" in reason for reason in node.reasons()))
         assert broker_status(node)["clock"]["expired"] == 1  # type: ignore[index]
         assert cluster.gateway.paths.is_suspect("b1", cluster.gateway.relay.loop.now)
-        set_clock(monkeypatch, rtunnel_broker.node, 0.0)
+        set_clock(monkeypatch, rtunnel_broker.presence, 0.0)
         await cluster.until(lambda: node.reasons() == [])
