@@ -39,30 +39,33 @@ from rtunnel.wire.control import (
 from rtunnel.wire.messages import Enrol, Enrolled, Hello, Refuse, Update, Welcome
 from rtunnel.wire.refusal import Refusal
 
-#: A broker answers a Hello with a token by its Challenge at once: it asks nobody for that.
+#: Seconds for the Challenge to a Hello with a token. A broker needs no other process for it.
 CHALLENGE_SECONDS: Final = 2.0
 
 
 class SessionOwner(Protocol):
-    """The agent, as a session sees it. Called in the relay's thread."""
+    """The agent, as its sessions see it. In the relay's thread."""
 
     def session_ready(self, session: AgentSession) -> None:
-        """The link is up, and the session has no Hello yet: `greet` it."""
+        """Give a session whose link is up its Hello, by `greet`."""
 
     def session_up(self, session: AgentSession) -> None:
-        """Welcome."""
+        """Hear that the broker has sent Welcome."""
 
     def session_down(self, session: AgentSession, code: Refusal | None, lost: Lost) -> None:
-        """Refused (with a code) or lost. Once, also when it never came up."""
+        """Hear that the session was refused (with a code) or lost.
+
+        Called once, also without a link.
+        """
 
     def session_draining(self, session: AgentSession, deadline: float) -> None:
-        """The node goes away within `deadline` seconds."""
+        """Hear that the node stops within `deadline` seconds."""
 
     def session_trust(self, session: AgentSession, signed: bytes) -> None:
-        """The broker has a newer trust list."""
+        """Take a newer trust list of the broker."""
 
     def serve_stream(self, session: AgentSession, stream: StreamEnd) -> EndHandler:
-        """A Dial is about to come."""
+        """Return the handler of a stream that the broker has opened: a Dial comes on it."""
 
 
 class _ControlLink:
@@ -72,9 +75,11 @@ class _ControlLink:
     """
 
     def __init__(self, timeout: float) -> None:
-        """`timeout`: seconds from the link's TLS handshake until Welcome, or the answer to an Enrol."""
+        """`timeout`: seconds from the link's TLS handshake until Welcome, or the answer to an
+        Enrol.
+        """
         self.timeout = timeout
-        self.attempt: Attempt | None = None  # while there is no link
+        self.attempt: Attempt | None = None  # the connect, until there is a link
         self.link: Link | None = None
         self.certificate: bytes | None = None  # the broker's, DER; None without TLS
         self.code: Refusal | None = None  # with which the broker refused, or failed
@@ -85,12 +90,12 @@ class _ControlLink:
 
     @property
     def state(self) -> AgentState:
-        """Where it stands in the protocol, and so what holds (see AgentState)."""
+        """The protocol's state; `AgentState` says what holds in each."""
         return self._control.state
 
     @property
     def heard(self) -> bool:
-        """Whether the broker said something that could be understood."""
+        """Whether the broker has sent a valid message."""
         return self._control.heard
 
     @property
@@ -163,11 +168,11 @@ class _ControlLink:
             self._stream.write(data)
 
     def _is_up(self) -> None:
-        """The link is up."""
+        """Go on: the link is up."""
         raise NotImplementedError
 
     def _is_down(self, lost: Lost) -> None:
-        """It has ended, or never came up."""
+        """Tell the owner: the link has ended, or there was none."""
         raise NotImplementedError
 
     def _hear(self, event: AgentEvent) -> None:
@@ -188,7 +193,7 @@ class AgentSession(_ControlLink):
         self.welcome: Welcome | None = None
         self.streams = 0
         self.news = b""  # a trust list that waits
-        self.news_pause: Timer | None = None  # the one before is young
+        self.news_pause: Timer | None = None  # until the next trust list is taken
 
     @property
     def node(self) -> str:
@@ -196,35 +201,37 @@ class AgentSession(_ControlLink):
         return self.welcome.node if self.welcome else ""
 
     def greet(self, hello: Hello) -> None:
-        """Say the Hello. No effect when the link is gone."""
+        """Send the Hello. No effect when the link has ended."""
         link = self.link
         if link is None or not self._control.allows(Action.HELLO):
             return
         self.hello = hello
         frame = self._control.hello(hello, self.secret)
         if self.secret:
-            # Without TLS this is the first that a silent address is asked.
+            # Without TLS the Hello is the first message that a silent address must answer.
             self._open(link, frame, "Challenge", min(self.timeout, CHALLENGE_SECONDS))
         else:
             self._open(link, frame, "Welcome", self.timeout)
 
     @override
     def link_stream(self, stream: StreamEnd) -> EndHandler | None:
-        """Serve it: the broker opens streams only on a live session."""
+        """Return the handler of a stream of the broker, which opens streams only on a live session."""
         return self.owner.serve_stream(self, stream) if self._control.state in AGENT_SERVES else None
 
     def expose(self, exposes: list[str], addresses: list[str]) -> None:
-        """Say which ports are exposed, and which addresses are answered for, from now on."""
+        """Send an Update: the ports that are exposed, and the addresses that are answered for, from
+        now on.
+        """
         self._update(Update(exposes=exposes, addresses=addresses))
 
     def go_over(self, exposes: list[str], certificate: bytes, key: PrivateKey) -> None:
-        """Show another certificate than the one that the link has shown."""
+        """Send an Update with a newer certificate than the one of the link's handshake."""
         if self.welcome is not None:
             signature = prove_session(key, self.welcome.node, self.welcome.epoch, self.binding)
             self._update(Update(exposes=exposes, certificate=certificate, signature=signature))
 
     def leave(self, why: str) -> None:
-        """Say goodbye and end the link, or the connect."""
+        """Send Bye and end the link, or the connect."""
         if self._control.allows(Action.BYE):
             self._say(self._control.bye(why))
         self.end(why)
@@ -295,7 +302,7 @@ class Enrolment(_ControlLink):
         self._answer: Enrolled | Refuse | None = None
 
     def ask(self) -> None:
-        """Send the request. No effect when the link is gone."""
+        """Send the request. No effect when the link has ended."""
         if self.link is not None and self._control.allows(Action.ENROL):
             self._open(self.link, self._control.enrol(self._request), "answer", self.timeout)
 

@@ -1,4 +1,6 @@
-"""A broker node: links come in and become sessions; heartbeats, drain. The relay carries the bytes."""
+"""One broker node: it listens, keeps sessions, and drains. trio's side; the relay carries the
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +42,12 @@ from rtunnel_broker.registrar import Registrar
 from rtunnel_broker.session import Session
 from rtunnel_broker.trust import BrokerTrust
 
-#: So often connections that have said nothing are looked for.
+#: Seconds between two looks for connections to guarded ports without a byte.
 SWEEP_SECONDS: Final = 1.0
 
 
 class Node:
-    """One broker node. `run` is its life; `keeper` attributes are what sessions ask for."""
+    """One broker node, and the keeper of its sessions (`SessionKeeper`)."""
 
     def __init__(self, config: Config, registry: Registry) -> None:
         broker = config.broker
@@ -62,7 +64,7 @@ class Node:
         self.draining = False
         self.started = time.time()
         self.counts = PortCounts(broker.max_handshakes)
-        self.session_refusals: Counter[str] = Counter()  # by code word
+        self.session_refusals: Counter[str] = Counter()  # refused sessions, by code
         self._admission = Admission(broker.admit)
         self.relay = Relay(self._report, f"relay-{self.node}", memory=broker.stream_memory << 20)
         self.bridge = Bridge(self.relay)
@@ -77,7 +79,7 @@ class Node:
             registry, config.registry, self.bridge, self._registrar, self.clock, self.log, self.record
         )
         self.sessions = self._registrar.sessions  # those in the registry, by owner
-        self.duplicates = self._registrar.duplicates  # second hosts that came with an agent_id, and were refused
+        self.duplicates = self._registrar.duplicates  # refused second hosts of an agent_id
         self.links = LinkPort(self.relay, broker, self.trust, self.log, self.session_refusals)
 
     # What sessions and the relay call, in the relay's thread.
@@ -130,7 +132,7 @@ class Node:
         self.relay.loop.after(SWEEP_SECONDS, self._sweep)
 
     def _sweep(self) -> None:
-        """End what was opened to a guarded port without a word."""
+        """Reset connections to guarded ports that have sent no byte within FIRST_BYTES."""
         loop = self.relay.loop
         for connection in self.counts.dials.silent(loop.now - FIRST_BYTES):
             connection.expel(Lost(LostKind.DEADLINE, f"deadline: nothing was said within {FIRST_BYTES:.0f} s"))
@@ -139,9 +141,13 @@ class Node:
     # Life.
 
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Node] = trio.TASK_STATUS_IGNORED) -> None:
-        """Started when links are accepted. Until `stop`; raises Superseded when another process takes the node_id."""
+        """Serve until `stop`, then drain. Started when links are accepted.
+
+        Raises Superseded when another process takes the node_id.
+        """
         async with self.bridge.running():
-            # A node that can't serve yet must look so to the VIP: it listens only when it has its incarnation.
+            # The VIP must not lead agents to a node that can't serve: it listens only once it has
+            # its incarnation.
             shared = self.config.workers > 1
             sock = bound_socket(*parse_endpoint(self.config.listen), key="broker.listen", shared=shared)
             try:
@@ -168,12 +174,12 @@ class Node:
 
     @property
     def bound(self) -> tuple[str, int]:
-        """Where links are accepted."""
+        """The address and port on which links are accepted."""
         assert self.links.listener is not None
         return self.links.listener.bound
 
     def record(self) -> NodeRecord:
-        """This node as the registry knows it."""
+        """Return the node's record for the registry."""
         return NodeRecord(
             node=self.node,
             host=self.host,
@@ -188,7 +194,7 @@ class Node:
         )
 
     def reasons(self) -> list[str]:
-        """Why this node is not ready; empty when it is."""
+        """Return why this node is not ready; empty when it is."""
         reasons = []
         if down := self.presence.down:
             reasons.append(f"registry: {down}")
@@ -202,7 +208,9 @@ class Node:
         await self.bridge.answered()
 
     async def _drain(self) -> None:
-        """Tell everybody, give streams their time, then end every session in order."""
+        """Tell agents and registry, wait for streams up to `broker.drain`, then end each session in
+        order.
+        """
         self.draining = True
         deadline = self.config.drain
         self.log.info("draining", sessions=len(self.sessions), streams=self.counts.streams)
@@ -212,7 +220,7 @@ class Node:
         with trio.move_on_after(deadline):
             while self.sessions or self.counts.streams:
                 await trio.sleep(0.05)
-        cut = self.counts.streams  # the links take them along
+        cut = self.counts.streams  # they end with their links
         await self.bridge.run(self._end_sessions)
         await self.presence.leave()
         self.log.info("broker_stopped", streams_cut=cut)

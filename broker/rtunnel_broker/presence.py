@@ -1,4 +1,6 @@
-"""One node in the registry: its incarnation, its heartbeats, and what they put right. In trio's thread."""
+"""One node in the registry: its incarnation, its heartbeats, and what they put right. In trio's
+thread.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from rtunnel.registry import NodeRecord, Registration, Registry
 from rtunnel_broker.log import NodeLog
 from rtunnel_broker.registrar import Registrar
 
-#: Seconds between two questions for the registry's clock, so that it is known when a gateway's clock differs.
+#: Seconds between two questions for the registry's clock, so that it is known when a gateway's
+#: clock differs.
 MEASURE_SECONDS: Final = 60.0
 
 
@@ -56,7 +59,9 @@ class Presence:
         return "" if self.incarnation else "not contacted yet"
 
     async def join(self, stop: trio.Event) -> bool:
-        """Wait for an incarnation, without which this node can't fence. Return False when `stop` comes first."""
+        """Wait for an incarnation, without which this node can't fence. Return False when `stop`
+        comes first.
+        """
         while not stop.is_set():
             try:
                 self.incarnation = await self._bridge.registry(self._registry.start_node, self._record())
@@ -70,7 +75,9 @@ class Presence:
         return False
 
     async def run(self) -> None:
-        """Send heartbeats until cancelled. Raises Superseded when another process takes the node_id."""
+        """Send heartbeats until cancelled. Raises Superseded when another process takes the
+        node_id.
+        """
         while True:
             await trio.sleep(self.heartbeat)
             await self.beat()
@@ -117,7 +124,9 @@ class Presence:
         await self._measure_clock()
 
     async def _measure_clock(self) -> None:
-        """Compare this clock with the registry's: seldom, and at each beat while Dials are refused as expired."""
+        """Compare this clock with the registry's: seldom, and at each beat while Dials are refused
+        as expired.
+        """
         now = time.monotonic()
         if not self._clock.suspicious and now < self._measured_at + MEASURE_SECONDS:
             return

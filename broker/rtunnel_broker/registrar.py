@@ -1,4 +1,8 @@
-"""Ports and tuples for sessions: leased and registered before Welcome, given back at the end. In trio's thread."""
+"""Registers sessions: leases their ports and writes their tuples before Welcome, and gives them
+back at the end.
+
+In trio's thread.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +62,7 @@ class Leased:
 
 @dataclass
 class Quota:
-    """How many open ports one agent may have on a node.
+    """The open ports of one agent on a node, and the most that it may have.
 
     Those in quarantine after it count, else it could take all ports by turns.
     """
@@ -67,7 +71,10 @@ class Quota:
     held: dict[int, str]  # its ports, and for what target each is
 
     def check(self, port: int, owner: str) -> None:
-        """Raises Refused unless `owner` may have this port (0: any). One that it holds or left may come back to it."""
+        """Raise Refused unless `owner` may have this port (0: any).
+
+        It may have one again that it has or had.
+        """
         back = self.held.get(port) == owner if port else owner in self.held.values()
         if len(self.held) >= self.most and not back:
             text = f"the agent has {len(self.held)} open ports here (broker.open_ports.per_agent)"
@@ -75,7 +82,7 @@ class Quota:
 
 
 def open_owner(session: Session, publish: Publish) -> str:
-    """Return the owner of an open port's lease: one agent may have several, so each target is an owner of its own."""
+    """Return the owner of an open port's lease: each target of an agent is an owner of its own."""
     return f"{session.owner}/{publish.ip}:{publish.target_port}"
 
 
@@ -93,7 +100,8 @@ class Registrar:
         broker = node.config
         open_ports = broker.open_ports
         self.sessions: dict[str, Session] = {}  # by owner
-        #: While a heartbeat is under way: what it may bring back although its session has left.
+        # During a heartbeat: registrations that it may write again although their sessions have
+        # left.
         self.left_during_beat: list[Registration] | None = None
         self._node = node
         self._registry = registry
@@ -116,7 +124,7 @@ class Registrar:
     # Registering.
 
     async def register(self, session: Session) -> None:
-        """Ports, tuples, Welcome; all or nothing."""
+        """Take ports, write tuples, and send Welcome; when one of these fails, refuse the session."""
         hello = session.hello
         assert hello is not None
         async with self._owner_lock(session.owner):
@@ -128,10 +136,11 @@ class Registrar:
                     code, text = error.code, error.text
                     await self._node.bridge.run(lambda: session.refuse(code, text))
                     return
-            if session.state is not BrokerState.PROVEN:  # it has gone meanwhile: then it replaces nobody
+            if session.state is not BrokerState.PROVEN:  # it has ended, so it replaces no other session
                 return
             if older is not None:
-                # The agent says that it has no session here: its old link is one that only we believe in.
+                # The agent says that it has no session here: its old link is lost, and only this
+                # node does not know.
                 await self._replace(older, session)
             session.epoch = self._node.presence.incarnation << COUNTER_BITS | next(self._counter)
             leased: list[Leased] = []
@@ -168,7 +177,10 @@ class Registrar:
     def _start_listeners(
         self, session: Session, leased: list[Leased], granted: list[tuple[Publish, int]], notices: list[str]
     ) -> bool:
-        """In the relay's thread: accept on the ports and welcome the agent. False when it is gone already."""
+        """Accept on the ports and send Welcome.
+
+        Return False when the session has ended. In the relay's thread.
+        """
         if session.state is not BrokerState.PROVEN:
             for port in leased:
                 port.sock.close()
@@ -210,12 +222,15 @@ class Registrar:
     async def _take_open_ports(
         self, session: Session, leased: list[Leased]
     ) -> tuple[list[tuple[Publish, int]], list[str]]:
-        """Each open port is granted or becomes a notice: an agent without it is worth more than none."""
+        """Take the open ports; return the granted ones, and a notice for each other one.
+
+        A session without an open port is better than no session.
+        """
         granted: list[tuple[Publish, int]] = []
         notices: list[str] = []
         assert session.hello is not None
         quota = Quota(self._node.config.open_ports.per_agent, self._held_open(session))
-        # Who wants a certain port comes first: another's by chance could be that one.
+        # Requests for a certain port come first: a random choice for another one could take it.
         for publish in sorted(session.hello.publish, key=lambda publish: not publish.port):
             wanted = f"open port {publish.port or '(any)'} for {publish.ip}:{publish.target_port}"
             try:
@@ -260,7 +275,10 @@ class Registrar:
         return listening_socket(self._bind_host, port)
 
     def _registration(self, session: Session, leases: tuple[PortLease, ...]) -> Registration:
-        """What the registry shall hold of the session now. The first lease is that of the guarded port."""
+        """Return the session's registration as it is now.
+
+        The first lease is that of the guarded port.
+        """
         hello = session.hello
         assert hello is not None
 
@@ -278,7 +296,7 @@ class Registrar:
                 agent_host=place(hello, session.peer),
             )
 
-        # The relay's thread replaces the set, so this must be one look.
+        # Read once: the relay's thread may replace the set.
         addresses = session.addresses
         tuples = [entry(ip, 0, leases[0].port) for ip in sorted(addresses)]
         tuples += [entry(p.ip, p.target_port, port) for p, port in session.granted if p.ip in addresses]
@@ -287,9 +305,11 @@ class Registrar:
         return Registration(session.epoch, tuple(tuples), leases, ",".join(session.exposes), revision)
 
     def registrations(self) -> list[Registration]:
-        """What the next heartbeat keeps alive, with the exposed ports that each agent's last Update names.
+        """Return all registrations for a heartbeat, with the exposed ports of each agent's last
+        Update.
 
-        So however many Updates an agent sends, the registry hears of one with each heartbeat.
+        So the registry gets one Update of an agent with each heartbeat, however many the agent
+        sends.
         """
         found = []
         for session in self.sessions.values():
@@ -297,22 +317,24 @@ class Registrar:
             if registration is None:
                 continue
             if session.update_due and session.addresses == _addresses(registration):
-                session.update_due = False  # before `exposes` is read: what comes later is told later
+                session.update_due = False  # before `exposes` is read: a later Update sets it again
                 registration = session.registration = self._registration(session, registration.leases)
             found.append(registration)
         return found
 
     def moved(self) -> list[Session]:
-        """The sessions whose agents have other addresses than the registry was told: they are for `republish`."""
+        """Return the sessions whose addresses the registry does not have yet; `republish` is for
+        them.
+        """
         return [session for session in self.sessions.values() if session.update_due]
 
     async def republish(self, session: Session) -> None:
-        """Tell the registry which addresses the agent's last Update named.
+        """Write the addresses of the agent's last Update to the registry.
 
-        One at a time, with the latest: two calls to the registry may overtake each other.
+        One call at a time, because two calls to the registry may overtake each other.
         """
         async with self._owner_lock(session.owner):
-            session.update_due = False  # before the session is read: what comes later is told later
+            session.update_due = False  # before the session is read: a later Update sets it again
             before = session.registration
             if before is None or self.sessions.get(session.owner) is not session:
                 return
@@ -343,7 +365,11 @@ class Registrar:
     async def _keep_addresses(
         self, session: Session, before: Registration, now: Registration, taken: AddressTaken
     ) -> bool:
-        """Go on without a new address that another agent has: the agent asks again. False: it is not a new one."""
+        """Keep the session without a new address that another agent has; the agent asks again
+        later.
+
+        Return False when the address is not new.
+        """
         had = {entry.agent_ip for entry in before.tuples}
         if taken.ip in had:
             return False
@@ -352,7 +378,7 @@ class Registrar:
         addresses = frozenset(entry.agent_ip for entry in kept)
 
         def keep() -> None:
-            if not session.update_due:  # else a later Update has said more
+            if not session.update_due:  # else a later Update counts
                 session.addresses = addresses
 
         await self._node.bridge.run(keep)
@@ -363,10 +389,10 @@ class Registrar:
         )  # fmt: skip
         return True
 
-    # Two of one agent_id.
+    # Two sessions with one agent_id.
 
     async def _check_older(self, older: Session, newer: Session) -> None:
-        """Return when `newer` may replace the older session of its agent_id. Raises Refused when that one stays."""
+        """Raise Refused unless `newer` may replace the older session of its agent_id."""
         assert older.hello is not None
         if older.identity is not None and newer.identity is None:
             # If this is the same agent with a dead link, that link times out shortly.
@@ -376,7 +402,7 @@ class Registrar:
             raise Refused(Refusal.DUPLICATE_AGENT, self._duplicated(newer, place(older.hello, older.peer)))
 
     async def _lives(self, session: Session) -> bool:
-        """Whether the session's link answers a ping within PROBE_SECONDS."""
+        """Return whether the session's link answers a ping within PROBE_SECONDS."""
         answered = trio.Event()
         answers: list[bool] = []
 
@@ -388,7 +414,7 @@ class Registrar:
             if session.link is None:
                 done(False)
             else:
-                # The newcomer waits meanwhile, and its own deadline goes on.
+                # The newer session waits, and its own deadline goes on.
                 session.link.probe(min(PROBE_SECONDS, self._node.config.handshake_timeout / 2), done)
 
         await self._node.bridge.run(probe)
@@ -396,7 +422,7 @@ class Registrar:
         return answers[0]
 
     def _duplicated(self, newer: Session, holder: str) -> str:
-        """Remember that a second host came, say it in the log if it is news, and return the text of its refusal."""
+        """Remember a refused second host, log it if it is new, and return the text of its refusal."""
         entry, is_news = self.duplicates.add(newer, holder)
         if is_news:
             self._log.warning(
@@ -431,7 +457,10 @@ class Registrar:
             )
 
     async def _leave(self, session: Session) -> None:
-        """Out of the registry, ports to quarantine. Idempotent."""
+        """Remove the session from the registry, and put its ports into quarantine.
+
+        Later calls have no effect.
+        """
         if self.sessions.get(session.owner) is session:
             del self.sessions[session.owner]
         registration, session.registration = session.registration, None
@@ -454,10 +483,12 @@ class Registrar:
     def _owner_lock(self, owner: str) -> _OwnerLock:
         return _OwnerLock(self._owner_locks, owner)
 
-    # What the registry has lost.
+    # Tuples that the registry has lost.
 
     def end_lost(self, lost: dict[int, AddressTaken]) -> None:
-        """While the registry did not have them, another agent came with one of their addresses, and is there now."""
+        """Refuse the sessions, by epoch, whose address another agent took while the registry had
+        lost their tuples.
+        """
         for session in list(self.sessions.values()):
             if session.epoch in lost and session.state in REGISTERED:
                 error = lost[session.epoch]
@@ -465,12 +496,15 @@ class Registrar:
 
 
 def _addresses(registration: Registration) -> frozenset[str]:
-    """The addresses that the session answers for."""
+    """Return the addresses that a registered session answers for."""
     return frozenset(entry.agent_ip for entry in registration.tuples if not entry.agent_port)
 
 
 class _OwnerLock:
-    """One registration or removal of an owner at a time; locks exist only while somebody holds or wants them."""
+    """Allows one registration or removal of an owner at a time.
+
+    A lock exists only while it is held or wanted.
+    """
 
     def __init__(self, locks: dict[str, tuple[trio.Lock, int]], owner: str) -> None:
         self._locks = locks

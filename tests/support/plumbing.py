@@ -178,7 +178,7 @@ def reset(sock: socket.socket) -> None:
 
 @dataclass
 class Quiet:
-    """A talker that notes what happens."""
+    """A handler that notes what happens."""
 
     data: bytes = b""
     eof: bool = False

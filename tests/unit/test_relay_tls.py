@@ -60,7 +60,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Opening:
-    """The talker of both halves: waits for the other one's word, then does what comes next."""
+    """The handler of both halves: waits for the other one's word, then does what comes next."""
 
     end: SocketEnd
     then: Callable[[SocketEnd, bytes], None]
@@ -79,7 +79,7 @@ class Opening:
 
 @dataclass
 class Tunnel:
-    """See the module. `accounts` has the pairs that are over, `lost` what talkers were told."""
+    """See the module. `accounts` has the pairs that are over, `lost` what handlers heard."""
 
     relay: TestRelay
     server: ssl.SSLContext
@@ -321,7 +321,7 @@ def test_plain_clients_are_told(made: Path) -> None:
 
 @pytest.mark.parametrize("words", [b"", b"\x16", b"\x16\x03\x01\x02\x00\x01"])
 def test_the_handshake_has_a_deadline(made: Path, words: bytes) -> None:
-    """Silence, and half a ClientHello: the talker's deadline counts."""
+    """Silence, and half a ClientHello: the deadline of the handler counts."""
     with tunnel(made, deadline=0.2) as here:
         sock = dial(here.inner.getsockname())
         sock.sendall(words)
@@ -363,7 +363,7 @@ def test_a_handshake_holds_little_memory(made: Path, kind: str) -> None:
 
 
 def test_an_end_during_the_handshake(made: Path) -> None:
-    """A client that goes away is told to the talker."""
+    """A client that goes away is told to the handler."""
     with tunnel(made) as here:
         for leave in (socket.socket.close, reset):
             sock = dial(here.inner.getsockname())
