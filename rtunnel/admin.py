@@ -1,8 +1,9 @@
-"""Health over HTTP: a very small HTTP/1.1 server for probes, one request a connection.
+"""Health over HTTP: a small HTTP/1.1 server for probes, with one request for each connection.
 
-It answers GET and HEAD of fixed paths and nothing else. Whoever is slow, large or many costs it a bounded amount: a
-request head has a size, a request and its answer have deadlines, and when there are too many connections the oldest is
-closed: a probe that works is done in milliseconds, so the oldest is the one that does not.
+It answers GET and HEAD of fixed paths, and nothing else. Its costs are bounded: a request's head
+has a greatest size, a request and its answer have deadlines, and when there are too many
+connections the oldest is closed. A working probe takes milliseconds, so that the oldest one does
+not work.
 """
 
 from __future__ import annotations
@@ -21,19 +22,22 @@ from rtunnel.config import format_endpoint, parse_endpoint
 from rtunnel.errors import ListenError
 from rtunnel.net import listening_socket
 
-#: A request's line and headers: a probe sends 100 to 500 bytes.
+#: Bytes of a request's line and headers; a probe sends 100 to 500.
 MAX_HEAD = 8 * 1024
-#: From accept to a whole request, and from there to close.
+#: Seconds from accept to a whole request, and from there to close.
 DEADLINE = 5.0
 MAX_CONNECTIONS = 32
-#: The relay's turns take milliseconds, on a busy machine more; a probe waits 5 s (deploy/kubernetes).
+#: Seconds to wait for the relay. Its turns take milliseconds, more on a busy machine; a probe waits
+#: 5 s (deploy/kubernetes).
 LIVE_PATIENCE = 2.0
-#: "fd:7" is a listening socket that the supervisor has handed down. No key can say that: a host is an address there.
+#: "fd:7" is a listening socket that the supervisor has handed down. No key can say that: a host is
+#: an address there.
 INHERITED = "fd"
-#: After the answer the client may close first so long; a reset could otherwise overtake the answer.
+#: Seconds after the answer in which the client may close first; otherwise a reset could overtake
+#: the answer.
 LINGER = 1.0
 
-#: What a path answers: status, content type, body.
+#: The answer of a path: status, content type, body.
 Answer = tuple[int, str, bytes]
 Route = Callable[[], Answer | Awaitable[Answer]]
 
@@ -44,12 +48,12 @@ log = logs.get_logger("admin")
 
 
 def json_answer(value: object, status: int = 200) -> Answer:
-    """An answer of one JSON value."""
+    """Return an answer with one JSON value."""
     return status, JSON, msgspec.json.encode(value, enc_hook=str) + b"\n"
 
 
 def metrics_answer(status: Mapping[str, Any]) -> Answer:
-    """A status as Prometheus reads it."""
+    """Return an answer with a status in the text format of Prometheus."""
     return 200, metrics.CONTENT_TYPE, metrics.text(status)
 
 
@@ -61,8 +65,9 @@ def health_routes(
 ) -> dict[str, Route]:
     """The paths of a role: `reasons` says what is missing to be ready, `status` tells its state.
 
-    `warnings` says what is wrong though it is ready, because its clients are better off with it than without.
-    `answered` returns when the role's own thread has answered; a process where it hangs is not live.
+    `warnings` says what is wrong though it is ready, because its clients are better off with it
+    than without. `answered` returns when the role's own thread has answered; a process where it
+    hangs is not live.
     """
 
     async def live() -> Answer:
@@ -87,10 +92,10 @@ def health_routes(
 
 
 class Part(pulse.Part, Protocol):
-    """A role's main object."""
+    """A role's main object, which `run` runs."""
 
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Any]) -> None:
-        """Its life."""
+        """Run the role until it has ended."""
 
 
 async def run_beside(
@@ -103,7 +108,7 @@ async def run_beside(
     task_status: trio.TaskStatus[Any],
     warnings: Callable[[], Sequence[str]] = tuple,
 ) -> None:
-    """Run a role with its health endpoint beside it, unless `address` is empty."""
+    """Run a role with its health endpoint, unless `address` is empty."""
     async with trio.open_nursery() as nursery:
         if address:
             routes = health_routes(part.reasons, status, part.answered, warnings)
@@ -119,10 +124,10 @@ async def serve(
     key: str = "admin",
     task_status: trio.TaskStatus[tuple[str, int]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve `routes` on "host:port" (or a listening socket, "fd:number") until cancelled; `started` gives the bound
-    (host, port).
+    """Serve `routes` on "host:port" until cancelled; `started` gives the bound (host, port).
 
-    Routes run in the trio thread and must not block. Raises ListenError, which names `key`, when it can't listen.
+    The address may also be a listening socket, "fd:number". Routes run in trio's thread and must
+    not block. Raises ListenError, which names `key`.
     """
     async with trio.SocketListener(trio.socket.from_stdlib_socket(_listening(address, key))) as listener:
         bound: tuple[str, int] = listener.socket.getsockname()[:2]
@@ -144,7 +149,7 @@ def _listening(address: str, key: str) -> socket.socket:
 class _Server:
     def __init__(self, routes: Mapping[str, Route]) -> None:
         self._routes = routes
-        self._scopes: dict[trio.CancelScope, None] = {}  # of connections, in the order of their arrival
+        self._scopes: dict[trio.CancelScope, None] = {}  # of connections, the oldest first
 
     async def connection(self, stream: trio.SocketStream) -> None:
         if len(self._scopes) >= MAX_CONNECTIONS:
@@ -182,7 +187,7 @@ async def _converse(stream: trio.SocketStream, routes: Mapping[str, Route]) -> N
 
 
 async def _request(http: h11.Connection, stream: trio.SocketStream) -> h11.Request | Answer | None:
-    """The request's head, or the answer to what is none; None when the client went away, or never began."""
+    """Return the request's head, or the answer to a bad one, or None for a silent client."""
     with trio.move_on_after(DEADLINE):
         try:
             while (event := http.next_event()) is h11.NEED_DATA:
@@ -193,12 +198,13 @@ async def _request(http: h11.Connection, stream: trio.SocketStream) -> h11.Reque
         except h11.RemoteProtocolError as error:
             return error.error_status_hint, TEXT, f"{error}\n".encode()
         return event if isinstance(event, h11.Request) else None
-    # Who has said nothing asks for nothing: clients that connect ahead would take the 408 for their next answer.
+    # A silent client gets no 408: clients that connect ahead would take it for the answer to their
+    # next request.
     return (408, TEXT, f"no whole request in {DEADLINE:g} s\n".encode()) if http.trailing_data[0] else None
 
 
 async def _answer(request: h11.Request, routes: Mapping[str, Route]) -> tuple[Answer, bool]:
-    """The answer, and whether it must name the allowed methods."""
+    """Return the answer, and whether it must name the allowed methods."""
     path = request.target.partition(b"?")[0].decode("ascii", "replace")
     route = routes.get(path)
     if route is None:
@@ -224,7 +230,8 @@ async def _send(http: h11.Connection, stream: trio.SocketStream, answer: Answer,
     ]
     if allow:
         headers.append(("Allow", "GET, HEAD"))
-    # To HEAD the length is told and the body kept: h11 knows the first, and wants the second from us.
+    # To HEAD the length is told and the body kept: h11 knows the first, and wants the second from
+    # us.
     sent = b"" if head else body
     events = [h11.Response(status_code=status, headers=headers), h11.Data(data=sent), h11.EndOfMessage()]
     await stream.send_all(b"".join(http.send(event) or b"" for event in events))

@@ -1,4 +1,7 @@
-"""Between the planes: trio asks the relay's thread, the relay posts to trio. Nothing here is done per stream."""
+"""Calls between the planes: trio calls the relay's thread, and the relay posts to trio.
+
+Not per stream.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +17,34 @@ from rtunnel.relay.relay import Relay
 _T = TypeVar("_T")
 _A = TypeVarTuple("_A")
 
-#: Registry calls in flight per process: a storm of them must not become a storm of threads.
+#: Registry calls of one process at once, so that many calls do not start as many threads.
 REGISTRY_THREADS = 8
-#: The relay's turns take milliseconds, seconds on a machine that is far too busy; a thread silent for longer is gone.
+#: Seconds to wait for the relay's thread. Its turns take milliseconds, on a very busy machine
+#: seconds; a thread that is silent for longer is taken for dead.
 RELAY_PATIENCE = 30.0
-#: How soon a thread that has ended is noticed.
+#: Seconds between two checks whether the relay's thread has ended.
 RELAY_LOOK = 0.1
 
 
 class Bridge:
-    """Calls between trio's thread and the relay's. The role that owns the relay makes it and enters `running`."""
+    """Carries calls between trio's thread and the relay's.
+
+    The owner of the relay makes it and enters `running`.
+    """
 
     def __init__(self, relay: Relay) -> None:
         self.relay = relay
-        self._token: trio.lowlevel.TrioToken | None = None  # of the run that calls `run` or `running`
+        # The trio run that has called `run` or `running`.
+        self._token: trio.lowlevel.TrioToken | None = None
         self._limiter = trio.CapacityLimiter(REGISTRY_THREADS)
         self._nursery: trio.Nursery | None = None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Run the relay's thread meanwhile. When this is left that thread has ended, cancelled or not."""
+        """Run the relay's thread for the block.
+
+        The thread has ended when the block is left or cancelled.
+        """
         self._token = trio.lowlevel.current_trio_token()
         self.relay.start()
         try:
@@ -44,7 +55,7 @@ class Bridge:
 
     @asynccontextmanager
     async def open_nursery(self) -> AsyncIterator[trio.Nursery]:
-        """The nursery that `spawn` uses; what is spawned after its body has ended is dropped."""
+        """Provide the nursery for `spawn`, whose calls are dropped after the block."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             try:
@@ -53,7 +64,10 @@ class Bridge:
                 self._nursery = None
 
     async def run(self, call: Callable[[], _T]) -> _T:
-        """Run in the relay's thread; its result or exception. Not cancellable once it is on its way (microseconds)."""
+        """Run a function in the relay's thread. Return its result or raise its exception.
+
+        The call takes microseconds, and cannot be cancelled after it was sent.
+        """
         self._token = trio.lowlevel.current_trio_token()
         done = trio.Event()
         box: list[tuple[_T | None, Exception | None]] = []
@@ -71,7 +85,8 @@ class Bridge:
                 with trio.move_on_after(RELAY_LOOK):
                     await done.wait()
         if not box:
-            await trio.lowlevel.checkpoint_if_cancelled()  # then it was stopped by whoever cancels us
+            # The relay was stopped by the code that cancels this task.
+            await trio.lowlevel.checkpoint_if_cancelled()
             raise RuntimeError("the relay's thread does not answer")
         result, error = box[0]
         if error is not None:
@@ -79,16 +94,19 @@ class Bridge:
         return result  # type: ignore[return-value]  # None only when _T is None
 
     async def answered(self) -> None:
-        """Return when the relay's thread has run a call that was made now; cancellable, and never while it hangs."""
+        """Return after the relay's thread has run a call made now.
+
+        Cancellable; never returns if it hangs.
+        """
         self._token = trio.lowlevel.current_trio_token()
         done = trio.Event()
         self.relay.call(lambda: self.post(done.set))
         await done.wait()
 
     def post(self, call: Callable[[Unpack[_A]], object], *args: *_A) -> None:
-        """Run in trio's thread, soon. From the relay's thread (or any); dropped when trio's run is over.
+        """Run a function in trio's thread, soon; for any thread.
 
-        Only after `run` or `running` was called.
+        It is dropped after the end of trio's run. `run` or `running` must have been called before.
         """
         assert self._token is not None
         try:
@@ -97,7 +115,7 @@ class Bridge:
             pass
 
     def spawn(self, job: Callable[[Unpack[_A]], Awaitable[object]], *args: *_A) -> None:
-        """Start a task in trio's thread, soon. From the relay's thread (or any)."""
+        """Start a task in trio's thread, soon; for any thread."""
         self.post(self._start, job, args)
 
     def _start(self, job: Callable[..., Awaitable[object]], args: tuple[object, ...]) -> None:
@@ -105,11 +123,17 @@ class Bridge:
             self._nursery.start_soon(job, *args)
 
     async def registry(self, call: Callable[[Unpack[_A]], _T], *args: *_A) -> _T:
-        """A registry call on a worker thread. Raises RegistryUnavailable."""
+        """Run a registry call on a worker thread, and return its result.
+
+        Raises RegistryUnavailable.
+        """
         return await trio.to_thread.run_sync(call, *args, limiter=self._limiter)
 
     async def registry_tries(self, call: Callable[[Unpack[_A]], _T], *args: *_A) -> _T | None:
-        """The same, with None for a registry that can't be reached: the next heartbeat puts things right."""
+        """Run a registry call.
+
+        Return None when the registry is unreachable: the next heartbeat repairs it.
+        """
         try:
             return await self.registry(call, *args)
         except RegistryUnavailable:

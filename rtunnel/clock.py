@@ -1,8 +1,8 @@
-"""Clocks that differ: what Dials that are refused as `expired` say of one's own clock, and what messages say of it.
+"""Detects clocks that differ, from Dials that are refused as `expired`.
 
-A gateway and a broker whose clocks differ by more than `broker.dial_window` can't work together, and neither knows by
-itself whose clock is wrong. The registry's clock is the third opinion: nodes' heartbeats carry its time. Without it, a
-peer whose Dials go through is one.
+A gateway and a broker whose clocks differ by more than `broker.dial_window` cannot work together,
+and neither knows by itself whose clock is wrong. The registry's clock, whose time is in the nodes'
+heartbeats, decides. Without it, a peer whose Dials succeed is the evidence.
 """
 
 from __future__ import annotations
@@ -12,31 +12,34 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-#: What was seen of a peer counts for this long, where the registry does not tell whose clock is wrong (seconds).
+#: Seconds for which a peer's clock counts as evidence, when the registry does not tell whose is
+#: wrong.
 EVIDENCE_SECONDS: Final = 60.0
-#: Differences are told in one line for this long (seconds).
+#: Seconds in which differences share one log line.
 TELL_AGAIN: Final = 10.0
-#: A peer of an older version does not say by how much: more than half of the default `broker.dial_window` (seconds).
+#: Seconds assumed for a peer of an older version, which does not send its time: half of the default
+#: `broker.dial_window`.
 UNKNOWN_OFFSET: Final = 15.0
 
 Report = Callable[[str, dict[str, object]], None]
 
 
-#: Behind every message about a certificate that is not valid now: the certificate may be good. The text does not change
+#: Added to messages about certificates that are not valid now, because the certificate may be good.
+#: The text is constant, because a repeated message is not logged again.
 #: with the time, because what is said again is not logged again.
 CHECK_CLOCK: Final = "if that is not so, set this machine's clock"
 
 
 def utc(moment: float) -> str:
-    """A time of a certificate for people; `moment`: seconds since 1970."""
+    """Return a time in UTC for display; `moment`: seconds since 1970."""
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(moment))
 
 
 def registry_offset(beats: Iterable[float], ttl: float, now: float) -> float | None:
-    """This machine's clock minus the registry's, in seconds; None when no node has a heartbeat.
+    """Return this machine's clock minus the registry's, in seconds; None without a heartbeat.
 
-    `beats`: the nodes' heartbeat times, by the registry's clock; `now`: by this machine's. The newest beat of a living
-    node is up to `ttl` old, so only what lies outside of that is a difference.
+    `beats`: heartbeat times by the registry's clock; `now`: by this machine's. The newest beat of a
+    living node is up to `ttl` seconds old, so that only a time outside of that is a difference.
     """
     newest = max(beats, default=0.0)
     if newest <= 0.0:
@@ -55,13 +58,16 @@ class _Difference:
 
 
 class ClockWatch:
-    """Counts Dials that are refused as expired, says so, and judges whether the own clock is the wrong one.
+    """Counts Dials that are refused as expired, logs them, and decides whether this clock is wrong.
 
-    `differs` and `agrees` are for the relay's thread, the rest for any.
+    The relay's thread calls `differs` and `agrees`; any thread may call the other methods.
     """
 
     def __init__(self, own: str, report: Report, offset: Callable[[], float | None]) -> None:
-        """`own`: "this gateway"; `report(event, fields)` logs an error; `offset`: see `registry_offset`."""
+        """Count for `own` ("this gateway").
+
+        `report(event, fields)` logs an error; `offset`: see `registry_offset`.
+        """
         self._own = own
         self._report = report
         self._registry_offset = offset
@@ -72,11 +78,14 @@ class ClockWatch:
 
     @property
     def suspicious(self) -> bool:
-        """There was a difference, and no sign since that it is over."""
+        """Whether there was a difference, and no sign since that it has ended."""
         return self._difference is not None
 
     def differs(self, peer: str, offset: float | None, now: float) -> None:
-        """A Dial was refused as expired. `offset`: own clock minus the peer's; `now`: monotonic."""
+        """Record a Dial refused as expired.
+
+        `offset`: own clock minus the peer's; `now`: monotonic seconds.
+        """
         self.expired += 1
         self._difference = _Difference(peer, offset, now)
         if now < self._told_at + TELL_AGAIN:
@@ -93,7 +102,7 @@ class ClockWatch:
         )  # fmt: skip
 
     def agrees(self, peer: str, now: float) -> None:
-        """A Dial went through. Costs nothing while there was no difference."""
+        """Record a Dial that succeeded. Costs nothing while there was no difference."""
         difference = self._difference
         if difference is None:
             return
@@ -103,7 +112,10 @@ class ClockWatch:
             self._agreed_at = now
 
     def reason(self, now: float) -> str:
-        """Why the own clock makes this process not ready; empty when it does not, or may not. `now`: monotonic."""
+        """Return why the own clock makes this process not ready, or "".
+
+        `now`: monotonic seconds.
+        """
         difference = self._difference
         if difference is None:
             return ""
@@ -119,7 +131,7 @@ class ClockWatch:
         return f"clock: {self._own} {how} {difference.peer}, and Dials are refused as expired: set the clock (NTP)"
 
     def status(self, now: float) -> dict[str, object]:
-        """For `/statusz`."""
+        """Return the difference for `/statusz`."""
         difference = self._difference
         return {
             "expired": self.expired,
@@ -130,7 +142,7 @@ class ClockWatch:
 
     @staticmethod
     def _is_own(difference: _Difference, registry: float) -> bool:
-        """Whether the registry is nearer to the peer than to us."""
+        """Return whether the registry's clock is nearer to the peer's than to ours."""
         offset = UNKNOWN_OFFSET if difference.offset is None else abs(difference.offset)
         return abs(registry) >= offset / 2
 

@@ -1,4 +1,4 @@
-"""What the oldest supported Python lacks."""
+"""Replacements for what the oldest supported Python lacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands say: tables, JSON, and failures that need no traceback."""
+"""The output of commands: tables, JSON, and messages for failures that need no traceback."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rtunnel.logs import printable
 
 
 class Failure(click.ClickException):
-    """A message for people, and an exit code."""
+    """A failure of a command: a message for display, and an exit code."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -33,7 +33,7 @@ class Failure(click.ClickException):
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Failures that need no traceback become messages."""
+    """Turn failures that need no traceback into messages."""
     try:
         yield
     except (ConfigError, TrustError, RoleMissing) as error:
@@ -43,7 +43,7 @@ def report_errors() -> Iterator[None]:
 
 
 def print_json(value: object) -> None:
-    """For programs."""
+    """Print a value as JSON on stdout."""
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
@@ -55,11 +55,12 @@ def plural(count: int, noun: str) -> str:
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], keep: Sequence[str] = ()) -> None:
     """Print a table to stdout. Nothing is ever cut off.
 
-    On a terminal, cells of the columns in `keep` stay on one line, because they are arguments of the next command;
-    longer cells of other columns are folded. Elsewhere each row is one line. Values come from peers: they are escaped.
+    On a terminal, cells of the columns in `keep` stay on one line, because they are arguments of
+    the next command; longer cells of other columns are folded. Elsewhere each row is one line.
+    Values come from peers: they are escaped.
     """
     cells = [[printable(str(cell)) for cell in row] for row in rows]
-    if sys.stdout.isatty():  # not rich's answer, which FORCE_COLOR makes yes for a pipe
+    if sys.stdout.isatty():  # rich would say yes for a pipe with FORCE_COLOR
         _print_folded(columns, cells, keep)
         return
     lines = [[column.upper() for column in columns], *cells]
@@ -68,7 +69,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], keep: 
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-#: A column that may fold has this width at least: headings of one word stay whole. A table that needs more than the
+#: A column that may fold has this width at least: headings of one word stay whole. A table that
+#: needs more than the
 #: terminal's width is printed wider, and the terminal wraps it.
 _FOLDED_WIDTH = 10
 

@@ -1,6 +1,6 @@
-"""What a role's streams did since its start, and the permits by which live ones are counted.
+"""Counts a role's streams since its start, with permits that count the live ones.
 
-The relay's thread keeps it; other threads that read it see whole numbers.
+The relay's thread writes the counts; other threads read whole numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rtunnel.wire.refusal import Refusal
 
 @dataclass
 class StreamCounts:
-    """Live streams, and totals."""
+    """The live streams of a role, and totals since its start."""
 
     streams: int = 0
     accepted: int = 0
@@ -24,15 +24,15 @@ class StreamCounts:
     bytes_down: int = 0
 
     def refuse(self, code: Refusal) -> None:
-        """One refusal."""
+        """Count one refusal of this code."""
         self.refused[code.value] = self.refused.get(code.value, 0) + 1
 
     def status(self) -> dict[str, object]:
-        """For `/statusz`."""
+        """Return the counts for `/statusz`."""
         return {
             "streams": self.streams,
             "accepted": self.accepted,
-            "refused": dict(self.refused),  # the relay's thread goes on counting
+            "refused": dict(self.refused),  # a copy, because the relay's thread goes on counting
             "endings": dict(self.endings),
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
@@ -40,21 +40,22 @@ class StreamCounts:
 
 
 class Carrier(Protocol):
-    """What carries streams: a session."""
+    """The carrier of streams: a session."""
 
     streams: int  # live ones, and those that wait for their target
 
 
 class StreamPermit:
-    """One stream, counted at its carrier until it is over, and in the role's counts from `join` on.
+    """The permit of one stream, counted at its carrier and in the role's counts.
 
-    Each count is taken and given back once, in whatever order the calls come.
+    It counts at the carrier until the stream ends, and in the role's counts from `join` on. Each
+    count is taken and released once, in whatever order the calls come.
     """
 
     __slots__ = ("_carrier", "_counts", "_is_joined")
 
     def __init__(self, counts: StreamCounts, carrier: Carrier | None = None, *, joined: bool = True) -> None:
-        """Count a stream; with `joined` it is a pair from now on. A gateway's has no carrier."""
+        """Count a stream; with `joined` it is a pair already. A gateway's stream has no carrier."""
         self._counts = counts
         self._carrier = carrier
         self._is_joined = joined
@@ -65,16 +66,16 @@ class StreamPermit:
             counts.streams += 1
 
     def join(self) -> None:
-        """Count it as a pair. No effect if it is one, or is over."""
+        """Count the stream as a pair. Has no effect if it is one, or has ended."""
         if self._carrier is not None and not self._is_joined:
             self._is_joined = True
             self._counts.accepted += 1
             self._counts.streams += 1
 
     def release(self, account: Account | None = None) -> None:
-        """Give back what is counted, and count what the pair did. Later calls have no effect.
+        """Release the counts, and add what the pair did. Later calls have no effect.
 
-        `account`: of the pair that has ended; None if there is no account, or never was a pair.
+        `account`: that of the pair which has ended, or None if there never was one.
         """
         carrier, self._carrier = self._carrier, None
         if carrier is not None:

@@ -42,26 +42,26 @@ class TrustError(Exception):
 
 
 class RegistryUnavailable(Exception):
-    """The registry can't be reached or does not answer; the text names its URL (no password) and the reason."""
+    """The registry cannot be reached or gives no answer; the text names its URL and the reason."""
 
 
 class Superseded(Exception):
-    """Another process has started under this node_id: this incarnation is over and must stop."""
+    """Another process has started with this node_id, so that this incarnation must stop."""
 
 
 class AddressTaken(Exception):
-    """A live tuple of another agent has this address; the text says whose and where."""
+    """A live tuple of another agent has this address; the text names the agent and its node."""
 
     def __init__(self, namespace: str, ip: str, agent_id: str, node: str) -> None:
         where = ip if namespace == "default" else f"{ip} of namespace {namespace!r}"
         super().__init__(f"{where} is taken: the agent {agent_id!r} has it, with a session on the node {node!r}")
         self.namespace = namespace
         self.ip = ip
-        self.agent_id = agent_id  # who has it
+        self.agent_id = agent_id  # the agent that has the address
         self.node = node
 
 
 def certificate_fault(error: ssl.SSLCertVerificationError) -> str:
-    """Return what is wrong with the peer's certificate; a fault of its dates names this clock too."""
+    """Return what is wrong with the peer's certificate, and for its dates also this clock."""
     hint = f" ({CHECK_CLOCK})" if error.verify_code in _OF_TIME else ""
     return f"{error.verify_message}{hint}"

@@ -1,10 +1,11 @@
-"""Logs: one event a line on stderr, JSON or for people, from any thread, and never in the caller's way.
+"""Writes logs: one event on each line of stderr, as JSON or for people, from any thread.
 
-A logging call renders its line (microseconds) and puts it into a bounded queue; one daemon thread writes. When stderr
-is stuck the queue fills, further lines are dropped, and `log_lines_dropped` tells how many as soon as writing works
-again. So a terminal that somebody scrolls, or a full pipe, can't stop a relay.
+A logging call renders its line (microseconds) and puts it into a bounded queue; one daemon thread
+writes. When stderr is stuck, the queue fills and further lines are dropped. `log_lines_dropped`
+gives their number as soon as writing works again. So a stopped terminal or a full pipe cannot stop
+a relay.
 
-Nothing that a peer sends can forge a line or drive a terminal: all characters outside the printable ones are escaped.
+A peer's text cannot forge a line or control a terminal: all unprintable characters are escaped.
 """
 
 from __future__ import annotations
@@ -30,18 +31,20 @@ from structlog.typing import FilteringBoundLogger
 
 from rtunnel.config import LogConfig
 
-#: Lines waiting for stderr: some seconds of a busy gateway, a few MB.
+#: Lines that wait for stderr: some seconds of a busy gateway, a few MB.
 QUEUE_LINES = 10_000
-#: A longer line has its strings cut: no peer's value may fill the queue's memory.
+#: Characters of a line. The strings of a longer line are cut, so that no peer's value fills the
+#: queue's memory.
 MAX_LINE = 16 * 1024
 _CUT = 512
-#: The writer sleeps so long after a first line, and then writes all that came meanwhile at once: waking it for
+#: Seconds that the writer sleeps after a first line, before it writes all lines together: to wake
+#: it for every line would cost the caller more than the line.
 #: every line would cost the caller more than the line.
 GATHER = 0.02
-#: How long `flush` waits for a stuck stderr.
+#: Seconds that `flush` waits for a stuck stderr.
 FLUSH_TIMEOUT = 2.0
 _BATCH_LINES = 512
-#: A stretch of time for repeated lines.
+#: Seconds of one period of `Throttle`.
 THROTTLE_SECONDS = 10.0
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
@@ -50,21 +53,25 @@ Fields = MutableMapping[str, Any]
 Render = Callable[[dict[str, Any]], bytes]
 
 
-# --- repeated lines ---------------------------------------------------------------------------------------
+# --- repeated lines -------------------------------------------------------------------------------
 
 
 class Throttle:
-    """Keeps repeated lines few: so many of each kind in a stretch of time, the others are counted. One thread."""
+    """Limits repeated lines: some of each kind in each period; the others are counted.
+
+    For one thread.
+    """
 
     def __init__(self, seconds: float = THROTTLE_SECONDS) -> None:
         self._seconds = seconds
-        self._kinds: dict[str, tuple[float, int, int]] = {}  # when the stretch began, lines in it, lines withheld
+        # When the period began, lines in it, lines withheld.
+        self._kinds: dict[str, tuple[float, int, int]] = {}
 
     def others(self, kind: str, now: float, lines: int = 1) -> int | None:
-        """Return how many lines of this kind were withheld since the last one; None: withhold this one as well.
+        """Return the lines of this kind withheld since the last one, or None to withhold this one.
 
-        `lines` of a kind are let through in each stretch. Kinds come from our own code: there are few. `now`: seconds
-        of a monotonic clock.
+        `lines` of a kind pass in each period. Kinds come from our own code: there are few. `now`:
+        seconds of a monotonic clock.
         """
         began, told, withheld = self._kinds.get(kind, (now, 0, 0))
         if now >= began + self._seconds:
@@ -76,11 +83,11 @@ class Throttle:
         return withheld
 
 
-# --- the writer -------------------------------------------------------------------------------------------
+# --- the writer -----------------------------------------------------------------------------------
 
 
 class Writer:
-    """A bounded queue of lines and the thread that writes them to a descriptor."""
+    """A bounded queue of lines, and the thread that writes them to a descriptor."""
 
     def __init__(self, fd: int, render: Render, limit: int = QUEUE_LINES) -> None:
         self.fd = fd
@@ -90,21 +97,22 @@ class Writer:
         self.restart()
 
     def restart(self) -> None:
-        """Forget the queue and the thread: a forked child has no thread, and its parent writes the queue."""
+        """Drop the queue and the thread, in a forked child: its parent writes the queue."""
         self._lines: deque[bytes | threading.Event] = deque()
         self._wake = threading.Event()
         self._hurry = threading.Event()
-        self._drops = threading.RLock()  # reentrant: a signal handler may log while its thread counts a drop
+        # Reentrant: a signal handler may log while its thread counts a drop.
+        self._drops = threading.RLock()
         self._unreported = 0
         self._thread: threading.Thread | None = None
 
     def redirect(self, fd: int, render: Render) -> None:
-        """Write what is queued, then go on elsewhere."""
+        """Write the queued lines, then use another descriptor."""
         self.flush()
         self.fd, self._render = fd, render
 
     def put(self, line: bytes) -> None:
-        """Queue a line, newline included; never waits for the descriptor."""
+        """Queue a line, which includes its newline. Never waits for the descriptor."""
         if len(self._lines) >= self.limit:
             with self._drops:
                 self._unreported += 1
@@ -117,7 +125,10 @@ class Writer:
                 self._start()
 
     def flush(self, timeout: float = FLUSH_TIMEOUT) -> bool:
-        """Wait until all lines so far are written; False when the descriptor is still stuck after `timeout`."""
+        """Wait until all lines so far are written.
+
+        Return False if that takes over `timeout` seconds.
+        """
         if self._thread is None:
             return True
         done = threading.Event()
@@ -132,7 +143,8 @@ class Writer:
                 thread = threading.Thread(target=self._run, name="rtunnel-log", daemon=True)
                 try:
                     thread.start()
-                except RuntimeError:  # the process is out of threads, or ending: better late than never
+                # The process has too many threads, or is ending: the line waits for the next try.
+                except RuntimeError:
                     self._wake.clear()
                     self._drain()
                 else:
@@ -176,14 +188,14 @@ class Writer:
             try:
                 view = view[os.write(self.fd, view) :]
             except BlockingIOError:
-                # Somebody made the pipe non-blocking (it is shared with whoever holds the other copy).
+                # Another holder of the pipe has made it non-blocking.
                 select.select([], [self.fd], [], 1.0)
             except OSError:
-                return  # nobody reads any more: there is nowhere to say so
+                return  # nobody reads stderr any more, so that no report is possible
 
 
 def _pieces(lines: list[bytes]) -> Iterator[bytes]:
-    """The lines in writes that a pipe takes whole (pipe(7)): workers share stderr, and larger ones could mix."""
+    """Yield pieces that a pipe writes atomically (pipe(7)), because workers share stderr."""
     piece = b""
     for line in lines:
         if piece and len(piece) + len(line) > select.PIPE_BUF:
@@ -193,20 +205,21 @@ def _pieces(lines: list[bytes]) -> Iterator[bytes]:
     yield piece
 
 
-# --- rendering --------------------------------------------------------------------------------------------
+# --- rendering ------------------------------------------------------------------------------------
 
 _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def printable(text: str) -> str:
-    """The text with every character escaped that could move a cursor, break a line or turn the text around."""
+    """Return the text with control, format and line-end characters escaped."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(char if _is_harmless(char) else _escape(char) for char in text)
 
 
 def _is_harmless(char: str) -> bool:
-    # C: controls, formats (bidirectional overrides), surrogates, unassigned; Zl, Zp: line ends to some readers.
+    # C: controls, formats (bidirectional overrides), surrogates, unassigned; Zl and Zp: line ends
+    # for some readers.
     category = unicodedata.category(char)
     return category[0] != "C" and category not in ("Zl", "Zp")
 
@@ -220,11 +233,12 @@ _second: tuple[int, str] = (0, "")
 
 
 def timestamp() -> str:
-    """Now, RFC 3339 in UTC with milliseconds."""
+    """Return the present time in UTC with milliseconds (RFC 3339)."""
     global _second
     now = time.time()
     whole = int(now)
-    known, text = _second  # one assignment below, one read here: threads can't mix two seconds
+    # One assignment below and one read here, so that threads cannot mix two seconds.
+    known, text = _second
     if whole != known:
         text = datetime.fromtimestamp(whole, UTC).strftime("%Y-%m-%dT%H:%M:%S.")
         _second = (whole, text)
@@ -236,7 +250,10 @@ _SIMPLE_TYPES = frozenset((*_SIMPLE, bool))
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it. An object is what it says of itself, and not its fields: it may hold a key."""
+    """Return the value in types of JSON.
+
+    An object becomes its text, not its fields, which may hold a key.
+    """
     if isinstance(value, _SIMPLE):
         return value
     if isinstance(value, Mapping):
@@ -253,9 +270,10 @@ _NOT_PLAIN = re.compile(r"[^\x20-\x7e]")
 
 
 def render_json(fields: dict[str, Any]) -> bytes:
-    """One JSON object and a newline, in printable ASCII and printable Unicode only."""
+    """Return one JSON object and a newline, with printable characters only."""
     try:
-        if not _SIMPLE_TYPES.issuperset(map(type, fields.values())):  # most lines have nothing else
+        # Most lines have only these types.
+        if not _SIMPLE_TYPES.issuperset(map(type, fields.values())):
             fields = {name: _plain(value) for name, value in fields.items()}
         line = _encode(fields)
     except Exception:
@@ -276,7 +294,7 @@ def _json_escape(match: re.Match[str]) -> str:
 
 
 def _tamed(fields: dict[str, Any]) -> dict[str, Any]:
-    """The same event made of short plain strings: values that can't be encoded, and far too long ones, end here."""
+    """Return the event as short plain strings, when it cannot be encoded or is too long."""
     tamed: dict[str, Any] = {}
     for name, value in list(fields.items())[:32]:
         plain = isinstance(value, int | float) and -(2**63) <= value < 2**63
@@ -290,7 +308,7 @@ def _short(value: Any, limit: int) -> str:
     except Exception as error:
         text = f"<{type(value).__name__} that can't be shown: {type(error).__name__}>"
     if len(text) > limit:
-        # The end of a traceback says more than its beginning.
+        # The end of a traceback is more useful than its beginning.
         text = f"{text[: limit // 2]}... {len(text) - limit} characters ...{text[-(limit // 2) :]}"
     return text.encode("utf-8", "backslashreplace").decode()
 
@@ -300,7 +318,10 @@ _WORD = re.compile(r"[^\s\"'=\\]+")
 
 
 def render_console(fields: dict[str, Any], colour: bool = False) -> bytes:
-    """`12:00:01.123 info    event  key=value ...`; a traceback follows indented."""
+    """Return a line for people, with a traceback indented below.
+
+    `12:00:01.123 info    event  key=value ...`
+    """
     rest = dict(fields)
     clock, level, event = (_short(rest.pop(name, ""), _CUT) for name in ("time", "level", "event"))
     trace = rest.pop("exception", "")
@@ -316,26 +337,29 @@ def render_console(fields: dict[str, Any], colour: bool = False) -> bytes:
 
 
 def _console_word(text: str) -> str:
-    """As it is when nothing in it could be taken for the line's own structure; else in quotes, with escapes."""
+    """Return the text unchanged if it cannot look like the line's structure, else quoted."""
     if _WORD.fullmatch(text) and printable(text) == text:
         return text
     quoted = printable(text.replace("\\", "\\\\").replace('"', '\\"'))
     return f'"{quoted}"'
 
 
-# --- structlog --------------------------------------------------------------------------------------------
+# --- structlog ------------------------------------------------------------------------------------
 
 
 def event_line(render: Render, **common: Any) -> structlog.typing.Processor:
-    """The only processor: fields in, bytes of one line out, with `common` in each. It never raises: a line about
-    itself comes instead."""
+    """The only processor: turns fields into the bytes of one line, with `common` in each.
+
+    It never raises: on an error it returns a line about itself.
+    """
 
     def process(logger: Any, method: str, fields: Fields) -> bytes:
         if "exc_info" in fields or "stack_info" in fields:
             fields = structlog.processors.format_exc_info(logger, method, fields)
         head = {"time": timestamp(), "level": method, "event": fields.pop("event", ""), **common}
         line = {**head, **fields}
-        if len(line) != len(head) + len(fields):  # a field of our own name: ours wins
+        # A field has the name of a common one, which is kept.
+        if len(line) != len(head) + len(fields):
             line = dict(head)
             line.update({name if name not in line else f"{name}_": value for name, value in fields.items()})
         try:
@@ -347,7 +371,7 @@ def event_line(render: Render, **common: Any) -> structlog.typing.Processor:
 
 
 class _Output:
-    """What structlog calls a logger: takes the line of any level."""
+    """A logger for structlog, which takes the line of any level."""
 
     def __init__(self, put: Callable[[bytes], None]) -> None:
         self.debug = self.info = self.warning = self.error = self.critical = self.exception = put
@@ -355,7 +379,7 @@ class _Output:
 
 
 class _Bridge(logging.Handler):
-    """Lines of libraries that log with the standard module, and Python's warnings."""
+    """Passes on lines of libraries that use the standard module, and Python's warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Pass the record on as an event."""
@@ -371,7 +395,8 @@ class _Bridge(logging.Handler):
 
 _writer: Writer | None = None
 _bridge: _Bridge | None = None
-#: One list for good: loggers that are already in use follow a later set-up, and `structlog.testing` finds it.
+#: The same list for the life of the process: loggers in use follow a later set-up, and
+#: `structlog.testing` finds it.
 _processors: list[structlog.typing.Processor] = []
 _debugging = True  # as structlog before `setup`
 
@@ -420,9 +445,9 @@ def _bridge_standard_logging(level: int) -> None:
 
 
 def _take_strays() -> None:
-    """Exceptions that nobody can catch become lines too: Python would print them raw, with what a peer put in them.
+    """Log exceptions that cannot be caught, because Python would print them unescaped.
 
-    Hooks that somebody else has set (a test runner) stay.
+    Hooks that another program has set (a test runner) stay.
     """
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _log_unraisable
@@ -442,18 +467,25 @@ def _log_dead_thread(stray: threading.ExceptHookArgs) -> None:
 
 
 def flush(timeout: float = FLUSH_TIMEOUT) -> bool:
-    """Wait until all lines so far are written; False when stderr is still stuck after `timeout`."""
+    """Wait until all lines so far are written.
+
+    Return False if stderr is stuck after `timeout` seconds.
+    """
     return _writer is None or _writer.flush(timeout)
 
 
 def debugging() -> bool:
-    """Return whether lines of level debug are written. On a hot path their fields are only made if so."""
+    """Return whether lines of level debug are written.
+
+    On a hot path their fields are only made if so.
+    """
     return _debugging
 
 
 def get_logger(component: str) -> FilteringBoundLogger:
-    """A logger whose lines carry `component`. On a hot path keep `get_logger(...).bind()`: it saves the look-up.
+    """Return a logger whose lines have the field `component`.
 
-    Usable at import time: it takes the set-up that is in force at its first line.
+    It may be called at import time: the set-up in force at the first line counts. On a hot path
+    keep `get_logger(...).bind()`, which saves the lookup.
     """
     return cast("FilteringBoundLogger", structlog.get_logger(component=component))

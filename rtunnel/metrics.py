@@ -1,7 +1,8 @@
-"""`/metrics` for Prometheus. Nothing is counted here: a series is a place in what the role says at `/statusz`.
+"""The series of `/metrics` for Prometheus, each a place in the role's status (`/statusz`).
 
-A supervisor's status has those of its workers in it; their series are told apart by a label `worker`. They are not
-added up here: a worker that is started again begins at 0, and in a sum that would look like a burst of events.
+Nothing is counted here. A supervisor's status contains those of its workers; the label `worker`
+distinguishes their series. They are not added up: a worker that is started again begins at 0, which
+in a sum would look like a burst of events.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from rtunnel.compat import override
 from rtunnel.relay.join import Ending
 from rtunnel.strangers import Loss
 from rtunnel.wire.refusal import Refusal
@@ -26,10 +28,10 @@ Status = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One name. `value` finds it in a status: a number, for a series with a `label` one for each word; None: not there.
+    """One series. `value` finds it in a status: a number, or one number for each word of `label`.
 
-    A name that ends in `_total` is a counter. `words` are there from the start, with 0: Prometheus does not see the
-    step from nothing to 1.
+    None means that the status lacks it. A name that ends in `_total` is a counter. `words` exist
+    from the start, with 0, because Prometheus does not see the step from nothing to 1.
     """
 
     name: str
@@ -40,7 +42,7 @@ class Series:
 
 
 def text(status: Status) -> bytes:
-    """A role's or a supervisor's status as Prometheus reads it."""
+    """Return the status of a role or supervisor in the text format of Prometheus."""
     registry = CollectorRegistry()
     registry.register(_Statuses(status))
     return generate_latest(registry)
@@ -52,8 +54,8 @@ class _Statuses(Collector):
         role = status.get("role", "")
         self._of = [([role, str(each["worker"])], each) for each in status.get("workers", ())] or [([role], status)]
 
+    @override
     def collect(self) -> Iterator[Metric]:
-        """See Collector."""
         for series in SERIES:
             family = GaugeMetricFamily if not series.name.endswith("_total") else CounterMetricFamily
             labels = [*self._labels, series.label] if series.label else self._labels
@@ -71,16 +73,16 @@ def _values(series: Series, status: Status) -> list[tuple[str, float]]:
         return []
     if not isinstance(value, Mapping):
         return [("", value)]
-    # Agents are thousands: each has the words that it has met, and no others.
+    # There are thousands of agents: each shows only words that it has met.
     known = {} if status.get("role") == "agent" else dict.fromkeys(series.words, 0)
     return list({**known, **value}.items())
 
 
-# --- where things stand in a status -------------------------------------------------------------------------
+# --- where things stand in a status ---------------------------------------------------------------
 
 
 def _at(*path: str) -> Callable[[Status], Any]:
-    """The value at this path; None when a part of it is missing."""
+    """Return a function for the value at this path; None when a part of the path is missing."""
 
     def value(status: Status) -> Any:
         found: Any = status
@@ -92,7 +94,7 @@ def _at(*path: str) -> Callable[[Status], Any]:
 
 
 def _is_ok(*path: str) -> Callable[[Status], float | None]:
-    """1 where the status says "ok", 0 where it has a reason."""
+    """Return a function that gives 1 where the status says "ok", and 0 where it has a reason."""
 
     def value(status: Status) -> float | None:
         said = _at(*path)(status)
@@ -105,12 +107,12 @@ def _sessions(status: Status) -> Mapping[str, float] | None:
     sessions = status.get("sessions")
     if sessions is None:
         return None
-    if isinstance(sessions, int):  # a broker's drain with it
+    if isinstance(sessions, int):  # all sessions of a broker drain with it
         return {"live": 0, "draining": 0, status["state"]: sessions}
     return {"live": len(sessions), "draining": len(status["draining"])}
 
 
-#: Claims of second hosts that are told apart: each is a series, and its words are its peer's.
+#: Claims of second hosts that have a series. A peer chooses the words of each, so there is a limit.
 MAX_CLAIMS: Final = 32
 
 
@@ -118,7 +120,7 @@ def _duplicates(status: Status) -> Mapping[str, float] | None:
     entries = status.get("duplicate_agents")
     if entries is None:
         return None
-    # 0 without a claim, so that the series is there before the first one.
+    # Without a claim the value is 0, so that the series exists before the first one.
     return {"": 0} | {
         f"{e['namespace']}/{e['agent_id']}: {e['holder']} stays, {e['refused']} is refused": e["tries"]
         for e in entries[:MAX_CLAIMS]
@@ -169,7 +171,7 @@ def _issued(status: Status) -> Mapping[str, float] | None:
 _CODES: Final = tuple(code.value for code in Refusal)
 _UNPROVEN: Final = (Refusal.NOT_PROVEN.value, Refusal.REVOKED.value)
 
-#: docs/metrics.md has the same, and which role gives which.
+#: docs/metrics.md describes the same series, and the roles that have them.
 SERIES: Final = (
     Series(
         "rtunnel_build_info", "Always 1; the label is the version of rtunnel",

@@ -1,4 +1,4 @@
-"""Listening sockets, made alike everywhere."""
+"""Listening sockets with the same options everywhere, and the source of a peer's address."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Final
 from rtunnel.config import canonical_ip, format_endpoint
 from rtunnel.errors import ListenError
 
-#: Connections that the kernel holds until they are accepted; net.core.somaxconn may cap it.
+#: Connections that the kernel holds until they are accepted; net.core.somaxconn may lower it.
 BACKLOG: Final = 4096
 
 
 def listening_socket(host: str, port: int, *, key: str = "", shared: bool = False) -> socket.socket:
-    """A listening TCP socket; `::` also takes IPv4. `shared`: with other workers' sockets on the same port.
+    """Return a listening TCP socket; `::` also takes IPv4.
 
-    Raises ListenError when `key`, the configuration's name for this address, is given, else OSError.
+    `shared`: other workers' sockets may use the same port. Raises ListenError when `key`, the
+    configuration's name for the address, is given, else OSError.
     """
     sock = bound_socket(host, port, key=key, shared=shared)
     with _name_errors(host, port, key, sock):
@@ -26,13 +27,17 @@ def listening_socket(host: str, port: int, *, key: str = "", shared: bool = Fals
 
 
 def bound_socket(host: str, port: int, *, key: str = "", shared: bool = False) -> socket.socket:
-    """The same before it listens: the address is known to be good, and nobody can connect yet. For `listen`."""
+    """Return a bound TCP socket that does not listen yet, for `listen`.
+
+    The address is known to be usable, and no client can connect yet.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with _name_errors(host, port, key):
         sock = socket.socket(family, socket.SOCK_STREAM)
     with _name_errors(host, port, key, sock):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if shared:  # never without need: a second process that was started by mistake would take its share
+        # Only when needed: a second process, started by mistake, would get a share of the clients.
+        if shared:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -41,7 +46,7 @@ def bound_socket(host: str, port: int, *, key: str = "", shared: bool = False) -
 
 
 def listen(sock: socket.socket, *, key: str) -> None:
-    """Let a `bound_socket` take connections. Raises ListenError, and closes it then."""
+    """Let a `bound_socket` accept connections. Raises ListenError, and then has closed it."""
     host, port = sock.getsockname()[:2]
     with _name_errors(host, port, key, sock):
         sock.listen(BACKLOG)
@@ -49,7 +54,7 @@ def listen(sock: socket.socket, *, key: str) -> None:
 
 @contextmanager
 def _name_errors(host: str, port: int, key: str, *socks: socket.socket) -> Iterator[None]:
-    """Close the socket, if there is one, when something goes wrong, and say it by the key's name."""
+    """Close the socket on an error, and raise ListenError with the key's name."""
     try:
         yield
     except OSError as error:
@@ -61,7 +66,10 @@ def _name_errors(host: str, port: int, key: str, *socks: socket.socket) -> Itera
 
 
 def source_of(peer: str) -> str:
-    """Who an address counts for: itself, or the /64 of an IPv6 address: who has one of it has them all."""
+    """Return the source that an address counts for: itself, or the /64 of an IPv6 address.
+
+    A holder of one IPv6 address usually has its whole /64.
+    """
     if ":" in peer:
         peer = canonical_ip(peer.partition("%")[0])
     if ":" not in peer:

@@ -1,7 +1,7 @@
-"""Signs of life: a process tells whoever watches it (systemd, the supervisor) that both of its planes answer.
+"""Signs of life: a process tells its watcher (systemd, the supervisor) that both planes answer.
 
-A process whose relay thread hangs, or whose control plane does, gives no sign, and is killed and replaced by the
-watcher. Nothing here runs in a process that nobody watches.
+A process whose relay thread or control plane hangs gives no sign, so that the watcher kills and
+replaces it. Without a watcher nothing here runs.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from typing import Final, Protocol
 import trio
 
 from rtunnel import logs
+from rtunnel.compat import override
 
 #: Seconds between two signs of a worker.
 WORKER_EVERY: Final = 1.0
-#: Seconds between two signs where systemd has no WatchdogSec: only the status line needs them then.
+#: Seconds between two signs where systemd has no WatchdogSec, and they only renew the status line.
 STATUS_EVERY: Final = 5.0
-#: Signs in systemd's WatchdogSec: one may be lost, another late.
+#: Signs in one WatchdogSec of systemd: one may be lost, and another late.
 SIGNS_A_WATCHDOG: Final = 3
-#: A start may take this much longer (seconds) from each sign on: a broker waits for its registry, however long.
+#: Seconds by which each sign extends a start: a broker waits for its registry without a limit.
 START_EXTENSION: Final = 60.0
 
-#: What systemd tells a service about notifications, and this process alone.
+#: Variables with which systemd tells only this process about notifications.
 VARIABLES: Final = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
-#: What a worker writes into its supervisor's pipe: it lives; it has started.
+#: Bytes that a worker writes into its supervisor's pipe: it is alive; it has started.
 ALIVE: Final = b"."
 STARTED: Final = b"+"
 
@@ -35,32 +36,35 @@ log = logs.get_logger("runner")
 
 
 class Part(Protocol):
-    """A running role."""
+    """A running role, as the signs of life see it."""
 
     def reasons(self) -> list[str]:
-        """Why it is not ready; empty when it is."""
+        """Return why the role is not ready; empty when it is ready."""
 
     async def answered(self) -> None:
         """Return when the role's own thread has answered; never while it hangs."""
 
 
 class Watcher(Protocol):
-    """Who is told. No method blocks or raises."""
+    """A receiver of signs of life. No method blocks or raises."""
 
     every: float  # seconds between two signs
 
     def started(self) -> None:
-        """All roles serve."""
+        """Report that all roles serve."""
 
     def alive(self, status: str) -> None:
-        """Both planes have answered; `status` is one line for people."""
+        """Report that both planes have answered; `status` is one line for display."""
 
     def stopping(self) -> None:
-        """The process was told to stop."""
+        """Report that the process was told to stop."""
 
 
 async def pulse(watcher: Watcher, parts: Sequence[Part]) -> None:
-    """Give signs of life until cancelled. `parts` may grow meanwhile: a role is asked from its start on."""
+    """Give signs of life until cancelled.
+
+    `parts` may grow meanwhile: a role is asked from its start on.
+    """
     while True:
         for part in list(parts):
             await part.answered()
@@ -69,15 +73,15 @@ async def pulse(watcher: Watcher, parts: Sequence[Part]) -> None:
 
 
 def status_line(parts: Sequence[Part]) -> str:
-    """One line about these roles."""
+    """Return one line about these roles."""
     if not parts:
         return "starting"
     reasons = [reason for part in parts for reason in part.reasons()]
     return f"not ready: {'; '.join(reasons)}" if reasons else "ready"
 
 
-class Systemd:
-    """sd_notify(3): datagrams to the socket of $NOTIFY_SOCKET."""
+class Systemd(Watcher):
+    """Notifies systemd as sd_notify(3) does: by datagrams to the socket of $NOTIFY_SOCKET."""
 
     def __init__(self, address: str, every: float) -> None:
         self.every = every
@@ -86,13 +90,13 @@ class Systemd:
         self._has_started = False
         self._failed = False
 
+    @override
     def started(self) -> None:
-        """See Watcher."""
         self._has_started = True
         self._say("READY=1")
 
+    @override
     def alive(self, status: str) -> None:
-        """See Watcher."""
         words = ["WATCHDOG=1"]
         if status != self._status:
             self._status = status
@@ -101,8 +105,8 @@ class Systemd:
             words.append(f"EXTEND_TIMEOUT_USEC={int(START_EXTENSION * 1e6)}")
         self._say(*words)
 
+    @override
     def stopping(self) -> None:
-        """See Watcher."""
         self._say("STOPPING=1")
 
     def _say(self, *words: str) -> None:
@@ -111,7 +115,7 @@ class Systemd:
                 sock.setblocking(False)
                 sock.sendto("\n".join(words).encode(), self._address)
         except BlockingIOError:
-            pass  # systemd has not read the last ones: those count
+            pass  # systemd has not read the last signs, which still count
         except OSError as error:
             if not self._failed:
                 self._failed = True
@@ -119,7 +123,7 @@ class Systemd:
 
 
 def from_environment(environ: Mapping[str, str]) -> Watcher | None:
-    """The init system, if it wants to be notified."""
+    """Return the watcher for the init system, or None if it wants no notifications."""
     address = environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return None
@@ -127,37 +131,41 @@ def from_environment(environ: Mapping[str, str]) -> Watcher | None:
 
 
 def _watchdog_every(environ: Mapping[str, str]) -> float:
-    """Seconds between two signs; $WATCHDOG_USEC is only meant for the process of $WATCHDOG_PID."""
+    """Return the seconds between two signs, from the variables of this process.
+
+    $WATCHDOG_USEC counts only for the process of $WATCHDOG_PID.
+    """
     text = environ.get("WATCHDOG_USEC", "")
     if not text.isdecimal() or not int(text) or environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return STATUS_EVERY
     return int(text) / 1e6 / SIGNS_A_WATCHDOG
 
 
-class Supervised:
-    """A worker's pipe to its supervisor."""
+class Supervised(Watcher):
+    """Notifies the supervisor of a worker by a pipe."""
 
     every = WORKER_EVERY
 
     def __init__(self, pipe: int) -> None:
-        """`pipe`: the writing end, a descriptor."""
+        """Write to `pipe`, the descriptor of the writing end."""
         self._pipe = pipe
         os.set_blocking(pipe, False)
         os.set_inheritable(pipe, False)
 
+    @override
     def started(self) -> None:
-        """See Watcher."""
         self._write(STARTED)
 
+    @override
     def alive(self, status: str) -> None:
-        """See Watcher."""
         self._write(ALIVE)
 
+    @override
     def stopping(self) -> None:
-        """See Watcher: the supervisor knows, it said so."""
+        pass  # the supervisor gave the order, so it knows
 
     def _write(self, sign: bytes) -> None:
         try:
             os.write(self._pipe, sign)
         except OSError:
-            pass  # it does not read, or is gone: its end of stdin tells more
+            pass  # the supervisor does not read, or has ended: the end of stdin tells

@@ -1,6 +1,7 @@
-"""Roles: what the core knows of them, and the runner that every process of one goes through.
+"""Roles as the core sees them, and the runner for every process of one.
 
-The core imports no role. Each is an entry point of the group `rtunnel.roles` that names a `Role`.
+The core imports no role. Each role is an entry point of the group `rtunnel.roles` that names a
+`Role`.
 """
 
 from __future__ import annotations
@@ -41,10 +42,12 @@ from rtunnel.watch import look_now
 GROUP = "rtunnel.roles"
 
 
-#: A certificate that ends sooner is worth a warning at every start.
+#: Days: a certificate that ends sooner causes a warning at every start.
 SOON_DAYS = 30
 
-#: What is imported never goes, so it is not looked at again; and a relay makes and drops thousands of small objects a
+#: Imported modules are never freed, so the collector skips them. A relay also creates and drops
+#: thousands of small objects a second that are no garbage: with the interpreter's 700 the collector
+#: took 1-3 % of the CPU.
 #: second that are no garbage: with the interpreter's 700 the collector took 1-3 % of the CPU.
 GC_THRESHOLDS = (10_000, 20, 20)
 
@@ -54,34 +57,35 @@ log = logs.get_logger("runner")
 class Serve(Protocol):
     """A role's whole life.
 
-    It calls `task_status.started()` when it listens (or dials), and returns when it has drained after `stop`. When it
-    is cancelled it ends at once. It raises ListenError when an address is taken, ConfigError or TrustError when what
-    it was given can't be used; anything else is a bug and is logged with its traceback.
+    It calls `task_status.started()` when it listens (or dials), and returns when it has drained
+    after `stop`. When it is cancelled it ends at once. It raises ListenError when an address is
+    taken, ConfigError or TrustError when what it was given can't be used; anything else is a bug
+    and is logged with its traceback.
     """
 
     async def __call__(
         self, config: Config, registry: Registry | None, *, stop: trio.Event, task_status: trio.TaskStatus[Any]
     ) -> None:
-        """Run until `stop`."""
+        """Run the role until `stop` is set."""
 
 
 @dataclass(frozen=True)
 class Role:
-    """What a role package exports as ROLE."""
+    """The value that a role package exports as ROLE."""
 
-    name: str  # also its section of the configuration
+    name: str  # also the name of its section in the configuration
     help: str
     serve: Serve
     needs_registry: bool = True
 
 
 def role_names() -> list[str]:
-    """The roles that are installed."""
+    """Return the names of the installed roles."""
     return sorted({point.name for point in entry_points(group=GROUP)})
 
 
 def find_role(name: str) -> Role:
-    """The role of this name. Raises RoleMissing."""
+    """Return the role with this name. Raises RoleMissing."""
     points = tuple(entry_points(group=GROUP, name=name))
     if not points:
         raise RoleMissing(f"no role {name!r} is installed")
@@ -94,11 +98,11 @@ def find_role(name: str) -> Role:
     return role
 
 
-# --- checks before a start --------------------------------------------------------------------------------
+# --- checks before a start ------------------------------------------------------------------------
 
 
 def check(config: Config, role: str) -> list[Problem]:
-    """All that can be known before a start: what the role needs, and whether its keys and certificates are any good.
+    """Check all that can be known before a start: required keys, files, keys and certificates.
 
     Returns warnings. Raises ConfigError.
     """
@@ -154,7 +158,10 @@ def _check_directory(path: Path) -> None:
 
 
 def _of_one_cluster(cluster_key: str, gateway_key: str) -> None:
-    """In one process the two had better know each other. Raises TrustError."""
+    """Check that the broker and the gateway of one process know each other's keys.
+
+    Raises TrustError.
+    """
     key = keys.load_gateway_key(gateway_key)
     if not any(keys.gateway_key(cluster, key.id) == key for cluster in keys.load_cluster_keys(cluster_key)):
         raise TrustError(f"{gateway_key}: is not derived from the cluster key in {cluster_key}")
@@ -177,15 +184,15 @@ def _expiring(config: Config, role: str) -> Iterator[Problem]:
             yield Problem(config.source(key), key, f"{path} is over in {days:.0f} days", fix)
 
 
-# --- the runner -------------------------------------------------------------------------------------------
+# --- the runner -----------------------------------------------------------------------------------
 
 
 def run(roles: Sequence[Role], config: Config, *, name: str = "") -> int:
     """Run roles in this process until they have ended; the process's exit code.
 
-    SIGTERM and SIGINT set `stop`, so that the roles drain; a second one cancels them at once. SIGHUP lets them look at
-    their files. Raises ConfigError
-    when they can't even start; whatever goes wrong later is logged.
+    SIGTERM and SIGINT set `stop`, so that the roles drain; a second one cancels them at once.
+    SIGHUP lets them look at their files. Raises ConfigError when they can't even start; whatever
+    goes wrong later is logged.
     """
     name = name or roles[0].name
     notes = check(config, name)
@@ -195,10 +202,13 @@ def run(roles: Sequence[Role], config: Config, *, name: str = "") -> int:
 
 
 def run_process(name: str, notes: Sequence[Problem], main: Callable[[], int], **fields: object) -> int:
-    """What every process of a role does around `main`, which gives its exit code; `fields` are for the first line."""
+    """Run `main`, which returns the exit code, with the set-up that every process of a role needs.
+
+    `fields` go into the first log line.
+    """
     raise_descriptor_limit()
-    # It means "look at the files", and must not end a process that is about to read them, or that ends in order.
-    # Whoever handles it later (watch_signals) puts this back.
+    # SIGHUP means "check the files". It must not end a process that is starting or ending.
+    # `watch_signals` sets a handler later.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
@@ -216,7 +226,7 @@ def run_process(name: str, notes: Sequence[Problem], main: Callable[[], int], **
 
 
 def raise_descriptor_limit() -> None:
-    """As many descriptors as the hard limit allows: a session is one on a broker, a stream one or two."""
+    """Raise the limit of descriptors to the hard one. A session or stream needs one or two."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
@@ -225,12 +235,15 @@ def raise_descriptor_limit() -> None:
             log.warning("descriptor_limit", limit=soft, hint="ulimit -n could not be raised")
 
 
-#: Sets the event when the roles are to stop, calls the function when at once.
+#: A function that sets the event when the roles must stop, and calls the function when at once.
 Watch = Callable[..., Awaitable[None]]
 
 
 def run_roles(roles: Sequence[Role], config: Config, watch: Watch, watcher: Watcher | None = None) -> int:
-    """Run roles until `watch` says stop; the exit code. `watcher` gets signs of life."""
+    """Run roles until `watch` stops them, and return the exit code.
+
+    `watcher` gets signs of life.
+    """
     registry = connect(config.registry) if any(role.needs_registry for role in roles) else None
     try:
         return trio.run(_serve_all, roles, config, registry, watch, watcher)
@@ -245,7 +258,7 @@ async def _serve_all(
     stop = trio.Event()
     parts: list[Part] = []
     async with trio.open_nursery() as nursery:
-        # Before the roles: a signal that arrives while they start must not kill the process half way.
+        # Started before the roles, so that a signal during their start does not kill the process.
         await nursery.start(watch, stop, nursery.cancel_scope.cancel)
         if watcher is not None:
             nursery.start_soon(pulse.pulse, watcher, parts)
@@ -260,7 +273,7 @@ async def _serve_all(
                 watcher.started()
         nursery.cancel_scope.cancel()
         return EXIT_OK
-    return EXIT_FAILED  # only a second signal gets here: it cancelled what was still draining
+    return EXIT_FAILED  # reached after a second signal only, which cancelled the drain
 
 
 async def _tell_stop(watcher: Watcher, stop: trio.Event) -> None:
@@ -278,19 +291,20 @@ async def _serve_one(
 ) -> None:
     status = _Status(task_status)
     await role.serve(config, registry if role.needs_registry else None, stop=stop, task_status=status)
-    # One role that ends takes the others along; one that was stopped while it started ends without `started`.
+    # One role that ends stops the others. A role that was stopped while it started ends without
+    # `started`.
     stop.set()
     status.started()
 
 
 class _Status:
-    """A task status that may be told twice."""
+    """A task status that may be called twice."""
 
     def __init__(self, status: trio.TaskStatus[Part | None]) -> None:
         self._status: trio.TaskStatus[Part | None] | None = status
 
     def started(self, value: Part | None = None) -> None:
-        """The first call counts."""
+        """Pass on the first call only."""
         status, self._status = self._status, None
         if status is not None:
             status.started(value)
@@ -303,7 +317,10 @@ async def watch_signals(
     *,
     task_status: trio.TaskStatus[None],
 ) -> None:
-    """The first SIGTERM or SIGINT sets `stop`, the second calls `at_once`. Each SIGHUP calls `look`."""
+    """Set `stop` at the first SIGTERM or SIGINT, and call `at_once` at the second.
+
+    Each SIGHUP calls `look`.
+    """
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         task_status.started()
         async for number in signals:
@@ -320,9 +337,9 @@ async def watch_signals(
             stop.set()
 
 
-# --- exit codes -------------------------------------------------------------------------------------------
+# --- exit codes -----------------------------------------------------------------------------------
 
-#: What a process ends with, for failures that speak for themselves; for the rest the traceback is logged.
+#: Exit codes and log events of failures that need no traceback; others are logged with one.
 _CODES: Mapping[type[BaseException], tuple[int, str]] = {
     ConfigError: (EXIT_USAGE, "config_refused"),
     TrustError: (EXIT_USAGE, "config_refused"),
@@ -334,7 +351,10 @@ _TAKEN = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
 
 
 def _exit_code(fault: BaseException) -> int:
-    """Log what ended the process, and say its exit code. KeyboardInterrupt and SystemExit pass."""
+    """Log the failure that ended the process, and return its exit code.
+
+    KeyboardInterrupt and SystemExit pass.
+    """
     leaves = list(_leaves(fault))
     if any(isinstance(leaf, KeyboardInterrupt | SystemExit) for leaf in leaves):
         raise fault
@@ -351,7 +371,7 @@ def _exit_code(fault: BaseException) -> int:
 
 
 def _leaves(fault: BaseException) -> Iterator[BaseException]:
-    """The exceptions inside groups: nurseries wrap whatever passes them."""
+    """Yield the exceptions inside groups: nurseries wrap those that pass them."""
     if isinstance(fault, BaseExceptionGroup):
         for inner in fault.exceptions:
             yield from _leaves(inner)

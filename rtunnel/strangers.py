@@ -1,7 +1,8 @@
-"""Connections whose peers have not proved who they are: so many in all, and for each source a share.
+"""Limits connections whose peers have not proved an identity, in all and for each source.
 
-A source is an IPv4 address, or the /64 of an IPv6 address (`rtunnel.net.source_of`). When there is no place left, a
-connection of the largest source makes room: one source cannot keep the others out, however often it connects.
+A source is an IPv4 address, or the /64 of an IPv6 address (`rtunnel.net.source_of`). When no place
+is left, a connection of the largest source is ended for the next one: a source cannot keep others
+out, however often it connects.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ T = TypeVar("T")
 
 
 class Loss(StrEnum):
-    """How a connection ended that has proved nothing; also the metric's label."""
+    """The end of a connection that has proved nothing; also the metric's label."""
 
     PROBE = "probe"  # the peer closed it before its first byte, as health checks do
     DEADLINE = "deadline"
@@ -40,11 +41,14 @@ def made_room(reason: str) -> Lost:
     return Lost(LostKind.MADE_ROOM, f"made room for another connection: {reason}")
 
 
-#: Seconds that a connection may be silent before it can be ended for another one: a round trip of a far path.
+#: Seconds that a connection may be silent before it can be ended for another one: a long round
+#: trip.
 SILENT_GRACE: Final = 0.25
-#: The same for one that has said something and proved nothing: three round trips, and waiting in a storm of agents.
+#: Seconds for a connection that has sent bytes and proved nothing: three round trips, and a wait
+#: while many agents connect.
 STALLED_GRACE: Final = 2.0
-#: How many of a source's oldest connections are looked at for a silent one: the cost of one decision.
+#: Oldest connections of a source that are checked for a silent one: this bounds the cost of one
+#: decision.
 LOOK_AT: Final = 32
 
 
@@ -60,7 +64,7 @@ class Place(Generic[T]):
         self.since = since
 
     def release(self) -> None:
-        """Give the place back. Later calls have no effect."""
+        """Release the place. Later calls have no effect."""
         strangers, self._strangers = self._strangers, None
         if strangers is None:
             return
@@ -72,17 +76,20 @@ class Place(Generic[T]):
 
 
 class Strangers(Generic[T]):
-    """The places, and who has them. One thread."""
+    """The places for connections without proof, and their holders. For one thread."""
 
     def __init__(
         self, most: int, share: int, is_silent: Callable[[T], bool], silent_grace: float = SILENT_GRACE
     ) -> None:
-        """At most `most` in all and `share` of one source (0: no share). `is_silent`: the peer has sent nothing yet."""
+        """Allow `most` connections in all and `share` of one source (0: no limit for a source).
+
+        `is_silent` says whether a connection's peer has sent nothing yet.
+        """
         self.most = most
         self.share = share or most
         self._is_silent = is_silent
         self._silent_grace = silent_grace
-        self._sources: dict[str, OrderedDict[Place[T], None]] = {}  # of each source, the oldest first
+        self._sources: dict[str, OrderedDict[Place[T], None]] = {}  # by source, the oldest first
         self._count = 0
 
     def __len__(self) -> int:
@@ -94,15 +101,15 @@ class Strangers(Generic[T]):
 
     @property
     def full(self) -> bool:
-        """No place is left, of whatever source the next one is."""
+        """Whether no place is left, whatever the next source is."""
         return self._count >= self.most
 
     def has_room(self, source: str) -> bool:
-        """Return whether one more of this source finds a place."""
+        """Return whether one more connection of this source has a place."""
         return self._count < self.most and len(self._sources.get(source, ())) < self.share
 
     def enter(self, source: str, entry: T, now: float) -> Place[T]:
-        """Take a place, whether there is one or not: ask `has_room` before. Release it once."""
+        """Take a place, without a check: call `has_room` before. Release the place once."""
         place = Place(self, source, entry, now)
         places = self._sources.get(source)
         if places is None:
@@ -112,10 +119,11 @@ class Strangers(Generic[T]):
         return place
 
     def weakest(self, source: str, now: float) -> T | None:
-        """Return what should end so that one more of `source` finds a place; None: nobody has had enough time yet.
+        """Return the connection to end so that one more of `source` has a place.
 
-        It is of the same source when that has used up its share, else of the largest source: the oldest silent one, or
-        the oldest that has stalled.
+        It is one of `source` when that has used up its share, else of the largest source: the
+        oldest silent one, or the oldest stalled one. Returns None while every one is younger than
+        its grace period.
         """
         own = self._sources.get(source, OrderedDict())
         places = own if len(own) >= self.share else max(self._sources.values(), key=len, default=own)
@@ -128,7 +136,7 @@ class Strangers(Generic[T]):
         return None
 
     def silent(self, before: float) -> list[T]:
-        """Return those that came before this time and have said nothing."""
+        """Return the connections that came before this time and have sent nothing."""
         found: list[T] = []
         for places in self._sources.values():
             for place in places:

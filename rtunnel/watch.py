@@ -1,7 +1,8 @@
-"""Files that are read again when they have changed: policies, users, certificates.
+"""Reads files again when they have changed: policies, users, certificates.
 
-A file is looked at twice a second, and read when it has looked the same in two looks: then nobody is writing it any
-more. A bad one changes nothing and is told, once, in the log and in `/statusz`. SIGHUP means "look now" (`look_now`).
+A file is checked twice a second, and read when two checks found it the same: then no program is
+still writing it. A bad file changes nothing, and is reported once in the log and in `/statusz`.
+SIGHUP means "check now" (`look_now`).
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ LOOK_SECONDS: Final = 0.5
 
 @dataclass(eq=False, slots=True)
 class Watched:
-    """One thing that is read from one file, or from several that belong together (a certificate and its key).
+    """A value that is read from one file, or from several that belong together.
 
-    `load` runs on a worker thread and raises TrustError; `put` gets what it returned, in trio's thread, and returns
-    what the log shall say of it.
+    `load` runs on a worker thread and raises TrustError. `put` gets its result in trio's thread,
+    and returns fields for the log.
     """
 
     what: str
@@ -36,16 +37,16 @@ class Watched:
     _changing: tuple[int, ...] | None = None  # how it looked the last time
 
     def __post_init__(self) -> None:
-        """From now on: what is in the files at this moment is known."""
+        """Mark the present contents of the files as known."""
         self._seen = self.look()
 
     @property
     def file(self) -> str:
-        """For people."""
+        """Return the files' names for display."""
         return ", ".join(map(str, self.paths))
 
     def look(self) -> tuple[int, ...]:
-        """Another look is another content. A file that is not there gives nothing."""
+        """Return a value that differs when the contents may differ. A missing file adds nothing."""
         seen: list[int] = []
         for path in self.paths:
             try:
@@ -56,15 +57,20 @@ class Watched:
         return tuple(seen)
 
     async def check(self, log: FilteringBoundLogger, *, at_once: bool = False) -> None:
-        """One look; read and put when it has changed. `at_once`: somebody says that it is whole."""
+        """Check the files once, and read them when they have changed.
+
+        `at_once`: they are complete.
+        """
         look = await trio.to_thread.run_sync(self.look)
         if look == self._seen or (look != self._changing and not at_once):
-            self._changing = look  # perhaps it is being written: see whether it stays as it is
+            # The file may be half written: read it when it has not changed by the next check.
+            self._changing = look
             return
         self._seen = look
         try:
             said = await self.put(await trio.to_thread.run_sync(self.load))
-        except Exception as error:  # TrustError says all; but whatever a file does, the process goes on
+        # TrustError says all; but whatever a file does, the process goes on.
+        except Exception as error:
             self.rejected = str(error) if isinstance(error, TrustError) else f"{type(error).__name__}: {error}"
             hint = "what was in force stays in force"
             log.error(f"{self.what}_rejected", file=self.file, reason=self.rejected, hint=hint)
@@ -73,18 +79,18 @@ class Watched:
         log.info(f"{self.what}_loaded", file=self.file, **said)
 
 
-#: What the tasks wait for that watch files of this process.
+#: Events of the tasks that watch files of this process.
 _asked: set[trio.Event] = set()
 
 
 def look_now() -> None:
-    """Look at all watched files of this process, and read what has changed. In trio's thread."""
+    """Check all watched files of this process, and read changed ones. In trio's thread."""
     for asked in _asked:
         asked.set()
 
 
 async def watch(files: Sequence[Watched], log: FilteringBoundLogger) -> None:
-    """Look at them until cancelled."""
+    """Check the files twice a second until cancelled."""
     asked = trio.Event()
     try:
         while True:
@@ -92,7 +98,7 @@ async def watch(files: Sequence[Watched], log: FilteringBoundLogger) -> None:
             with trio.move_on_after(LOOK_SECONDS):
                 await asked.wait()
             at_once = asked.is_set()
-            if at_once:  # a request that comes during the look is for the next one
+            if at_once:  # a request during the check is for the next one
                 _asked.discard(asked)
                 asked = trio.Event()
                 _asked.add(asked)

@@ -1,16 +1,18 @@
-"""`--workers N`: N processes of one role on one port, and the supervisor that keeps them.
+"""`--workers N`: N processes of one role on one port, and the supervisor that keeps them running.
 
-A worker is an independent process of a fresh interpreter: a broker's is a node of its own, with its own name and its
-own part of the port ranges. Workers share the listening address (SO_REUSEPORT: the kernel spreads connections), the
-`host` label and stderr, and nothing else. The supervisor touches no connection.
+A worker is an independent process with a fresh interpreter: a broker's is a node of its own, with
+its own name and its own part of the port ranges. Workers share the listening address (SO_REUSEPORT:
+the kernel spreads connections), the `host` label and stderr, and nothing else. The supervisor
+handles no connection.
 
-    supervisor -> worker   its stdin: one line of JSON, the `Task`; then bytes: `LOOK` for "look at your files", `STOP`
-                           for "stop", another `STOP` for "at once". Its end means that the supervisor is gone,
-                           however that came: stop.
-    worker -> supervisor   a pipe, with signs of life (rtunnel/pulse.py); its exit code; and its health over HTTP, on a
-                           socket that the supervisor has handed down
+    supervisor -> worker   its stdin: one line of JSON, the `Task`; then bytes: `LOOK` for "check
+                           your files", `STOP` for "stop", another `STOP` for "at once". The end of
+                           stdin means that the supervisor has ended: stop.
+    worker -> supervisor   a pipe, with signs of life (rtunnel/pulse.py); its exit code; and its
+                           health over HTTP, on a socket that the supervisor has handed down
 
-A worker without signs of life is killed and started again: its listener would keep its share of the connections.
+A worker without signs of life is killed and started again, because its listener would keep its
+share of the connections.
 """
 
 from __future__ import annotations
@@ -37,32 +39,36 @@ from rtunnel.pulse import Watcher
 from rtunnel.roles import Role
 from rtunnel.watch import look_now
 
-#: A worker that died is started again at once, the next time after this, doubled up to the cap; anew when it has lived
+#: A worker that died is started again at once, then after this many seconds, doubled up to the cap.
+#: The count starts again after it has lived for `STABLE`.
 #: for `STABLE`.
 BACKOFF_FIRST: Final = 0.25
 BACKOFF_CAP: Final = 10.0
 STABLE: Final = 60.0
-#: After the order to stop at once.
+#: Seconds after the order to stop at once, before a worker is killed.
 KILL_AFTER: Final = 2.0
-#: A worker answers a question about its health within this, once it had so long to start.
+#: Seconds for a worker's answer about its health, after it had `START_PATIENCE` to start.
 PATIENCE: Final = 1.0
 START_PATIENCE: Final = 10.0
-#: A worker gives a sign each second. One that is silent for this many seconds is killed: as long as agents wait for a
-#: silent link. Seconds are counted by the supervisor's own ticks, so that a machine that was suspended kills nobody.
+#: A worker gives a sign each second. One that is silent for this many seconds is killed: as long as
+#: agents wait for a
+#: silent link. Seconds are counted by the supervisor's own ticks, so that a machine that was
+#: suspended kills nobody.
 SILENCE: Final = 15
-#: The first sign may take longer: on a machine that starts 64 of them the imports alone take seconds.
+#: The first sign may take longer: when a machine starts 64 workers, the imports alone take seconds.
 FIRST_SILENCE: Final = 60
 TICK: Final = 1.0
 STOP: Final = b"."
 LOOK: Final = b"h"
-#: How a worker ends that was told to stop. A terminal's signal may find it before it can listen to any.
+#: Exit codes of a worker that was told to stop. A terminal's signal may arrive before its handlers
+#: are set.
 IN_ORDER: Final = (EXIT_OK, -signal.SIGTERM, -signal.SIGINT)
 
 log = logs.get_logger("supervisor")
 
 
 class Task(msgspec.Struct):
-    """What a worker is told. By its stdin: there are passwords in it."""
+    """The task of a worker, sent by its stdin because it contains passwords."""
 
     role: str
     number: int
@@ -71,7 +77,10 @@ class Task(msgspec.Struct):
 
 
 def run(role: Role, config: Config) -> int:
-    """Run a role as `roles.run` does, in as many processes as its `workers` key says; the exit code."""
+    """Run a role as `roles.run` does, in as many processes as its `workers` key says.
+
+    Return the exit code.
+    """
     count = getattr(getattr(config, role.name), "workers", 1)
     if count == 1:
         return roles.run([role], config)
@@ -82,28 +91,32 @@ def run(role: Role, config: Config) -> int:
     return roles.run_process(role.name, notes, lambda: trio.run(supervisor.run), workers=count)
 
 
-# --- the supervisor ---------------------------------------------------------------------------------------
+# --- the supervisor -------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
 class Worker:
-    """One of them, through all its processes."""
+    """One worker, through all its processes."""
 
     number: int
     config: Config
-    health: socket.socket | None  # listening; the same for each of its processes
+    health: socket.socket | None  # a listening socket, the same for each process of the worker
     process: trio.Process | None = None
     since: float = 0.0  # trio's clock
     restarts: int = 0
     fate: str = "not started yet"  # of the last process
-    ordering: trio.Lock = field(default_factory=trio.Lock)  # held while something is written to its stdin
+    # Held while something is written to its stdin.
+    ordering: trio.Lock = field(default_factory=trio.Lock)
     silence: int = 0  # ticks since its last sign of life
-    gives_signs: bool = False  # there was one, of this process
+    gives_signs: bool = False  # this process has given one
     serves: bool = False  # it has started
 
 
 class Supervisor:
-    """Starts the workers, passes orders on, starts again who dies. `run` is its life and gives the exit code."""
+    """Starts the workers, passes orders to them, and starts those again that end.
+
+    `run` returns the exit code.
+    """
 
     def __init__(self, role: str, config: Config, count: int) -> None:
         self.role = role
@@ -114,10 +127,10 @@ class Supervisor:
         self.at_once = trio.Event()
         self.look = trio.Event()  # a new one after each request to look at the files
         self.code = EXIT_OK
-        self.watcher: Watcher | None = None  # who watches the supervisor itself
+        self.watcher: Watcher | None = None  # the watcher of the supervisor itself
 
     async def run(self) -> int:
-        """Until all workers have ended. Raises ListenError."""
+        """Run until all workers have ended. Raises ListenError."""
         section = getattr(self.config, self.role)
         async with trio.open_nursery() as nursery:
             await nursery.start(roles.watch_signals, self.stop, self.at_once.set, self._look)
@@ -140,14 +153,13 @@ class Supervisor:
         address = f"{admin.INHERITED}:{health.fileno()}" if health is not None else ""
         return worker_config(self.config, self.role, number, listen, address)
 
-    # See rtunnel.pulse.Part: what the supervisor tells its own watcher.
+    # The protocol rtunnel.pulse.Part, for the supervisor's own watcher.
 
     def reasons(self) -> list[str]:
-        """See Part."""
         return [f"worker {w.number}: {_absence(w)}" for w in self.workers if not w.serves]
 
     async def answered(self) -> None:
-        """See Part: it has one thread, and this is it. Workers that hang are its own business."""
+        """Return at once: the supervisor has one thread, which runs this."""
         await trio.lowlevel.checkpoint()
 
     async def _tell_stop(self, watcher: Watcher) -> None:
@@ -166,7 +178,8 @@ class Supervisor:
             worker.fate = _describe_exit(status)
             log.error("worker_died", worker=worker.number, status=worker.fate, restarts=worker.restarts)
             if status in (EXIT_USAGE, EXIT_LISTEN) and worker.restarts == 0:
-                # Wrong from the start, and it said why. Later it is worth trying again: the others may do well.
+                # Wrong from the start, and it said why. Later it is worth trying again: the others
+                # may do well.
                 self.code = status
                 self.stop.set()
                 return
@@ -179,7 +192,7 @@ class Supervisor:
             worker.restarts += 1
 
     async def _live(self, worker: Worker) -> int:
-        """One process, from its start to its end; how it ended."""
+        """Run one process to its end, and return how it ended."""
         try:
             signs, theirs = os.pipe()
         except OSError as error:  # no descriptors
@@ -211,8 +224,8 @@ class Supervisor:
     async def _open(self, worker: Worker, pulse_fd: int) -> trio.Process:
         """Start the process. Raises OSError."""
         health = [worker.health.fileno()] if worker.health is not None else []
-        # Modules come from where ours do, and never from the working directory (-P). What an init system wants to hear
-        # comes from the supervisor alone.
+        # Modules come from where ours do, and never from the working directory (-P). What an init
+        # system wants to hear comes from the supervisor alone.
         environ = {name: value for name, value in os.environ.items() if name not in pulse.VARIABLES}
         return await trio.lowlevel.open_process(
             command(self.role, worker.number),
@@ -222,7 +235,7 @@ class Supervisor:
         )
 
     async def _hear(self, worker: Worker, signs: trio.lowlevel.FdStream) -> None:
-        """Take a process's signs of life until it closes its end."""
+        """Read a process's signs of life until it closes its end of the pipe."""
         async with signs:
             async for sign in signs:
                 worker.silence, worker.gives_signs = 0, True
@@ -264,7 +277,7 @@ class Supervisor:
             await self._order(worker, process, LOOK)
 
     async def _order(self, worker: Worker, process: trio.Process, order: bytes) -> None:
-        """Write to a worker's stdin; in vain when it is ending, and then the exit code tells more."""
+        """Write to a worker's stdin. Ignores a worker that is ending, whose exit code says more."""
         assert process.stdin is not None
         async with worker.ordering:
             try:
@@ -283,7 +296,7 @@ class Supervisor:
         }
 
     async def _livez(self) -> admin.Answer:
-        """A worker that does not even answer is as bad as a process that doesn't."""
+        """Return why a worker fails. One that does not answer fails like one that hangs."""
         answers = await self._ask_all("/livez")
         now = trio.current_time()
         silent = [
@@ -329,7 +342,7 @@ class Supervisor:
         return {"role": self.role, "workers": shown}
 
     async def _ask_all(self, path: str) -> list[Mapping[str, Any] | None]:
-        """Every worker's own answer; None from one that gives none in time."""
+        """Return every worker's own answer, or None from a worker that did not answer in time."""
         answers: list[Mapping[str, Any] | None] = [None] * len(self.workers)
 
         async def ask(index: int, worker: Worker) -> None:
@@ -350,8 +363,9 @@ class Supervisor:
 def _reserved(address: str, key: str) -> Iterator[str]:
     """The address for all workers to share, ours until the end.
 
-    Bound alone first, so that somebody else's socket is told now, also one that would share. The one that stays never
-    listens, so that no connection comes to it: it makes port 0 one port, and keeps it while a worker is away.
+    Bound alone first, so that somebody else's socket is told now, also one that would share. The
+    one that stays never listens, so that no connection comes to it: it makes port 0 one port, and
+    keeps it while a worker is away.
     """
     host, port = parse_endpoint(address)
     if port:
@@ -361,7 +375,7 @@ def _reserved(address: str, key: str) -> Iterator[str]:
 
 
 def worker_config(config: Config, role: str, number: int, listen: str, admin_address: str) -> Config:
-    """The configuration of one worker: what it shares, and what is its own."""
+    """Return the configuration of one worker, with its own parts of what the workers share."""
     section = getattr(config, role)
     own: dict[str, Any] = {"listen": listen, "admin": admin_address}
     if isinstance(section, BrokerConfig):
@@ -374,7 +388,10 @@ def worker_config(config: Config, role: str, number: int, listen: str, admin_add
 
 
 def command(role: str, number: int) -> list[str]:
-    """What starts a worker. Role and number are for whoever reads `ps`: its task comes by stdin."""
+    """Return the command line of a worker.
+
+    Role and number are for `ps`; the task comes by stdin.
+    """
     return [sys.executable, "-P", "-m", "rtunnel.workers", role, str(number)]
 
 
@@ -398,18 +415,18 @@ def _address(worker: Worker) -> tuple[str, int]:
 
 
 async def _get(host: str, port: int, path: str) -> Mapping[str, Any]:
-    """The JSON of one of our own endpoints, which closes the connection behind it."""
+    """Return the JSON of one of our own endpoints, which closes the connection after it."""
     async with await trio.open_tcp_stream(host, port) as stream:
         await stream.send_all(f"GET {path} HTTP/1.1\r\nHost: worker\r\n\r\n".encode())
         answer = b"".join([piece async for piece in stream])
     return msgspec.json.decode(answer.partition(b"\r\n\r\n")[2], type=dict[str, Any])
 
 
-# --- a worker ---------------------------------------------------------------------------------------------
+# --- a worker -------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """A worker's process, which only a supervisor starts."""
+    """Run a worker's process, which only a supervisor starts."""
     line, early = _first_line()
     try:
         task = msgspec.json.decode(line, type=Task)
@@ -419,12 +436,12 @@ def main() -> None:
     role = roles.find_role(task.role)
     watcher = pulse.Supervised(task.pulse)
     main = partial(roles.run_roles, [role], task.config, partial(_obey, early), watcher)
-    # The supervisor has checked all and given the warnings.
+    # The supervisor has checked the configuration, and has logged the warnings.
     sys.exit(roles.run_process(role.name, [], main))
 
 
 def _first_line() -> tuple[bytes, bytes]:
-    """The first line of stdin, and what came behind it."""
+    """Return the first line of stdin, and the bytes behind it."""
     data = b""
     while b"\n" not in data and (piece := os.read(0, 1 << 16)):
         data += piece
@@ -435,10 +452,10 @@ def _first_line() -> tuple[bytes, bytes]:
 async def _obey(
     early: bytes, stop: trio.Event, at_once: Callable[[], object], *, task_status: trio.TaskStatus[None]
 ) -> None:
-    """A worker's way to watch for its end, in place of `roles.watch_signals`: orders count, and signals only once.
-    SIGHUP is heeded as an order to look at the files is.
+    """Watch for the end of a worker, instead of `roles.watch_signals`.
 
-    A terminal and an init system may send theirs to every process, beside the supervisor's order.
+    Orders count, and the first signal. SIGHUP means "check the files", like the order. A terminal
+    and an init system may send signals to every process, beside the supervisor's orders.
     """
 
     def stop_all(by: str) -> None:
