@@ -273,8 +273,7 @@ class Link(WindowedSession):
         self.write(frame)
 
     def write(self, data: bytes | memoryview) -> None:
-        """Send whole frames, in order; drop them when the link is over. Does not fail and calls
-        nobody back.
+        """Send whole frames, in order; drop them when the link is over. Never fails or calls back.
 
         Data of pairs is written only while the link is not `blocked`; what is written meanwhile is
         kept.

@@ -9,7 +9,7 @@ Theory of operation
    its owner earlier in the same turn reports to the new owner.
 2. The timers that are due.
 3. The run queue (`soon`). Calls queued in steps 1 and 2 run in this turn; calls queued in steps 3
-   and 4 run in the next one, so that a call that queues itself again lets everybody else run first.
+   and 4 run in the next one, so that a call that queues itself again lets all others run first.
 4. The slow queue (`enqueue_slow`): `SLOW_A_TURN` calls of it.
 5. Sockets given to `close` are closed.
 
