@@ -1,4 +1,4 @@
-"""The command `rtunnel`."""
+"""The command `rtunnel`: its groups, flags and output."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from rtunnel.registry import Duplicate, NodeRecord, Registry, Snapshot, Tuple, c
 from rtunnel.trust import policy, users
 from rtunnel.trust.policy import Policy, Question, Verdict
 
-#: `rtunnel status` shows so many agents unless it is asked for all.
+#: Agents that `rtunnel status` shows without --all.
 SHOWN_AGENTS = 50
-#: By convention, 128 + SIGINT.
+#: The exit code by convention, 128 + SIGINT.
 EXIT_INTERRUPTED = 130
 
 _EXAMPLES = """
@@ -52,7 +52,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 an address can't
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Run the command, and exit with its code."""
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as error:
@@ -60,13 +60,14 @@ def main() -> None:
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         code = EXIT_INTERRUPTED
-    except BrokenPipeError:  # `rtunnel status | head`: nobody wants the rest, nor a traceback when stdout is closed
+    # `rtunnel status | head`: nobody wants the rest, nor a traceback when stdout is closed.
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_FAILED
     sys.exit(code if isinstance(code, int) else 0)
 
 
-# --- flags from the keys of the configuration -------------------------------------------------------------------------
+# --- flags from the keys of the configuration -----------------------------------------------------
 
 _COMMON = ("registry.url", "registry.prefix", "log.level", "log.format")
 
@@ -104,7 +105,7 @@ def _parameter(path: str) -> str:
 
 
 def _load(config_file: Path | None, values: Mapping[str, Any], prefixed: bool = False) -> Config:
-    """The configuration from all its sources; `values` are click's parameters."""
+    """Return the configuration from all its sources; `values` are click's parameters."""
     overrides: dict[str, object] = {}
     for path in config.KEYS:
         value = values.get(_parameter(path))
@@ -118,11 +119,11 @@ def _section_keys(section: str) -> list[str]:
     return [path for path in config.KEYS if path.startswith(section + ".")]
 
 
-# --- the group --------------------------------------------------------------------------------------------------------
+# --- the group ------------------------------------------------------------------------------------
 
 
 class _Group(click.Group):
-    """Commands of this file, and one for each installed role, which is imported only when it is asked for."""
+    """The commands of this file, and one for each installed role, which is imported on demand."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*super().list_commands(ctx), *roles.role_names()})
@@ -139,8 +140,8 @@ class _Group(click.Group):
 def cli() -> None:
     """Reach every host by its original IP across isolated VPCs, through agents that dial out.
 
-    broker, agent, gateway and authority are the roles of a cluster; standalone is a broker and a gateway in one
-    process.
+    broker, agent, gateway and authority are the roles of a cluster; standalone is a broker and a
+    gateway in one process.
     """
 
 
@@ -166,7 +167,8 @@ def _standalone(config_file: Path | None, **values: Any) -> None:
 
 
 _standalone_keys = [*_section_keys("broker"), *_section_keys("gateway"), *_COMMON]
-_standalone_keys = [path for path in _standalone_keys if not path.endswith(".workers")]  # it is one process
+# It is one process.
+_standalone_keys = [path for path in _standalone_keys if not path.endswith(".workers")]
 cli.add_command(
     click.Command(
         "standalone",
@@ -188,12 +190,12 @@ def demo(arguments: tuple[str, ...]) -> None:
     sys.exit(module.main(list(arguments)))
 
 
-# --- configuration, keys ----------------------------------------------------------------------------------------------
+# --- configuration, keys --------------------------------------------------------------------------
 
 
 @cli.group("config")
 def config_group() -> None:
-    """Look at a configuration."""
+    """Check a configuration file."""
 
 
 @config_group.command("check")
@@ -205,7 +207,7 @@ def config_group() -> None:
     help="Check what this systemd unit will run: with its variables, its credentials and as its user.",
 )
 def config_check(file: Path, role: str | None, unit: Path | None) -> None:
-    """Check FILE (with this environment's RTUNNEL_ variables) and say everything that is wrong with it."""
+    """Check FILE, with the RTUNNEL_ variables of this environment, and report all that is wrong."""
     with report_errors():
         runs_as = _read_unit(unit, role) if unit else None
         environment = os.environ if runs_as is None else runs_as.environment
@@ -220,7 +222,7 @@ def config_check(file: Path, role: str | None, unit: Path | None) -> None:
 
 def _read_unit(path: Path, role: str | None) -> config.Unit:
     if role is None:
-        raise Failure("--unit needs --role: which role does the unit run?", EXIT_USAGE)
+        raise Failure("--unit needs --role: give the role that the unit runs", EXIT_USAGE)
     try:
         return config.read_unit(path)
     except (OSError, ValueError) as error:
@@ -230,7 +232,7 @@ def _read_unit(path: Path, role: str | None) -> config.Unit:
 cli.add_command(pki_group)
 
 
-# --- rules and users of a gateway -------------------------------------------------------------------------------------
+# --- rules and users of a gateway -----------------------------------------------------------------
 
 
 def _file_option(key: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -245,15 +247,15 @@ def _with_config(command: click.Command) -> click.Command:
 
 @cli.group("policy")
 def policy_group() -> None:
-    """Ask the rules of a gateway."""
+    """Test the rules of a gateway."""
 
 
 @_with_config
 @policy_group.command("test")
 @click.argument("target", metavar="IP:PORT")
-@click.option("--user", metavar="NAME", help="Who has logged in; without it nobody has.")
+@click.option("--user", metavar="NAME", help="The user who has logged in; default: no login.")
 @click.option("--from", "source", metavar="IP", required=True, help="The client's address.")
-@click.option("--namespace", help="Of the target; default: the gateway's.")
+@click.option("--namespace", help="The target's namespace; default: the gateway's.")
 @_file_option("gateway.policy")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def policy_test(
@@ -267,7 +269,8 @@ def policy_test(
 ) -> None:
     """Say whether a client may reach IP:PORT, and why.
 
-    Exit code 0: yes, 1: no. Whether an agent exposes that port is another question: `rtunnel resolve`.
+    Exit code 0 when allowed, 1 when denied. `rtunnel resolve` says whether an agent exposes that
+    port.
     """
     with report_errors():
         gateway = config.load(config_file, os.environ, {}).gateway
@@ -303,11 +306,11 @@ def _explained(rules: Policy, question: Question, verdict: Verdict, where: str) 
         keys_of = msgspec.to_builtins(rules.rules[verdict.number - 1])
         yield from (f"  {key} = {_toml(value)}" for key, value in keys_of.items() if value not in (None, ""))
         return
-    yield f"{word}: no rule fits ({where})"
+    yield f"{word}: no rule matches ({where})"
     if kind := policy.special(question.ip):
         yield f"  {question.ip} is {kind}: only a rule whose `to` names it allows it"
     for near, key in rules.nearly(question):
-        yield f"  but for `{key}`, rule {near.rule} would {'allow' if near.allowed else 'deny'} it"
+        yield f"  except for `{key}`, rule {near.rule} would {'allow' if near.allowed else 'deny'} it"
 
 
 def _toml(value: object) -> str:
@@ -316,13 +319,13 @@ def _toml(value: object) -> str:
 
 @cli.group("user")
 def user_group() -> None:
-    """Names and passwords of a gateway's clients."""
+    """Manage names and passwords of a gateway's clients."""
 
 
 def _users_file(file: Path | None, config_file: Path | None) -> Path:
     path = file or config.load(config_file, os.environ, {}).gateway.users
     if not path:
-        raise Failure("which file? give --file, or --config with gateway.users", EXIT_USAGE)
+        raise Failure("no users file is given: give --file, or --config with gateway.users", EXIT_USAGE)
     return Path(path)
 
 
@@ -331,10 +334,10 @@ def _users_file(file: Path | None, config_file: Path | None) -> Path:
 @click.argument("name")
 @_file_option("gateway.users")
 def user_add(name: str, file: Path | None, config_file: Path | None) -> None:
-    """Add user NAME, or give NAME another password.
+    """Add user NAME, or change the password of NAME.
 
-    The password is asked for, or is the first line of stdin. Gateways see it within seconds. Another password ends the
-    streams that were opened with the old one.
+    The command asks for the password, or reads it from the first line of stdin. Gateways use the
+    file within seconds. A changed password ends the streams that were opened with the old one.
     """
     with report_errors():
         path = _users_file(file, config_file)
@@ -358,7 +361,7 @@ def _password(name: str) -> str:
 @click.argument("name")
 @_file_option("gateway.users")
 def user_remove(name: str, file: Path | None, config_file: Path | None) -> None:
-    """Take user NAME out. Gateways see it within seconds, and end the user's streams."""
+    """Remove user NAME. Gateways use the file within seconds, and end the user's streams."""
     with report_errors():
         path = _users_file(file, config_file)
         users.remove_user(path, name)
@@ -369,13 +372,13 @@ def user_remove(name: str, file: Path | None, config_file: Path | None) -> None:
 @user_group.command("list")
 @_file_option("gateway.users")
 def user_list(file: Path | None, config_file: Path | None) -> None:
-    """Print the names."""
+    """Print the names of the users."""
     with report_errors():
         for name in sorted(users.load_users(_users_file(file, config_file)).hashes):
             click.echo(printable(name))
 
 
-# --- looking at the registry ------------------------------------------------------------------------------------------
+# --- looking at the registry ----------------------------------------------------------------------
 
 
 def _registry_options(command: Callable[..., Any]) -> click.Command:
@@ -392,7 +395,7 @@ def _open_registry(config_file: Path | None, values: Mapping[str, Any]) -> Itera
         loaded = _load(config_file, values)
         if config.is_memory(loaded):
             raise Failure(
-                "the memory registry lives inside one process, and nobody else can look into it: ask that process "
+                "the memory registry lives inside one process, and other processes cannot read it: ask that process "
                 "(/statusz of its admin address), or give the shared one with --registry-url or --config",
                 EXIT_USAGE,
             )
@@ -405,7 +408,7 @@ def _open_registry(config_file: Path | None, values: Mapping[str, Any]) -> Itera
 
 @_registry_options
 @click.argument("target", metavar="IP[:PORT]")
-@click.option("--namespace", default="default", show_default=True, help="Of the agent.")
+@click.option("--namespace", default="default", show_default=True, help="The agent's namespace.")
 def resolve(target: str, namespace: str, config_file: Path | None, as_json: bool, **values: Any) -> None:
     """Show the tuples through which IP[:PORT] is reached.
 
@@ -417,7 +420,8 @@ def resolve(target: str, namespace: str, config_file: Path | None, as_json: bool
         found = registry.with_exposes(registry.lookup(namespace, ip))
         tuples = [_as_it_is(item, states) for item in found]
         tuples.sort(key=lambda item: (item.state != "live", item.node))
-    # The registry's clock is not to be had with a look-up: an age is as good as this machine's clock.
+    # A lookup does not return the registry's clock, so that an age is as exact as this machine's
+    # clock.
     now = time.time()
     usable = [item for item in tuples if port == 0 or _serves(item, port)]
     if as_json:
@@ -439,13 +443,13 @@ def resolve(target: str, namespace: str, config_file: Path | None, as_json: bool
 
 
 def _as_it_is(item: Tuple, states: Mapping[str, str]) -> Tuple:
-    """The tuple with the state of its node: a node that drains says so once, and not in each of its tuples."""
+    """Return the tuple with the state of its node, which stands only in the node's record."""
     state = states.get(item.node, "no heartbeat")
     return item if state == "live" else msgspec.structs.replace(item, state=state)
 
 
 def _parse_target(text: str) -> tuple[str, int]:
-    """(ip, port); port 0 for an address alone."""
+    """Return (ip, port); port 0 for an address alone."""
     try:
         return config.canonical_ip(text.removeprefix("[").removesuffix("]")), 0
     except ValueError:
@@ -485,7 +489,7 @@ def _age(now: float, then: float) -> float:
     return round(max(0.0, now - then), 3)
 
 
-#: What `rtunnel status` says beside an empty list of nodes.
+#: Printed by `rtunnel status` with an empty list of nodes.
 NO_HEARTBEAT = (
     "no broker has a heartbeat here: either none runs, or this registry refuses writes, which /readyz and the log "
     "of each broker say (registry_unavailable); gateways go on with the tuples that they know"
@@ -493,7 +497,7 @@ NO_HEARTBEAT = (
 
 
 class _Agent(msgspec.Struct):
-    """What the registry knows of one agent."""
+    """The sessions and addresses of one agent, from the registry."""
 
     namespace: str
     agent_id: str
@@ -545,7 +549,7 @@ def status(everything: bool, config_file: Path | None, as_json: bool, **values: 
 
 
 def _agents(snapshot: Snapshot) -> list[_Agent]:
-    """The agents, the least redundant first."""
+    """Return the agents, the least redundant first."""
     hosts = {node.node: node.host for node in snapshot.nodes}
     states = {node.node: node.state for node in snapshot.nodes}
     groups: dict[tuple[str, str], list[Tuple]] = {}
@@ -599,7 +603,8 @@ def _summary(snapshot: Snapshot, agents: Sequence[_Agent]) -> dict[str, int]:
         "nodes": len(snapshot.nodes),
         "nodes_draining": sum(node.state == "draining" for node in snapshot.nodes),
         "agents": len(agents),
-        "agents_on_one_node": sum(agent.live < 2 for agent in agents),  # or on none: all theirs are draining
+        # Or on none: all theirs are draining.
+        "agents_on_one_node": sum(agent.live < 2 for agent in agents),
         "agents_on_one_host": sum(agent.live_hosts < 2 for agent in agents),
         "sessions": sum(agent.sessions for agent in agents),
         "tuples": len(snapshot.tuples),

@@ -1,4 +1,4 @@
-"""`rtunnel pki`: the cluster's keys, certificates, tokens and revocations, at the authority's directory."""
+"""The command `rtunnel pki`: keys, certificates, tokens and revocations of a cluster."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     _IntParam = click.ParamType[int]
     _StrParam = click.ParamType[str]
 else:
-    _IntParam = _StrParam = click.ParamType  # click before 8.4 knows no ParamType[int]
+    _IntParam = _StrParam = click.ParamType  # ParamType[int] needs click 8.4
 
 _UNITS = {"d": DAY, "h": 3600, "m": 60, "s": 1}
 
 
 class _Duration(_IntParam):
-    """Seconds of 90s, 30m, 24h or 7d."""
+    """Converts 90s, 30m, 24h or 7d to seconds."""
 
     name = "duration"
 
@@ -46,7 +46,7 @@ class _Duration(_IntParam):
 
 
 class _Checked(_StrParam):
-    """What a check of the configuration takes."""
+    """Accepts what a check of the configuration accepts."""
 
     def __init__(self, name: str, check: Callable[[str], str]) -> None:
         self.name = name
@@ -67,23 +67,31 @@ _CIDR = _Checked("cidr", check_network)
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 
 _dir = click.option(
-    "--dir", "directory", type=_FOLDER, default=".", help="The authority's, made by `pki init`; default: this one."
+    "--dir",
+    "directory",
+    type=_FOLDER,
+    default=".",
+    help="The authority's directory, made by `pki init`; default: the current one.",
 )
 _names = click.option("--name", "names", multiple=True, help="A DNS name of the brokers' VIP; repeatable.")
 _ips = click.option("--ip", "ips", type=_IP, multiple=True, help="An IP address of the brokers' VIP; repeatable.")
-_namespace = click.option("--namespace", type=_WORD, default="default", show_default=True, help="Of the agent.")
-_csr = click.option(
-    "--csr", type=click.Path(path_type=Path, dir_okay=False), help="A request of `pki request`: the key stays there."
+_namespace = click.option(
+    "--namespace", type=_WORD, default="default", show_default=True, help="The agent's namespace."
 )
-_TAKE_OVER = "Also what is certified for another agent: an agent_id (with a token), addresses."
+_csr = click.option(
+    "--csr",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A request file of `pki request`; its key stays on that host.",
+)
+_TAKE_OVER = "Also allow what is certified for another agent: addresses, and with a token its agent_id."
 _take_over = click.option("--take-over", is_flag=True, help=_TAKE_OVER)
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON; times are seconds since 1970.")
-_into = click.option("--into", type=_FOLDER, help="Where the files go; default: the authority's directory.")
+_into = click.option("--into", type=_FOLDER, help="Directory for the files; default: the authority's.")
 
 
 @click.group("pki")
 def pki_group() -> None:
-    """Make keys, certificates and tokens, and revoke them."""
+    """Create keys, certificates and tokens, and revoke them."""
 
 
 @pki_group.command("init")
@@ -91,45 +99,57 @@ def pki_group() -> None:
 @_names
 @_ips
 def init(directory: Path, names: tuple[str, ...], ips: tuple[str, ...]) -> None:
-    """Make what a new cluster needs, in DIRECTORY.
+    """Create the files of a new cluster in DIRECTORY.
 
-    That is a CA, a certificate for brokers, the cluster's and a gateway's key, and a shared token. Nothing is
-    overwritten. Names and addresses are needed only where agents are given another `server_name` than broker.rtunnel.
+    They are a CA, a certificate for brokers, the cluster's key, a gateway's key, and a shared
+    token. No file is overwritten. Names and addresses are needed only where agents are given
+    another `server_name` than broker.rtunnel.
     """
     with report_errors():
         _show_made(pki.init(directory, names=names, ips=ips))
 
 
 @pki_group.command("shared-token")
-@click.option("--id", "token_id", default="", help="Its name in files and logs; random by default.")
+@click.option("--id", "token_id", default="", help="The token's name in files and logs; random by default.")
 def shared_token(token_id: str) -> None:
-    """Print a token for trying out without an authority.
+    """Print a shared token, for tests without an authority.
 
-    Add the line to the brokers' file (`broker.join_token`), and give it to agents in a file of its own. Who has it may
-    claim any address.
+    Add the line to the brokers' file (`broker.join_token`), and give it to agents in a file of its
+    own. Any holder may claim any address.
     """
     click.echo(_new_token(token_id).line())
 
 
-# --- tokens -----------------------------------------------------------------------------------------------------------
+# --- tokens ---------------------------------------------------------------------------------------
 
 
 @pki_group.group("token")
 def token_group() -> None:
-    """Tokens, for which agents get their first certificate."""
+    """Manage join tokens, with which agents get their first certificate."""
 
 
 @token_group.command("create")
 @_dir
-@click.option("--id", "token_id", default="", help="Its name in lists and logs; random by default.")
-@click.option("--lifetime", type=_DURATION, default="24h", show_default=True, help="It can be used so long.")
-@click.option("--uses", type=click.IntRange(1, 1_000_000), default=1, show_default=True, help="By so many agents.")
+@click.option("--id", "token_id", default="", help="The token's name in lists and logs; random by default.")
+@click.option(
+    "--lifetime", type=_DURATION, default="24h", show_default=True, help="Time for which the token can be used."
+)
+@click.option(
+    "--uses", type=click.IntRange(1, 1_000_000), default=1, show_default=True, help="Number of agents that may use it."
+)
 @_namespace
 @click.option(
-    "--cidr", "networks", type=_CIDR, multiple=True, required=True, help="Addresses they may have; repeatable."
+    "--cidr",
+    "networks",
+    type=_CIDR,
+    multiple=True,
+    required=True,
+    help="Network of addresses that these agents may have; repeatable.",
 )
-@click.option("--cert-lifetime", type=_DURATION, default="24h", show_default=True, help="Of their certificates.")
-@click.option("--file", type=click.Path(path_type=Path), help="Written for its owner only, if it is not there yet.")
+@click.option(
+    "--cert-lifetime", type=_DURATION, default="24h", show_default=True, help="Lifetime of these agents' certificates."
+)
+@click.option("--file", type=click.Path(path_type=Path), help="Write the token to this new file, with mode 0600.")
 @_take_over
 def token_create(
     directory: Path,
@@ -142,12 +162,14 @@ def token_create(
     file: Path | None,
     take_over: bool,
 ) -> None:
-    """Make a token, and print it once or write it to --file.
+    """Create a token, and print it once or write it to --file.
 
-    Give the agent the line in a file (`agent.join_token`): with it the agent gets its first certificate.
+    Give the agent the line in a file (`agent.join_token`): with it the agent gets its first
+    certificate.
 
-    Nobody gets an agent_id or an address by it for which another agent has a certificate in force, unless --take-over:
-    for a host that was set up anew, or an address that has moved. The agent_id's older certificates are void then.
+    No agent gets an agent_id or address for which another agent has a certificate in force, unless
+    --take-over is given, for a host that was installed again, or an address that has moved. This
+    revokes the agent_id's older certificates.
     """
     token = _new_token(token_id)
     ends = int(time.time()) + lifetime
@@ -161,7 +183,10 @@ def token_create(
         f"lets {plural(uses, 'agent')} of {namespace} in {', '.join(networks)} enrol until {utc(ends)}", err=True
     )
     if take_over:
-        click.echo("takes over what other agents have there: revoke it when they are done", err=True)
+        click.echo(
+            "takes over agent_ids and addresses of other agents: revoke the token when these agents have enrolled",
+            err=True,
+        )
 
 
 @token_group.command("list")
@@ -183,10 +208,13 @@ def token_list(directory: Path, as_json: bool) -> None:
 @_dir
 @click.argument("token_id", metavar="ID")
 def token_revoke(directory: Path, token_id: str) -> None:
-    """Let nobody enrol with token ID any more. Certificates that it gave stay: `pki revoke` is for them."""
+    """Revoke token ID.
+
+    Certificates that agents got with it stay valid: `pki revoke` revokes those.
+    """
     with _changing(directory) as opened:
         if not opened.store.revoke_token(token_id):
-            raise TrustError(f"there is no token {token_id!r} (`rtunnel pki token list` shows them)")
+            raise TrustError(f"there is no token {token_id!r}: see `rtunnel pki token list`")
     click.echo(f"token {token_id} is revoked")
 
 
@@ -214,7 +242,7 @@ def _token_fields(token: TokenRecord, now: float) -> dict[str, object]:
 def _state(token: TokenRecord, now: float) -> str:
     if token.revoked:
         return "revoked"
-    return "over" if token.ends <= now else "used up" if token.used >= token.uses else "good"
+    return "expired" if token.ends <= now else "used up" if token.used >= token.uses else "good"
 
 
 def _new_token(token_id: str) -> keys.Token:
@@ -224,12 +252,12 @@ def _new_token(token_id: str) -> keys.Token:
         raise Failure(str(error), EXIT_USAGE) from None
 
 
-# --- certificates -----------------------------------------------------------------------------------------------------
+# --- certificates ---------------------------------------------------------------------------------
 
 
 @pki_group.group("issue")
 def issue_group() -> None:
-    """Make certificates, and gateways' keys, by hand."""
+    """Issue certificates, and gateways' keys, by hand."""
 
 
 @issue_group.command("broker")
@@ -242,7 +270,10 @@ def issue_group() -> None:
 def issue_broker(
     directory: Path, name: str, names: tuple[str, ...], ips: tuple[str, ...], csr: Path | None, into: Path | None
 ) -> None:
-    """Make a certificate for broker NAME: NAME.pem and NAME.key. To add one, or to renew (--into another folder)."""
+    """Issue a certificate for broker NAME: NAME.pem and NAME.key.
+
+    To renew one, give another directory (--into).
+    """
     with report_errors():
         key = requested_key(_load_request(csr)) if csr else None
         _show_made(pki.issue_broker(directory, _word(name), names=names, ips=ips, key=key, into=into))
@@ -252,8 +283,12 @@ def issue_broker(
 @_dir
 @click.argument("name")
 @_namespace
-@click.option("--address", "addresses", type=_IP, multiple=True, help="That it answers for; repeatable.")
-@click.option("--days", type=click.FloatRange(0.01, 3650), default=pki.AGENT_DAYS, show_default=True, help="Its life.")
+@click.option(
+    "--address", "addresses", type=_IP, multiple=True, help="An address that the agent answers for; repeatable."
+)
+@click.option(
+    "--days", type=click.FloatRange(0.01, 3650), default=pki.AGENT_DAYS, show_default=True, help="Lifetime in days."
+)
 @_csr
 @_take_over
 @_into
@@ -267,10 +302,11 @@ def issue_agent(
     take_over: bool,
     into: Path | None,
 ) -> None:
-    """Make a certificate for agent NAME: NAME.pem and NAME.key.
+    """Issue a certificate for agent NAME: NAME.pem and NAME.key.
 
-    Agents with a token get theirs from the authority. This one is for `agent.certificate` and `agent.key`, and nobody
-    renews it; as agent.pem and agent.key in the agent's `identity` folder it is renewed like the others.
+    Agents with a token get certificates from the authority. This one is for `agent.certificate` and
+    `agent.key`, and is not renewed. As agent.pem and agent.key in the agent's `identity` folder the
+    agent renews it.
     """
     with report_errors():
         key = None
@@ -282,7 +318,7 @@ def issue_agent(
                 raise TrustError(f"{csr}: is for {', '.join(asked.addresses)}, not for {', '.join(addresses)}")
             key, addresses = asked.public_key, asked.addresses
         if not addresses:
-            raise TrustError("which addresses? give --address for each")
+            raise TrustError("an agent's certificate needs an address: give --address, once for each")
         issue = partial(pki.issue_agent, directory, name, days=days, key=key, into=into, take_over=take_over)
         _show_made(issue(agent_id=_word(name), namespace=namespace, addresses=addresses))
     click.echo(f"agent/{namespace}/{name} for {', '.join(addresses)}")
@@ -292,10 +328,10 @@ def issue_agent(
 @_dir
 @click.argument("name")
 def issue_gateway(directory: Path, name: str) -> None:
-    """Make a key for gateway NAME: NAME.key.
+    """Create a key for gateway NAME: NAME.key.
 
-    Every gateway has its own, from the cluster key in the directory; brokers need not be told. `pki revoke
-    gateway/KEY_ID` takes it back.
+    Every gateway has its own key, derived from the cluster key, so that brokers need no list of
+    them. `pki revoke gateway/KEY_ID` revokes it.
     """
     with report_errors():
         _show_made(pki.issue_gateway(directory, _word(name)))
@@ -305,13 +341,16 @@ def issue_gateway(directory: Path, name: str) -> None:
 @click.argument("kind", type=click.Choice(["agent", "broker"]))
 @click.argument("name")
 @_namespace
-@click.option("--address", "addresses", type=_IP, multiple=True, help="That the agent answers for; repeatable.")
-@click.option("--into", type=_FOLDER, default=".", help="The folder; default: this one.")
+@click.option(
+    "--address", "addresses", type=_IP, multiple=True, help="An address that the agent answers for; repeatable."
+)
+@click.option("--into", type=_FOLDER, default=".", help="Directory for the files; default: the current one.")
 def request(kind: str, name: str, namespace: str, addresses: tuple[str, ...], into: Path) -> None:
-    """Make a key, and a request for its certificate.
+    """Create a key, and a request for its certificate.
 
-    They are NAME.key and NAME.csr. The key stays here, on the host that will use it. Take NAME.csr to the authority's
-    directory, and bring back the certificate: `pki issue KIND NAME --csr NAME.csr`.
+    They are NAME.key and NAME.csr. The key stays here, on the host that will use it. Take NAME.csr
+    to the authority's directory, and bring back the certificate: `pki issue KIND NAME --csr
+    NAME.csr`.
     """
     with report_errors():
         pki.check_file_name(_word(name))
@@ -333,7 +372,7 @@ def request(kind: str, name: str, namespace: str, addresses: tuple[str, ...], in
 @_dir
 @_as_json
 def list_issued(directory: Path, as_json: bool) -> None:
-    """Show the certificates that are good."""
+    """Show the valid certificates."""
     with report_errors(), open_directory(directory) as opened:
         in_force = {ca.number for ca in opened.cas if ca.role not in ("retired", "void")}
         revoked = opened.store.revoked_at
@@ -363,23 +402,23 @@ def _word(name: str) -> str:
         raise Failure(f"{error}" + (f" ({error.fix})" if error.fix else ""), EXIT_USAGE) from None
 
 
-# --- revocation -------------------------------------------------------------------------------------------------------
+# --- revocation -----------------------------------------------------------------------------------
 
 
 @pki_group.command("revoke")
 @_dir
 @click.argument("subject")
-@click.option("--force", is_flag=True, help="Also when nothing is known that was issued to it.")
+@click.option("--force", is_flag=True, help="Also when no certificate of SUBJECT is known.")
 def revoke(directory: Path, subject: str, force: bool) -> None:
-    """Make void what SUBJECT has.
+    """Revoke the certificates or the key of SUBJECT.
 
-    SUBJECT is agent/NAMESPACE/ID (or NAMESPACE/ID), broker/NAME or gateway/KEY_ID. Brokers and gateways that follow the
-    authority end its sessions and streams within 5 seconds.
+    SUBJECT is agent/NAMESPACE/ID (or NAMESPACE/ID), broker/NAME or gateway/KEY_ID. Brokers and
+    gateways that follow the authority end its sessions and streams within 5 seconds.
     """
     subject = _subject(subject)
     with _changing(directory) as opened:
         void = opened.revoke(subject, force=force)
-        # Also of certificates that are over: an agent may have had several tokens.
+        # Also tokens of expired certificates: an agent may have had several tokens.
         tokens = [opened.store.token(item.token) for item in opened.store.issued_to(subject) if item.token]
         number = opened.number
     what = "the key" if subject.startswith("gateway/") else plural(len(void), "certificate")
@@ -387,7 +426,9 @@ def revoke(directory: Path, subject: str, force: bool) -> None:
     now = time.time()
     for token in {t.id: t for t in tokens if t is not None and _state(t, now) == "good"}.values():
         left = token.uses - token.used
-        click.echo(f"token {token.id}, which let it in, is good for {left} more: `rtunnel pki token revoke {token.id}`")
+        click.echo(
+            f"token {token.id}, with which it enrolled, has {left} more uses: `rtunnel pki token revoke {token.id}`"
+        )
 
 
 def _subject(text: str) -> str:
@@ -400,7 +441,7 @@ def _subject(text: str) -> str:
     return "/".join(parts)
 
 
-# --- the trust list, and another CA -----------------------------------------------------------------------------------
+# --- the trust list, and another CA ---------------------------------------------------------------
 
 
 @pki_group.command("show")
@@ -448,7 +489,7 @@ def rotate_group() -> None:
 @rotate_group.command("start")
 @_dir
 def rotate_start(directory: Path) -> None:
-    """Make a new CA, and let everybody trust it. Certificates come from the old one still."""
+    """Create a new CA, which all processes learn to trust. The old CA still issues certificates."""
     with _changing(directory) as opened:
         opened.start_rotation()
     _say(
@@ -462,7 +503,7 @@ def rotate_start(directory: Path) -> None:
 @rotate_group.command("switch")
 @_dir
 def rotate_switch(directory: Path) -> None:
-    """Let certificates come from the new CA."""
+    """Let the new CA issue certificates."""
     with _changing(directory) as opened:
         opened.switch_rotation()
         left = plural(len(opened.waiting()), "certificate")
@@ -476,15 +517,18 @@ def rotate_switch(directory: Path) -> None:
 
 @rotate_group.command("finish")
 @_dir
-@click.option("--force", is_flag=True, help="Also while its certificates are in use: those are void then.")
-@click.option("--stolen", is_flag=True, help="Also, and everything that its certificates have opened ends.")
+@click.option("--force", is_flag=True, help="Also while certificates of the old CA are in use; they become void.")
+@click.option(
+    "--stolen", is_flag=True, help="Like --force; all sessions and streams that its certificates opened end, too."
+)
 def rotate_finish(directory: Path, force: bool, stolen: bool) -> None:
-    """Let nobody trust the old CA. Refused while certificates of the old one are in use, unless --force.
+    """End the trust in the old CA. Refused while its certificates are in use, unless --force is
+    given.
 
-    Sessions of agents that have no certificate of the new CA end within 5 seconds, and their streams. With --stolen,
-    for a CA whose key somebody else has, so does every stream that began with a proof by the old CA, and every link to
-    a broker that has shown its certificate, and all join tokens are revoked. It may come later, too, when the rotation
-    was finished before.
+    Sessions of agents that have no certificate of the new CA end within 5 seconds, and their
+    streams. With --stolen, for a CA whose key somebody else has, so does every stream that began
+    with a proof by the old CA, and every link to a broker that has shown its certificate, and all
+    join tokens are revoked. It may come later, too, when the rotation was finished before.
     """
     with _changing(directory) as opened:
         left = opened.waiting()
@@ -504,7 +548,7 @@ def _say(*lines: str) -> None:
         click.echo(line)
 
 
-# --- helpers ----------------------------------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------
 
 
 @contextmanager

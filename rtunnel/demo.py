@@ -1,7 +1,8 @@
-"""`rtunnel demo`: two brokers, a VIP, agents and a gateway in one process, and requests through them.
+"""The command `rtunnel demo`: a small cluster in one process, and requests through it.
 
-No root, no Redis: the hosts are loopback addresses (127.77.0.1, ...), the registry is in memory, TLS is on.
-Everything else is the product: the roles are the ones that run in production, each with a relay of its own.
+It needs no root and no Redis: the hosts are loopback addresses (127.77.0.1, ...), the registry is
+in memory, TLS is on. Everything else is the product: the roles are those of production, each with a
+relay of its own.
 """
 
 from __future__ import annotations
@@ -47,14 +48,14 @@ SOCKS_PORT: Final = 1080
 
 
 class DemoFailed(Exception):
-    """Something did not work as it should; the text says what."""
+    """A part of the demo failed; the text says which."""
 
 
-# --- what stands around the product: targets, a VIP, a client ---------------------------------------------------------
+# --- what stands around the product: targets, a VIP, a client -------------------------------------
 
 
 def start_target(ip: str, port: int) -> ThreadingHTTPServer:
-    """A real HTTP service on one of the hosts."""
+    """An HTTP service on one of the hosts."""
 
     class Page(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -83,7 +84,7 @@ class Vip:
         self._turn = 0
 
     async def start(self) -> int:
-        """Listen; the port."""
+        """Listen on a free port, and return it."""
         sock = listening_socket("127.0.0.1", 0)
         port = int(sock.getsockname()[1])
         self.relay.start()
@@ -106,7 +107,10 @@ class Vip:
 
 
 def fetch(proxy: tuple[str, int], ip: str, port: int, *, socks: bool) -> str:
-    """GET / of ip:port through the gateway, with nothing of rtunnel's own: SOCKS5 (RFC 1928) or a proxy request."""
+    """Fetch / of ip:port through the gateway, over SOCKS5 (RFC 1928) or as a proxy request.
+
+    The client uses no code of rtunnel.
+    """
     with socket.create_connection(proxy, timeout=PATIENCE) as sock:
         path = "/"
         if socks:
@@ -144,12 +148,12 @@ def _expect(sock: socket.socket, wanted: bytes) -> None:
         raise DemoFailed(f"the gateway answered {got!r}")
 
 
-# --- the cluster ------------------------------------------------------------------------------------------------------
+# --- the cluster ----------------------------------------------------------------------------------
 
 
 @dataclass
 class Running:
-    """A role that runs: what `serve` gave to `started`, and how to end it."""
+    """A running role: the value that `serve` gave to `started`, and the scope that ends it."""
 
     role: Any
     scope: trio.CancelScope
@@ -157,7 +161,7 @@ class Running:
 
 
 class Cluster:
-    """The product's parts, in one nursery."""
+    """The demo's cluster: the product's parts in one nursery."""
 
     def __init__(self, directory: Path, nursery: trio.Nursery) -> None:
         self.directory = directory
@@ -173,7 +177,7 @@ class Cluster:
         self._node_ports: dict[str, int] = {}
 
     async def start(self) -> None:
-        """Everything, until every agent has its two sessions."""
+        """Start all parts, and wait until every agent has its two sessions."""
         pki.init(self.directory / "pki")
         target = start_target(HOSTS[0], 0)
         self.target_port = int(target.server_address[1])
@@ -191,7 +195,7 @@ class Cluster:
         await self.until("the gateway knows all", lambda: self.gateway.role.table.counts().tuples == wanted)
 
     async def start_broker(self, node: str) -> None:
-        """A broker; one that comes back does so on its old port."""
+        """Start a broker, on its old port when it comes back."""
         first = 20000 + 2000 * NODES.index(node)
         running = await self._serve(
             "broker",
@@ -208,7 +212,7 @@ class Cluster:
         self.vip.backends = [("127.0.0.1", port) for port in self._node_ports.values()]
 
     async def impostor(self, ip: str) -> str:
-        """An agent with a certificate for that address, but of a CA of its own; what the brokers tell it."""
+        """Start an agent with a certificate of a foreign CA, and return what the brokers answer."""
         other = self.directory / "other"
         pki.init(other)
         with (other / "ca.pem").open("ab") as ours:  # it trusts itself, and the brokers
@@ -235,13 +239,13 @@ class Cluster:
         )
 
     def kill_broker(self, node: str) -> None:
-        """As by kill -9: no goodbye to anybody; sockets are reset, tuples stay behind in the registry."""
+        """End a broker as by kill -9: sockets are reset, and tuples stay in the registry."""
         running = self.brokers.pop(node)
         running.scope.cancel()
         running.role.relay.stop()
 
     async def until(self, what: str, condition: Callable[[], bool]) -> float:
-        """Wait for it; the seconds that it took. Raises DemoFailed."""
+        """Wait for a condition, and return the seconds that it took. Raises DemoFailed."""
         began = time.monotonic()
         with trio.move_on_after(PATIENCE):
             while not condition():
@@ -281,7 +285,7 @@ class Cluster:
         return load(None, {}, common | keys)
 
     async def _start_gateway(self) -> Running:
-        """On SOCKS's own port, so that `--stay` prints what people expect; on any free one when somebody has that."""
+        """Start the gateway on the port of SOCKS, or on any free port if that is taken."""
         try:
             return await self._serve("gateway", {"gateway.listen": f"127.0.0.1:{SOCKS_PORT}"})
         except* ListenError:
@@ -289,26 +293,26 @@ class Cluster:
         return await self._serve("gateway", {"gateway.listen": "127.0.0.1:0"})
 
     def tuples(self, ip: str) -> dict[str, str]:
-        """node -> "PS IP:port", as the registry has them."""
+        """Return node -> "PS IP:port", from the registry."""
         return {t.node: f"{t.ps_ip}:{t.ps_port}" for t in self.registry.lookup("default", ip)}
 
 
-# --- the story --------------------------------------------------------------------------------------------------------
+# --- the story ------------------------------------------------------------------------------------
 
 
 class Story:
-    """Tells what happens, as it happens."""
+    """Prints the steps of the demo as they happen."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self._began = time.monotonic()
 
     def chapter(self, title: str) -> None:
-        """The next part."""
+        """Print the heading of the next part."""
         self.console.print(f"\n[bold]{title}[/bold]  [dim]{time.monotonic() - self._began:.1f} s[/dim]")
 
     def who_sits_where(self, cluster: Cluster) -> None:
-        """The hosts, and their tuples on each node."""
+        """Print the hosts, and their tuples on each node."""
         table = Table("agent", "answers for", *NODES, "redundancy", box=None, pad_edge=False, padding=(0, 3, 0, 0))
         for running, ip in zip(cluster.agents, HOSTS, strict=True):
             tuples = cluster.tuples(ip)
@@ -317,7 +321,7 @@ class Story:
         self.console.print(table)
 
     async def fetch_all(self, cluster: Cluster) -> None:
-        """Every host by its original IP, over both protocols."""
+        """Fetch from every host by its original IP, over both protocols, and print the answers."""
         table = Table(
             "asked for", "over", "answer", "took", "by way of", box=None, pad_edge=False, padding=(0, 3, 0, 0)
         )
@@ -347,7 +351,7 @@ def _watch_streams(cluster: Cluster) -> Callable[[], str]:
 
 
 async def tell(story: Story, stay: bool) -> None:
-    """The demo. Raises DemoFailed."""
+    """Run the demo. Raises DemoFailed."""
     with _scratch() as directory:
         async with trio.open_nursery() as nursery:
             cluster = Cluster(directory, nursery)
@@ -397,8 +401,8 @@ def _scratch() -> Any:
 @click.option("--stay", is_flag=True, help="Leave it running at the end, and print the curl lines to try.")
 @click.option("--log", "level", default="", metavar="LEVEL", help="Show the parts' own log from this level on.")
 def _command(stay: bool, level: str) -> int:
-    """Two brokers, a VIP, agents and a gateway on this machine; fetch by original IP, turn an impostor away, kill a
-    broker, fetch again.
+    """Two brokers, a VIP, agents and a gateway on this machine; fetch by original IP, turn an
+    impostor away, kill a broker, fetch again.
 
     Needs neither root nor Redis. Exit status 0 only if all of it worked.
     """
@@ -416,7 +420,7 @@ def _command(stay: bool, level: str) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """The command line; the exit status."""
+    """Run the command line, and return the exit status."""
     try:
         status = _command.main(arguments, prog_name="rtunnel demo", standalone_mode=False)
     except click.ClickException as error:

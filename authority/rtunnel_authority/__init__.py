@@ -1,9 +1,11 @@
-"""The authority: gives agents certificates, and everybody the trust list. The only process with the CA's key.
+"""The authority role: issues agents' certificates, and publishes the trust list.
 
-- `server`: connections and messages. trio.
-- `serve`: the role.
+It is the only process with the CA's key.
 
-What it decides is `rtunnel.trust.authority`, what it knows `rtunnel.trust.pki`.
+- `server`: connections and messages, in trio's thread.
+- `serve`: the role for the core's runner.
+
+`rtunnel.trust.authority` makes its decisions; `rtunnel.trust.pki` is its directory.
 """
 
 from rtunnel_authority.serve import ROLE

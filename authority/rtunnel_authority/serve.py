@@ -1,4 +1,4 @@
-"""The authority role."""
+"""Starts the authority role in the core's runner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Connections and messages: each message is a question, and gets one answer. trio; the store is on a worker thread."""
+"""The authority's connections: each message is a request and gets one answer.
+
+Everything runs in trio's thread, except the store, which runs on a worker thread.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from typing import Final, TypeVar
 import trio
 
 import rtunnel
+from rtunnel.compat import override
 from rtunnel.config import AuthorityConfig, format_endpoint, parse_endpoint
 from rtunnel.errors import TrustError
 from rtunnel.logs import Throttle, get_logger
@@ -29,45 +33,52 @@ from rtunnel.wire.refusal import Refusal, Refused
 
 _T = TypeVar("_T")
 
-#: From one whole message to the next, and for a TLS handshake.
+#: Seconds from one whole message to the next, and for a TLS handshake.
 DEADLINE: Final = 10.0
-#: Clients begin with their ClientHello at once: a connection without a first byte ends after so many seconds.
+#: Seconds without a first byte after which a connection ends: clients send their ClientHello at
+#: once.
 FIRST_BYTES: Final = 3.0
-#: A broker or gateway process has one connection, and up to 8 in a storm of new agents. Each costs 64 KiB at most:
+#: A broker or gateway process has one connection, and up to 8 while many agents enrol. Each costs
+#: 64 KiB at most: 128 MiB in all.
 #: 128 MiB in all.
 MAX_CONNECTIONS: Final = 2048
 MAX_OF_SOURCE: Final = 512
-#: One read from a connection: OpenSSL's buffers stay as large as the largest piece was.
+#: Bytes of one read: OpenSSL's buffers stay as large as the largest piece was.
 READ_BYTES: Final = 4 * 1024
-#: Bytes that a client may send in the TLS handshake; OpenSSL alone would keep a ClientHello of 128 KiB, twice.
+#: Bytes that a client may send in the TLS handshake. OpenSSL alone would keep a ClientHello of 128
+#: KiB, twice.
 HANDSHAKE_BYTES: Final = 32 * 1024
-#: Lines in ten seconds about messages that can't be read, and about requests that are refused for one reason.
+#: Log lines in ten seconds about messages that cannot be read, and about requests refused for one
+#: reason.
 REFUSED_LINES: Final = 32
-#: What `rtunnel pki` changed is seen after this; together with a follower's own pause it is far below 5 s.
+#: Seconds between two checks for changes by `rtunnel pki`. With a follower's own pause the sum is
+#: far below 5 s.
 LOOK_SECONDS: Final = 0.5
-#: The authority's own certificate; it makes another one when half of the time is over.
+#: Days of the authority's own certificate, which is replaced after half of them.
 OWN_DAYS: Final = 7
 
 
 class Server:
-    """The authority's process. `run` is its life."""
+    """The authority's process: connections, decisions and status."""
 
     def __init__(self, config: AuthorityConfig) -> None:
-        """Raises TrustError when the directory can't be used."""
+        """Open the directory. Raises TrustError when it cannot be used."""
         self.directory = Directory(Path(config.directory))
         self.authority = Authority(self.directory, renew_unknown=config.renew == "all")
-        self.counts: Counter[str] = Counter()  # of certificates, by how they were had
+        # Issued certificates, by the way in which they were obtained.
+        self.counts: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()  # by code word
         self.bound = ("", 0)
         self._listen = config.listen
         self._log = get_logger("authority").bind()
-        self._one = trio.CapacityLimiter(1)  # SQLite's transactions are one after another anyway
+        # SQLite runs transactions one after another in any case.
+        self._one = trio.CapacityLimiter(1)
         self._visitors: Strangers[_Visitor] = Strangers(
             MAX_CONNECTIONS, MAX_OF_SOURCE, lambda visitor: not visitor.spoke, silent_grace=0.0
         )
         self._throttle = Throttle()
         self._fault = ""
-        # What Follow is answered from.
+        # Copies from which Follow requests are answered.
         self._number = self.directory.number
         self._generation = self.directory.trust_store.generation
         self._signed = self.directory.signed
@@ -75,15 +86,15 @@ class Server:
 
     @property
     def connections(self) -> int:
-        """How many there are now."""
+        """Return the number of connections."""
         return len(self._visitors)
 
     def close(self) -> None:
-        """After `run`."""
+        """Close the directory, after `run` has ended."""
         self.directory.close()
 
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED) -> None:
-        """Started when it accepts connections. Until `stop`. Raises ListenError."""
+        """Accept connections until `stop`; started when it listens. Raises ListenError."""
         sock = listening_socket(*parse_endpoint(self._listen), key="authority.listen")
         self.bound = sock.getsockname()[:2]
         async with (
@@ -98,15 +109,15 @@ class Server:
             nursery.cancel_scope.cancel()
 
     def reasons(self) -> list[str]:
-        """Why it is not ready."""
+        """Return why the authority is not ready; empty when it is."""
         return [f"store: {self._fault}"] if self._fault else []
 
     async def answered(self) -> None:
-        """See rtunnel.pulse.Part: all that it does is done in trio's thread, which is here."""
+        """Return at once: everything runs in trio's thread, which runs this."""
         await trio.lowlevel.checkpoint()
 
     def status(self) -> dict[str, object]:
-        """For /statusz."""
+        """Return the state for /statusz."""
         return {
             "role": "authority",
             "directory": str(self.directory.path),
@@ -119,18 +130,19 @@ class Server:
             "refused": dict(self.refused),
         }
 
-    # The directory, on a worker thread.
+    # The directory. These methods run on a worker thread.
 
     async def _there(self, call: Callable[[], _T]) -> _T:
         return await trio.to_thread.run_sync(call, limiter=self._one)
 
     async def _look(self) -> None:
-        """See what `rtunnel pki` has changed."""
+        """Load what `rtunnel pki` has changed, until cancelled."""
         while True:
             await trio.sleep(LOOK_SECONDS)
             try:
                 await self._there(self._refresh)
-            except Exception as error:  # TrustError says all; but whatever it meets, the process goes on
+            # TrustError is expected; after any other error the process must go on too.
+            except Exception as error:
                 self._store_is(str(error) if isinstance(error, TrustError) else f"{type(error).__name__}: {error}")
             else:
                 self._store_is("")
@@ -138,8 +150,11 @@ class Server:
     def _refresh(self) -> None:
         self.directory.refresh()
         if self.directory.number != self._number:
-            self._log.info("trust_list", number=self.directory.number, revoked=len(self.directory.trust_store.revoked))
-        # In this order: trio's thread, which reads them, then sends a list too many and never an old one.
+            self._log.info(
+                "trust_list_loaded", number=self.directory.number, revoked=len(self.directory.trust_store.revoked)
+            )
+        # The order matters: trio's thread reads these values, and then sends a list too often
+        # rather than an old one.
         self._signed = self.directory.signed
         self._number, self._generation = self.directory.number, self.directory.trust_store.generation
         if self._tls.is_of_yesterday(self.directory.issuing):
@@ -147,7 +162,7 @@ class Server:
 
     def _store_is(self, fault: str) -> None:
         if fault and fault != self._fault:
-            self._log.error("store_fault", reason=fault, hint="nobody can enrol or renew meanwhile")
+            self._log.error("store_failed", reason=fault, hint="no agent can enrol or renew until this is mended")
         self._fault = fault
 
     # Connections.
@@ -156,7 +171,7 @@ class Server:
         try:
             source = str(tcp.socket.getpeername()[0])
             peer = format_endpoint(*tcp.socket.getpeername()[:2])
-        except OSError:  # it has gone already
+        except OSError:  # the peer has already disconnected
             return
         visitor = _Visitor(tcp)
         if not self._admit(source_of(source), visitor):
@@ -175,9 +190,10 @@ class Server:
             self._leave(visitor)
 
     def _admit(self, source: str, visitor: _Visitor) -> bool:
-        """Give it a place, if need be that of a connection which is silent or the oldest of the largest source.
+        """Give the connection a place, and end another one if there is none.
 
-        A broker or gateway whose connection ends so asks again on another one.
+        The other one is silent, or the oldest of the largest source. A broker or gateway whose
+        connection ends in this way repeats its request on a new one.
         """
         now = trio.current_time()
         if not self._visitors.has_room(source):
@@ -199,13 +215,13 @@ class Server:
         self._warn("too_many_connections", "", 1, peer=peer, limit=MAX_CONNECTIONS, of_one_source=MAX_OF_SOURCE)
 
     def _warn(self, event: str, kind: str, lines: int, **fields: object) -> None:
-        """Log a warning that anybody can cause: so many lines of each kind in ten seconds."""
+        """Log a warning that any peer can cause: a limited number for each kind in ten seconds."""
         others = self._throttle.others(f"{event} {kind}", trio.current_time(), lines)
         if others is not None:
             self._log.warning(event, **fields, **({"others_since": others} if others else {}))
 
     async def _converse(self, stream: trio.SSLStream[_Visitor], peer: str) -> None:
-        """Until the peer has nothing more to say, or says it too slowly or wrongly."""
+        """Answer requests until the peer closes the connection, or is too slow, or is at fault."""
         decoder = Decoder[Enrol | Follow](Enrol, Follow)
         with trio.move_on_after(DEADLINE) as shaking:
             await stream.do_handshake()
@@ -277,18 +293,21 @@ class Server:
 
 
 class _Visitor(trio.abc.Stream):
-    """One connection, and how much it may cost before its TLS handshake is done."""
+    """One connection, with limits on its cost before the TLS handshake is complete."""
 
     def __init__(self, tcp: trio.SocketStream) -> None:
         self.scope = trio.CancelScope()
         self.place: Place[_Visitor] | None = None
-        self.spoke = False  # its first byte has come
+        self.spoke = False  # its first byte has arrived
         self.is_up = False  # the TLS handshake is done
         self._tcp = tcp
         self._shaken = 0  # bytes before that
 
     async def speaks(self) -> bool:
-        """Wait for the first byte, so that silence costs no TLS; False when there is none in time."""
+        """Wait for the first byte, so that a silent peer costs no TLS.
+
+        Return False when none comes in time.
+        """
         with trio.move_on_after(FIRST_BYTES):
             try:
                 self.spoke = bool(await self._tcp.socket.recv(1, socket.MSG_PEEK))
@@ -296,8 +315,8 @@ class _Visitor(trio.abc.Stream):
                 return False
         return self.spoke
 
+    @override
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        """See trio.abc.Stream."""
         data = await self._tcp.receive_some(min(max_bytes or READ_BYTES, READ_BYTES))
         if not self.is_up:
             self._shaken += len(data)
@@ -305,21 +324,21 @@ class _Visitor(trio.abc.Stream):
                 raise trio.BrokenResourceError(f"the client's TLS handshake is over {HANDSHAKE_BYTES} bytes")
         return data
 
+    @override
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """See trio.abc.Stream."""
         await self._tcp.send_all(data)
 
+    @override
     async def wait_send_all_might_not_block(self) -> None:
-        """See trio.abc.Stream."""
         await self._tcp.wait_send_all_might_not_block()
 
+    @override
     async def aclose(self) -> None:
-        """See trio.abc.Stream."""
         await self._tcp.aclose()
 
 
 class _Tls:
-    """What the authority shows: a certificate of its own making, whose key never leaves this process."""
+    """A certificate that the authority makes for itself; its key never leaves this process."""
 
     def __init__(self, ca: Ca) -> None:
         now = time.time()
@@ -328,7 +347,7 @@ class _Tls:
         self._issuer = ca.fingerprint
         self.ca_ends = ca.certificate.not_valid_after_utc.timestamp()
         self._made = now
-        # OpenSSL takes it from a file only: here from one that has no name.
+        # OpenSSL loads it from a file only: here from one without a name.
         descriptor = os.memfd_create("authority")
         try:
             os.write(descriptor, pem(certificate) + key_pem(key))
@@ -337,5 +356,5 @@ class _Tls:
             os.close(descriptor)
 
     def is_of_yesterday(self, ca: Ca) -> bool:
-        """Whether another one is due."""
+        """Return whether the certificate must be replaced."""
         return ca.fingerprint != self._issuer or time.time() > self._made + OWN_DAYS * DAY / 2

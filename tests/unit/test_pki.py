@@ -195,7 +195,7 @@ def test_certificates_by_hand_are_remembered(made: Path, tmp_path: Path) -> None
     assert [line.split("  ")[0] for line in lines] == ["agent/blue/a1", "broker/b2", "broker/broker"]
     assert "10.1.0.7, fd00::7" in lines[0]
     assert roots_of(made).verify(certificate_der(tmp_path / "there" / "b2.pem")).subject == "broker/b2"
-    assert "which addresses?" in run(made, "issue", "agent", "a2", code=2).stderr
+    assert "needs an address" in run(made, "issue", "agent", "a2", code=2).stderr
     assert "a1.pem: exists" in run(made, "issue", "agent", "a1", "--address", "10.1.0.8", code=2).stderr
     assert len(run(made, "list").output.splitlines()) == 4, "what was not written is not remembered"
 

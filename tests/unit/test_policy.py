@@ -319,7 +319,7 @@ def test_policy_test_explains(tmp_path: Path) -> None:
     no = policy_test("--file", path, "--from", "10.9.0.4", "10.1.0.7:22")
     assert (no.exit_code, no.output.splitlines()) == (
         1,
-        [f"deny: no rule fits ({path})", "  but for `users`, rule 1 operators would allow it"],
+        [f"deny: no rule matches ({path})", "  except for `users`, rule 1 operators would allow it"],
     )
     loop = policy_test("--file", path, "--user", "alice", "--from", "10.9.0.4", "127.0.0.1:22")
     assert "127.0.0.1 is a loopback address: only a rule whose `to` names it allows it" in loop.output
