@@ -28,6 +28,7 @@ from rtunnel.config import (
 from rtunnel.logs import get_logger
 from rtunnel.net import bound_socket, listen
 from rtunnel.registry import NodeRecord, Registry
+from rtunnel.relay.join import Ending
 from rtunnel.relay.lost import Lost, LostKind
 from rtunnel.relay.relay import Relay
 from rtunnel.trust.keys import DialKeys, load_cluster_keys, load_tokens
@@ -213,7 +214,7 @@ class Node:
         """
         self.draining = True
         deadline = self.config.drain
-        self.log.info("draining", sessions=len(self.sessions), streams=self.counts.streams)
+        self.log.info("draining", sessions=len(self.sessions), streams=self.counts.streams, seconds=deadline)
         await self.bridge.run(self._start_drain)
         with trio.move_on_after(self.presence.heartbeat):
             await self.presence.beat()
@@ -223,7 +224,11 @@ class Node:
         cut = self.counts.streams  # they end with their links
         await self.bridge.run(self._end_sessions)
         await self.presence.leave()
-        self.log.info("broker_stopped", streams_cut=cut)
+        if cut:
+            hint = f"they were longer than broker.drain ({deadline:g} s)"
+            self.log.warning("broker_stopped", streams_cut=cut, hint=hint)
+        else:
+            self.log.info("broker_stopped", streams_cut=0)
 
     def _start_drain(self) -> None:
         if self.links.listener is not None:
@@ -232,5 +237,7 @@ class Node:
             session.drain(self.config.drain)
 
     def _end_sessions(self) -> None:
+        for pair in list(self.relay.pairs):
+            pair.abort(Ending.DRAINED)
         for session in list(self.sessions.values()):
             session.leave("the broker stops")

@@ -118,6 +118,7 @@ class Ending(StrEnum):
     CLOSED = "closed"  # both directions ended by FIN
     CLIENT_RESET = "client_reset"  # the client's side was reset, or its socket failed
     TARGET_RESET = "target_reset"  # the same of the target's side
+    PATH_RESET = "path_reset"  # the same at a gateway, whose other side is a broker and not the target
     LINK_LOST = "link_lost"  # the link with the pair's stream ended
     IDLE = "idle"  # no byte moved for the idle timeout
     DRAINED = "drained"  # the process stops, or the drain's deadline has passed

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from rtunnel.config import format_endpoint
 from rtunnel.counts import StreamCounts, StreamPermit
-from rtunnel.relay.join import Account
+from rtunnel.relay.join import Account, Ending
 from rtunnel.relay.relay import Relay
 from rtunnel.trust.policy import Question
 from rtunnel.trust.users import Hash
@@ -97,6 +97,8 @@ class Joined:
     def ended(self, account: Account) -> None:
         auditor, asked, used, identity = self.auditor, self.asked, self.used, self.identity
         auditor.paths.closed(used)
+        if account.ending is Ending.TARGET_RESET:
+            account.ending = Ending.PATH_RESET  # the gateway sees the connection to the broker, and no target
         self.permit.release(account)
         if asked.permit is not None:
             asked.permit.release(auditor.relay.loop.now)
