@@ -193,6 +193,9 @@ class GuardedConnection:
                 port.checker.check(body, port.session, key)
                 if full := port.session.full:
                     raise full
+                if port.session.link is not None and self._dial.forward_size > port.session.link.start_window:
+                    # It would overrun the stream's window, and the agent would end its link with all streams for it.
+                    raise Refused(Refusal.PROTOCOL_ERROR, "too many bytes behind the Dial, before its answer")
                 self._place.release()
                 port.pass_on(self._end, self._dial.forward(), key, body)
         except MessageError as error:

@@ -730,6 +730,8 @@ class StreamPair(Pair):
 
     def _socket_lost(self) -> None:
         if not self.done:
+            # A FIN without close_notify is such a loss: the socket could still say an orderly end to its peer.
+            self._socket.reset_on_close()
             self._stream.reset()
             self._close(Ending.CLIENT_RESET if self._is_client else Ending.TARGET_RESET)
 

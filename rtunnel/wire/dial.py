@@ -282,6 +282,11 @@ class DialReceiver:
         self._buffer, self.rest = b"", data[end:]
         return [DialReceived(message, body)]
 
+    @property
+    def forward_size(self) -> int:
+        """How many bytes `forward` returns."""
+        return len(self._frame) + len(self.rest)
+
     def forward(self) -> bytes:
         """Return the Dial exactly as it came, and what came behind it. Raises LocalError."""
         self.state = RECEIVER[self.state, Action.FORWARD]

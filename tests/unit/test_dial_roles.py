@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from rtunnel.clock import ClockWatch
 from rtunnel.registry import Tuple
+from rtunnel.relay.memory import START_WINDOW
 from rtunnel.strangers import made_room
 from rtunnel.trust.keys import DialKeys, gateway_key
 from rtunnel.wire.dial import MAX_DIALLINGS, DialReceiver, DialRefused, DialSender
@@ -61,7 +62,9 @@ class Session:
         self.full: Refused | None = None
         self.hello = SimpleNamespace(namespace="default", agent_id="a1")
         self.welcome = SimpleNamespace(epoch=7, node="b1")
-        self.link: Any = SimpleNamespace(over=False, going_away=None, attach=lambda stream: None, open=self._open)
+        self.link: Any = SimpleNamespace(
+            over=False, going_away=None, start_window=START_WINDOW, attach=lambda stream: None, open=self._open
+        )
         self.opened: list[FakeEnd] = []
         self.logged: list[tuple[str, dict[str, Any]]] = []
         log = SimpleNamespace(
@@ -150,6 +153,18 @@ def test_bytes_behind_a_dial_go_with_it(broker: Broker) -> None:
     frame = DialSender[None]().dial(body(), KEY) + EARLY
     broker.gateway().receive(frame)
     assert broker.relay.pairs[0].target.written == frame
+
+
+def test_more_behind_a_dial_than_the_stream_may_take_is_refused(broker: Broker) -> None:
+    """Passed on, it would overrun the window, and the agent would end its link with everybody's streams."""
+    gateway, frame = broker.gateway(), DialSender[None]().dial(body(), KEY)
+    broker.session.link.start_window = START_WINDOW
+    gateway.receive(frame + bytes(START_WINDOW + 1 - len(frame)))
+    assert (said(gateway).code, broker.held) == (Refusal.PROTOCOL_ERROR, (0, 0, 0))
+    assert "behind the Dial" in said(gateway).text and broker.session.opened == []
+    gateway, frame = broker.gateway(), DialSender[None]().dial(body(nonce=bytes(16)), KEY)
+    gateway.receive(frame + bytes(START_WINDOW - len(frame)))
+    assert len(broker.relay.pairs[-1].target.written) == START_WINDOW
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import _ssl
 import ctypes
 import gc
 import hashlib
+import os
 import random
 import socket
 import ssl
@@ -27,11 +28,13 @@ from rtunnel.relay.engine import HANDSHAKE_BYTES
 from rtunnel.relay.join import Account, Ending
 from rtunnel.relay.loop import Loop
 from rtunnel.relay.lost import Lost
+from rtunnel.relay.stream import StreamEnd
 from rtunnel.relay.tls import PIECE, TlsEnd, TlsSocket
 from rtunnel.relay.transport import Scratch, TlsTransport
 from rtunnel.trust import pki
 from rtunnel.trust.tls import client_context, dial_client_context, dial_server_context, server_context
 from rtunnel.wire.messages import DIAL_ALPN
+from support import plumbing
 from support.owners import Recorder
 from support.plumbing import (
     PATIENCE,
@@ -439,6 +442,46 @@ def test_memory_does_not_wait_for_the_collector(made: Path) -> None:
 def test_tls_ends_are_not_spliced(made: Path) -> None:
     """Descriptors have only the encrypted bytes."""
     assert SocketEnd.can_splice and not TlsEnd.can_splice
+
+
+class SecuredEntry(plumbing.Tunnel):
+    """A tunnel through a link whose clients speak TLS, and begin with "open"."""
+
+    def __init__(self, near: TestRelay, far: TestRelay, server: ssl.SSLContext) -> None:
+        self._server = server
+        super().__init__(near, far)
+
+    def _accept(self, sock: socket.socket, peer: str) -> None:
+        secured = self.near.secure(self.near.end(sock, peer), self._server, alpn=DIAL_ALPN)
+
+        def opened(end: SocketEnd, _: bytes) -> None:
+            stream = StreamEnd(self.near_link)
+            self.near_link.attach(stream)
+            stream.write(b"")
+            self.near.join(end, stream, owner=Recorder(self.accounts))
+
+        secured.set_handler(Opening(secured, opened, []), PATIENCE)
+
+
+def test_a_fin_that_anybody_can_make_ends_nothing_in_order(made: Path) -> None:
+    """A client under TLS whose FIN has no close_notify before it hears a reset: it has a part, and not the whole."""
+    context = dial_client_context((made / "ca.pem").read_text())
+    with running_relay() as near, running_relay() as far:
+        here = SecuredEntry(near, far, dial_server_context(made / "broker.pem", made / "broker.key"))
+        raw = dial(here.address)
+        client = kept(context.wrap_socket(raw, server_hostname="broker.rtunnel", suppress_ragged_eofs=False))
+        client.settimeout(PATIENCE)
+        client.sendall(b"open")
+        served = kept(here.target.accept()[0])
+        served.settimeout(PATIENCE)
+        served.sendall(b"half of it")
+        assert client.recv(64) == b"half of it"
+        with socket.socket(fileno=os.dup(client.fileno())) as below:
+            below.shutdown(socket.SHUT_WR)
+        with pytest.raises(ConnectionResetError):
+            served.recv(64)
+        with pytest.raises((ConnectionResetError, ssl.SSLEOFError)):  # Python's word depends on its version
+            client.recv(64)
 
 
 # --- key updates: bytes without an end, in which there is nothing -------------------------------------------
