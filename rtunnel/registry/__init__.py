@@ -2,8 +2,8 @@
 
 - `base`: the protocol and its records.
 - `memory`: inside one process.
-- `redis`: in Redis, by the scripts in `lua`; `redis_client` sends commands, `redis_rows` reads and writes rows,
-  `redis_unanswered` remembers writes without an answer, `redis_url` parses URLs.
+- `redis`: in Redis, by the scripts in `lua`; `redis_client` sends commands, `redis_rows` reads and
+  writes rows, `redis_unanswered` remembers writes without an answer, `redis_url` parses URLs.
 - `ports`: a node's ports: free, leased, in quarantine.
 - `routes`: a gateway's route table.
 """

@@ -262,9 +262,11 @@ def token_mac(secret: bytes, label: bytes, *parts: bytes) -> bytes:
 
 
 class LinkMacs:
-    """The MACs by which agent and broker prove a join token on one link (rtunnel.wire.control.TokenMacs).
+    """The MACs by which agent and broker prove a join token on one link
+    (rtunnel.wire.control.TokenMacs).
 
-    `binding` returns the SHA-256 of the certificate that the broker has shown on the link; empty without TLS.
+    `binding` returns the SHA-256 of the certificate that the broker has shown on the link; empty
+    without TLS.
     """
 
     def __init__(self, binding: Callable[[], bytes]) -> None:

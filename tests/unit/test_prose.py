@@ -23,9 +23,7 @@ PACKAGES = (
 PENDING = (
     "agent",
     "broker",
-    "rtunnel/registry/__init__.py",
     "rtunnel/relay",
-    "rtunnel/trust/keys.py",
     "rtunnel/wire/control.py",
     "rtunnel/wire/dial.py",
     "rtunnel/wire/messages.py",
