@@ -398,7 +398,7 @@ _bridge: _Bridge | None = None
 #: The same list for the life of the process: loggers in use follow a later set-up, and
 #: `structlog.testing` finds it.
 _processors: list[structlog.typing.Processor] = []
-_debugging = True  # as structlog before `setup`
+_without_debug: type | None = None  # the class of loggers that drop debug lines; None: none do
 
 
 def setup(config: LogConfig, *, fd: int = 2, **common: Any) -> None:
@@ -406,8 +406,9 @@ def setup(config: LogConfig, *, fd: int = 2, **common: Any) -> None:
 
     May be called again: loggers in use follow in all but the level.
     """
-    global _debugging
-    _debugging = config.level == "debug"
+    global _without_debug
+    wrapper = structlog.make_filtering_bound_logger(LEVELS[config.level])
+    _without_debug = None if config.level == "debug" else wrapper
     console = config.format == "console" or (config.format == "auto" and os.isatty(fd))
     colour = console and os.isatty(fd) and not os.environ.get("NO_COLOR")
     render = (lambda fields: render_console(fields, colour)) if console else render_json
@@ -415,7 +416,7 @@ def setup(config: LogConfig, *, fd: int = 2, **common: Any) -> None:
     _processors[:] = [event_line(render, **common)]
     structlog.configure(
         processors=_processors,
-        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[config.level]),
+        wrapper_class=wrapper,
         context_class=dict,
         logger_factory=lambda *_: output,
         cache_logger_on_first_use=True,
@@ -479,7 +480,7 @@ def debugging() -> bool:
 
     On a hot path their fields are only made if so.
     """
-    return _debugging
+    return structlog.get_config()["wrapper_class"] is not _without_debug
 
 
 def get_logger(component: str) -> FilteringBoundLogger:

@@ -92,6 +92,15 @@ def test_lines_below_the_level_are_not_written(pipe: Pipe) -> None:
     assert [json.loads(line)["event"] for line in pipe.lines()] == ["c", "d"]
 
 
+def test_fields_of_debug_lines_are_made_only_when_they_are_written(pipe: Pipe) -> None:
+    """`debugging` follows the last set-up, and structlog's defaults, which drop nothing."""
+    for level in ("info", "debug", "error"):
+        setup(pipe, level=level)
+        assert logs.debugging() == (level == "debug")
+    structlog.reset_defaults()
+    assert logs.debugging()
+
+
 def test_fields_cant_replace_our_own(pipe: Pipe) -> None:
     """A field named time or level stands beside ours, not in its place."""
     setup(pipe).info("x", time="then", level="forged")
