@@ -37,7 +37,9 @@ class OwnAddresses:
         has: Callable[[str], bool] | None = None,
         default: Callable[[], str] | None = None,
     ) -> None:
-        """Look once. Raises ConfigError when no address is configured and no default route is there."""
+        """Look once. Raises ConfigError when no address is configured and no default route is
+        there.
+        """
         self._configured = bool(configured)
         self._has = has or host_has
         self._default = default or default_address

@@ -96,12 +96,13 @@ class Slot:
     told: str = ""  # the reason that was logged last
     since: float = 0.0  # when the session came up, in seconds since 1970
     up_at: float = 0.0  # the same by trio's clock
-    searches: int = 0  # dials since the last session that led to a node or host that is held, down or draining
+    # dials since the last session that led to a node or host that is held, down or draining
+    searches: int = 0
     backoff: float = BACKOFF_FIRST
 
 
 class Agent:
-    """One agent process."""
+    """One agent process: its sessions, its targets and its identity."""
 
     def __init__(self, config: Config) -> None:
         agent = config.agent
@@ -291,7 +292,9 @@ class Agent:
 
     @property
     def one_host(self) -> str:
-        """The host of all sessions, when there are several sessions and only one host; else empty."""
+        """The host of all sessions, when there are several sessions and only one host;
+        else empty.
+        """
         welcomes = [slot.session.welcome for slot in self.slots if slot.session is not None]
         hosts = {welcome.host for welcome in welcomes if welcome is not None}
         return hosts.pop() if len(welcomes) > 1 and len(hosts) == 1 else ""
@@ -403,7 +406,9 @@ class Agent:
         await trio.sleep(pause)
 
     def _next_backoff(self, slot: Slot) -> float:
-        """Return the seconds of this slot's next pause (full jitter), and double the one after it."""
+        """Return the seconds of this slot's next pause (full jitter), and double the
+        one after it.
+        """
         pause = random.uniform(0, slot.backoff)  # noqa: S311
         slot.backoff = min(self.config.backoff_cap, slot.backoff * 2)
         return pause
@@ -599,7 +604,9 @@ class Agent:
             raise TrustError("; ".join(map(str, error.problems))) from None
 
     async def _put_config(self, config: Config) -> dict[str, object]:
-        """Apply `agent.exposes` to new streams, open ones and brokers; other keys need a restart."""
+        """Apply `agent.exposes` to new streams, open ones and brokers; other keys need
+        a restart.
+        """
         others = [key for key in changed(self._whole, config) if key != "agent.exposes"]
         self.config.exposes = config.agent.exposes
         now = exposed(self.config)
@@ -624,7 +631,8 @@ class Agent:
 
     async def _follow_addresses(self) -> None:
         """Look again and again which of its addresses this host has, and apply changes."""
-        for address in self._own.lost:  # from the start; `address_lost` and `address_found` tell of changes
+        # from the start; `address_lost` and `address_found` tell of changes
+        for address in self._own.lost:
             self._log.warning(
                 "address_missing", agent=self.agent_id, address=address,
                 reason="this host does not have it: add it to an interface, or change agent.addresses",

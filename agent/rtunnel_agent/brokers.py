@@ -36,7 +36,9 @@ class AddressQueue:
     """
 
     def __init__(self, rng: random.Random) -> None:
-        """`rng` orders addresses that were never dialled: agents must not all begin with the same."""
+        """`rng` orders addresses that were never dialled: agents must not all begin
+        with the same.
+        """
         self._rng = rng
         self._answers: dict[Address, tuple[Address, ...]] = {}  # by entry
         self._ranks: dict[Address, tuple[int, float]] = {}
@@ -101,7 +103,8 @@ class Brokers:
         self._names: list[_Name] = []
         self._log = log
         self._lookup = lookup or look_up
-        self._limiter = trio.CapacityLimiter(max(1, len(entries)))  # a stuck resolver takes no other's threads
+        # a stuck resolver takes no other's threads
+        self._limiter = trio.CapacityLimiter(max(1, len(entries)))
         self._news = trio.Event()  # set when a lookup ends
         self._nursery: trio.Nursery | None = None
         for host, port in map(parse_endpoint, entries):

@@ -215,7 +215,9 @@ class AgentSession(_ControlLink):
 
     @override
     def link_stream(self, stream: StreamEnd) -> EndHandler | None:
-        """Return the handler of a stream of the broker, which opens streams only on a live session."""
+        """Return the handler of a stream of the broker, which opens streams only on a
+        live session.
+        """
         return self.owner.serve_stream(self, stream) if self._control.state in AGENT_SERVES else None
 
     def expose(self, exposes: list[str], addresses: list[str]) -> None:

@@ -5,14 +5,15 @@ process must not wait until the old links are given up. So its Hello carries a *
 two processes when the first has certainly ended before the second begins, and different for a
 clone. It is a digest of
 
-- the kernel's boot id: another machine, and the same machine after a reboot, have another one. (After a reboot no link
-  of before can answer, and brokers find that out.)
-- /etc/machine-id and the addresses of physical network cards: a machine that was cloned while it ran has the boot id of
-  its template, but mostly not these;
-- with an identity directory: a secret in it, and which file on which file system its lock is. The agent holds that
-  lock, so no other process of this boot has the directory; a copy of it is another file;
-- without one: the network namespace. Two processes there share their addresses, so a client that is led to the wrong
-  one of them still reaches the right host.
+- the kernel's boot id: another machine, and the same machine after a reboot, have another one.
+  (After a reboot no link of before can answer, and brokers find that out.)
+- /etc/machine-id and the addresses of physical network cards: a machine that was cloned while it
+  ran has the boot id of its template, but mostly not these;
+- with an identity directory: a secret in it, and which file on which file system its lock is. The
+  agent holds that lock, so no other process of this boot has the directory; a copy of it is another
+  file;
+- without one: the network namespace. Two processes there share their addresses, so a client that is
+  led to the wrong one of them still reaches the right host.
 
 Each process makes it once. So a machine that is cloned *with its memory* has two processes with one
 host id until one of them is started again (docs/identity.md).

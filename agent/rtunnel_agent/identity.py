@@ -141,7 +141,8 @@ class Credentials:
         """`put` gets each new identity, the first one now. Raises TrustError."""
         self.identity: AgentIdentity | None = None
         self.failure = ""  # why the last request failed; empty when it did not
-        self.renewed = 0.0  # when the last new certificate came, in seconds since 1970; 0: none since the start
+        # when the last new certificate came, in seconds since 1970; 0: none since the start
+        self.renewed = 0.0
         self.context: SSLContext | None = None  # of links
         self.anonymous: SSLContext | None = None  # of links that show no certificate
         self._config = config
@@ -201,7 +202,8 @@ class Credentials:
         Another token lets the agent enrol anew.
         """
         self._revoked = True
-        if self._token is not None and self._old_token not in ("", self._token.id):  # it came while the agent was down
+        # it came while the agent was down
+        if self._token is not None and self._old_token not in ("", self._token.id):
             self._void = True
             self._tell()
 
@@ -487,7 +489,9 @@ class Credentials:
         return replace_fields(enrol, certificate=former.certificate, signature=signature)
 
     async def _warn_in_time(self) -> None:
-        """Log one warning for each certificate of which WARN_AT is over and that has no successor."""
+        """Log one warning for each certificate of which WARN_AT is over and that has
+        no successor.
+        """
         while True:
             identity = self.identity
             warn_at = 0.0

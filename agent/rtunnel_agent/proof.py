@@ -19,7 +19,9 @@ Answer = TypeVar("Answer", bound=Accepted | Refuse)
 
 
 class Prover:
-    """Proves answers by one certificate; a renewed one gets another prover. In the relay's thread."""
+    """Proves answers by one certificate; a renewed one gets another prover. In the
+    relay's thread.
+    """
 
     def __init__(self, identity: AgentIdentity) -> None:
         self.identity = identity

@@ -39,7 +39,8 @@ class Entrant:
     """One link of a race. For trio's thread."""
 
     race: Race[Any] | None = None
-    settled: trio.Event = field(default_factory=trio.Event)  # it has ended, or got what it was dialled for
+    # it has ended, or got what it was dialled for
+    settled: trio.Event = field(default_factory=trio.Event)
 
     def tell(self) -> None:
         """Tell the race that the link is up, or that it has settled."""

@@ -1,4 +1,4 @@
-"""The agent role."""
+"""The agent role: how one process of it runs, and its status."""
 
 from __future__ import annotations
 

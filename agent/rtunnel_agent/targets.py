@@ -55,7 +55,7 @@ def _within(port: int, ranges: Ranges) -> bool:
 
 
 class Targets:
-    """What this agent exposes, and the counts of its streams."""
+    """The targets that this agent exposes, and the counts of its streams."""
 
     def __init__(
         self,
@@ -92,7 +92,9 @@ class Targets:
         return self._end_void()
 
     def answer_for(self, addresses: frozenset[str]) -> int:
-        """Answer for these addresses from now on. Return how many streams, to others, were ended."""
+        """Answer for these addresses from now on. Return how many streams, to others,
+        were ended.
+        """
         self.addresses = addresses
         return self._end_void()
 

@@ -65,7 +65,8 @@ class Duplicates:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._known: dict[tuple[str, str], Duplicate] = {}  # by owner and refused host, the oldest first
+        # by owner and refused host, the oldest first
+        self._known: dict[tuple[str, str], Duplicate] = {}
 
     def add(self, session: Session, holder: str) -> tuple[Duplicate, bool]:
         """Remember a session refused for `holder`. Return the entry, and whether to log it."""

@@ -1,4 +1,4 @@
-"""What a broker decides on a Hello: who the agent is, and whether it may have a session here."""
+"""The decision on a Hello: who the agent is, and whether it may have a session here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rtunnel.wire.refusal import Refusal, Refused
 
 
 class GreetedNode(Protocol):
-    """What the decision needs to know of the node."""
+    """The part of the node that the decision needs."""
 
     node: str
     host: str
@@ -24,7 +24,8 @@ class GreetedNode(Protocol):
 def who_greets(
     node: GreetedNode, trust_store: TrustStore | None, hello: Hello, certificate: bytes | None
 ) -> Identity | bytes:
-    """Return the identity of the link's certificate (DER), or the secret of the join token to prove.
+    """Return the identity of the link's certificate (DER), or the secret of the join token to
+    prove.
 
     `trust_store`: what certificates are judged by; None: none is taken.
     Raises Refused, with the first code that applies in the order of docs/wire.md.

@@ -44,7 +44,8 @@ class LinkPort:
             config.max_handshakes, config.source_handshakes, lambda link: not link.has_spoken
         )
         self._room_timer: Timer | None = None  # until the next look for a link that can make room
-        self.lost: Counter[str] = Counter()  # links that ended before they were proved or refused, by Loss
+        # links that ended before they were proved or refused, by Loss
+        self.lost: Counter[str] = Counter()
         self._refusals = refusals
         self.listener: Listener | None = None
 

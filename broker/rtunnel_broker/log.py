@@ -25,7 +25,7 @@ class NodeLog:
         self.debugging = debugging()  # `trace` writes lines
 
     def info(self, event: str, **fields: object) -> None:
-        """Write a line."""
+        """Write a line of level info."""
         self._log.info(event, **fields)
 
     def warning(self, event: str, **fields: object) -> None:

@@ -76,7 +76,8 @@ class PortCounts(StreamCounts):
         that the open ports of other agents work while all its targets are silent.
         """
         super().__init__()
-        self.lost: Counter[str] = Counter()  # connections to guarded ports that ended before their Dial, by Loss
+        # connections to guarded ports that ended before their Dial, by Loss
+        self.lost: Counter[str] = Counter()
         # No grace: a silent connection is accepted only after a second (TCP_DEFER_ACCEPT), and
         # others are read in the turn that accepts them.
         self.dials: Strangers[GuardedConnection] = Strangers(
@@ -194,7 +195,8 @@ class GuardedConnection:
                 if full := port.session.full:
                     raise full
                 if port.session.link is not None and self._dial.forward_size > port.session.link.start_window:
-                    # It would overrun the stream's window, and the agent would end its link with all streams for it.
+                    # It would overrun the stream's window, and the agent would end its link with
+                    # all streams for it.
                     raise Refused(Refusal.PROTOCOL_ERROR, "too many bytes behind the Dial, before its answer")
                 self._place.release()
                 port.pass_on(self._end, self._dial.forward(), key, body)
@@ -400,7 +402,8 @@ class OpenPortServer:
         elif full := session.full:
             self.refuse(end, full.code, full.text)
         else:
-            connection = OpenConnection(self, end)  # counted from here on: many may wait for their targets
+            # counted from here on: many may wait for their targets
+            connection = OpenConnection(self, end)
             end.set_handler(_ClientWatch(connection))
             end.pause()
             connection.begin(session.link, self._body(session, peer))

@@ -39,7 +39,8 @@ class Presence:
         """`record` returns the node as the registry is to know it now."""
         self.heartbeat = config.heartbeat  # seconds
         self.incarnation = 0  # 0: the registry has not given one yet
-        self.clock_offset: float | None = None  # seconds that this machine's clock is ahead of the registry's
+        # seconds that this machine's clock is ahead of the registry's
+        self.clock_offset: float | None = None
         self._ttl = config.ttl
         self._registry = registry
         self._bridge = bridge

@@ -124,7 +124,9 @@ class Registrar:
     # Registering.
 
     async def register(self, session: Session) -> None:
-        """Take ports, write tuples, and send Welcome; when one of these fails, refuse the session."""
+        """Take ports, write tuples, and send Welcome; when one of these fails, refuse
+        the session.
+        """
         hello = session.hello
         assert hello is not None
         async with self._owner_lock(session.owner):
@@ -136,7 +138,8 @@ class Registrar:
                     code, text = error.code, error.text
                     await self._node.bridge.run(lambda: session.refuse(code, text))
                     return
-            if session.state is not BrokerState.PROVEN:  # it has ended, so it replaces no other session
+            # it has ended, so it replaces no other session
+            if session.state is not BrokerState.PROVEN:
                 return
             if older is not None:
                 # The agent says that it has no session here: its old link is lost, and only this
@@ -422,7 +425,9 @@ class Registrar:
         return answers[0]
 
     def _duplicated(self, newer: Session, holder: str) -> str:
-        """Remember a refused second host, log it if it is new, and return the text of its refusal."""
+        """Remember a refused second host, log it if it is new, and return the text of
+        its refusal.
+        """
         entry, is_news = self.duplicates.add(newer, holder)
         if is_news:
             self._log.warning(

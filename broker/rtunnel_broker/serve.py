@@ -1,4 +1,4 @@
-"""The broker role."""
+"""The broker role: how one process of it runs, and its status."""
 
 from __future__ import annotations
 

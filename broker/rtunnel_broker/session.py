@@ -1,7 +1,7 @@
 """A session on this node, from the link's first byte to its last; all in the relay's thread.
 
-    link up -> Hello [-> Challenge -> Proof] -> (control plane: ports, registry) -> Welcome -> link down
-    link up -> Enrol -> (control plane: authority) -> Enrolled -> link down
+    link up -> Hello [-> Challenge -> Proof] -> (control plane: ports, registry) -> Welcome -> link
+    down link up -> Enrol -> (control plane: authority) -> Enrolled -> link down
 
 `rtunnel.wire.control` holds the protocol: its states, their order and the limits. A Session owns
 the link and the timers, decides who the agent is (with `greeting`) and whether it stays, and sends
@@ -65,7 +65,9 @@ class SessionTrust(Protocol):
 
     @property
     def trust_store(self) -> TrustStore | None:
-        """The trust list that certificates are checked with; None: certificates are not accepted."""
+        """The trust list that certificates are checked with; None: certificates are
+        not accepted.
+        """
 
     @property
     def dial_tls(self) -> ssl.SSLContext | None:
@@ -140,7 +142,8 @@ class Session:
         self._control = BrokerControl(LinkMacs(lambda: binding), new_nonce, self._now)
         self._stream: StreamEnd | None = None
         self._deadline: Timer | None = None
-        self._renewed: Update | None = None  # the newest with another certificate that was not accepted yet
+        # the newest with another certificate that was not accepted yet
+        self._renewed: Update | None = None
         self._update: Update | None = None  # the newest one, while it waits in the slow queue
 
     @property
@@ -264,7 +267,8 @@ class Session:
         if self.state not in REGISTERED:
             return  # revoked or ended: Updates that were on their way do not count
         if update.certificate:
-            self._renewed = update  # at once: the CA of the present certificate may be removed before its turn
+            # at once: the CA of the present certificate may be removed before its turn
+            self._renewed = update
         if self._update is None:
             self.link.loop.enqueue_slow(self._updated)
         self._update = update
@@ -319,7 +323,8 @@ class Session:
         """Make the registered session live. No effect when it has ended."""
         if not self._control.allows(Action.WELCOME):
             return
-        if self.keeper.draining:  # the drain has begun since the Hello, and did not know of this session
+        # the drain has begun since the Hello, and did not know of this session
+        if self.keeper.draining:
             self.refuse(Refusal.DRAINING)
             return
         assert self.hello is not None
@@ -332,7 +337,9 @@ class Session:
             self.tell_trust(trust_store.signed)
 
     def enrolled(self, answer: Enrolled) -> None:
-        """Pass on the authority's answer, up to 60 KB. The agent ends the link when it has it all."""
+        """Pass on the authority's answer, up to 60 KB. The agent ends the link when it
+        has it all.
+        """
         if self._control.allows(Action.ENROLLED):
             self.keeper.log.info("agent_enrolled", peer=self.peer)
             self.lost_by = Lost(LostKind.ANSWERED, "the agent has its certificate")

@@ -59,9 +59,7 @@ class TrustNode(Protocol):
 
 @dataclass(frozen=True)
 class Shown:
-    """What TLS handshakes show of this broker: its contexts, and the fingerprint of its
-    certificate.
-    """
+    """TLS contexts of this broker, and the fingerprint of the certificate that they show."""
 
     context: ssl.SSLContext | None = None  # None: links are plain
     binding: bytes = b""
@@ -109,7 +107,9 @@ class BrokerTrust:
 
     @property
     def trust_store(self) -> TrustStore | None:
-        """The trust list that certificates are checked with; None: certificates are not accepted."""
+        """The trust list that certificates are checked with; None: certificates are
+        not accepted.
+        """
         return self.follower.trust_store if self.follower is not None else None
 
     @property

@@ -1,10 +1,10 @@
 """The data plane: one thread, one epoll loop; all that happens per stream happens here.
 
 - `loop`: descriptors, timers, run queue, calls from other threads.
-- `ends`: what can be joined, and how a role's `EndHandler` uses an end before that. A `SocketEnd` is
-  a TCP connection.
-- `stream`: a `StreamEnd`, a yamux stream as an end; `windows`: how much a link's peer may send ahead;
-  `memory`: how much one relay may hold for all its streams.
+- `ends`: what can be joined, and how a role's `EndHandler` uses an end before that. A `SocketEnd`
+  is a TCP connection.
+- `stream`: a `StreamEnd`, a yamux stream as an end; `windows`: how much a link's peer may send
+  ahead; `memory`: how much one relay may hold for all its streams.
 - `engine`: TLS without a socket; `tls`: a TCP connection under TLS as an end.
 - `link`: one TCP connection between agent and broker that carries yamux; `transport`: its bytes,
   plain or under TLS.

@@ -10,8 +10,8 @@ The states of a `SocketEnd`:
     ------------  ---------------------------  -----------------------------------------------------
     reading       the end; the peer's bytes    `pause`, a join, `close`, `abort`; a lost peer; the
                   go to the handler            deadline of `set_handler`
-    paused        the end; bytes stay in the   `resume` or `set_handler`, a join, `close`, `abort`; a lost
-                  kernel                       peer
+    paused        the end; bytes stay in the   `resume` or `set_handler`, a join, `close`, `abort`;
+                  kernel                       a lost peer
     joined        the pair (`hand_over`)       the pair's end, which closes the socket, or
                                                `take_back`
     closing       the end, without a handler   see below; at the latest LINGER_SECONDS or

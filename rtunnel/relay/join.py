@@ -118,7 +118,8 @@ class Ending(StrEnum):
     CLOSED = "closed"  # both directions ended by FIN
     CLIENT_RESET = "client_reset"  # the client's side was reset, or its socket failed
     TARGET_RESET = "target_reset"  # the same of the target's side
-    PATH_RESET = "path_reset"  # the same at a gateway, whose other side is a broker and not the target
+    # the same at a gateway, whose other side is a broker and not the target
+    PATH_RESET = "path_reset"
     LINK_LOST = "link_lost"  # the link with the pair's stream ended
     IDLE = "idle"  # no byte moved for the idle timeout
     DRAINED = "drained"  # the process stops, or the drain's deadline has passed
@@ -128,7 +129,7 @@ class Ending(StrEnum):
 
 @dataclass(slots=True)
 class Account:
-    """What a pair moved: bytes `up` (client to target) and `down`; times are monotonic seconds."""
+    """The bytes that a pair moved (`up`: from client to target), and its times in seconds."""
 
     started: float
     up: int = 0
@@ -730,7 +731,8 @@ class StreamPair(Pair):
 
     def _socket_lost(self) -> None:
         if not self.done:
-            # A FIN without close_notify is such a loss: the socket could still say an orderly end to its peer.
+            # A FIN without close_notify is such a loss: the socket could still say an orderly end
+            # to its peer.
             self._socket.reset_on_close()
             self._stream.reset()
             self._close(Ending.CLIENT_RESET if self._is_client else Ending.TARGET_RESET)

@@ -25,8 +25,9 @@ from rtunnel.relay.tls import TlsEnd, TlsSocket
 from rtunnel.relay.transport import Scratch
 from rtunnel.wire.refusal import Refusal
 
-#: Connections accepted from one listener per loop turn, at most. As many as wait are taken at once: what they
-#: cause then leaves together. One per turn, doubling, cost 3 to 6 % more CPU under 64 clients.
+#: Connections accepted from one listener per loop turn, at most. As many as wait are taken at once:
+#: what they cause then leaves together. One per turn, doubling, cost 3 to 6 % more CPU under 64
+#: clients.
 ACCEPTS_A_TURN: Final = 64
 #: Connections accepted from a listener that closes: a full queue (rtunnel.net.BACKLOG).
 MAX_LAST_ACCEPTS: Final = 4096
@@ -402,7 +403,7 @@ class Relay:
     # From any thread.
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the relay's thread."""
         # While the control plane computes, the default of 5 ms would be added to each round trip.
         sys.setswitchinterval(0.0005)
         self.call(self._renew_settings)

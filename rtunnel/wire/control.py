@@ -7,8 +7,8 @@ and each action returns the bytes to send. The owner makes the decisions that ne
 outside (is the token known, is there a port) and answers an event by an action.
 
 `BROKER` and `AGENT` are all transitions there are. docs/wire.md shows the same tables, and a test
-compares them. A message that is not in the table is the peer's fault: `RemoteProtocolError`, with the
-code to refuse it with. An action that is not in the table is our own fault: `LocalError`.
+compares them. A message that is not in the table is the peer's fault: `RemoteProtocolError`, with
+the code to refuse it with. An action that is not in the table is our own fault: `LocalError`.
 
 With the authority there is no such machine: a connection to it carries any number of Enrol and
 Follow, each with one answer, in one state.
@@ -68,7 +68,7 @@ class RemoteProtocolError(Refused):
 
 
 class Action(StrEnum):
-    """What the owner of a machine does; most send the message of that name."""
+    """An action of the machine's owner; most send the message of that name."""
 
     HELLO = "hello"  # with the link's certificate as the proof
     HELLO_BY_TOKEN = "hello with a token"  # noqa: S105 - no password
@@ -283,7 +283,7 @@ class Challenged:
 
 @dataclass(frozen=True, slots=True)
 class Welcomed:
-    """The session exists."""
+    """The broker has welcomed the agent: the session exists."""
 
     welcome: Welcome
 
@@ -381,7 +381,9 @@ class _Control(Generic[_S, _M, _E]):
         self._enter(self._CLOSED)
 
     def _next(self) -> _E | None:
-        """Return the next event; None when there is none yet, or a fault, which goes into `_fault`."""
+        """Return the next event; None when there is none yet, or a fault, which goes
+        into `_fault`.
+        """
         try:
             return self._read()
         except MessageError as error:
@@ -499,7 +501,9 @@ class BrokerControl(_Control[BrokerState, FromAgent, BrokerEvent]):
             raise RemoteProtocolError(Refusal.PROTOCOL_ERROR, text)
 
     def challenge(self, secret: bytes) -> bytes:
-        """Ask for the proof of the join token with this secret, and prove that the broker knows it."""
+        """Ask for the proof of the join token with this secret, and prove that the
+        broker knows it.
+        """
         nonce = self._new_nonce()
         data = self._act(Action.CHALLENGE, Challenge(nonce=nonce, mac=self._macs.broker(secret, self._hello, nonce)))
         self._expected = self._macs.agent(secret, self._hello, nonce)
@@ -515,7 +519,9 @@ class BrokerControl(_Control[BrokerState, FromAgent, BrokerEvent]):
         return self._act(Action.WELCOME, msgspec.structs.replace(welcome, start_window=self._start_window))
 
     def enrolled(self, answer: Enrolled) -> bytes:
-        """Pass on the authority's answer, up to 60 KB. The agent ends the link when it has it all."""
+        """Pass on the authority's answer, up to 60 KB. The agent ends the link when it
+        has it all.
+        """
         return self._act(Action.ENROLLED, answer)
 
     def trust(self, signed: bytes) -> bytes:
@@ -527,7 +533,9 @@ class BrokerControl(_Control[BrokerState, FromAgent, BrokerEvent]):
         return self._act(Action.DRAIN, Drain(deadline=deadline))
 
     def revoke(self) -> None:
-        """Note that the agent's certificate is not good any more: `trust` and `refuse` may follow."""
+        """Note that the agent's certificate is not good any more: `trust` and `refuse`
+        may follow.
+        """
         self._act(Action.REVOKE)
 
     def refuse(self, code: Refusal, text: str) -> bytes:
@@ -576,7 +584,9 @@ class AgentControl(_Control[AgentState, FromBroker, AgentEvent]):
                 assert_never(message)
 
     def _take_challenge(self, challenge: Challenge) -> Challenged:
-        """Check that the broker knows the token: TLS says who it is, this that it is of our cluster."""
+        """Check that the broker knows the token: TLS says who it is, this that it is of our
+        cluster.
+        """
         _check_version(challenge.version, "the broker", "this agent")
         if not hmac.compare_digest(challenge.mac, self._macs.broker(self._secret, self._hello, challenge.nonce)):
             text = "the broker does not know our join token's secret: wrong token, or not our broker"
@@ -593,7 +603,8 @@ class AgentControl(_Control[AgentState, FromBroker, AgentEvent]):
     def hello(self, hello: Hello, secret: bytes) -> bytes:
         """Ask for a session.
 
-        `secret`: of the join token that the Hello names; empty: the link's certificate is the proof.
+        `secret`: of the join token that the Hello names; empty: the link's certificate is the
+        proof.
         """
         data = self._act(Action.HELLO_BY_TOKEN if secret else Action.HELLO, hello)
         self._start_windows.add(hello.start_window)

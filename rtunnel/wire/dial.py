@@ -1,16 +1,16 @@
 """Both ends of a Dial as sans-I/O machines (docs/wire.md, "States of a Dial").
 
 A `DialSender` sends the Dial and reads the answer: a gateway towards a guarded port, and a broker's
-open port towards the agent. A `DialReceiver` reads the Dial and answers it: the agent, and a broker's
-guarded port, which forwards a good Dial to the agent and then only passes bytes on.
+open port towards the agent. A `DialReceiver` reads the Dial and answers it: the agent, and a
+broker's guarded port, which forwards a good Dial to the agent and then only passes bytes on.
 
-`receive` takes bytes in any split and returns events. An action returns the bytes to send. Each machine
-has one table: (state, input) -> next state. An input is a message of the peer, or an action of this
-end. What the table does not have is an error: a `MessageError` if the peer sent it, a `LocalError` if
-this end did it.
+`receive` takes bytes in any split and returns events. An action returns the bytes to send. Each
+machine has one table: (state, input) -> next state. An input is a message of the peer, or an action
+of this end. What the table does not have is an error: a `MessageError` if the peer sent it, a
+`LocalError` if this end did it.
 
-The machines have no socket, clock, random source or key. The caller puts time and nonce into the body
-of the Dial, and passes what signs, verifies and proves as arguments.
+The machines have no socket, clock, random source or key. The caller puts time and nonce into the
+body of the Dial, and passes what signs, verifies and proves as arguments.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class DialState(StrEnum):
 
 
 class Action(StrEnum):
-    """What an end does, as its table names it."""
+    """An action of one end, as its table names it."""
 
     DIAL = "dial"
     FORWARD = "forward"
@@ -146,7 +146,7 @@ class DialReceived(msgspec.Struct, frozen=True):
 
 
 class Signer(Protocol):
-    """A gateway's key."""
+    """Signs Dials with a gateway's key."""
 
     @property
     def id(self) -> str:
@@ -171,8 +171,9 @@ class DialSender(Generic[P]):
     def __init__(self, verify: Callable[[Accepted | Refuse, bytes], P] | None = None) -> None:
         """Believe the answers that pass `verify(answer, body of the Dial)`, which raises Refused.
 
-        It is asked for Accepted, and for a Refused after which no other path is tried (Next.STOP). A
-        Refused of another kind needs no proof: the next path is tried anyway. None: nothing is verified.
+        It is asked for Accepted, and for a Refused after which no other path is tried (Next.STOP).
+        A Refused of another kind needs no proof: the next path is tried anyway. None: nothing is
+        verified.
         """
         self._verify = verify
         self._body = b""
@@ -190,9 +191,9 @@ class DialSender(Generic[P]):
     def receive(self, data: bytes) -> list[Dialling | DialAccepted[P] | DialRefused]:
         """Take bytes of the peer and return what they say.
 
-        Raises MessageError if they break the protocol, and Refused if `verify` does. After that, and
-        after a Refused of the peer, all bytes are dropped. After Accepted they are added to `rest`: stop
-        reading then, because nothing bounds it here.
+        Raises MessageError if they break the protocol, and Refused if `verify` does. After that,
+        and after a Refused of the peer, all bytes are dropped. After Accepted they are added to
+        `rest`: stop reading then, because nothing bounds it here.
         """
         data = self._buffer + data
         events: list[Dialling | DialAccepted[P] | DialRefused] = []
@@ -251,9 +252,10 @@ class DialReceiver:
     def receive(self, data: bytes) -> list[DialReceived]:
         """Take bytes of the peer; return the Dial, once, when it is whole.
 
-        Raises MessageError if they break the protocol, and Refused if `verify` does or the Dial is of
-        another version: `refuse` tells the peer. Bytes behind a good Dial are added to `rest`: stop
-        reading then, because nothing bounds it here. After an error or a refusal all bytes are dropped.
+        Raises MessageError if they break the protocol, and Refused if `verify` does or the Dial is
+        of another version: `refuse` tells the peer. Bytes behind a good Dial are added to `rest`:
+        stop reading then, because nothing bounds it here. After an error or a refusal all bytes are
+        dropped.
         """
         if self.state is not DialState.IDLE:
             if self.state not in _RECEIVER_DROPS:

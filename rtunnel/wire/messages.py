@@ -1,11 +1,12 @@
 """Messages: MessagePack maps behind a 4-byte big-endian length (docs/wire.md is normative).
 
-Control stream: Hello -> [Challenge -> Proof ->] Welcome | Refused, then Update, Trust, Drain, Bye; on a link of its own
-Enrol -> Enrolled | Refused. With the authority: Enrol, and Follow -> Trust.
+Control stream: Hello -> [Challenge -> Proof ->] Welcome | Refused, then Update, Trust, Drain, Bye;
+on a link of its own Enrol -> Enrolled | Refused. With the authority: Enrol, and Follow -> Trust.
 Proxied streams (and guarded ports): Dial -> [Dialling ->] Accepted | Refused, then raw bytes.
 
-Each map carries its type under the key ``t``. Unknown keys are ignored; an unknown type, a missing key, a value of
-a wrong type or size, and a frame over the limit are each a `MessageError` whose text names the fault.
+Each map carries its type under the key ``t``. Unknown keys are ignored; an unknown type, a missing
+key, a value of a wrong type or size, and a frame over the limit are each a `MessageError` whose
+text names the fault.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ DIAL_ALPN = "rtunnel-dial/1"
 
 #: A message's body before the peer is authenticated.
 MAX_UNAUTHENTICATED = 4 * 1024
-#: A Hello: 64 addresses, 256 exposed ports, 64 open ports and the longest names are 28,318 bytes; the rest is for
-#: networks. 1024 handshakes hold 80 MB of them at most, decoded.
+#: A Hello: 64 addresses, 256 exposed ports, 64 open ports and the longest names are 28,318 bytes;
+#: the rest is for networks. 1024 handshakes hold 80 MB of them at most, decoded.
 MAX_HELLO = 32 * 1024
 #: A message's body afterwards.
 MAX_MESSAGE = 64 * 1024
@@ -79,7 +80,9 @@ class MessageError(Exception):
 
 
 class LocalError(Exception):
-    """This end did what its machine's table does not have: a defect of the caller, not of the peer."""
+    """This end did what its machine's table does not have: a defect of the caller, not
+    of the peer.
+    """
 
 
 class Message(msgspec.Struct, tag_field="t", frozen=True):
@@ -121,19 +124,23 @@ class Hello(Message, tag="hello", frozen=True):
     token_id: Id = ""  # empty: the certificate of the link says who it is
     exposes: Annotated[list[Word], msgspec.Meta(max_length=256)] = []
     publish: Annotated[list[Publish], msgspec.Meta(max_length=64)] = []
-    holds: Annotated[list[Word], msgspec.Meta(max_length=MAX_HOLDS)] = []  # nodes on which it has a live session
-    holds_hosts: Annotated[list[Word], msgspec.Meta(max_length=MAX_HOLDS)] = []  # hosts on which it wants no other
+    # nodes on which it has a live session
+    holds: Annotated[list[Word], msgspec.Meta(max_length=MAX_HOLDS)] = []
+    # hosts on which it wants no other
+    holds_hosts: Annotated[list[Word], msgspec.Meta(max_length=MAX_HOLDS)] = []
     software: Text = ""
     trust: Unsigned64 = 0  # the generation of the trust list that it has
     start_window: StartWindow = INITIAL_WINDOW  # with which its streams can begin
-    host_id: Annotated[bytes, msgspec.Meta(max_length=NONCE_BYTES)] = b""  # tells a restart from a second host; opaque
+    # tells a restart from a second host; opaque
+    host_id: Annotated[bytes, msgspec.Meta(max_length=NONCE_BYTES)] = b""
     host: Id = ""  # the agent's machine, for people
 
 
 class Enrol(Message, tag="enrol", frozen=True):
     """Agent -> broker -> authority, the first message of a link of its own: a certificate, please.
 
-    Proved by a join token (`token_id`, `mac`), or to renew by the key of the present `certificate` (`signature`).
+    Proved by a join token (`token_id`, `mac`), or to renew by the key of the present `certificate`
+    (`signature`).
     """
 
     version: int
@@ -159,7 +166,9 @@ class Follow(Message, tag="follow", frozen=True):
 
 
 class Trust(Message, tag="trust", frozen=True):
-    """Authority -> broker or gateway, broker -> agent: the trust list; empty when there is no newer one."""
+    """Authority -> broker or gateway, broker -> agent: the trust list; empty when there is no newer
+    one.
+    """
 
     signed: Annotated[bytes, msgspec.Meta(max_length=MAX_LIST)] = b""
 
@@ -196,7 +205,8 @@ class Welcome(Message, tag="welcome", frozen=True):
 class Refuse(Message, tag="refused", frozen=True):
     """The answer no, to a Hello or a Dial; `code` is a word of `refusal.Refusal`.
 
-    An agent proves its no to a Dial as it proves a yes (see Accepted), when that says something of the target.
+    An agent proves its no to a Dial as it proves a yes (see Accepted), when that says something of
+    the target.
     """
 
     code: Word
@@ -209,14 +219,15 @@ class Refuse(Message, tag="refused", frozen=True):
 
 
 class Update(Message, tag="update", frozen=True):
-    """Agent -> broker: the exposed ports or the addresses changed, or the agent has another certificate
-    (`identity.prove_session`).
+    """Agent -> broker: the exposed ports or the addresses changed, or the agent has another
+    certificate (`identity.prove_session`).
     """
 
     exposes: Annotated[list[Word], msgspec.Meta(max_length=256)]
     certificate: Certificate = b""
     signature: Signature = b""
-    addresses: Annotated[list[Address], msgspec.Meta(max_length=64)] = []  # all that it has now; empty: as before
+    # all that it has now; empty: as before
+    addresses: Annotated[list[Address], msgspec.Meta(max_length=64)] = []
 
 
 class Drain(Message, tag="drain", frozen=True):
@@ -232,7 +243,9 @@ class Bye(Message, tag="bye", frozen=True):
 
 
 class Dial(Message, tag="dial", frozen=True):
-    """Gateway -> broker -> agent: `body` is an encoded DialBody, `mac` is HMAC-SHA256 over exactly those bytes."""
+    """Gateway -> broker -> agent: `body` is an encoded DialBody, `mac` is HMAC-SHA256 over exactly
+    those bytes.
+    """
 
     body: Annotated[bytes, msgspec.Meta(max_length=MAX_BODY)]
     mac: MacOrNone = b""  # empty from a broker's own open port
@@ -240,7 +253,7 @@ class Dial(Message, tag="dial", frozen=True):
 
 
 class DialBody(msgspec.Struct, frozen=True):
-    """What a Dial asks for."""
+    """The target that a Dial asks for, and by whom."""
 
     version: int
     namespace: Word
@@ -256,14 +269,16 @@ class DialBody(msgspec.Struct, frozen=True):
 
 
 class Dialling(Message, tag="dialling", frozen=True):
-    """Agent -> gateway: the Dial is good and the target is being connected; it is slow, the path is not."""
+    """Agent -> gateway: the Dial is good and the target is being connected; it is slow, the path is
+    not.
+    """
 
 
 class Accepted(Message, tag="accepted", frozen=True):
     """Agent -> gateway: the target is connected; raw bytes follow.
 
-    Proved by MAC under the key of the pair, or for the first time by a signature with the key of `certificate`, over
-    the agent's part of the key of the pair (`exchange`) and the Dial's body.
+    Proved by MAC under the key of the pair, or for the first time by a signature with the key of
+    `certificate`, over the agent's part of the key of the pair (`exchange`) and the Dial's body.
     """
 
     mac: MacOrNone = b""
@@ -288,7 +303,9 @@ def encode(message: Message) -> bytes:
 
 
 def encode_body(body: DialBody) -> bytes:
-    """Return the bytes that a Dial carries and its MAC covers. Cuts `who` where the body would be over its limit."""
+    """Return the bytes that a Dial carries and its MAC covers. Cuts `who` where the body would be
+    over its limit.
+    """
     raw = _encoder.encode(body)
     if len(raw) > MAX_BODY:
         who = body.who.encode()
@@ -307,7 +324,8 @@ def decode_body(body: bytes) -> DialBody:
 
 @cache
 def _decoder_of(expected: tuple[type[M], ...]) -> msgspec.msgpack.Decoder[M]:
-    """Return the decoder for these types. It is kept: to make one takes longer than to decode with it.
+    """Return the decoder for these types. It is kept: to make one takes longer than to decode with
+    it.
 
     Where one type alone is expected, msgspec takes a map without `t`; where two are, it does not.
     """
@@ -315,7 +333,8 @@ def _decoder_of(expected: tuple[type[M], ...]) -> msgspec.msgpack.Decoder[M]:
 
 
 def split_frame(data: bytes | bytearray, decoder: msgspec.msgpack.Decoder[M], limit: int) -> tuple[M, int] | None:
-    """Return the message of the first frame and the index of that frame's end; None until it is whole.
+    """Return the message of the first frame and the index of that frame's end; None until it is
+    whole.
 
     `limit`: bytes of the message without its length. Raises MessageError.
     """
@@ -337,8 +356,8 @@ def split_frame(data: bytes | bytearray, decoder: msgspec.msgpack.Decoder[M], li
 class Decoder(Generic[M]):
     """Cuts a byte stream into messages of the expected types, and of no other type.
 
-    Call `feed` with bytes, then `next` until it returns None. After the last message that is wanted,
-    `rest` returns the bytes that followed it: they belong to the raw stream.
+    Call `feed` with bytes, then `next` until it returns None. After the last message that is
+    wanted, `rest` returns the bytes that followed it: they belong to the raw stream.
 
     Where several types are expected, name them as the type parameter too:
     `Decoder[Hello | Enrol](Hello, Enrol)`. Then mypy checks that a `match` on a message has a case
@@ -362,7 +381,9 @@ class Decoder(Generic[M]):
         self._buffer += data
 
     def next(self) -> M | None:
-        """Return the next whole message, or None when more bytes are needed. Raises MessageError."""
+        """Return the next whole message, or None when more bytes are needed. Raises
+        MessageError.
+        """
         frame = self.next_frame()
         return None if frame is None else frame[0]
 

@@ -3,8 +3,10 @@
 - `client`: one client's negotiation, until it is joined. Relay's thread.
 - `access`: policy, users and logins. Relay's thread; files and password hashes beside it.
 - `limits`: how much one source and one user may have. Relay's thread.
-- `resolver`: from a target's address to tuples: the route table and registry misses. trio and the relay's thread.
-- `dial`: dials one target by its tuples, with several attempts at once where needed. Relay's thread.
+- `resolver`: from a target's address to tuples: the route table and registry misses. trio and the
+  relay's thread.
+- `dial`: dials one target by its tuples, with several attempts at once where needed. Relay's
+  thread.
 - `hedge`: decides when a silent attempt gets a second one beside it. Relay's thread.
 - `trust`, `proof`: check brokers and agents. Relay's thread.
 - `forward`: HTTP requests in absolute form, one after the other. Relay's thread.

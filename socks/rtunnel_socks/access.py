@@ -49,7 +49,7 @@ class Asker(Protocol):
 
     @property
     def peer(self) -> str:
-        """The client's IP."""
+        """The IP of the client."""
 
     def logged_in(self, name: str, entry: Hash | Refused) -> None:
         """Take the answer: the user's hash, which fits the password, or the refusal."""
@@ -170,7 +170,9 @@ class Access:
     # Rules.
 
     def judge(self, question: Question, entry: Hash | None) -> Verdict:
-        """Return the verdict of the rules in force. A user needs the `entry` that is in force, too."""
+        """Return the verdict of the rules in force. A user needs the `entry` that is
+        in force, too.
+        """
         if question.user is not None and not self._stands(question.user, entry):
             return NO_USER
         return self.policy.verdict(question)

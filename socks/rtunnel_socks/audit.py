@@ -98,7 +98,8 @@ class Joined:
         auditor, asked, used, identity = self.auditor, self.asked, self.used, self.identity
         auditor.paths.closed(used)
         if account.ending is Ending.TARGET_RESET:
-            account.ending = Ending.PATH_RESET  # the gateway sees the connection to the broker, and no target
+            # the gateway sees the connection to the broker, and no target
+            account.ending = Ending.PATH_RESET
         self.permit.release(account)
         if asked.permit is not None:
             asked.permit.release(auditor.relay.loop.now)

@@ -118,7 +118,7 @@ class Client:
 
     @property
     def peer(self) -> str:
-        """The client's IP."""
+        """The IP of the client."""
         return self._end.peer
 
     # What the client sends.

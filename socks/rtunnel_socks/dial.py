@@ -65,13 +65,12 @@ class Target:
 
 
 class Paths:
-    """What this gateway knows of its paths: nodes that did not answer lately, and open streams by
-    session.
-    """
+    """Nodes that did not answer this gateway lately, and its open streams by session."""
 
     def __init__(self) -> None:
         self._suspects: dict[str, float] = {}
-        self._open: dict[tuple[str, int], int] = {}  # streams by session: two nodes may give out the same epoch
+        # streams by session: two nodes may give out the same epoch
+        self._open: dict[tuple[str, int], int] = {}
 
     def order(self, tuples: Sequence[Tuple], nodes: Mapping[str, NodeRecord], now: float) -> list[Tuple]:
         """Return the tuples, the best first.

@@ -41,11 +41,12 @@ class GatewayCounts(StreamCounts):
 
     clients: int = 0  # that negotiate now
     unproven: dict[str, int] = field(default_factory=dict)  # answers without a good proof, by code
-    shortages: dict[str, int] = field(default_factory=dict)  # connects that failed by a lack, by resource
+    # connects that failed by a lack, by resource
+    shortages: dict[str, int] = field(default_factory=dict)
 
 
 class Gateway:
-    """One gateway process."""
+    """One gateway process: it accepts clients, drains, and says whether it is ready."""
 
     def __init__(self, config: Config, registry: Registry) -> None:
         gateway = config.gateway

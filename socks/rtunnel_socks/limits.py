@@ -157,7 +157,9 @@ class Limits:
         self._users.charge(user, now)
 
     def acquire_stream(self, peer: str, user: str | None, now: float) -> Permit:
-        """Return the permit of a stream of this source and user. Raises Refused (too_many_streams)."""
+        """Return the permit of a stream of this source and user. Raises Refused
+        (too_many_streams).
+        """
         permit = self._sources.acquire(source_of(peer), _STREAMS, now)
         if user is not None:
             try:

@@ -42,17 +42,21 @@ class Asker(Protocol):
 
 
 class Resolver:
-    """The tuples that this gateway knows. `follow` runs in trio's thread, lookups in the relay's."""
+    """The tuples that this gateway knows. `follow` runs in trio's thread, lookups in
+    the relay's.
+    """
 
     def __init__(self, registry: Registry, config: RegistryConfig, bridge: Bridge, log: FilteringBoundLogger) -> None:
-        self.table = RouteTable(grace=config.heartbeat + 1.0)  # by then brokers have filled a wiped registry again
+        # by then brokers have filled a wiped registry again
+        self.table = RouteTable(grace=config.heartbeat + 1.0)
         self.down: Refused | None = None  # why the registry can't be reached; None when it can
         self._registry = registry
         self._ttl = config.ttl
         self._mirror = Mirror(registry, self.table, reconcile=config.reconcile)
         self._bridge = bridge
         self._log = log
-        self._followed: float | None = None  # when the table had the registry's state last (monotonic)
+        # when the table had the registry's state last (monotonic)
+        self._followed: float | None = None
         self._silent = False  # no broker has a heartbeat, and it was logged
         self._misses: dict[_Key, float] = {}  # until when they are not asked for again
         self._asking: dict[_Key, list[Asker]] = {}

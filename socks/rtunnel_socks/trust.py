@@ -1,4 +1,6 @@
-"""The trust list by which a gateway checks brokers and agents; it changes while the gateway runs."""
+"""The trust list by which a gateway checks brokers and agents; it changes while the
+gateway runs.
+"""
 
 from __future__ import annotations
 
