@@ -89,13 +89,8 @@ class Node:
         self.links.handshake_over(session)
         if session.identity is not None:
             self.trust.add(session)
-        assert session.hello is not None
-        rule = self._admission.rule(session.hello.namespace, session.addresses)
-        if rule is None:
-            text = f"no rule of broker.admit is for {session.owner} with its addresses"
-            session.refuse(Refusal.NOT_AUTHORISED, text)
+        if not self._admits(session):
             return
-        session.rule = rule
         if len(self.sessions) >= self.config.max_sessions and session.owner not in self.sessions:
             session.refuse(Refusal.OVERLOADED, f"this broker holds {len(self.sessions)} sessions, its limit")
         else:
@@ -114,13 +109,18 @@ class Node:
             self.bridge.spawn(self._registrar.unregister, session, str(lost))
 
     def updated(self, session: Session) -> None:
+        self._admits(session)
+
+    def _admits(self, session: Session) -> bool:
+        """Give the session the rule of broker.admit for its present addresses, or refuse it."""
         assert session.hello is not None
         rule = self._admission.rule(session.hello.namespace, session.addresses)
         if rule is None:
             text = f"no rule of broker.admit is for {session.owner} with the addresses that it has now"
             session.refuse(Refusal.NOT_AUTHORISED, text)
-            return
+            return False
         session.rule = rule
+        return True
 
     def refused(self, code: Refusal) -> None:
         self.session_refusals[code.value] += 1

@@ -210,8 +210,8 @@ AGENT_SERVES: Final = frozenset({_A.LIVE, _A.DRAINING})
 #: States in which the machine ignores what comes: the link is about to end.
 _DEAF: Final[frozenset[_State]] = frozenset({_B.REFUSED, _B.CLOSED, _A.REFUSED, _A.CLOSED, _A.ENROLLED})
 
-#: The most bytes of a message's body by state; in all other states MAX_MESSAGE. Who has proved
-#: nothing fills no memory.
+#: The most bytes of a message's body by state; in all other states MAX_MESSAGE. A peer that
+#: has proved nothing fills no memory.
 _BROKER_LIMITS: Final = {
     _B.NEW: messages.MAX_HELLO,
     _B.GREETED: messages.MAX_UNAUTHENTICATED,
