@@ -27,6 +27,9 @@ class ReplyMapping:
     http: int
     proxy_status: str
     next: Next
+    #: Whether the client is told this code when all paths of its dial have given it; else it is
+    #: told `agent_unavailable`. True where the cause is no fault of the paths.
+    passed_on: bool
     text: str
 
 
@@ -118,126 +121,144 @@ COMMAND_UNSUPPORTED = 0x07
 ADDRESS_UNSUPPORTED = 0x08
 
 _STOP, _TRY, _FORGET = Next.STOP, Next.TRY, Next.FORGET
+_PASSED_ON, _KEPT = True, False
 _R = Refusal
 _REPLIES: dict[Refusal, ReplyMapping] = {
-    _R.BAD_REQUEST: ReplyMapping(GENERAL_FAILURE, 400, "http_request_error", _STOP, "the request is malformed"),
+    _R.BAD_REQUEST: ReplyMapping(
+        GENERAL_FAILURE, 400, "http_request_error", _STOP, _PASSED_ON, "the request is malformed"
+    ),
     _R.COMMAND_NOT_SUPPORTED: ReplyMapping(
-        COMMAND_UNSUPPORTED, 501, "http_request_denied", _STOP, "only CONNECT is supported"
+        COMMAND_UNSUPPORTED, 501, "http_request_denied", _STOP, _PASSED_ON, "only CONNECT is supported"
     ),
     _R.ADDRESS_TYPE_NOT_SUPPORTED: ReplyMapping(
-        ADDRESS_UNSUPPORTED, 400, "http_request_error", _STOP, "the address type is not supported"
+        ADDRESS_UNSUPPORTED, 400, "http_request_error", _STOP, _PASSED_ON, "the address type is not supported"
     ),
-    _R.NOT_AUTHORISED: ReplyMapping(NOT_ALLOWED, 403, "http_request_denied", _STOP, "not allowed"),
+    _R.NOT_AUTHORISED: ReplyMapping(NOT_ALLOWED, 403, "http_request_denied", _STOP, _PASSED_ON, "not allowed"),
     _R.AUTHENTICATION_REQUIRED: ReplyMapping(
-        NOT_ALLOWED, 407, "http_request_denied", _STOP, "a user name and a password are needed"
+        NOT_ALLOWED, 407, "http_request_denied", _STOP, _PASSED_ON, "a user name and a password are needed"
     ),
     _R.BAD_CREDENTIALS: ReplyMapping(
-        NOT_ALLOWED, 407, "http_request_denied", _STOP, "the user name or the password is not right"
+        NOT_ALLOWED, 407, "http_request_denied", _STOP, _PASSED_ON, "the user name or the password is not right"
     ),
     _R.RATE_LIMITED: ReplyMapping(
-        GENERAL_FAILURE, 429, "connection_limit_reached", _STOP, "too many new connections in a short time"
+        GENERAL_FAILURE, 429, "connection_limit_reached", _STOP, _PASSED_ON, "too many new connections in a short time"
     ),
     _R.TOO_MANY_STREAMS: ReplyMapping(
-        GENERAL_FAILURE, 429, "connection_limit_reached", _TRY, "too many streams at once"
+        GENERAL_FAILURE, 429, "connection_limit_reached", _TRY, _PASSED_ON, "too many streams at once"
     ),
     _R.TOO_MANY_HANDSHAKES: ReplyMapping(
-        GENERAL_FAILURE, 429, "connection_limit_reached", _STOP, "too many connections that are not streams yet"
+        GENERAL_FAILURE,
+        429,
+        "connection_limit_reached",
+        _STOP,
+        _PASSED_ON,
+        "too many connections that are not streams yet",
     ),
     _R.NAME_NOT_SUPPORTED: ReplyMapping(
-        HOST_UNREACHABLE, 502, "dns_error", _STOP, "names are not resolved here: dial the original IP"
+        HOST_UNREACHABLE, 502, "dns_error", _STOP, _PASSED_ON, "names are not resolved here: dial the original IP"
     ),
     _R.UNKNOWN_TARGET: ReplyMapping(
-        HOST_UNREACHABLE, 502, "destination_not_found", _STOP, "no agent answers for this address"
+        HOST_UNREACHABLE, 502, "destination_not_found", _STOP, _PASSED_ON, "no agent answers for this address"
     ),
     _R.NOT_EXPOSED: ReplyMapping(
-        NOT_ALLOWED, 403, "destination_ip_prohibited", _STOP, "the agent does not expose this port"
+        NOT_ALLOWED, 403, "destination_ip_prohibited", _STOP, _PASSED_ON, "the agent does not expose this port"
     ),
     _R.TARGET_REFUSED: ReplyMapping(
-        CONNECTION_REFUSED, 502, "connection_refused", _STOP, "the target refused the connection"
+        CONNECTION_REFUSED, 502, "connection_refused", _STOP, _PASSED_ON, "the target refused the connection"
     ),
     _R.TARGET_TIMEOUT: ReplyMapping(
-        TTL_EXPIRED, 504, "connection_timeout", _STOP, "the target did not answer the agent in time"
+        TTL_EXPIRED, 504, "connection_timeout", _STOP, _PASSED_ON, "the target did not answer the agent in time"
     ),
     _R.TARGET_UNREACHABLE: ReplyMapping(
-        NETWORK_UNREACHABLE, 502, "destination_ip_unroutable", _STOP, "the agent has no route to the target"
+        NETWORK_UNREACHABLE, 502, "destination_ip_unroutable", _STOP, _PASSED_ON, "the agent has no route to the target"
     ),
     _R.AGENT_UNAVAILABLE: ReplyMapping(
-        HOST_UNREACHABLE, 503, "destination_unavailable", _TRY, "no path to the agent works at present"
+        HOST_UNREACHABLE, 503, "destination_unavailable", _TRY, _KEPT, "no path to the agent works at present"
     ),
     _R.BROKER_UNREACHABLE: ReplyMapping(
-        HOST_UNREACHABLE, 503, "destination_unavailable", _TRY, "the broker could not be reached"
+        HOST_UNREACHABLE, 503, "destination_unavailable", _TRY, _KEPT, "the broker could not be reached"
     ),
     _R.DIAL_TIMEOUT: ReplyMapping(
-        TTL_EXPIRED, 504, "connection_timeout", _TRY, "neither broker nor agent answered in time"
+        TTL_EXPIRED, 504, "connection_timeout", _TRY, _KEPT, "neither broker nor agent answered in time"
     ),
-    _R.LINK_LOST: ReplyMapping(HOST_UNREACHABLE, 503, "connection_terminated", _TRY, "the agent's link is gone"),
-    _R.DRAINING: ReplyMapping(HOST_UNREACHABLE, 503, "destination_unavailable", _TRY, "the node is draining"),
-    _R.OVERLOADED: ReplyMapping(GENERAL_FAILURE, 503, "connection_limit_reached", _TRY, "a limit is reached"),
+    _R.LINK_LOST: ReplyMapping(HOST_UNREACHABLE, 503, "connection_terminated", _TRY, _KEPT, "the agent's link is gone"),
+    _R.DRAINING: ReplyMapping(HOST_UNREACHABLE, 503, "destination_unavailable", _TRY, _KEPT, "the node is draining"),
+    _R.OVERLOADED: ReplyMapping(
+        GENERAL_FAILURE, 503, "connection_limit_reached", _TRY, _PASSED_ON, "a limit is reached"
+    ),
     _R.STALE_NODE: ReplyMapping(
-        HOST_UNREACHABLE, 503, "destination_unavailable", _FORGET, "the tuple names another node"
+        HOST_UNREACHABLE, 503, "destination_unavailable", _FORGET, _KEPT, "the tuple names another node"
     ),
     _R.STALE_TARGET: ReplyMapping(
-        HOST_UNREACHABLE, 503, "destination_unavailable", _FORGET, "the port is not leased to this target"
+        HOST_UNREACHABLE, 503, "destination_unavailable", _FORGET, _KEPT, "the port is not leased to this target"
     ),
     _R.STALE_EPOCH: ReplyMapping(
-        HOST_UNREACHABLE, 503, "destination_unavailable", _FORGET, "the tuple's session is over"
+        HOST_UNREACHABLE, 503, "destination_unavailable", _FORGET, _KEPT, "the tuple's session is over"
     ),
     _R.BAD_MAC: ReplyMapping(
-        GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the Dial's MAC is not by the gateway's key"
+        GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, _KEPT, "the Dial's MAC is not by the gateway's key"
     ),
     _R.EXPIRED: ReplyMapping(
         GENERAL_FAILURE,
         502,
         "proxy_internal_response",
         _TRY,
+        _PASSED_ON,
         "the Dial's time is too far from the broker's clock",
     ),
     _R.REPLAYED: ReplyMapping(
-        GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the Dial's nonce was used before"
+        GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, _KEPT, "the Dial's nonce was used before"
     ),
     _R.NOT_PROVEN: ReplyMapping(
-        GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the agent did not prove that it has this address"
+        GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, _KEPT, "the agent did not prove that it has this address"
     ),
     _R.DUPLICATE_NODE: ReplyMapping(
-        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the agent already has a session on this node"
+        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, _PASSED_ON, "the agent already has a session on this node"
     ),
     _R.VERSION: ReplyMapping(
-        GENERAL_FAILURE, 500, "proxy_internal_error", _TRY, "the two ends speak different versions"
+        GENERAL_FAILURE, 500, "proxy_internal_error", _TRY, _KEPT, "the two ends speak different versions"
     ),
     _R.BAD_TOKEN: ReplyMapping(
-        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the join token is not known or not right"
+        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, _PASSED_ON, "the join token is not known or not right"
     ),
     _R.BAD_CERTIFICATE: ReplyMapping(
-        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the certificate is missing, or says something else"
+        GENERAL_FAILURE,
+        500,
+        "proxy_internal_error",
+        _STOP,
+        _PASSED_ON,
+        "the certificate is missing, or says something else",
     ),
-    _R.REVOKED: ReplyMapping(GENERAL_FAILURE, 502, "proxy_internal_error", _TRY, "the certificate or key is revoked"),
+    _R.REVOKED: ReplyMapping(
+        GENERAL_FAILURE, 502, "proxy_internal_error", _TRY, _KEPT, "the certificate or key is revoked"
+    ),
     _R.ADDRESS_TAKEN: ReplyMapping(
-        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "another agent has this address at present"
+        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, _PASSED_ON, "another agent has this address at present"
     ),
     _R.AGENT_ID_TAKEN: ReplyMapping(
-        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "another agent has this agent_id at present"
+        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, _PASSED_ON, "another agent has this agent_id at present"
     ),
     _R.DUPLICATE_AGENT: ReplyMapping(
-        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "another host has a session with this agent_id"
+        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, _PASSED_ON, "another host has a session with this agent_id"
     ),
     _R.AUTHORITY_UNAVAILABLE: ReplyMapping(
-        GENERAL_FAILURE, 503, "proxy_internal_error", _TRY, "the authority can't be reached"
+        GENERAL_FAILURE, 503, "proxy_internal_error", _TRY, _KEPT, "the authority can't be reached"
     ),
     _R.PORTS_EXHAUSTED: ReplyMapping(
-        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the broker's port range is used up"
+        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, _PASSED_ON, "the broker's port range is used up"
     ),
     _R.PORT_TAKEN: ReplyMapping(
-        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the fixed port is in use on the broker"
+        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, _PASSED_ON, "the fixed port is in use on the broker"
     ),
     _R.PORT_NOT_ALLOWED: ReplyMapping(
-        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, "the broker does not allow this open port"
+        GENERAL_FAILURE, 500, "proxy_internal_error", _STOP, _PASSED_ON, "the broker does not allow this open port"
     ),
     _R.REGISTRY_UNAVAILABLE: ReplyMapping(
-        GENERAL_FAILURE, 503, "proxy_internal_error", _TRY, "the registry can't be reached"
+        GENERAL_FAILURE, 503, "proxy_internal_error", _TRY, _KEPT, "the registry can't be reached"
     ),
     _R.PROTOCOL_ERROR: ReplyMapping(
-        GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, "the peer broke the protocol"
+        GENERAL_FAILURE, 502, "proxy_internal_response", _TRY, _KEPT, "the peer broke the protocol"
     ),
-    _R.INTERNAL: ReplyMapping(GENERAL_FAILURE, 500, "proxy_internal_error", _TRY, "internal error"),
+    _R.INTERNAL: ReplyMapping(GENERAL_FAILURE, 500, "proxy_internal_error", _TRY, _KEPT, "internal error"),
 }
 _BY_WORD = {code.value: code for code in Refusal}

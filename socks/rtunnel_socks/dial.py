@@ -13,7 +13,7 @@ import errno
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -44,9 +44,6 @@ SUSPECT_SECONDS: Final = 10.0
 #: Attempts of one dial: an agent has no more tuples than its redundancy, and one or two of nodes
 #: that it leaves.
 MAX_ATTEMPTS: Final = 6
-#: Refusals that are no fault of the paths to an agent: the client is told these instead of
-#: `agent_unavailable`.
-_NOT_THE_PATHS: Final = frozenset({Refusal.TOO_MANY_STREAMS, Refusal.EXPIRED, Refusal.OVERLOADED})
 #: Refusals of a connect that lacks something of this gateway: a source port, a descriptor, or
 #: (STALE_TARGET) a source address that this host has lost. They make no node suspect.
 _FAILS_HERE: Final = (Refusal.OVERLOADED, Refusal.STALE_TARGET)
@@ -62,6 +59,12 @@ class Target:
 
     def __str__(self) -> str:
         return f"[{self.ip}]:{self.port}" if ":" in self.ip else f"{self.ip}:{self.port}"
+
+
+def code_for_client(codes: Collection[Refusal]) -> Refusal:
+    """Return the code of a dial whose paths have failed with these codes, and none is left."""
+    alike = next(iter(codes)) if len(codes) == 1 else Refusal.AGENT_UNAVAILABLE
+    return alike if alike.reply.passed_on else Refusal.AGENT_UNAVAILABLE
 
 
 class Paths:
@@ -209,13 +212,9 @@ class TargetDial:
                 self._hedge_after(self.owner.hedging.delay(attempt.path))
             attempt.start()
         elif not self._alive:
-            # When all attempts failed for one cause that is no fault of the paths, the client is
-            # told that cause.
-            alike = self._codes & _NOT_THE_PATHS if len(self._codes) == 1 else ()
-            code = next(iter(alike), Refusal.AGENT_UNAVAILABLE)
             silence = self.owner.table.silence()
             text = f"no path works: {'; '.join(self._failures)}"
-            self._fail(Refused(code, f"{text}; {silence}" if silence else text))
+            self._fail(Refused(code_for_client(self._codes), f"{text}; {silence}" if silence else text))
 
     def _hedge_after(self, seconds: float) -> None:
         self._hedge = self.owner.relay.loop.after(seconds, self._silent)

@@ -9,7 +9,7 @@ from typing import Final
 
 import msgspec
 
-from rtunnel.wire.refusal import Next, Refusal
+from rtunnel.wire.refusal import Next, Refusal, ReplyMapping
 
 ROOT: Final = Path(__file__).parents[2]
 DATA: Final = ROOT / "docs" / "refusals.toml"
@@ -33,14 +33,17 @@ NEXT_WORDS: Final = {
 }
 CLIENT_WORDS: Final = {
     "direct": "A client gets this code.",
-    "alike": "A client gets this code when the gateway itself or every path says it, and "
-    "[`agent_unavailable`](agent_unavailable.md) otherwise.",
     "own": "A client gets this code only when the gateway itself says it. When paths say it and none works, the client "
     "gets [`agent_unavailable`](agent_unavailable.md), whose sentence names this code.",
     "hidden": "A client does not get this code: when no path works it gets "
     "[`agent_unavailable`](agent_unavailable.md), whose sentence names this code.",
     "never": "No client gets this code.",
 }
+#: Instead of the sentences above, for a code of paths that the table passes on.
+PASSED_ON: Final = (
+    "A client gets this code when the gateway itself or every path says it, and "
+    "[`agent_unavailable`](agent_unavailable.md) otherwise."
+)
 GENERATED: Final = "<!-- Made from rtunnel/wire/refusal.py and docs/refusals.toml by `make pages`: edit those. -->"
 
 
@@ -82,9 +85,14 @@ def page(code: Refusal, advice: Advice) -> str:
         f"| Proxy-Status | `error={reply.proxy_status}` |\n"
         f"| log | {', '.join(events) or 'no event has it'} |\n"
         f"| metrics | {', '.join(series) or 'no series has it'} |",
-        _wrapped(f"{CLIENT_WORDS[advice.client]} {NEXT_WORDS[reply.next]}"),
+        _wrapped(f"{client_words(reply, advice)} {NEXT_WORDS[reply.next]}"),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def client_words(reply: ReplyMapping, advice: Advice) -> str:
+    """Return the sentence that says when a client gets this code."""
+    return PASSED_ON if reply.passed_on and reply.next is not Next.STOP else CLIENT_WORDS[advice.client]
 
 
 def index(advices: dict[str, Advice]) -> str:

@@ -15,8 +15,8 @@ import yaml
 
 from rtunnel import config
 from rtunnel.trust.policy import load_policy
-from rtunnel.wire.refusal import Refusal
-from rtunnel_socks import dial
+from rtunnel.wire.refusal import Next, Refusal
+from rtunnel_socks.dial import code_for_client
 from support import refusal_pages
 from support.commands import command_of, here_documents, shell_lines
 
@@ -26,6 +26,7 @@ PAGES = sorted(DOCS.rglob("*.md"))
 ALL = [*PAGES, *sorted(ROOT.glob("*.md"))]
 SITE: dict[str, Any] = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 MAX_COLUMNS = 100
+STOPS = {code for code in Refusal if code.reply.next is Next.STOP}
 
 
 def name_of(path: Path) -> str:
@@ -176,9 +177,20 @@ def test_every_refusal_code_has_advice() -> None:
 
 
 def test_who_gets_a_code_is_what_the_gateway_does() -> None:
-    """A client gets a code of a path only if all paths gave it; the page says of which codes that is true."""
-    alike = {word for word, advice in refusal_pages.load_advice().items() if advice.client == "alike"}
-    assert alike == {code.value for code in dial._NOT_THE_PATHS}
+    """A client gets a code that all paths gave exactly if the code's page says so."""
+    for code in set(Refusal) - STOPS:
+        page = (refusal_pages.PAGES / f"{code.value}.md").read_text(encoding="utf-8")
+        says = "when the gateway itself or every path says it" in " ".join(page.split())
+        assert says == (code_for_client([code]) is code != Refusal.AGENT_UNAVAILABLE), code
+
+
+def test_the_wire_page_names_the_codes_that_are_passed_on() -> None:
+    """After "that code is", in the paragraph about what the client hears."""
+    text = " ".join((DOCS / "wire.md").read_text(encoding="utf-8").split())
+    named = text.partition("every path failed with the same code, and that code is ")[2].partition(".")[0]
+    assert set(re.findall(r"`(\w+)`", named)) == {
+        code.value for code in Refusal if code not in STOPS and code.reply.passed_on
+    }
 
 
 def test_events_and_series_on_the_pages_exist() -> None:

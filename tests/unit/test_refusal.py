@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import MISSING
 
 import pytest
 
-from rtunnel.wire.refusal import Next, Refusal, Refused
+from rtunnel.wire.refusal import Next, Refusal, Refused, ReplyMapping
 
 #: RFC 9209, section 2.3: all proxy error types that are registered there.
 PROXY_ERROR_TYPES = frozenset(
@@ -96,6 +97,18 @@ def test_answers_about_the_target_stop_the_search() -> None:
     """Another tuple leads to the same agent and would say the same."""
     for code in (Refusal.NOT_EXPOSED, Refusal.TARGET_REFUSED, Refusal.TARGET_TIMEOUT, Refusal.TARGET_UNREACHABLE):
         assert code.reply.next is Next.STOP
+
+
+def test_every_code_says_whether_it_is_passed_on() -> None:
+    """A row of the table without the field is no row: the field has no default."""
+    assert ReplyMapping.__dataclass_fields__["passed_on"].default is MISSING
+    assert all(isinstance(code.reply.passed_on, bool) for code in Refusal)
+
+
+def test_an_answer_about_the_target_is_passed_on_and_a_stale_tuple_is_not() -> None:
+    """After *stop* the client gets the code itself; a stale tuple says nothing that a client can use."""
+    assert all(code.reply.passed_on for code in Refusal if code.reply.next is Next.STOP)
+    assert not any(code.reply.passed_on for code in Refusal if code.reply.next is Next.FORGET)
 
 
 def test_four_different_failures_are_four_different_answers() -> None:
