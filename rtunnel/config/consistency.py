@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rtunnel.config.sections import MAX_WORKERS, AgentConfig, Config
-from rtunnel.config.values import MAX_WORD, Problem, parse_endpoint, parse_range, span, split_exposes
+from rtunnel.config.values import MAX_WORD, MAX_WORD_BYTES, Problem, parse_endpoint, parse_range, span, split_exposes
 from rtunnel.wire.messages import MAX_HELLO, MAX_HOLDS, VERSION, Hello, Publish, encode
 
 #: Keys with ranges of ports that a broker allocates; "" for no range.
@@ -74,9 +74,14 @@ def _check_workers(config: Config) -> Iterator[Problem]:
             reason = f"{text} has {high - low + 1} ports, and {broker.workers} workers need some each"
             yield config.problem(key, reason, "widen it, or lower broker.workers", "broker.workers")
     suffix = len(f".{broker.workers}")
-    if len(broker.node_id) + suffix > MAX_WORD:
-        reason = f"is {len(broker.node_id)} characters long, and each worker's number comes behind it"
-        yield config.problem("broker.node_id", reason, f"use at most {MAX_WORD - suffix}")
+    for unit, size, most in [
+        ("characters", len(broker.node_id), MAX_WORD),
+        ("bytes", len(broker.node_id.encode()), MAX_WORD_BYTES),
+    ]:
+        if size + suffix > most:
+            reason = f"is {size} {unit} long, and each worker's number comes behind it"
+            yield config.problem("broker.node_id", reason, f"use at most {most - suffix}")
+            return
 
 
 def check_ports(config: Config, sections: Sequence[str]) -> Iterator[Problem]:
@@ -121,7 +126,7 @@ def check_publish(config: Config, addresses: Sequence[str]) -> Iterator[Problem]
 def longest_hello(agent: AgentConfig) -> Hello:
     """Return the longest Hello that this agent can send, whatever sessions it has."""
     direct, loopback = split_exposes(agent.exposes)
-    longest = "\U00010000" * MAX_WORD
+    longest = "\U00010000" * (MAX_WORD_BYTES // 4)
     return Hello(
         version=VERSION,
         agent_id=agent.agent_id or "x" * 64,  # a host's name is no longer

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 #: Greatest number of characters of an id or a namespace.
 MAX_WORD = 128
+#: Greatest number of its bytes in UTF-8: a namespace and a node id stand in each Dial, whose body
+#: has at most 1024 bytes.
+MAX_WORD_BYTES = 256
 #: Prefix of a port in `agent.exposes` whose service listens on loopback only.
 LOOPBACK = "loopback:"
 
@@ -167,12 +170,15 @@ def _no_address(text: str) -> BadValue:
 
 
 def check_word(text: str) -> str:
-    """Return an id or namespace: 1 to 128 printable characters, without space and '/'.
+    """Return an id or namespace: 1 to 128 printable characters and at most 256 bytes, without space
+    and '/'.
 
     Lease owners join the two with '/'. Raises ValueError.
     """
     if not 1 <= len(text) <= MAX_WORD:
         raise BadValue(f"{len(text)} characters long", f"use 1 to {MAX_WORD}")
+    if (size := len(text.encode(errors="replace"))) > MAX_WORD_BYTES:
+        raise BadValue(f"{size} bytes long in UTF-8", f"use at most {MAX_WORD_BYTES}")
     if not text.isprintable() or " " in text or "/" in text:
         raise BadValue(f"{text!r} has a space, a slash or a control character", "use letters, digits, '-', '_', '.'")
     return text

@@ -227,6 +227,7 @@ def test_files_that_cant_be_read(tmp_path: Path) -> None:
         ("broker.node_id", "a b", "has a space"),
         ("broker.node_id", "a\x1b[2J", "control character"),
         ("broker.node_id", "n" * 129, "use 1 to 128"),
+        ("broker.node_id", "\u8a9e" * 86, "258 bytes long in UTF-8 (use at most 256"),
         ("broker.max_sessions", "many", "'many' is not a whole number"),
         ("broker.max_sessions", 0, "out of bounds"),
         ("broker.max_sessions", 10**400, "out of bounds"),
@@ -344,8 +345,8 @@ def much(networks: int) -> dict[str, object]:
         for number, address in enumerate(addresses)
     ]
     return {
-        "agent.agent_id": "\U00010000" * 128,
-        "agent.namespace": "\U00010000" * 128,
+        "agent.agent_id": "\U00010000" * 64,
+        "agent.namespace": "\U00010000" * 64,
         "agent.addresses": addresses,
         "agent.exposes": [f"{10000 + 3 * number}-{10001 + 3 * number}" for number in range(256)],
         "agent.publish": publish,
