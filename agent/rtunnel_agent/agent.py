@@ -246,6 +246,8 @@ class Agent:
             self.credentials.revoked()
         if watch is not None:
             watch.outcome = outcome
+            if watch.retired:
+                self._log_down(session, outcome.lost)
             watch.retire.set()
             watch.down.set()
             watch.settle()
@@ -369,10 +371,23 @@ class Agent:
     def _empty(self, slot: Slot, watch: Watch) -> None:
         session, slot.session = slot.session, None
         assert session is not None
-        slot.reason = f"{session.node} is draining" if not watch.down.is_set() else str(watch.outcome.lost)
+        if watch.down.is_set():
+            slot.reason = str(watch.outcome.lost)
+            self._log_down(session, watch.outcome.lost)
+        else:
+            watch.retired = True
+            slot.reason = f"{session.node} is draining"
+            self._log.warning(
+                "session_draining", agent=self.agent_id, broker=session.node, epoch=session.epoch,
+                reason=slot.reason, redundancy=self.redundancy,
+            )  # fmt: skip
+
+    def _log_down(self, session: AgentSession, lost: Lost) -> None:
+        """Log the end of a session that was up, once."""
         self._log.warning(
-            "session_down" if watch.down.is_set() else "session_draining",
-            agent=self.agent_id, broker=session.node, reason=slot.reason, redundancy=self.redundancy,
+            "session_down", agent=self.agent_id, broker=session.node, epoch=session.epoch, cause=lost.kind.value,
+            reason=str(lost), streams_cut=session.link.cut if session.link is not None else 0,
+            redundancy=self.redundancy,
         )  # fmt: skip
 
     async def _wait(self, slot: Slot, outcome: Outcome) -> None:

@@ -200,6 +200,11 @@ class AgentSession(_ControlLink):
         """The broker node; empty before Welcome."""
         return self.welcome.node if self.welcome else ""
 
+    @property
+    def epoch(self) -> str:
+        """The session's epoch, as logs have it; empty before Welcome."""
+        return str(self.welcome.epoch) if self.welcome else ""
+
     def greet(self, hello: Hello) -> None:
         """Send the Hello. No effect when the link has ended."""
         link = self.link

@@ -77,7 +77,7 @@ class Targets:
         self.prover: Prover | None = None  # by the identity in force
         self.counts = StreamCounts()
 
-    def trace(self, served: Served, account: Account) -> None:
+    def log_end(self, served: Served, account: Account) -> None:
         """Log the end of a stream, at level debug."""
         if self._debugging:
             self.log.debug(
@@ -89,20 +89,21 @@ class Targets:
     def expose(self, exposed: Exposed) -> int:
         """Expose this from now on. Return how many streams, to other targets, were ended."""
         self.exposed = exposed
-        return self._end_void()
+        return self._end_not_allowed()
 
     def answer_for(self, addresses: frozenset[str]) -> int:
         """Answer for these addresses from now on. Return how many streams, to others,
         were ended.
         """
         self.addresses = addresses
-        return self._end_void()
+        return self._end_not_allowed()
 
-    def _end_void(self) -> int:
-        void = [pair for pair in self.relay.pairs if not pair.owner.allowed()]
-        for pair in void:
-            pair.abort(Ending.REVOKED)
-        return len(void)
+    def _end_not_allowed(self) -> int:
+        reviewed = [(pair, pair.owner.review()) for pair in self.relay.pairs]
+        ends = [(pair, ending) for pair, ending in reviewed if ending is not None]
+        for pair, ending in ends:
+            pair.abort(ending)
+        return len(ends)
 
     def check(self, body: DialBody, session: AgentSession) -> str:
         """Return the address to connect to for a Dial.
@@ -136,15 +137,16 @@ class Served:
     who: str  # the client, in the words of the gateway or the open port
     permit: StreamPermit | None = None  # once the target is connected
 
-    def allowed(self) -> bool:
-        """Return whether the address is still this agent's, and the port exposed as before."""
+    def review(self) -> Ending | None:
+        """Check that the address is still this agent's, and the port exposed as before."""
         targets = self.targets
-        return self.ip in targets.addresses and targets.exposed.way(self.ip, self.port) == self.way
+        allowed = self.ip in targets.addresses and targets.exposed.way(self.ip, self.port) == self.way
+        return None if allowed else Ending.NOT_ALLOWED
 
     def ended(self, account: Account) -> None:
         if self.permit is not None:
             self.permit.release(account)
-        self.targets.trace(self, account)
+        self.targets.log_end(self, account)
 
 
 class IncomingStream:
@@ -191,7 +193,7 @@ class IncomingStream:
             return
         served, targets = self._served, self._targets
         assert served is not None
-        if not served.allowed():
+        if served.review() is not None:
             target.abort()
             text = f"the agent does not expose {served.ip}, port {served.port} any more"
             self._refuse(Refused(Refusal.NOT_EXPOSED, text))

@@ -106,7 +106,7 @@ class Node:
             if lost.kind not in (LostKind.REFUSED, LostKind.ANSWERED):
                 self.links.count_lost(session, lost)
         else:
-            self.bridge.spawn(self._registrar.unregister, session, str(lost))
+            self.bridge.spawn(self._registrar.unregister, session)
 
     def updated(self, session: Session) -> None:
         self._admits(session)
@@ -237,7 +237,10 @@ class Node:
             session.drain(self.config.drain)
 
     def _end_sessions(self) -> None:
-        for pair in list(self.relay.pairs):
+        sessions = list(self.sessions.values())
+        for session in sessions:
+            session.cut(Ending.DRAINED)
+        for pair in list(self.relay.pairs):  # of sessions that are not in the registry any more
             pair.abort(Ending.DRAINED)
-        for session in list(self.sessions.values()):
+        for session in sessions:
             session.leave("the broker stops")

@@ -22,7 +22,7 @@ from rtunnel.config import format_endpoint
 from rtunnel.counts import StreamCounts, StreamPermit
 from rtunnel.net import source_of
 from rtunnel.relay.ends import SocketEnd
-from rtunnel.relay.join import Account
+from rtunnel.relay.join import Account, Ending
 from rtunnel.relay.link import Link
 from rtunnel.relay.lost import Lost, LostKind
 from rtunnel.relay.relay import Relay
@@ -147,9 +147,9 @@ class Guarded:
     key: str  # the id of the gateway's key
     body: DialBody
 
-    def allowed(self) -> bool:
-        """Return whether the gateway's key is still good."""
-        return not self.port.checker.is_revoked(self.key)
+    def review(self) -> Ending | None:
+        """Check that the gateway's key is not revoked."""
+        return Ending.REVOKED if self.port.checker.is_revoked(self.key) else None
 
     def ended(self, account: Account) -> None:
         self.permit.release(account)
@@ -341,9 +341,9 @@ class OpenConnection:
         self._permit.join()
         self._port.relay.join(self._client, self._stream, down=self._dial.rest, owner=self)
 
-    def allowed(self) -> bool:
-        """Return True: the allow-list is asked when a client connects, and does not change."""
-        return True
+    def review(self) -> Ending | None:
+        """Return None: the allow-list is asked when a client connects, and does not change."""
+        return None
 
     def ended(self, account: Account) -> None:
         self._permit.release(account)

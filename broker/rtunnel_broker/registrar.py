@@ -127,8 +127,6 @@ class Registrar:
         """Take ports, write tuples, and send Welcome; when one of these fails, refuse
         the session.
         """
-        hello = session.hello
-        assert hello is not None
         async with self._owner_lock(session.owner):
             older = self.sessions.get(session.owner)
             if older is not None:
@@ -148,8 +146,7 @@ class Registrar:
             session.epoch = self._node.presence.incarnation << COUNTER_BITS | next(self._counter)
             leased: list[Leased] = []
             try:
-                guarded = await self._take_port(session)
-                leased.append(guarded)
+                leased.append(await self._take_port(session))
                 granted, notices = await self._take_open_ports(session, leased)
                 session.granted = granted
                 session.registration = self._registration(session, tuple(port.lease for port in leased))
@@ -170,12 +167,6 @@ class Registrar:
             live = await self._node.bridge.run(lambda: self._start_listeners(session, leased, granted, notices))
             if not live:
                 await self._leave(session)
-                return
-        self._log.info(
-            "session_up", node=self._node.node, agent=hello.agent_id, namespace=hello.namespace,
-            epoch=str(session.epoch), port=guarded.lease.port, addresses=list(hello.addresses), peer=session.peer,
-            agent_software=hello.software, proved_by="certificate" if session.identity is not None else "join token",
-        )  # fmt: skip
 
     def _start_listeners(
         self, session: Session, leased: list[Leased], granted: list[tuple[Publish, int]], notices: list[str]
@@ -453,13 +444,9 @@ class Registrar:
         await self._node.bridge.run(lambda: older.end("replaced: the agent has a new session here"))
         await self._leave(older)
 
-    async def unregister(self, session: Session, why: str) -> None:
+    async def unregister(self, session: Session) -> None:
         async with self._owner_lock(session.owner):
             await self._leave(session)
-        if session.epoch and session.hello is not None:
-            self._log.info(
-                "session_down", node=self._node.node, agent=session.hello.agent_id, epoch=str(session.epoch), reason=why
-            )
 
     async def _leave(self, session: Session) -> None:
         """Remove the session from the registry, and put its ports into quarantine.

@@ -131,6 +131,8 @@ class Session:
         # What the agent has on this node.
         self.rule: Rule = EVERYTHING
         self.streams = 0
+        self.streams_cut = 0  # that the session's end has reset
+        self.welcomed = False  # it was live: its end is worth a log line
         self.epoch = 0
         self.registration: Registration | None = None
         self.granted: list[tuple[Publish, int]] = []  # open ports, with their numbers
@@ -191,7 +193,14 @@ class Session:
         self.link = link
         self._stop_deadline()
         self.lost_by = self.lost_by or lost
+        self.streams_cut += link.cut
         self._control.close()
+        if self.welcomed:
+            assert self.hello is not None
+            self.keeper.log.info(
+                "session_down", agent=self.hello.agent_id, namespace=self.hello.namespace, epoch=str(self.epoch),
+                cause=self.lost_by.kind.value, reason=str(self.lost_by), streams_cut=self.streams_cut,
+            )  # fmt: skip
         self.keeper.lost(self, self.lost_by)
 
     # The control stream.
@@ -327,13 +336,20 @@ class Session:
         if self.keeper.draining:
             self.refuse(Refusal.DRAINING)
             return
-        assert self.hello is not None
+        hello = self.hello
+        assert hello is not None
         self._stop_deadline()
         if self.link is not None:
-            self.link.start_window = self.hello.start_window
+            self.link.start_window = hello.start_window
+        self.welcomed = True
+        self.keeper.log.info(
+            "session_up", agent=hello.agent_id, namespace=hello.namespace, epoch=str(self.epoch), port=welcome.port,
+            addresses=sorted(self.addresses), peer=self.peer, agent_software=hello.software,
+            proved_by="certificate" if self.identity is not None else "join token",
+        )  # fmt: skip
         self._say(self._control.welcome(welcome))
         trust_store = self.keeper.trust.trust_store
-        if trust_store is not None and self.hello.trust < trust_store.generation:
+        if trust_store is not None and hello.trust < trust_store.generation:
             self.tell_trust(trust_store.signed)
 
     def enrolled(self, answer: Enrolled) -> None:
@@ -404,10 +420,15 @@ class Session:
             "session_revoked", code=fault.code.value, reason=fault.text, peer=self.peer, agent=self.identity.name,
             epoch=str(self.epoch), streams=self.streams,
         )  # fmt: skip
+        self.cut(Ending.REVOKED)
+        return fault
+
+    def cut(self, ending: Ending) -> None:
+        """Reset the session's streams, with this ending."""
         for stream in list(self.link.streams.values()) if self.link is not None else ():
             if isinstance(stream, StreamEnd) and isinstance(stream.pair, Pair):
-                stream.pair.abort(Ending.REVOKED)
-        return fault
+                self.streams_cut += 1
+                stream.pair.abort(ending)
 
     def expel(self, fault: Refused, signed: bytes) -> None:
         """Tell a revoked session why, with the trust list that lets the agent act, and end the

@@ -123,7 +123,8 @@ class Ending(StrEnum):
     LINK_LOST = "link_lost"  # the link with the pair's stream ended
     IDLE = "idle"  # no byte moved for the idle timeout
     DRAINED = "drained"  # the process stops, or the drain's deadline has passed
-    REVOKED = "revoked"  # no longer allowed
+    NOT_ALLOWED = "not_allowed"  # rules, users, exposed ports or addresses have changed
+    REVOKED = "revoked"  # a certificate or key was revoked, or its CA is not in force any more
     OVERRUN = "overrun"  # the coding of a forwarded request's body is broken
 
 
@@ -146,8 +147,11 @@ class Account:
 class PairOwner(Protocol):
     """The role's side of a pair: what it is for, and what is counted. In the relay's thread."""
 
-    def allowed(self) -> bool:
-        """Return whether the pair may go on. Asked when rules, trust or exposed ports change."""
+    def review(self) -> Ending | None:
+        """Return the ending of a pair that may not go on, else None.
+
+        Asked when rules, trust or exposed ports change.
+        """
 
     def ended(self, account: Account) -> None:
         """Take the account of the pair, which is done. Called once, maybe from within the join."""
@@ -156,8 +160,8 @@ class PairOwner(Protocol):
 class _NoOwner:
     """Allows everything and counts nothing."""
 
-    def allowed(self) -> bool:
-        return True
+    def review(self) -> Ending | None:
+        return None
 
     def ended(self, account: Account) -> None:
         pass

@@ -155,13 +155,14 @@ class BytesSender(Protocol):
 class Link(WindowedSession):
     """One link, made by `Relay.link`. In the relay's thread.
 
-    `peer` is the other end's IP, `rtt` the seconds of the last ping (0: none yet).
+    `peer` is the other end's IP, `rtt` the seconds of the last ping (0: none yet), `cut` the number
+    of pairs that the link's end has reset.
     """
 
     __slots__ = (
         "_flushing", "_handshake_queued", "_heard", "_live", "_out", "_owner", "_ping_sent", "_pings", "_probes",
-        "_queued", "_spoken", "_timer", "_transport", "_unread", "allowance", "blocked", "is_client", "peer", "rtt",
-        "scratch", "sock", "up", "waiting",
+        "_queued", "_spoken", "_timer", "_transport", "_unread", "allowance", "blocked", "cut", "is_client", "peer",
+        "rtt", "scratch", "sock", "up", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -210,6 +211,7 @@ class Link(WindowedSession):
         self._ping_sent = 0.0
         self._probes: dict[int, Callable[[bool], None]] = {}  # `done` by the ping's value
         self.rtt = 0.0
+        self.cut = 0
         _tune(sock)
         self._watch(watched)
         self._queue_handshake()
@@ -544,6 +546,7 @@ class Link(WindowedSession):
         self._out.clear()
         self._unread = b""
         self.waiting.clear()
+        self.cut = sum(isinstance(stream, StreamEnd) and stream.joined for stream in self.streams.values())
         self.end()
         # Links and their owners refer to each other: TLS buffers (250 KB) must not wait for a
         # garbage collection.

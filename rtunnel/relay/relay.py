@@ -549,8 +549,8 @@ class Relay:
 
         def some() -> None:
             for pair in pairs[-REVIEWS_A_TURN:]:
-                if not pair.done and not pair.owner.allowed():
-                    pair.abort(Ending.REVOKED)
+                if not pair.done and (ending := pair.owner.review()) is not None:
+                    pair.abort(ending)
             del pairs[-REVIEWS_A_TURN:]
             if pairs:
                 self.loop.soon(some)

@@ -73,6 +73,11 @@ class StreamEnd(yamux.Stream):
         self.wide = self.start >= yamux.INITIAL_WINDOW  # its first window is not widened any more
         self._deadline: Timer | None = None
 
+    @property
+    def joined(self) -> bool:
+        """Whether the stream is one end of a pair that is not done."""
+        return self.pair is not None and not self.closed
+
     def set_handler(self, handler: EndHandler, deadline: float | None = None) -> None:
         self._handler = handler
         if self._deadline is not None:

@@ -87,12 +87,12 @@ class Joined:
         auditor.paths.opened(reached.used)
         self.permit = StreamPermit(auditor.counts)
 
-    def allowed(self) -> bool:
-        """Return whether rules and users in force allow it, and neither agent nor broker is
-        revoked.
-        """
+    def review(self) -> Ending | None:
+        """Check it by the trust list, the rules and the users in force."""
         auditor = self.auditor
-        return auditor.trust.allows(self.identity, self.certificate) and self.asked.judge(auditor.access)
+        if not auditor.trust.allows(self.identity, self.certificate):
+            return Ending.REVOKED
+        return None if self.asked.judge(auditor.access) else Ending.NOT_ALLOWED
 
     def ended(self, account: Account) -> None:
         auditor, asked, used, identity = self.auditor, self.asked, self.used, self.identity

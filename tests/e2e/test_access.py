@@ -49,9 +49,9 @@ def logs(events: Events) -> Iterator[Events]:
         assert secret not in text
 
 
-def revoked(logs: Events) -> Events:
-    """The streams that were cut."""
-    return [line for line in named(logs, "stream_ended") if line["reason"] == "revoked"]
+def not_allowed(logs: Events) -> Events:
+    """The streams that rules or users have cut."""
+    return [line for line in named(logs, "stream_ended") if line["reason"] == "not_allowed"]
 
 
 def rules(directory: Path, *tables: str) -> str:
@@ -251,8 +251,8 @@ async def test_rules_change_while_streams_run(tmp_path: Path, logs: Events) -> N
         await cluster.until(lambda: bool(named(logs, "policy_loaded")))
         (line,) = named(logs, "policy_loaded")
         assert line["count"] == 2 and cluster.gateway.access.status()["rejected"] == {}
-        await cluster.until(lambda: len(revoked(logs)) == 3)
-        cut = revoked(logs)
+        await cluster.until(lambda: len(not_allowed(logs)) == 3)
+        cut = not_allowed(logs)
         assert [line["rule"] for line in cut] == ["1 no more"] * 3
         assert {line["client"] for line in cut} == {"127.66.1.1", "127.66.1.2", "127.66.1.3"}
         with pytest.raises(SocksRefused):
@@ -460,8 +460,8 @@ async def test_a_user_is_revoked(tmp_path: Path, logs: Events, change: str) -> N
             await socks(cluster, target, login=("alice", PASSWORD))
         if change != "removed":
             (await socks(cluster, target, login=("alice", OTHER))).close()
-        await cluster.until(lambda: bool(revoked(logs)))
-        assert [(line["user"], line["rule"]) for line in revoked(logs)] == [("alice", "users")]
+        await cluster.until(lambda: bool(not_allowed(logs)))
+        assert [(line["user"], line["rule"]) for line in not_allowed(logs)] == [("alice", "users")]
 
 
 @pytest.mark.usefixtures("own_pace")

@@ -849,7 +849,7 @@ async def test_ports_are_exposed_and_hidden_while_the_agent_runs(
                 == [str(two.port)]
             )
         )
-        await cluster.until(lambda: agent.targets.counts.endings["revoked"] == 1)
+        await cluster.until(lambda: agent.targets.counts.endings["not_allowed"] == 1)
         await cluster.until(lambda: len(named(events, "config_loaded")) == 2)
         loaded = named(events, "config_loaded")
         assert loaded[0]["needs_restart"] == ["agent.target_timeout"]

@@ -515,6 +515,33 @@ async def test_an_agent_that_leaves_is_gone_at_once(tmp_path: Path, events: Even
         assert await cluster.ask("127.1.0.2", Target("127.1.0.2").port) == b"127.1.0.2:hello"
 
 
+def epochs_of(lines: Events, event: str, key: str) -> list[str]:
+    """The epochs of one event's lines, of the brokers (`key` "node") or of the agents ("broker")."""
+    return sorted(line["epoch"] for line in named(lines, event) if key in line)
+
+
+async def test_every_session_that_was_up_goes_down_once_at_each_end(tmp_path: Path, events: Events) -> None:
+    """A drain that cuts a stream, a killed agent and an agent's stop: one line each, with the streams that it cut."""
+    async with running_cluster(tmp_path, broker__drain=0.6, agent__drain=0.2) as cluster:
+        await cluster.start(brokers=2)
+        target = Target("127.1.0.1")
+        streams = [await cluster.socks(target.ip, target.port) for _ in range(4)]
+        for sock in streams:
+            assert await in_thread(lambda sock=sock: say(sock)) == b"127.1.0.1:still there"  # type: ignore[misc]
+        await cluster.brokers["b1"].shut()
+        await cluster.until(lambda: len(epochs_of(events, "session_down", "broker")) == 1)
+        await cluster.agents["a1"].shut()
+        await cluster.until(lambda: len(epochs_of(events, "session_down", "node")) == 2)
+    for key in ("node", "broker"):
+        assert len(epochs_of(events, "session_up", key)) == 2
+        assert epochs_of(events, "session_down", key) == epochs_of(events, "session_up", key)
+    down = [line for line in named(events, "session_down") if "node" in line]
+    assert [line["cause"] for line in down] == ["closed", "closed"]
+    assert sum(line["streams_cut"] for line in down) == 4
+    drained = [line["broker"] for line in named(events, "session_draining")]
+    assert drained == ["b1"]
+
+
 async def test_an_agent_cuts_at_its_deadline(tmp_path: Path, events: Events) -> None:
     """A stream that does not end is cut and counted."""
     async with running_cluster(tmp_path, agent__drain=0.5) as cluster:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rtunnel.relay.join import Account
+from rtunnel.relay.join import Account, Ending
 
 
 @dataclass(eq=False, slots=True)
 class Recorder:
-    """Keeps the accounts of its pairs, which are allowed for as long as it says so."""
+    """Keeps the accounts of its pairs. `verdict`: what a review of them says."""
 
     accounts: list[Account]
-    is_allowed: bool = True
+    verdict: Ending | None = None
 
-    def allowed(self) -> bool:
+    def review(self) -> Ending | None:
         """See PairOwner."""
-        return self.is_allowed
+        return self.verdict
 
     def ended(self, account: Account) -> None:
         """See PairOwner."""

@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtunnel.clock import ClockWatch
+from rtunnel.config import GatewayConfig
 from rtunnel.registry import Tuple
+from rtunnel.relay.join import Ending
 from rtunnel.relay.memory import START_WINDOW
 from rtunnel.strangers import made_room
 from rtunnel.trust.keys import DialKeys, gateway_key
@@ -140,9 +142,9 @@ def test_a_guarded_port_passes_a_good_dial_on(broker: Broker, piece: int) -> Non
     (pair,) = broker.relay.pairs
     assert (pair.client, pair.target.written + EARLY) == (gateway, frame)
     assert broker.held == (0, 1, 1)
-    assert pair.owner.allowed()
+    assert pair.owner.review() is None
     broker.revoked.add("g1")
-    assert not pair.owner.allowed()
+    assert pair.owner.review() is Ending.REVOKED
     pair.end()
     assert broker.held == (0, 0, 0)
     assert broker.session.logged[-1][0] == "stream_relayed"
@@ -279,7 +281,7 @@ def test_an_open_port_joins_its_client_when_the_agent_accepts(broker: Broker) ->
     stream.receive(encode(Accepted()) + LATER)
     (pair,) = broker.relay.pairs
     assert (pair.client, pair.target, pair.down) == (client, stream, LATER)
-    assert broker.held == (0, 1, 1) and pair.owner.allowed()
+    assert broker.held == (0, 1, 1) and pair.owner.review() is None
     pair.end()
     assert broker.held == (0, 0, 0)
 
@@ -396,7 +398,7 @@ def test_an_agent_connects_and_accepts() -> None:
     assert agent.held == (1, 1, 0)
     assert agent.targets.expose(agent.targets.exposed) == 0 and not pair.done
     assert agent.targets.expose(Exposed([])) == 1
-    assert agent.targets.counts.endings == {"revoked": 1} and agent.held == (0, 0, 0)
+    assert agent.targets.counts.endings == {"not_allowed": 1} and agent.held == (0, 0, 0)
 
 
 def test_an_agent_says_dialling_once_when_the_target_is_slow() -> None:
@@ -511,7 +513,7 @@ class Dialled:
         self.owner: Any = SimpleNamespace(
             relay=self.relay,
             sources=None,
-            proofs=proofs,
+            config=GatewayConfig(),
             key=KEY,
             trust=SimpleNamespace(dial_tls=None, fault_of=lambda certificate: fault, proofs=proofs),
             clock=SimpleNamespace(suspicious=False, differs=lambda *words: say(("clock", *words[:1]))),

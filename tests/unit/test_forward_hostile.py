@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rtunnel.config import LimitsConfig
+from rtunnel.config import GatewayConfig, LimitsConfig
 from rtunnel.counts import StreamCounts
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Ending
@@ -185,7 +185,7 @@ class World:
             version=0, users=None, anonymous=lambda peer: True, judge=lambda question, entry: Verdict(True, 1, "1")
         )
         self.namespace = "default"
-        self.config = SimpleNamespace(idle_timeout=0.0, handshake_timeout=1000.0, max_head=65536)
+        self.config = GatewayConfig(idle_timeout=0.0, handshake_timeout=1000.0, max_head=65536)
         self.resolver = self
         self.waiting: set[Client] = set()
         self.keep_alive, self.ready = 1000.0, True

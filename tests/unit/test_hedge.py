@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rtunnel.config import GatewayConfig
 from rtunnel.registry import Tuple
 from rtunnel.wire.messages import Dialling, Refuse, encode
 from rtunnel.wire.refusal import Refusal
@@ -147,15 +148,11 @@ class Scene:
     codes: list[Refusal] = field(default_factory=list)
     paths: Paths = field(default_factory=Paths)
     hedging: Hedging = field(default_factory=lambda: Hedging(FIRST))
-    dial_timeout: float = 15.0
+    config: GatewayConfig = field(default_factory=GatewayConfig)
     name: str = "g"
     proofs: None = None
     sources: None = None
     dial_tls: None = None
-
-    @property
-    def config(self) -> Any:
-        return self
 
     @property
     def trust(self) -> Any:
@@ -227,7 +224,7 @@ class Scene:
 
             TargetDial(self, Target("default", "10.1.0.7", 80), "", done).start(tuples)  # type: ignore[arg-type]
             self.loop.run(self.loop.now + every)
-        self.loop.run(self.loop.now + self.dial_timeout + 1)
+        self.loop.run(self.loop.now + self.config.dial_timeout + 1)
         assert len(self.took) == before + number
 
 
@@ -278,7 +275,7 @@ def test_without_budget_a_dial_is_hedged_before_its_time_is_over() -> None:
         pass
     scene.dials(3, every=20.0)
     assert set(scene.codes) == {Refusal.TARGET_REFUSED}
-    assert max(scene.took) <= scene.dial_timeout / 2 + MOST_DELAY
+    assert max(scene.took) <= scene.config.dial_timeout / 2 + MOST_DELAY
 
 
 def test_dialling_is_a_sign_of_life() -> None:

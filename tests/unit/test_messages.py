@@ -408,13 +408,27 @@ def test_every_field_with_a_limit_is_attacked() -> None:
     assert {(kind, key) for kind, key, _, _ in CAPS} == every - plain
 
 
-@pytest.mark.parametrize(
-    ("key", "over", "within"),
-    [
-        ("namespace", *WORDS), ("ip", *ADDRESSES), ("port", *PORTS), ("node", *WORDS), ("epoch", *UNSIGNED),
-        ("nonce", *NONCES), ("time", (), (0, -1, 2**63)), ("who", *TEXTS),
-    ],
-)  # fmt: skip
+#: The same of a Dial's body.
+BODY_CAPS: list[tuple[str, tuple[Any, ...], tuple[Any, ...]]] = [
+    ("namespace", *WORDS),
+    ("ip", *ADDRESSES),
+    ("port", *PORTS),
+    ("node", *WORDS),
+    ("epoch", *UNSIGNED),
+    ("nonce", *NONCES),
+    ("time", (), (0, -1, 2**63)),
+    ("who", *TEXTS),
+    ("exchange", *EXCHANGES),
+    ("pair", (b"p" * 9,), (b"", b"p" * 8)),
+]
+
+
+def test_every_field_of_a_dial_body_with_a_limit_is_attacked() -> None:
+    """The table above has all fields but the version, which is compared."""
+    assert [key for key, _, _ in BODY_CAPS] == [field for field in DialBody.__struct_fields__ if field != "version"]
+
+
+@pytest.mark.parametrize(("key", "over", "within"), BODY_CAPS)
 def test_every_cap_of_a_dial_body_holds(key: str, over: tuple[Any, ...], within: tuple[Any, ...]) -> None:
     """The same for what a Dial asks for."""
     for value in over:

@@ -487,11 +487,11 @@ def test_a_review_ends_the_pairs_that_their_owners_no_longer_allow() -> None:
             d.setblocking(False)
             ends.append((a, c))
             relay.do(partial(join, relay, b, d, owner))
-        owners[0].is_allowed = False
+        owners[0].verdict = Ending.NOT_ALLOWED
         relay.do(relay.review)
         with pytest.raises(ConnectionResetError):
             ends[0][0].recv(1)
-        assert [account.ending for account in owners[0].accounts] == [Ending.REVOKED]
+        assert [account.ending for account in owners[0].accounts] == [Ending.NOT_ALLOWED]
         ends[1][0].sendall(b"x")
         assert ends[1][1].recv(1) == b"x" and not owners[1].accounts
 

@@ -101,6 +101,7 @@ class Wire:
         self.allowance: int | None = None
         self.start_window = 0
         self.streams: dict[int, object] = {}
+        self.cut = 0
         self.over: Lost | None = None
         self.broken_off = ""
         self._said = decoder_of(ANY, 1 << 16)
@@ -146,6 +147,7 @@ class Node:
     dial_tls: None = None
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     debugging: bool = False
+    lines: list[dict[str, object]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.trust: Any = self
@@ -169,7 +171,10 @@ class Node:
     # As its log.
 
     def info(self, event: str, **fields: object) -> None:
-        self.calls.append((event, fields.get("code", "")))
+        if event in ("session_up", "session_down"):
+            self.lines.append({"event": event, **fields})
+        else:
+            self.calls.append((event, fields.get("code", "")))
 
     def trace(self, event: str, **fields: object) -> None: ...
 
@@ -405,6 +410,26 @@ def test_why_a_session_ended_is_a_kind(end: Callable[[AtBroker], object], kind: 
     end(at)
     assert at.session.state is BrokerState.CLOSED
     assert [call[1] for call in at.node.calls if call[0] == "lost"] == [kind]
+
+
+def test_a_session_that_was_up_has_one_line_at_its_begin_and_one_at_its_end() -> None:
+    """With the cause in one word, and the number of streams that were cut."""
+    at = AtBroker().live()
+    at.wire.cut = 3
+    at.wire.close(Lost(LostKind.SILENT, "no sign of life for 15 s"))
+    at.session.end("too late")
+    up, down = at.node.lines
+    assert (up["event"], up["agent"], up["port"], up["proved_by"]) == ("session_up", "a1", WELCOME.port, "join token")
+    assert (down["event"], down["agent"], down["epoch"]) == ("session_down", "a1", up["epoch"])
+    assert (down["cause"], down["reason"], down["streams_cut"]) == ("silent", "no sign of life for 15 s", 3)
+
+
+def test_a_session_that_was_never_up_has_neither_line() -> None:
+    """Its refusal has a line of its own."""
+    for at in (AtBroker(), AtBroker().proven()):
+        at.session.refuse(Refusal.OVERLOADED)
+        at.wire.close(closed("closed by peer"))
+        assert at.node.lines == []
 
 
 def test_a_second_stream_before_the_proof_ends_the_link() -> None:
