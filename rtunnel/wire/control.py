@@ -20,7 +20,7 @@ import hmac
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, StrEnum
-from typing import Any, Final, Generic, Protocol, TypeVar, assert_never
+from typing import Final, Generic, Protocol, TypeVar, assert_never
 
 import msgspec
 
@@ -34,7 +34,6 @@ from rtunnel.wire.messages import (
     Enrol,
     Enrolled,
     Hello,
-    LocalError,
     Message,
     MessageError,
     Proof,
@@ -45,6 +44,7 @@ from rtunnel.wire.messages import (
     encode,
 )
 from rtunnel.wire.refusal import Refusal, Refused
+from rtunnel.wire.states import Table
 from rtunnel.wire.yamux import INITIAL_WINDOW
 
 #: What a link may send before its Proof has come: the longest Hello, the Proof, and room for the
@@ -136,12 +136,12 @@ class AgentState(_State):
 
 
 _B, _A, _Do = BrokerState, AgentState, Action
-BrokerTable = Mapping[tuple[BrokerState, type[Message] | Action], BrokerState]
-AgentTable = Mapping[tuple[AgentState, type[Message] | Action], AgentState]
+BrokerTable = Table[BrokerState, Action]
+AgentTable = Table[AgentState, Action]
 
 #: All transitions at the broker but two: a fault of the agent leads to `failed` from every state,
 #: and the end of the link leads to `closed`.
-BROKER: Final[BrokerTable] = {
+BROKER: Final[BrokerTable] = Table({
     (_B.NEW, Hello): _B.GREETED,
     (_B.NEW, Enrol): _B.ENROLLING,
     (_B.GREETED, _Do.CHALLENGE): _B.CHALLENGED,
@@ -175,11 +175,11 @@ BROKER: Final[BrokerTable] = {
     (_B.ENROLLING, _Do.REFUSE): _B.REFUSED,
     (_B.ENROLLED, Bye): _B.CLOSED,
     (_B.FAILED, _Do.REFUSE): _B.REFUSED,
-}
+})  # fmt: skip
 
 #: All transitions at the agent but two: a fault of the broker leads to `failed` from every state,
 #: and the end of the link leads to `closed`.
-AGENT: Final[AgentTable] = {
+AGENT: Final[AgentTable] = Table({
     (_A.NEW, _Do.HELLO): _A.PROVEN,
     (_A.NEW, _Do.HELLO_BY_TOKEN): _A.GREETED,
     (_A.NEW, _Do.ENROL): _A.ENROLLING,
@@ -202,7 +202,7 @@ AGENT: Final[AgentTable] = {
     (_A.DRAINING, _Do.BYE): _A.CLOSED,
     (_A.ENROLLING, Enrolled): _A.ENROLLED,
     (_A.ENROLLING, Refuse): _A.REFUSED,
-}
+})  # fmt: skip
 
 #: States in which streams may begin.
 BROKER_SERVES: Final = frozenset({_B.LIVE, _B.DRAINING})
@@ -337,7 +337,7 @@ _E = TypeVar("_E")
 class _Control(Generic[_S, _M, _E]):
     """What both machines share: the table, the limits, and the fault that stays."""
 
-    _TABLE: Mapping[tuple[_S, type[Message] | Action], _S]
+    _TABLE: Table[_S, Action]
     _LIMITS: Mapping[_S, int]
     _FAILED: _S
     _CLOSED: _S
@@ -399,9 +399,10 @@ class _Control(Generic[_S, _M, _E]):
             return None
         self.heard = True
         message, frame = found
-        after = self._TABLE.get((self.state, type(message)))
-        if after is None:
-            raise RemoteProtocolError(Refusal.PROTOCOL_ERROR, self._out_of_order(message))
+        try:
+            after = self._TABLE[self.state, type(message)]
+        except MessageError as error:
+            raise RemoteProtocolError(Refusal.PROTOCOL_ERROR, str(error)) from None
         event = self._take(message, frame)
         self._enter(after)
         return event
@@ -414,10 +415,7 @@ class _Control(Generic[_S, _M, _E]):
         raise NotImplementedError
 
     def _act(self, action: Action, message: Message | None = None) -> bytes:
-        after = self._TABLE.get((self.state, action))
-        if after is None:
-            raise LocalError(f"action {action} is not allowed in the state {self.state}")
-        self._enter(after)
+        self._enter(self._TABLE[self.state, action])
         return b"" if message is None else encode(message)
 
     def _enter(self, state: _S) -> None:
@@ -425,10 +423,6 @@ class _Control(Generic[_S, _M, _E]):
         self._decoder.limit = self._LIMITS.get(state, messages.MAX_MESSAGE)
         if state in _DEAF:
             self._decoder.rest()
-
-    def _out_of_order(self, message: Message) -> str:
-        takes = [word_of(key) for state, key in self._TABLE if state is self.state and not isinstance(key, Action)]
-        return f"{word_of(type(message))} came in the state {self.state}, which takes {' or '.join(takes) or 'nothing'}"
 
 
 class BrokerControl(_Control[BrokerState, FromAgent, BrokerEvent]):
@@ -627,12 +621,6 @@ class AgentControl(_Control[AgentState, FromBroker, AgentEvent]):
     def bye(self, reason: str) -> bytes:
         """Say that the session ends on purpose; then end the link."""
         return self._act(Action.BYE, Bye(reason=reason[: messages.MAX_TEXT]))
-
-
-def word_of(message: type[Message]) -> str:
-    """Return the word by which a message is known on the wire."""
-    config: Any = message.__struct_config__
-    return str(config.tag)
 
 
 def _check_version(theirs: int, who: str, here: str) -> None:

@@ -5,9 +5,9 @@ open port towards the agent. A `DialReceiver` reads the Dial and answers it: the
 broker's guarded port, which forwards a good Dial to the agent and then only passes bytes on.
 
 `receive` takes bytes in any split and returns events. An action returns the bytes to send. Each
-machine has one table: (state, input) -> next state. An input is a message of the peer, or an action
-of this end. What the table does not have is an error: a `MessageError` if the peer sent it, a
-`LocalError` if this end did it.
+machine has one table (`states`): (state, input) -> next state. An input is a message of the peer,
+or an action of this end. A transition that the table does not have is an error: a `MessageError` if
+the peer sent the message, a `LocalError` if this end took the action.
 
 The machines have no socket, clock, random source or key. The caller puts time and nonce into the
 body of the Dial, and passes what signs, verifies and proves as arguments.
@@ -30,8 +30,6 @@ from rtunnel.wire.messages import (
     DialAnswer,
     DialBody,
     Dialling,
-    LocalError,
-    Message,
     MessageError,
     Refuse,
     decode_body,
@@ -40,6 +38,7 @@ from rtunnel.wire.messages import (
     split_frame,
 )
 from rtunnel.wire.refusal import Next, Refusal, Refused
+from rtunnel.wire.states import Table
 
 #: Dialling that one Dial may get. An agent sends it once; a peer that repeats it must not keep a
 #: client waiting for ever.
@@ -76,20 +75,9 @@ class Action(StrEnum):
     REFUSE = "refuse"
 
 
-Input = Action | type[Message]
+DialTable = Table[DialState, Action]
 
-
-class Table(dict[tuple[DialState, Input], DialState]):
-    """The next state for each state and input. A missing one raises the error that names both."""
-
-    def __missing__(self, key: tuple[DialState, Input]) -> DialState:
-        state, done = key
-        if isinstance(done, Action):
-            raise LocalError(f"{done} is not allowed in the state {state}")
-        raise MessageError(f"{done.__struct_config__.tag} is not allowed in the state {state}")
-
-
-SENDER: Final = Table(
+SENDER: Final[DialTable] = Table(
     {
         (DialState.IDLE, Action.DIAL): DialState.DIALLED,
         (DialState.DIALLED, Dialling): DialState.DIALLING,
@@ -101,7 +89,7 @@ SENDER: Final = Table(
     }
 )
 
-RECEIVER: Final = Table(
+RECEIVER: Final[DialTable] = Table(
     {
         (DialState.IDLE, Dial): DialState.DIALLED,
         (DialState.IDLE, Action.REFUSE): DialState.REFUSED,  # no whole Dial came

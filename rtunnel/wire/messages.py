@@ -79,12 +79,6 @@ class MessageError(Exception):
         self.other_version = other_version
 
 
-class LocalError(Exception):
-    """This end did what its machine's table does not have: a defect of the caller, not
-    of the peer.
-    """
-
-
 class Message(msgspec.Struct, tag_field="t", frozen=True):
     """Base of all messages."""
 

@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from enum import Enum
 from typing import TypeVar
 
-from rtunnel.wire.control import AGENT, BROKER, Action, AgentState, BrokerState, word_of
-from rtunnel.wire.messages import Message
+from rtunnel.wire.control import AGENT, BROKER, Action, AgentState, BrokerState
+from rtunnel.wire.states import Table, word_of
 from support.state_tables import put
 
 _S = TypeVar("_S", BrokerState, AgentState)
@@ -20,7 +19,7 @@ def _cell(steps: list[tuple[str, Enum]], state: Enum) -> str:
     return "; ".join(word if after is state else f"{word} → `{after}`" for word, after in steps)
 
 
-def text_of(table: Mapping[tuple[_S, type[Message] | Action], _S], states: type[_S]) -> str:
+def text_of(table: Table[_S, Action], states: type[_S]) -> str:
     """Return the table as Markdown: for each state what it receives and does, and what is next."""
     rows = ["| state | what holds | receives | does |", "| --- | --- | --- | --- |"]
     for state in states:

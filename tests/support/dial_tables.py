@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from rtunnel.wire.dial import RECEIVER, SENDER, Action, Table
+from rtunnel.wire.dial import RECEIVER, SENDER, Action, DialTable
 from rtunnel.wire.messages import Accepted, Dial, Dialling, Refuse
 from support.state_tables import put
 
@@ -19,7 +19,7 @@ _WORDS: Final = {
 }  # fmt: skip
 
 
-def text_of(end: str, table: Table) -> str:
+def text_of(end: str, table: DialTable) -> str:
     """Return one table as Markdown: a row for each transition."""
     lines = [f"| {end}: state | what happens | next state |", "| --- | --- | --- |"]
     return "\n".join([*lines, *(f"| {state} | {_WORDS[done]} | {after} |" for (state, done), after in table.items())])

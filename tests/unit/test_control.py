@@ -49,7 +49,6 @@ from rtunnel.wire.messages import (
     Enrolled,
     Follow,
     Hello,
-    LocalError,
     Message,
     Proof,
     Refuse,
@@ -59,6 +58,7 @@ from rtunnel.wire.messages import (
     encode,
 )
 from rtunnel.wire.refusal import Refusal
+from rtunnel.wire.states import LocalError, Table, word_of
 from support import control_tables
 from support.effort import times
 from support.state_tables import shown
@@ -352,16 +352,16 @@ def test_a_script_is_heard_alike_in_every_split(name: str, split: Split) -> None
     assert pair.heard == heard
 
 
-class Used(dict[tuple[Any, Any], Any]):
+class Used(Table[Any, Any]):
     """A table that remembers which of its transitions were used."""
 
     def __init__(self, table: Any) -> None:
         super().__init__(table)
         self.used: set[tuple[Any, Any]] = set()
 
-    def get(self, key: tuple[Any, Any], default: Any = None) -> Any:
+    def __getitem__(self, key: tuple[Any, Any]) -> Any:
         self.used.add(key)
-        return super().get(key, default)
+        return super().__getitem__(key)
 
 
 def test_the_scripts_use_every_transition(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -651,7 +651,7 @@ def test_every_state_can_be_reached_and_left() -> None:
 def test_what_one_end_sends_the_other_receives() -> None:
     """Every message that one table sends is received somewhere in the other table."""
     sent = {str(action).split()[0] for _, action in [*BROKER, *AGENT] if isinstance(action, Action)}
-    words = {control.word_of(key) for _, key in [*BROKER, *AGENT] if not isinstance(key, Action)}
+    words = {word_of(key) for _, key in [*BROKER, *AGENT] if not isinstance(key, Action)}
     assert {word for word in sent if not word.startswith("(")} == words
 
 

@@ -25,7 +25,7 @@ from rtunnel.wire.dial import (
     DialRefused,
     DialSender,
     DialState,
-    Table,
+    DialTable,
 )
 from rtunnel.wire.messages import (
     MAX_TEXT,
@@ -35,13 +35,13 @@ from rtunnel.wire.messages import (
     Dial,
     DialBody,
     Dialling,
-    LocalError,
     MessageError,
     Refuse,
     encode,
     encode_body,
 )
 from rtunnel.wire.refusal import Next, Refusal, Refused
+from rtunnel.wire.states import LocalError, word_of
 from support import dial_tables
 from support.state_tables import shown
 
@@ -280,7 +280,7 @@ MESSAGES = [DIAL, Dialling(), Accepted(), Refuse("internal")]
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.__struct_config__.tag)
 def test_a_sender_takes_nothing_before_it_has_dialled(message: Any) -> None:
     """The error names state and message."""
-    with pytest.raises(MessageError, match=f"{message.__struct_config__.tag} is not allowed in the state idle"):
+    with pytest.raises(MessageError, match=f"{word_of(type(message))} came in the state idle, which takes nothing"):
         DialSender[None]().receive(encode(message))
 
 
@@ -288,7 +288,7 @@ def test_a_sender_takes_nothing_before_it_has_dialled(message: Any) -> None:
 def test_a_receiver_takes_a_dial_only(message: Any) -> None:
     """The error names state and message, and can be told to the peer."""
     receiver = DialReceiver()
-    with pytest.raises(MessageError, match=f"{message.__struct_config__.tag} is not allowed in the state idle"):
+    with pytest.raises(MessageError, match=f"{word_of(type(message))} came in the state idle, which takes dial"):
         receiver.receive(encode(message))
     assert receiver.refuse(Refused(Refusal.PROTOCOL_ERROR))
 
@@ -323,7 +323,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.receiver = DialReceiver(verify if checks else None)
         self.accepted = False
 
-    def _feed(self, machine: DialSender[str] | DialReceiver, table: Table, message: Any, data: bytes) -> None:
+    def _feed(self, machine: DialSender[str] | DialReceiver, table: DialTable, message: Any, data: bytes) -> None:
         before = machine.state
         expected = table.get((before, type(message)))
         reads = before is DialState.IDLE or (machine is self.sender and before in module._SENDER_READS)
@@ -357,7 +357,7 @@ class AnyOrder(RuleBasedStateMachine):
     def garbage(self, message: bytes) -> None:
         """What is no message of a Dial."""
         for machine in (self.sender, self.receiver):
-            self._feed(machine, Table(), None, message)
+            self._feed(machine, DialTable(), None, message)
 
     @rule(action=st.sampled_from(sorted(Action)))
     def act(self, action: Action) -> None:

@@ -238,7 +238,7 @@ def test_a_full_session_takes_no_dial(broker: Broker) -> None:
     ("data", "text"),
     [
         (b"\x16\x03\x01\x02\x00", "a TLS handshake came, and broker.dial_security is plain"),
-        (encode(Accepted()), "accepted is not allowed in the state idle"),
+        (encode(Accepted()), "accepted came in the state idle, which takes dial"),
         (b"\0\0\0\1\xc1", "bad message"),
     ],
     ids=["TLS", "an answer", "garbage"],
