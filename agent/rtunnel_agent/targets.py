@@ -177,11 +177,12 @@ class IncomingStream:
         self._stream.pause()
         self._served = Served(self._targets, self._session, body.ip, body.port, way, body.who)
         relay = self._targets.relay
-        self._late = relay.loop.after(DIALLING_AFTER, self._say_dialling)
         # From the target's own address: a host that has lost it must not dial the one that has it
         # now.
         source = way if way == body.ip else ""
         self._attempt = relay.connect(way, body.port, self._targets.timeout, self._connected, source=source)
+        if self._attempt.pending:
+            self._late = relay.loop.after(DIALLING_AFTER, self._say_dialling)
 
     def _say_dialling(self) -> None:
         self._stream.write(self._dial.dialling())

@@ -140,6 +140,7 @@ class FakeConnect:
     source: str
     done: Callable[[Any, Refusal, str], None] | None
     errno: int = 0
+    pending: bool = True
 
     def cancel(self) -> None:
         """See Attempt."""

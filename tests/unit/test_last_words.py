@@ -227,6 +227,8 @@ def world() -> Iterator[World]:
 
 def test_a_process_that_stops_cuts_no_last_words(world: World) -> None:
     """Ending links that wait for the peer's FIN are closed in order."""
+    while world._round():  # the first pings: close(2) over unread bytes would be a RST
+        pass
     world.leave()
     world.relays[0]._end_all()
     while world._round():

@@ -17,7 +17,7 @@ import pytest
 
 from rtunnel.relay.ends import HANDLER_READ_BYTES, READS_A_TURN, SocketEnd
 from rtunnel.relay.join import Account, Ending, StreamPair
-from rtunnel.relay.link import FRAMES_A_TURN, UNPROVEN_FRAMES_A_TURN
+from rtunnel.relay.link import FIRST_PINGS, FRAMES_A_TURN, UNPROVEN_FRAMES_A_TURN, Link
 from rtunnel.relay.loop import SLOW_A_TURN, Loop
 from rtunnel.relay.lost import closed
 from rtunnel.relay.memory import START_WINDOW
@@ -611,6 +611,13 @@ class TestLoop:
         assert [event for event, _ in relay.reports] == ["relay_crash"]
 
 
+def pretend_rtt(link: Link, seconds: float) -> None:
+    """Let a link take its path for one of this round trip; pongs under way tell it nothing any more."""
+    link._pings = FIRST_PINGS + 1
+    link._least_rtt = 0.0
+    link.measured(seconds)
+
+
 class TestUnproven:
     """A peer that has not proved itself gets few frames in a turn, and so many bytes in all."""
 
@@ -696,8 +703,9 @@ class TestMemory:
         with running_relay() as near, running_relay() as far:
             tunnel = Tunnel(near, far)
             for relay, link in ((near, tunnel.near_link), (far, tunnel.far_link)):
+                relay.settle(lambda link=link: link.rtt > 0)  # type: ignore[misc]
+                relay.do(partial(pretend_rtt, link, 0.05 if far_away else 0.0001))
                 relay.do(partial(setattr, link, "start_window", START_WINDOW))
-                relay.do(partial(setattr, link, "widens_early", far_away))
             budget = near.memory.left
 
             def window() -> int:
@@ -753,7 +761,7 @@ class TestWindows:
         """A tunnel whose far end takes the path for one of 50 ms."""
         tunnel = Tunnel(near, far)
         far.settle(lambda: tunnel.far_link.rtt > 0)
-        tunnel.far_link._least_rtt = 0.05
+        far.do(lambda: pretend_rtt(tunnel.far_link, 0.05))
         return tunnel
 
     @staticmethod
@@ -810,6 +818,39 @@ class TestWindows:
             least = max(tunnel.far_link._least_rtt, LEAST_RTT)
             assert stream.receive_window <= max(INITIAL_WINDOW, 2 * 5e9 * least)
 
+    @pytest.mark.parametrize(
+        ("round_trips", "pings"),
+        [
+            ([0.0001], 1),  # the first one tells
+            ([0.002, 0.0001], 2),  # the processes were asleep
+            ([0.002] * 5, 5),  # a path of 2 ms: five tries
+            ([0.05], 1),  # a far path, or a storm: not now
+            ([0.05, 0.002, 0.0001], 3),  # the second one at a look of the heartbeat
+        ],
+    )
+    def test_pings_follow_each_other_until_one_met_no_sleeper(self, round_trips: list[float], pings: int) -> None:
+        """A near link whose first pings were slow is measured as a near one; a far link costs five pings."""
+        with running_relay() as near, running_relay() as far:
+            tunnel = Tunnel(near, far)
+            far.settle(lambda: tunnel.far_link.rtt > 0)
+
+            def measure() -> tuple[int, float]:
+                link = tunnel.far_link
+                link._pings, link._least_rtt = 0, 0.0
+                answered = 0
+                for round_trip in round_trips:
+                    if link._pings == answered:  # the pong asked for no other ping: a look of the heartbeat does
+                        assert link._measures_on()
+                        link._measure()
+                    answered = link._pings
+                    link._ping_sent = link.loop.now - round_trip
+                    link.on_pong(answered)
+                return link._pings, link._least_rtt
+
+            sent, least = far.do(measure)
+            assert sent == pings
+            assert least == pytest.approx(min(round_trips))
+
     def test_a_neighbour_makes_a_grown_window_small_again(self) -> None:
         """On a near path a window that grew while its stream was alone shrinks when another one speaks as well."""
         with running_relay() as near, running_relay() as far:
@@ -819,7 +860,7 @@ class TestWindows:
             self.push(client, served, 32 << 20)
             (stream,) = far.do(lambda: list(tunnel.far_link.streams.values()))
             assert stream.receive_window > INITIAL_WINDOW
-            tunnel.far_link._least_rtt = 0.0001
+            far.do(lambda: pretend_rtt(tunnel.far_link, 0.0001))
             neighbour, met = tunnel.through()
             for _ in range(200):
                 neighbour.sendall(b"ping")
