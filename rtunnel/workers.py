@@ -22,7 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -449,46 +449,59 @@ def _first_line() -> tuple[bytes, bytes]:
     return line, rest
 
 
+class _Orders:
+    """What a worker does at the supervisor's orders, and at signals."""
+
+    def __init__(self, stop: trio.Event, at_once: Callable[[], object]) -> None:
+        self._stop = stop
+        self._at_once = at_once
+        self._stops = 0  # orders to stop, so far
+
+    def take(self, orders: bytes | bytearray) -> None:
+        """Follow a piece of the supervisor's orders; the second order to stop means "at once"."""
+        if LOOK in orders:
+            self._look("the supervisor")
+        self._stops += orders.count(STOP)
+        if self._stops:
+            self.stop("the supervisor")
+        if self._stops > 1:
+            log.warning("stopping_at_once", by="the supervisor")
+            self._at_once()
+
+    async def heed(self, signals: AsyncIterator[int]) -> None:
+        """Follow signals: SIGHUP means "check the files", and every other one means "stop"."""
+        async for number in signals:
+            name = signal.Signals(number).name
+            self._look(name) if number == signal.SIGHUP else self.stop(name)
+
+    def stop(self, by: str) -> None:
+        """Stop the roles in order. Later calls have no effect."""
+        if not self._stop.is_set():
+            log.info("stopping", by=by)
+            self._stop.set()
+
+    def _look(self, by: str) -> None:
+        log.info("file_check_requested", by=by)
+        look_now()
+
+
 async def _obey(
     early: bytes, stop: trio.Event, at_once: Callable[[], object], *, task_status: trio.TaskStatus[None]
 ) -> None:
     """Watch for the end of a worker, instead of `roles.watch_signals`.
 
-    Orders count, and the first signal. SIGHUP means "check the files", like the order. A terminal
-    and an init system may send signals to every process, beside the supervisor's orders.
+    `early`: orders that have been read already. Orders count, and the first signal, because a
+    terminal and an init system may send signals to every process, beside the supervisor's orders.
     """
-
-    def stop_all(by: str) -> None:
-        if not stop.is_set():
-            log.info("stopping", by=by)
-            stop.set()
-
-    def look(by: str) -> None:
-        log.info("file_check_requested", by=by)
-        look_now()
-
-    async def heed(signals: Any) -> None:
-        async for number in signals:
-            name = signal.Signals(number).name
-            look(name) if number == signal.SIGHUP else stop_all(name)
-
+    todo = _Orders(stop, at_once)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery, trio.lowlevel.FdStream(os.dup(0)) as orders:
-            nursery.start_soon(heed, signals)
+            nursery.start_soon(todo.heed, signals)
             task_status.started()
-            piece, stops = early, 0
-            while True:
-                if LOOK in piece:
-                    look("the supervisor")
-                stops += piece.count(STOP)
-                if stops:
-                    stop_all("the supervisor")
-                if stops > 1:
-                    log.warning("stopping_at_once", by="the supervisor")
-                    at_once()
-                if not (piece := await orders.receive_some()):
-                    break
-            stop_all("the supervisor's end")
+            todo.take(early)
+            async for piece in orders:
+                todo.take(piece)
+            todo.stop("the supervisor's end")
 
 
 if __name__ == "__main__":

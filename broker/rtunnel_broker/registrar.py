@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Protocol
 
@@ -58,6 +58,20 @@ class Leased:
 
     lease: PortLease
     sock: socket.socket
+
+
+@dataclass
+class Ports:
+    """The ports of a session while it registers: the guarded port, then the open ports."""
+
+    leased: list[Leased] = field(default_factory=list)
+    granted: list[tuple[Publish, int]] = field(default_factory=list)  # the open ports, as asked for
+    notices: list[str] = field(default_factory=list)  # one for each open port that is not granted
+
+    def close(self) -> None:
+        """Close the sockets."""
+        for port in self.leased:
+            port.sock.close()
 
 
 @dataclass
@@ -128,63 +142,65 @@ class Registrar:
         the session.
         """
         async with self._owner_lock(session.owner):
-            older = self.sessions.get(session.owner)
-            if older is not None:
-                try:
-                    await self._check_older(older, session)
-                except Refused as error:
-                    code, text = error.code, error.text
-                    await self._node.bridge.run(lambda: session.refuse(code, text))
-                    return
-            # it has ended, so it replaces no other session
-            if session.state is not BrokerState.PROVEN:
-                return
-            if older is not None:
-                # The agent says that it has no session here: its old link is lost, and only this
-                # node does not know.
-                await self._replace(older, session)
-            session.epoch = self._node.presence.incarnation << COUNTER_BITS | next(self._counter)
-            leased: list[Leased] = []
             try:
-                leased.append(await self._take_port(session))
-                granted, notices = await self._take_open_ports(session, leased)
-                session.granted = granted
-                session.registration = self._registration(session, tuple(port.lease for port in leased))
-                await self._node.bridge.registry(self._registry.register, session.registration)
-            except (Refused, RegistryUnavailable, AddressTaken, PortsExhausted, OSError) as error:
-                await self._give_back(leased)
-                session.registration = None
-                code, text = _refusal_of(error), str(error)
-                if isinstance(error, DuplicateAgent):
-                    text = self._duplicated(session, error.holder)
+                await self._make_way(session)
+                # it has ended, so it takes no ports
+                if session.state is not BrokerState.PROVEN:
+                    return
+                ports = await self._take_ports(session)
+            except Refused as error:
+                code, text = error.code, error.text
                 await self._node.bridge.run(lambda: session.refuse(code, text))
                 return
-            except BaseException:  # cancelled, or superseded: the node ends
-                for port in leased:
-                    port.sock.close()
-                raise
             self.sessions[session.owner] = session
-            live = await self._node.bridge.run(lambda: self._start_listeners(session, leased, granted, notices))
-            if not live:
+            if not await self._node.bridge.run(lambda: self._start_listeners(session, ports)):
                 await self._leave(session)
 
-    def _start_listeners(
-        self, session: Session, leased: list[Leased], granted: list[tuple[Publish, int]], notices: list[str]
-    ) -> bool:
+    async def _make_way(self, session: Session) -> None:
+        """End an older session of the same owner. Raises Refused if that one stays."""
+        older = self.sessions.get(session.owner)
+        if older is not None:
+            await self._check_older(older, session)
+            # One that has ended meanwhile replaces no other session. Else the agent says that it
+            # has no session here: its old link is lost, and only this node does not know.
+            if session.state is BrokerState.PROVEN:
+                await self._replace(older, session)
+
+    async def _take_ports(self, session: Session) -> Ports:
+        """Lease the session's ports, and write its tuples. Raises Refused and keeps nothing then."""
+        session.epoch = self._node.presence.incarnation << COUNTER_BITS | next(self._counter)
+        ports = Ports()
+        try:
+            ports.leased.append(await self._take_port(session))
+            await self._take_open_ports(session, ports)
+            session.granted = ports.granted
+            session.registration = self._registration(session, tuple(port.lease for port in ports.leased))
+            await self._node.bridge.registry(self._registry.register, session.registration)
+        except (Refused, RegistryUnavailable, AddressTaken, PortsExhausted, OSError) as error:
+            await self._give_back(ports.leased)
+            session.registration = None
+            text = self._duplicated(session, error.holder) if isinstance(error, DuplicateAgent) else str(error)
+            raise Refused(_refusal_of(error), text) from None
+        except BaseException:  # cancelled, or superseded: the node ends
+            ports.close()
+            raise
+        return ports
+
+    def _start_listeners(self, session: Session, ports: Ports) -> bool:
         """Accept on the ports and send Welcome.
 
         Return False when the session has ended. In the relay's thread.
         """
         if session.state is not BrokerState.PROVEN:
-            for port in leased:
-                port.sock.close()
+            ports.close()
             return False
+        first, *others = ports.leased
         guarded = GuardedPort(
-            self._node.relay, session, leased[0].lease.port, self._checker, self._node.counts,
+            self._node.relay, session, first.lease.port, self._checker, self._node.counts,
             self._node.config.handshake_timeout,
         )  # fmt: skip
-        session.listeners.append(self._node.relay.listen(leased[0].sock, guarded.accept, client_speaks=True))
-        for port, (publish, _) in zip(leased[1:], granted, strict=True):
+        session.listeners.append(self._node.relay.listen(first.sock, guarded.accept, client_speaks=True))
+        for port, (publish, _) in zip(others, ports.granted, strict=True):
             own = tuple(ipaddress.ip_network(cidr, strict=False) for cidr in publish.allow)
             server = OpenPortServer(
                 self._node.relay, session, port.lease.port, publish.ip, publish.target_port,
@@ -199,8 +215,8 @@ class Registrar:
                 ip=self._node.ip,
                 port=guarded.number,
                 heartbeat=self._node.presence.heartbeat,
-                open_ports=[OpenPort(port=n, ip=p.ip, target_port=p.target_port) for p, n in granted],
-                notices=notices,
+                open_ports=[OpenPort(port=n, ip=p.ip, target_port=p.target_port) for p, n in ports.granted],
+                notices=ports.notices,
                 software=f"rtunnel {rtunnel.__version__}",
             )
         )
@@ -213,15 +229,11 @@ class Registrar:
 
         return await self._node.bridge.registry(allocate)
 
-    async def _take_open_ports(
-        self, session: Session, leased: list[Leased]
-    ) -> tuple[list[tuple[Publish, int]], list[str]]:
-        """Take the open ports; return the granted ones, and a notice for each other one.
+    async def _take_open_ports(self, session: Session, ports: Ports) -> None:
+        """Add the open ports that are granted, and a notice for each other one.
 
         A session without an open port is better than no session.
         """
-        granted: list[tuple[Publish, int]] = []
-        notices: list[str] = []
         assert session.hello is not None
         quota = Quota(self._node.config.open_ports.per_agent, self._held_open(session))
         # Requests for a certain port come first: a random choice for another one could take it.
@@ -231,15 +243,14 @@ class Registrar:
                 quota.check(publish.port, open_owner(session, publish))
                 taken = await self._node.bridge.registry(self._allocate_open, session, publish)
             except (Refused, PortsExhausted, PortTaken, ValueError) as error:
-                notices.append(f"{wanted} was not granted: {error}"[:512])
+                ports.notices.append(f"{wanted} was not granted: {error}"[:512])
                 self._node.log.info(
                     "open_port_not_granted", agent=session.hello.agent_id, port=publish.port, reason=str(error)
                 )
             else:
                 quota.held[taken.lease.port] = taken.lease.owner
-                leased.append(taken)
-                granted.append((publish, taken.lease.port))
-        return granted, notices
+                ports.leased.append(taken)
+                ports.granted.append((publish, taken.lease.port))
 
     def _allocate_open(self, session: Session, publish: Publish) -> Leased:
         if self._open is None or not self._open_allow:
