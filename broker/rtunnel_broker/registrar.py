@@ -69,7 +69,7 @@ class Ports:
     notices: list[str] = field(default_factory=list)  # one for each open port that is not granted
 
     def close(self) -> None:
-        """Close the sockets."""
+        """Close the sockets of all these ports."""
         for port in self.leased:
             port.sock.close()
 
@@ -167,7 +167,7 @@ class Registrar:
                 await self._replace(older, session)
 
     async def _take_ports(self, session: Session) -> Ports:
-        """Lease the session's ports, and write its tuples. Raises Refused and keeps nothing then."""
+        """Lease the session's ports, and write its tuples. Raises Refused and keeps none."""
         session.epoch = self._node.presence.incarnation << COUNTER_BITS | next(self._counter)
         ports = Ports()
         try:

@@ -9,6 +9,7 @@
 - `link`: one TCP connection between agent and broker that carries yamux; `transport`: its bytes,
   plain or under TLS.
 - `join`: two ends become a pair; bytes, half-closes and resets pass between them, and are counted.
+  `socketpair`: two sockets; `streampair`: a socket and a stream.
 - `lost`: why an end, a link or a session ended, as a type.
 - `relay`: the thread, and what a role asks of it: listen, connect, link, join.
 

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Final
 
 from rtunnel.relay.ends import End, SocketEnd, reset_on_close
-from rtunnel.relay.join import Account, Ending, Pair, PairOwner, Pipes, SocketPair, StreamPair
+from rtunnel.relay.join import Account, Ending, Pair, PairOwner, Shared
 from rtunnel.relay.link import Link, LinkOwner, Links
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Poller, Timer
 from rtunnel.relay.lost import closed
 from rtunnel.relay.memory import BUDGET, Memory, trim
+from rtunnel.relay.socketpair import Pipes, SocketPair
 from rtunnel.relay.stream import StreamEnd
+from rtunnel.relay.streampair import StreamPair
 from rtunnel.relay.tls import TlsEnd, TlsSocket
 from rtunnel.relay.transport import Scratch
 from rtunnel.wire.refusal import Refusal
@@ -418,6 +420,7 @@ class Relay:
         self.pipes = Pipes()
         self.memory = self.scratch.memory
         self.pairs: set[Pair] = set()
+        self._shared = Shared(self.loop, self.pairs, self.scratch, self.pipes)
         self.listeners: set[Listener] = set()
         self.links = Links()
         self._ephemeral = ephemeral_ports()
@@ -549,18 +552,15 @@ class Relay:
             target.abort()
             owner.ended(Account(self.loop.now, ended=self.loop.now, ending=ending))
         elif isinstance(client, SocketEnd) and isinstance(target, SocketEnd):
-            SocketPair(
-                self.loop, self.pairs, self.scratch, self.pipes, client, target,
-                up=up, down=down, idle=idle, owner=owner,
-            )  # fmt: skip
+            SocketPair(self._shared, client, target, up=up, down=down, idle=idle, owner=owner)
         elif isinstance(client, SocketEnd) and isinstance(target, StreamEnd):
             StreamPair(
-                self.loop, self.pairs, self.scratch, client, target,
+                self._shared, client, target,
                 socket_is_client=True, out=up, back=down, idle=idle, owner=owner,
             )  # fmt: skip
         elif isinstance(client, StreamEnd) and isinstance(target, SocketEnd):
             StreamPair(
-                self.loop, self.pairs, self.scratch, target, client,
+                self._shared, target, client,
                 socket_is_client=False, out=down, back=up, idle=idle, owner=owner,
             )  # fmt: skip
         else:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from bench.procs import memory
 from rtunnel.bridge import REGISTRY_THREADS
-from rtunnel.relay.join import MAX_PIPES
+from rtunnel.relay.socketpair import MAX_PIPES
 
 #: Numbers of /statusz that must come back. A list counts by its length.
 STATUS: Final[Mapping[str, tuple[str, ...]]] = {

@@ -26,7 +26,7 @@ from types import SimpleNamespace
 from typing import Any, Final
 from unittest import mock
 
-from rtunnel.relay import join, tls
+from rtunnel.relay import socketpair, tls
 from rtunnel.relay.tls import TlsSocket
 
 #: Descriptors of simulated pipes: no real one is as large.
@@ -339,8 +339,8 @@ class Kernel:
         )
         fake_fcntl = SimpleNamespace(fcntl=lambda *_: 0)
         with (
-            mock.patch.object(join, "os", fake_os),
-            mock.patch.object(join, "fcntl", fake_fcntl),
+            mock.patch.object(socketpair, "os", fake_os),
+            mock.patch.object(socketpair, "fcntl", fake_fcntl),
             mock.patch.object(tls, "TlsSocket", SimTlsSocket),
             mock.patch.object(SimSocket, "kernel", self, create=True),
         ):

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rtunnel.relay import join
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.link import COALESCE_BYTES, Link, Links
 from rtunnel.relay.loop import HUP, IN, LOST, OUT
 from rtunnel.relay.lost import RESET, Lost
+from rtunnel.relay.streampair import StreamPair
 from rtunnel.relay.transport import TlsTransport
 from support.effort import times
 from support.hostile import World, fails_soon, play, tape_of
@@ -118,7 +118,7 @@ def forget_what_is_pending(self: TlsTransport, scratch: object, *sizes: int) -> 
 receive_tls = TlsTransport.receive
 
 
-def fin_overtakes(self: join.StreamPair) -> None:
+def fin_overtakes(self: StreamPair) -> None:
     """The FIN is passed on while bytes are held."""
     self._fin_back()
 
@@ -127,7 +127,7 @@ FAULTS: dict[str, tuple[object, str, Callable[..., object]]] = {
     "a frame behind an alias": (Link, "write", write_through_an_alias),
     "last words reset": (SocketEnd, "_event", lose_at_every_hup),
     "pending bytes forgotten": (TlsTransport, "receive", forget_what_is_pending),
-    "FIN before the last bytes": (join.StreamPair, "stream_fin", fin_overtakes),
+    "FIN before the last bytes": (StreamPair, "stream_fin", fin_overtakes),
 }
 
 

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 
 from rtunnel.relay.ends import HANDLER_READ_BYTES, READS_A_TURN, SocketEnd
-from rtunnel.relay.join import Account, Ending, StreamPair
+from rtunnel.relay.join import Account, Ending
 from rtunnel.relay.link import FIRST_PINGS, FRAMES_A_TURN, UNPROVEN_FRAMES_A_TURN, Link
 from rtunnel.relay.loop import SLOW_A_TURN, Loop
 from rtunnel.relay.lost import closed
 from rtunnel.relay.memory import START_WINDOW
 from rtunnel.relay.relay import WATCH_SECONDS
+from rtunnel.relay.streampair import StreamPair
 from rtunnel.relay.windows import LEAST_RTT, MAX_STREAM_WINDOW
 from rtunnel.trust import pki
 from rtunnel.trust.tls import client_context, server_context
