@@ -37,7 +37,7 @@ from rtunnel.config import (
 from rtunnel.errors import TrustError
 from rtunnel.logs import get_logger
 from rtunnel.relay.ends import EndHandler, SocketEnd
-from rtunnel.relay.link import Link, LinkOwner
+from rtunnel.relay.link import Handshake, Link, LinkOwner
 from rtunnel.relay.lost import Lost, LostKind
 from rtunnel.relay.memory import START_WINDOW
 from rtunnel.relay.relay import Relay
@@ -516,16 +516,8 @@ class Agent:
         owner.attempt = self.relay.connect(host, port, self.config.connect_timeout, connected)
 
     def _make_link(self, owner: LinkOwner, end: SocketEnd, tls: ssl.SSLContext | None) -> Link:
-        return self.relay.link(
-            end.sock,
-            owner,
-            peer=end.peer,
-            client=True,
-            tls=tls,
-            server_name=self.config.server_name,
-            handshake_timeout=self.config.handshake_timeout,
-            watched=True,
-        )
+        handshake = Handshake(True, self.config.handshake_timeout, tls, self.config.server_name)
+        return self.relay.link(end.sock, owner, handshake, peer=end.peer, watched=True)
 
     async def _ask(self, request: Enrol) -> Enrolled:
         """Ask the first broker that takes a link for a certificate. Raises Refused, or OSError with

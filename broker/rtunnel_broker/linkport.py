@@ -12,7 +12,7 @@ from typing import Final
 
 from rtunnel.config import BrokerConfig
 from rtunnel.net import source_of
-from rtunnel.relay.link import Link
+from rtunnel.relay.link import Handshake, Link
 from rtunnel.relay.loop import Timer
 from rtunnel.relay.lost import Lost
 from rtunnel.relay.relay import Listener, Relay
@@ -89,10 +89,8 @@ class LinkPort:
             weakest.abort(made_room("too many links prove nothing"))
         presented = self._trust.presented
         session = new_session(presented.binding, source)
-        link = self._relay.link(
-            sock, session, peer=peer, client=False, tls=presented.context,
-            handshake_timeout=self._config.handshake_timeout,
-        )  # fmt: skip
+        handshake = Handshake(False, self._config.handshake_timeout, presented.context)
+        link = self._relay.link(sock, session, handshake, peer=peer)
         session.place = strangers.enter(source, link, now)
         self._hold_if_full(peer)
 

@@ -74,6 +74,7 @@ import socket
 import ssl
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 from rtunnel.compat import override
@@ -159,6 +160,22 @@ class BytesSender(Protocol):
         """Send what there is: the link takes bytes again."""
 
 
+@dataclass(frozen=True, slots=True)
+class Handshake:
+    """The side that this end of a link has, its TLS, and the time until the link is up."""
+
+    client: bool  # this end is the agent
+    timeout: float  # seconds
+    tls: ssl.SSLContext | None = None  # None: plain
+    server_name: str = ""  # in the broker's certificate; for the client
+
+    def transport(self, sock: socket.socket) -> Transport | TlsTransport:
+        """Return the transport of a link over this socket."""
+        if self.tls is None:
+            return Transport(sock)
+        return TlsTransport(sock, self.tls, self.server_name if self.client else None)
+
+
 class Link(WindowedSession):
     """One link, made by `Relay.link`. In the relay's thread.
 
@@ -172,35 +189,22 @@ class Link(WindowedSession):
         "rtt", "scratch", "sock", "up", "waiting",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        loop: Loop,
-        scratch: Scratch,
-        sock: socket.socket,
-        owner: LinkOwner,
-        *,
-        peer: str,
-        client: bool,
-        tls: ssl.SSLContext | None = None,
-        server_name: str | None = None,
-        handshake_timeout: float = 10.0,
-        watched: bool = False,
-        live: Links,
-    ) -> None:
-        super().__init__(loop, scratch.memory, client=client)
-        self.scratch = scratch
+    def __init__(self, live: Links, sock: socket.socket, owner: LinkOwner, handshake: Handshake, peer: str) -> None:
+        """Make a link of a connected socket; `begin` starts it."""
+        loop, client = live.loop, handshake.client
+        super().__init__(loop, live.scratch.memory, client=client)
+        self.scratch = live.scratch
         self.sock = sock
         self.peer = peer
         self.is_client = client
         self._owner = owner
-        self._transport = Transport(sock) if tls is None else TlsTransport(sock, tls, server_name if client else None)
+        self._transport = handshake.transport(sock)
         self._live = live
-        live.add(self)
         # The handshake.
         self.up = False
         self._handshake_queued = False
         self._spoken = False  # the peer has sent a byte before its proof
-        self._timer: Timer | None = loop.after(handshake_timeout, lambda: self.abort(_LATE))
+        self._timer: Timer | None = loop.after(handshake.timeout, lambda: self.abort(_LATE))
         # Out.
         self.blocked = False
         self.waiting: deque[BytesSender] = deque()
@@ -219,11 +223,11 @@ class Link(WindowedSession):
         self._probes: dict[int, Callable[[bool], None]] = {}  # `done` by the ping's value
         self.rtt = 0.0
         self.cut = 0
-        _tune(sock)
-        self._watch(watched)
-        self._queue_handshake()
 
-    def _watch(self, watched: bool) -> None:
+    def begin(self, *, watched: bool = False) -> None:
+        """Begin the handshake. `watched`: the loop watches the socket already."""
+        self._live.add(self)
+        _tune(self.sock)
         fd = self.sock.fileno()
         if watched:
             self.loop.handlers[fd] = self._event
@@ -231,6 +235,7 @@ class Link(WindowedSession):
             self._transport.hup = True  # the owner before may have got the FIN's edge
         else:
             self.loop.add(fd, self._event)
+        self._queue_handshake()
 
     @property
     def peer_certificate(self) -> bytes | None:
@@ -584,8 +589,10 @@ class Link(WindowedSession):
 class Links(set[Link]):
     """The links of one relay, and the closing ends of those that have ended (`leave`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: Loop, scratch: Scratch) -> None:
         super().__init__()
+        self.loop = loop
+        self.scratch = scratch
         self._leaving: deque[SocketEnd] = deque()
 
     def leave(self, end: SocketEnd) -> None:

@@ -16,7 +16,7 @@ from typing import Final
 
 from rtunnel.relay.ends import End, SocketEnd, reset_on_close
 from rtunnel.relay.join import Account, Ending, Pair, PairOwner, Shared
-from rtunnel.relay.link import Link, LinkOwner, Links
+from rtunnel.relay.link import Handshake, Link, LinkOwner, Links
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Poller, Timer
 from rtunnel.relay.lost import closed
 from rtunnel.relay.memory import BUDGET, Memory, trim
@@ -422,7 +422,7 @@ class Relay:
         self.pairs: set[Pair] = set()
         self._shared = Shared(self.loop, self.pairs, self.scratch, self.pipes)
         self.listeners: set[Listener] = set()
-        self.links = Links()
+        self.links = Links(self.loop, self.scratch)
         self._ephemeral = ephemeral_ports()
         self._thread = threading.Thread(target=self.loop.run, name=name, daemon=True)
 
@@ -500,35 +500,15 @@ class Relay:
         return attempt
 
     def link(
-        self,
-        sock: socket.socket,
-        owner: LinkOwner,
-        *,
-        peer: str,
-        client: bool,
-        tls: ssl.SSLContext | None,
-        server_name: str = "",
-        handshake_timeout: float,
-        watched: bool = False,
+        self, sock: socket.socket, owner: LinkOwner, handshake: Handshake, *, peer: str, watched: bool = False
     ) -> Link:
-        """Make a connected socket a link; `client`: this side is the agent.
+        """Make a connected socket a link. `peer`: the other end's IP.
 
-        `tls`: None is plain. `server_name`: the name in the broker's certificate, for the client.
-        `handshake_timeout`: seconds. `watched`: the loop watches the socket already.
+        `watched`: the loop watches the socket already.
         """
-        return Link(
-            self.loop,
-            self.scratch,
-            sock,
-            owner,
-            peer=peer,
-            client=client,
-            tls=tls,
-            server_name=server_name,
-            handshake_timeout=handshake_timeout,
-            watched=watched,
-            live=self.links,
-        )
+        link = Link(self.links, sock, owner, handshake, peer)
+        link.begin(watched=watched)
+        return link
 
     def join(
         self,

@@ -22,6 +22,7 @@ from bench.load import ERRORS, UNITS, Board, become_a_load_process
 from bench.procs import BenchError, Memory, cpu_seconds, memory
 from rtunnel.config import AgentConfig
 from rtunnel.relay.ends import EndHandler, SocketEnd
+from rtunnel.relay.link import Handshake
 from rtunnel.relay.lost import Lost, LostKind
 from rtunnel.relay.relay import Relay
 from rtunnel.relay.stream import StreamEnd
@@ -77,10 +78,8 @@ class Fleet:
             if end is None:
                 self.session_down(session, code, Lost(LostKind.UNREACHED, why))
                 return
-            session.link = self._relay.link(
-                end.sock, session, peer=end.peer, client=True, tls=self._tls[number], server_name="broker.rtunnel",
-                handshake_timeout=_AGENT.handshake_timeout, watched=True,
-            )  # fmt: skip
+            handshake = Handshake(True, _AGENT.handshake_timeout, self._tls[number], "broker.rtunnel")
+            session.link = self._relay.link(end.sock, session, handshake, peer=end.peer, watched=True)
 
         self._relay.connect("127.0.0.1", self._port, _AGENT.connect_timeout, connected)
 

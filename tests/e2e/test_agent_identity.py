@@ -17,6 +17,7 @@ from rtunnel.clock import CHECK_CLOCK
 from rtunnel.config import RegistryConfig
 from rtunnel.errors import TrustError
 from rtunnel.registry import connect
+from rtunnel.relay.link import Handshake
 from rtunnel.relay.lost import Lost
 from rtunnel.relay.relay import Relay
 from rtunnel.roles import check
@@ -68,12 +69,9 @@ class Knock:
                 lambda: setattr(
                     self.session,
                     "link",
-                    self.relay.link(
-                        sock, self.session, peer="", client=True, tls=self.context, server_name="broker.rtunnel",
-                        handshake_timeout=5.0,
-                    ),
+                    self.relay.link(sock, self.session, Handshake(True, 5.0, self.context, "broker.rtunnel"), peer=""),
                 )
-            )  # fmt: skip
+            )
             with trio.fail_after(10):
                 await self.done.wait()
         finally:

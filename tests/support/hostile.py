@@ -34,7 +34,7 @@ from cryptography.x509.oid import NameOID
 from rtunnel.relay import link as link_module
 from rtunnel.relay.ends import End, EndHandler, SocketEnd
 from rtunnel.relay.join import Account, Ending
-from rtunnel.relay.link import Link
+from rtunnel.relay.link import Handshake, Link
 from rtunnel.relay.lost import Lost
 from rtunnel.relay.relay import Relay
 from rtunnel.relay.stream import StreamEnd
@@ -415,8 +415,7 @@ class World:
         server, client = contexts() if self._tls_link else (None, None)
         self.links = ends = [
             relay.link(
-                self.kernel.socket(side), Owner(self, relay), peer="peer", client=relay is far, tls=tls,
-                server_name="x", handshake_timeout=1000.0,
+                self.kernel.socket(side), Owner(self, relay), Handshake(relay is far, 1000.0, tls, "x"), peer="peer"
             )
             for relay, side, tls in ((near, a, server), (far, b, client))
         ]  # fmt: skip

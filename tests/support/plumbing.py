@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 
 from rtunnel.relay.ends import EndHandler, SocketEnd
 from rtunnel.relay.join import Account
-from rtunnel.relay.link import Link
+from rtunnel.relay.link import Handshake, Link
 from rtunnel.relay.lost import Lost
 from rtunnel.relay.relay import Relay
 from rtunnel.relay.stream import StreamEnd
@@ -218,13 +218,7 @@ class Tunnel:
             sock.setblocking(False)
             relay.do(
                 lambda sock=sock, relay=relay, is_client=is_client, context=context: relay.link(  # type: ignore[misc]
-                    sock,
-                    self,
-                    peer="127.0.0.1",
-                    client=is_client,
-                    tls=context,
-                    server_name="broker.rtunnel",
-                    handshake_timeout=PATIENCE,
+                    sock, self, Handshake(is_client, PATIENCE, context, "broker.rtunnel"), peer="127.0.0.1"
                 )
             )
         for event in self._up.values():

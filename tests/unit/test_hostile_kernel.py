@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rtunnel.relay.ends import SocketEnd
-from rtunnel.relay.link import COALESCE_BYTES, Link, Links
+from rtunnel.relay.link import COALESCE_BYTES, Handshake, Link, Links
 from rtunnel.relay.loop import HUP, IN, LOST, OUT
 from rtunnel.relay.lost import RESET, Lost
 from rtunnel.relay.streampair import StreamPair
@@ -253,7 +253,8 @@ def test_a_large_frame_behind_a_flush_that_blocks_is_sent() -> None:
     ours, theirs = map(kept, socket.socketpair())
     ours.setblocking(False)
     loop = Loop(lambda crash: None)
-    made = Link(loop, Scratch(), ours, Owner(), peer="x", client=True, live=Links())
+    made = Link(Links(loop, Scratch()), ours, Owner(), Handshake(True, 10.0), "x")
+    made.begin()
 
     def turn() -> None:
         loop.turn(loop._epoll.poll(0, 16), loop.now)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rtunnel.relay import ends
 from rtunnel.relay import link as link_module
 from rtunnel.relay.ends import EndHandler, SocketEnd
-from rtunnel.relay.link import LAST_WORDS_BYTES, Link
+from rtunnel.relay.link import LAST_WORDS_BYTES, Handshake, Link
 from rtunnel.relay.lost import Lost, closed
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.wire.yamux import GoAwayCode
@@ -78,10 +78,7 @@ class World:
         sides = self.kernel.connection(_CAPACITIES[below(len(_CAPACITIES))])
         tls = contexts() if is_tls else (None, None)
         self.near, self.far = [
-            relay.link(
-                self.kernel.socket(side), owner, peer="peer", client=is_client, tls=context, server_name="x",
-                handshake_timeout=1000.0,
-            )
+            relay.link(self.kernel.socket(side), owner, Handshake(is_client, 1000.0, context, "x"), peer="peer")
             for relay, side, owner, is_client, context in zip(
                 self.relays, sides, self.owners, (False, True), tls, strict=True
             )
