@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,10 @@ from support.redis_server import RedisServer
 # How long an example takes depends on what else the machine does: `timeout` in pyproject.toml is the only clock.
 settings.register_profile("rtunnel", deadline=None)
 settings.load_profile("rtunnel")
+
+# Without cached bytecode each of the some hundred processes of rtunnel in a run compiles all modules
+# again (0.4 s), and each process of pytest-xdist compiles all tests (10 s).
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def pytest_configure(config: pytest.Config) -> None:

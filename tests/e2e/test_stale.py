@@ -387,6 +387,19 @@ def restless(registry: Registry, ports: range) -> PortAllocator:
         return PortAllocator(registry, "127.0.0.1", ports[0], ports[-1], quarantine=0.0)
 
 
+def certificate(cluster: Cluster, agent_id: str, ip: str) -> dict[str, str]:
+    """Return the certificate and key of a storm's agent, the same each time: issuing one takes 40 ms."""
+    made = cluster.secrets.resolve()
+    name = _certificates.get((made, agent_id, ip))
+    if name is None:
+        name = _certificates[made, agent_id, ip] = cluster.certify(agent_id, ip)
+    return {"certificate": str(made / f"{name}.pem"), "key": str(made / f"{name}.key")}
+
+
+#: By the cluster's directory, the agent_id and the address: the names of their files.
+_certificates: dict[tuple[Path, str, str], str] = {}
+
+
 async def change(cluster: Cluster, storm: Storm) -> None:
     """One agent goes, by kill -9 or in order; another one comes, with any free name and any free IP."""
     rng, alive = storm.rng, cluster.agents
@@ -400,7 +413,8 @@ async def change(cluster: Cluster, storm: Storm) -> None:
     names = [name for name in (f"a{n}" for n in range(6)) if name not in alive]
     taken = {part.agent.addresses[0] for part in alive.values()}
     ip = rng.choice([ip for ip in storm.ips if ip not in taken])
-    part = await start_agent(cluster, rng.choice(names), ip)
+    name = rng.choice(names)
+    part = await start_agent(cluster, name, ip, **certificate(cluster, name, ip))
     await cluster.until(lambda: part.agent.state != "down")
     storm.changes += 1
 
@@ -414,41 +428,41 @@ def refusals(cluster: Cluster) -> Counter[str]:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-async def test_a_storm_of_port_reuse_delivers_nothing_wrong(tmp_path: Path, events: Events, seed: int) -> None:
+async def test_a_storm_of_port_reuse_delivers_nothing_wrong(here: Path, events: Events, seed: int) -> None:
     """Ports go from agent to agent without a rest, routes are stale all the time: no answer is another agent's."""
 
     def enough(storm: Storm, cluster: Cluster) -> bool:
-        """Neither the ports nor the refusals nor the answers are few."""
+        """Return whether there was enough of everything: a hole in the defence shows in the first ten answers."""
         refused = refusals(cluster)
         return (
-            storm.reused >= 100
+            storm.reused >= 50
             and storm.poisoned >= 500
-            and sum(storm.answered.values()) >= 300
+            and sum(storm.answered.values()) >= 150
             and len(storm.answered) == len(storm.ips)
             and refused["stale_target"] >= 100
             and refused["stale_epoch"] >= 20
         )
 
-    storm, cluster = await run_storm(tmp_path, seed, enough=enough)
+    storm, cluster = await run_storm(here, seed, enough=enough)
     told = f"{storm.changes} changes, {storm.reused} reuses, {storm.answered}, {refusals(cluster)}, {storm.poisoned}"
     assert not storm.wrong, f"seed {seed}: {told}; {storm.wrong[:5]}"
     assert enough(storm, cluster), told
 
 
 @pytest.mark.parametrize("off", ["broker", "agent"])
-async def test_either_line_of_defence_is_enough(tmp_path: Path, events: Events, off: str) -> None:
+async def test_either_line_of_defence_is_enough(here: Path, events: Events, off: str) -> None:
     """The same storm, with the checks of all brokers, or of all agents, switched off."""
 
     def enough(storm: Storm, _: Cluster) -> bool:
         return storm.reused >= 50 and sum(storm.answered.values()) >= 150
 
     with checks_off(broker=off == "broker", agent=off == "agent"):
-        storm, cluster = await run_storm(tmp_path, 3, enough=enough)
+        storm, cluster = await run_storm(here, 3, enough=enough)
     assert not storm.wrong, storm.wrong[:5]
     assert enough(storm, cluster)
 
 
-async def test_the_proof_alone_is_enough(tmp_path: Path, events: Events) -> None:
+async def test_the_proof_alone_is_enough(here: Path, events: Events) -> None:
     """With the checks of brokers and agents switched off, wrong agents do answer, and no client gets to hear them."""
 
     def enough(storm: Storm, _: Cluster) -> bool:
@@ -456,15 +470,15 @@ async def test_the_proof_alone_is_enough(tmp_path: Path, events: Events) -> None
         return storm.reused >= 50 and failed >= 10 and sum(storm.answered.values()) >= 150
 
     with checks_off(broker=True, agent=True):
-        storm, cluster = await run_storm(tmp_path, 5, enough=enough, proof="required")
+        storm, cluster = await run_storm(here, 5, enough=enough, proof="required")
     assert not storm.wrong, storm.wrong[:5]
     assert enough(storm, cluster)
 
 
-async def test_the_storm_finds_a_missing_defence(tmp_path: Path, events: Events) -> None:
+async def test_the_storm_finds_a_missing_defence(here: Path, events: Events) -> None:
     """With both switched off it does deliver to wrong agents: the tests above could fail."""
     with checks_off(broker=True, agent=True):
-        storm, _ = await run_storm(tmp_path, 4, enough=lambda storm, _: bool(storm.wrong))
+        storm, _ = await run_storm(here, 4, enough=lambda storm, _: bool(storm.wrong))
     assert storm.wrong
     ip, answer = storm.wrong[0]
     assert not answer.startswith(f"{ip}:".encode()) and answer.endswith(b":x")

@@ -204,7 +204,8 @@ class Cluster:
         addresses = addresses or ("127.1.0.1",)
         namespace = str(keys.get("namespace", self._keys.get("agent.namespace", "default")))
         # One that enrols by a token gets no certificate by hand: its agent_id would be taken.
-        name = "" if keys.get("identity") else self.certify(agent_id, *addresses, namespace=namespace)
+        own = keys.get("identity") or keys.get("certificate")
+        name = "" if own else self.certify(agent_id, *addresses, namespace=namespace)
         part = await self._start(
             "agent",
             {

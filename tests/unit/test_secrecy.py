@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -90,7 +91,9 @@ def _session(directory: Path, test: str, more: tuple[str, ...]) -> subprocess.Co
     options = ["-p", "no:cacheprovider", "-W", "ignore", "--rootdir", str(directory), *more]
     base = ["--basetemp", str(directory / "base")]
     command = [sys.executable, "-m", "pytest", *options, *base, "-o", f"pythonpath={TESTS}", str(directory)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    # The inner session needs no plugin of this run. Their import takes longer than its tests.
+    own = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=50, check=False, env=own)
 
 
 def test_a_session_without_a_leak_passes() -> None:
@@ -119,7 +122,7 @@ def leaking() -> str:
 
 def test_what_another_test_process_has_found_counts() -> None:
     """`pytest -n`: each listens for itself, and the first one does not know secrets whose files are gone."""
-    found = leaks_of(["a_key_that_was_removed", "a_log_file"], "-n", "1")
+    found = leaks_of(["a_key_that_was_removed", "a_log_file"], "-p", "xdist", "-n", "1")
     assert "::test_a_key_that_was_removed:" in found and "/test_a_log_file0/role.log:" in found, found
 
 
