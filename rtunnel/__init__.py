@@ -1,3 +1,17 @@
-"""Shared core of rtunnel; it imports no role."""
+"""The core of rtunnel, which all roles share and which imports no role.
+
+- `wire`, `relay`, `registry`, `trust`, `config`: packages, whose first lines name their modules.
+- `cli`, `cli_pki`: the command `rtunnel`; `console`: its output; `demo`: the command's demo.
+- `roles`: finds, checks and runs roles; `workers`: runs one role in several processes.
+- `admin`: health over HTTP; `metrics`: the series of `/metrics`.
+- `bridge`: calls between trio and the relay's thread.
+- `counts`: counts of streams, and permits; `strangers`: places for connections without proof.
+- `net`: listening sockets.
+- `pulse`: signs of life for systemd and the supervisor; `watch`: files that are read again.
+- `logs`: log lines; `clock`: finds clocks that differ.
+- `errors`: errors that several modules share, and exit codes; `compat`: for older Pythons.
+
+docs/architecture.md shows which of them may import which.
+"""
 
 __version__ = "0.1.0"

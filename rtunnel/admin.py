@@ -1,9 +1,8 @@
 """Health over HTTP: a small HTTP/1.1 server for probes, with one request for each connection.
 
-It answers GET and HEAD of fixed paths, and nothing else. Its costs are bounded: a request's head
-has a greatest size, a request and its answer have deadlines, and when there are too many
-connections the oldest is closed. A working probe takes milliseconds, so that the oldest one does
-not work.
+It answers GET and HEAD of fixed paths. Its costs are bounded: a request's head has a maximum size,
+and a request and its answer have deadlines. When all places are taken, the server closes the oldest
+connection: a good probe takes milliseconds, so the oldest connection is the least likely to be one.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ from rtunnel.net import listening_socket
 
 #: Bytes of a request's line and headers; a probe sends 100 to 500.
 MAX_HEAD = 8 * 1024
-#: Seconds from accept to a whole request, and from there to close.
+#: Seconds from accept to a whole request, and as many from there to the close.
 DEADLINE = 5.0
 MAX_CONNECTIONS = 32
-#: Seconds to wait for the relay. Its turns take milliseconds, more on a busy machine; a probe waits
-#: 5 s (deploy/kubernetes).
+#: Seconds to wait for the relay's thread. Its turns take milliseconds, and more on a busy machine;
+#: the probes of deploy/kubernetes wait 5 s.
 LIVE_PATIENCE = 2.0
-#: "fd:7" is a listening socket that the supervisor has handed down. No key can say that: a host is
-#: an address there.
+#: "fd:7" is a listening socket that a worker inherits from its supervisor. A configuration cannot
+#: name one, because the host of an address to listen on must be an IP.
 INHERITED = "fd"
-#: Seconds after the answer in which the client may close first; otherwise a reset could overtake
-#: the answer.
+#: Seconds that the server waits for the client's FIN after the answer, because a close with unread
+#: bytes sends a reset, which could overtake the answer.
 LINGER = 1.0
 
 #: The answer of a path: status, content type, body.
@@ -63,11 +62,11 @@ def health_routes(
     answered: Callable[[], Awaitable[object]] = trio.lowlevel.checkpoint,
     warnings: Callable[[], Sequence[str]] = tuple,
 ) -> dict[str, Route]:
-    """The paths of a role: `reasons` says what is missing to be ready, `status` tells its state.
+    """Return the routes `/livez`, `/readyz`, `/statusz` and `/metrics` of a role.
 
-    `warnings` says what is wrong though it is ready, because its clients are better off with it
-    than without. `answered` returns when the role's own thread has answered; a process where it
-    hangs is not live.
+    `reasons` returns why the role is not ready, and `status` its state. `warnings` returns faults
+    with which the role is still ready, because a role with them serves its clients better than no
+    role. `answered` returns when the role's thread has answered; while it hangs, `/livez` is 503.
     """
 
     async def live() -> Answer:
@@ -95,7 +94,7 @@ class Part(pulse.Part, Protocol):
     """A role's main object, which `run` runs."""
 
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Any]) -> None:
-        """Run the role until it has ended."""
+        """Run the role until it has drained after `stop`."""
 
 
 async def run_beside(
@@ -108,7 +107,10 @@ async def run_beside(
     task_status: trio.TaskStatus[Any],
     warnings: Callable[[], Sequence[str]] = tuple,
 ) -> None:
-    """Run a role with its health endpoint, unless `address` is empty."""
+    """Run a role, with its health endpoint unless `address` is empty.
+
+    Raises ListenError, which names `key`, and the errors of the role.
+    """
     async with trio.open_nursery() as nursery:
         if address:
             routes = health_routes(part.reasons, status, part.answered, warnings)
@@ -131,7 +133,7 @@ async def serve(
     """
     async with trio.SocketListener(trio.socket.from_stdlib_socket(_listening(address, key))) as listener:
         bound: tuple[str, int] = listener.socket.getsockname()[:2]
-        log.info("admin_listening", address=format_endpoint(*bound), paths=list(routes))
+        log.info("admin_endpoint_opened", address=format_endpoint(*bound), paths=list(routes))
         task_status.started(bound)
         await trio.serve_listeners(_Server(routes).connection, [listener])
 
@@ -187,7 +189,7 @@ async def _converse(stream: trio.SocketStream, routes: Mapping[str, Route]) -> N
 
 
 async def _request(http: h11.Connection, stream: trio.SocketStream) -> h11.Request | Answer | None:
-    """Return the request's head, or the answer to a bad one, or None for a silent client."""
+    """Return the request's head, or the answer to a malformed one, or None for a silent client."""
     with trio.move_on_after(DEADLINE):
         try:
             while (event := http.next_event()) is h11.NEED_DATA:
@@ -198,9 +200,11 @@ async def _request(http: h11.Connection, stream: trio.SocketStream) -> h11.Reque
         except h11.RemoteProtocolError as error:
             return error.error_status_hint, TEXT, f"{error}\n".encode()
         return event if isinstance(event, h11.Request) else None
-    # A silent client gets no 408: clients that connect ahead would take it for the answer to their
-    # next request.
-    return (408, TEXT, f"no whole request in {DEADLINE:g} s\n".encode()) if http.trailing_data[0] else None
+    # A silent client gets no 408: a client that connects before it has a request would take the 408
+    # for the answer to that request.
+    return (
+        (408, TEXT, f"the request was not complete within {DEADLINE:g} s\n".encode()) if http.trailing_data[0] else None
+    )
 
 
 async def _answer(request: h11.Request, routes: Mapping[str, Route]) -> tuple[Answer, bool]:
@@ -210,7 +214,7 @@ async def _answer(request: h11.Request, routes: Mapping[str, Route]) -> tuple[An
     if route is None:
         return (404, TEXT, "".join(f"{known}\n" for known in routes).encode()), False
     if request.method not in (b"GET", b"HEAD"):
-        return (405, TEXT, b"GET and HEAD only\n"), True
+        return (405, TEXT, b"this server answers GET and HEAD only\n"), True
     try:
         answer = route()
         return (answer if isinstance(answer, tuple) else await answer), False
@@ -230,8 +234,8 @@ async def _send(http: h11.Connection, stream: trio.SocketStream, answer: Answer,
     ]
     if allow:
         headers.append(("Allow", "GET, HEAD"))
-    # To HEAD the length is told and the body kept: h11 knows the first, and wants the second from
-    # us.
+    # The answer to HEAD has the length of the body, but not the body: h11 expects its caller to
+    # leave the body out.
     sent = b"" if head else body
     events = [h11.Response(status_code=status, headers=headers), h11.Data(data=sent), h11.EndOfMessage()]
     await stream.send_all(b"".join(http.send(event) or b"" for event in events))

@@ -1,6 +1,6 @@
 """Calls between the planes: trio calls the relay's thread, and the relay posts to trio.
 
-Not per stream.
+They cost a wake-up of a thread, so they are not made per stream.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A gateway and a broker whose clocks differ by more than `broker.dial_window` cannot work together,
 and neither knows by itself whose clock is wrong. The registry's clock, whose time is in the nodes'
-heartbeats, decides. Without it, a peer whose Dials succeed is the evidence.
+heartbeats, decides. When it is not known, a process whose Dials with another peer succeed assumes
+that its own clock is right.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ Report = Callable[[str, dict[str, object]], None]
 
 #: Added to messages about certificates that are not valid now, because the certificate may be good.
 #: The text is constant, because a repeated message is not logged again.
-#: with the time, because what is said again is not logged again.
 CHECK_CLOCK: Final = "if that is not so, set this machine's clock"
 
 
@@ -94,7 +94,7 @@ class ClockWatch:
         registry = self._registry_offset()
         wrong = "unknown" if registry is None else self._own if self._is_own(self._difference, registry) else peer
         self._report(
-            "clock_differs",
+            "clock_difference_found",
             {
                 "peer": peer, "offset": _rounded(offset), "registry_offset": _rounded(registry), "wrong": wrong,
                 "expired": self.expired, "hint": "Dials are refused as expired: set the clock (NTP)",

@@ -33,7 +33,7 @@ class Failure(click.ClickException):
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Turn failures that need no traceback into messages."""
+    """Turn errors of the block that need no traceback into `Failure`s, with their exit codes."""
     try:
         yield
     except (ConfigError, TrustError, RoleMissing) as error:
@@ -69,9 +69,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], keep: 
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-#: A column that may fold has this width at least: headings of one word stay whole. A table that
-#: needs more than the
-#: terminal's width is printed wider, and the terminal wraps it.
+#: The least width of a column that may fold, so that headings of one word stay whole. A table that
+#: needs more than the terminal's width is printed wider, and the terminal wraps it.
 _FOLDED_WIDTH = 10
 
 

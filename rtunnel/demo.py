@@ -1,8 +1,7 @@
 """The command `rtunnel demo`: a small cluster in one process, and requests through it.
 
 It needs no root and no Redis: the hosts are loopback addresses (127.77.0.1, ...), the registry is
-in memory, TLS is on. Everything else is the product: the roles are those of production, each with a
-relay of its own.
+in memory, and TLS is on. The roles run the same code as in production, each with its own relay.
 """
 
 from __future__ import annotations
@@ -48,14 +47,14 @@ SOCKS_PORT: Final = 1080
 
 
 class DemoFailed(Exception):
-    """A part of the demo failed; the text says which."""
+    """A step of the demo failed; the text says which."""
 
 
-# --- what stands around the product: targets, a VIP, a client -------------------------------------
+# --- what surrounds the cluster: targets, a VIP, a client -----------------------------------------
 
 
 def start_target(ip: str, port: int) -> ThreadingHTTPServer:
-    """An HTTP service on one of the hosts."""
+    """Start an HTTP service on one of the hosts, in a thread of its own."""
 
     class Page(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -76,7 +75,7 @@ def start_target(ip: str, port: int) -> ThreadingHTTPServer:
 
 
 class Vip:
-    """A layer-4 load balancer in front of the brokers, round robin: fifteen lines on the relay."""
+    """A layer-4 load balancer in front of the brokers, in round robin."""
 
     def __init__(self) -> None:
         self.relay = Relay(lambda event, fields: None, "vip")
@@ -107,9 +106,10 @@ class Vip:
 
 
 def fetch(proxy: tuple[str, int], ip: str, port: int, *, socks: bool) -> str:
-    """Fetch / of ip:port through the gateway, over SOCKS5 (RFC 1928) or as a proxy request.
+    """Fetch http://ip:port/ through the gateway, over SOCKS5 (RFC 1928) or as a proxy request.
 
-    The client uses no code of rtunnel.
+    Return the page. Raises DemoFailed. The client is written with plain sockets, without code of
+    rtunnel.
     """
     with socket.create_connection(proxy, timeout=PATIENCE) as sock:
         path = "/"
@@ -161,7 +161,7 @@ class Running:
 
 
 class Cluster:
-    """The demo's cluster: the product's parts in one nursery."""
+    """The demo's cluster: brokers, a VIP, agents and a gateway, in one nursery."""
 
     def __init__(self, directory: Path, nursery: trio.Nursery) -> None:
         self.directory = directory
@@ -190,12 +190,12 @@ class Cluster:
         self.proxy = self.gateway.role.bound
         for number, ip in enumerate(HOSTS, 1):
             self.agents.append(await self._start_agent(f"host-{number}", ip, self.directory / "pki"))
-        await self.until("every agent on two nodes", lambda: all(a.role.state == "ready" for a in self.agents))
+        await self.until("every agent has two sessions", lambda: all(a.role.state == "ready" for a in self.agents))
         wanted = len(HOSTS) * len(NODES)
-        await self.until("the gateway knows all", lambda: self.gateway.role.table.counts().tuples == wanted)
+        await self.until("the gateway knows every tuple", lambda: self.gateway.role.table.counts().tuples == wanted)
 
     async def start_broker(self, node: str) -> None:
-        """Start a broker, on its old port when it comes back."""
+        """Start a broker, on the port that it had before if it was killed."""
         first = 20000 + 2000 * NODES.index(node)
         running = await self._serve(
             "broker",
@@ -215,7 +215,7 @@ class Cluster:
         """Start an agent with a certificate of a foreign CA, and return what the brokers answer."""
         other = self.directory / "other"
         pki.init(other)
-        with (other / "ca.pem").open("ab") as ours:  # it trusts itself, and the brokers
+        with (other / "ca.pem").open("ab") as ours:  # trusts its own CA and the brokers
             ours.write((self.directory / "pki" / "ca.pem").read_bytes())
         running = await self._start_agent("host-1", ip, other)
         slots = running.role.slots
@@ -239,7 +239,7 @@ class Cluster:
         )
 
     def kill_broker(self, node: str) -> None:
-        """End a broker as by kill -9: sockets are reset, and tuples stay in the registry."""
+        """End a broker as kill -9 would: its sockets are reset, its tuples stay in the registry."""
         running = self.brokers.pop(node)
         running.scope.cancel()
         running.role.relay.stop()
@@ -251,7 +251,7 @@ class Cluster:
             while not condition():
                 await trio.sleep(0.01)
             return time.monotonic() - began
-        raise DemoFailed(f"not within {PATIENCE:g} s: {what}")
+        raise DemoFailed(f"this did not happen within {PATIENCE:g} s: {what}")
 
     async def _serve(self, name: str, keys: dict[str, object]) -> Running:
         config = self._config(keys)
@@ -285,7 +285,7 @@ class Cluster:
         return load(None, {}, common | keys)
 
     async def _start_gateway(self) -> Running:
-        """Start the gateway on the port of SOCKS, or on any free port if that is taken."""
+        """Start the gateway on port 1080, or on any free port if 1080 is in use."""
         try:
             return await self._serve("gateway", {"gateway.listen": f"127.0.0.1:{SOCKS_PORT}"})
         except* ListenError:
@@ -293,11 +293,11 @@ class Cluster:
         return await self._serve("gateway", {"gateway.listen": "127.0.0.1:0"})
 
     def tuples(self, ip: str) -> dict[str, str]:
-        """Return node -> "PS IP:port", from the registry."""
+        """Return the tuples of this host in the registry, as node -> "PS IP:port"."""
         return {t.node: f"{t.ps_ip}:{t.ps_port}" for t in self.registry.lookup("default", ip)}
 
 
-# --- the story ------------------------------------------------------------------------------------
+# --- the output -----------------------------------------------------------------------------------
 
 
 class Story:
@@ -334,7 +334,7 @@ class Story:
                 )
                 took = (time.perf_counter() - began) * 1000
                 if answer != f"hello from {ip}":
-                    raise DemoFailed(f"asked for {ip}, got {answer!r}")
+                    raise DemoFailed(f"the request to {ip} got the wrong answer {answer!r}")
                 over = "SOCKS5" if socks else "HTTP proxy"
                 table.add_row(f"http://{ip}:{cluster.target_port}/", over, answer, f"{took:.1f} ms", used())
         self.console.print(table)
@@ -351,7 +351,10 @@ def _watch_streams(cluster: Cluster) -> Callable[[], str]:
 
 
 async def tell(story: Story, stay: bool) -> None:
-    """Run the demo. Raises DemoFailed."""
+    """Run the demo, and print each step. Raises DemoFailed.
+
+    `stay`: keep the cluster running at the end, until cancelled.
+    """
     with _scratch() as directory:
         async with trio.open_nursery() as nursery:
             cluster = Cluster(directory, nursery)
@@ -359,18 +362,20 @@ async def tell(story: Story, stay: bool) -> None:
             await cluster.start()
             story.who_sits_where(cluster)
             story.console.print("gateway (SOCKS5 and HTTP proxy): {}:{}".format(*cluster.proxy))
-            story.chapter("Every host by its original IP; its agent proves to the gateway that it has it")
+            story.chapter("Fetch from every host by its original IP; its agent proves to the gateway who it is")
             await story.fetch_all(cluster)
-            story.chapter(f"Another agent says that it is {HOSTS[0]}, with a certificate of its own making")
+            story.chapter(f"Another agent claims {HOSTS[0]}, with a certificate of its own CA")
             story.console.print(f"refused: {await cluster.impostor(HOSTS[0])}", soft_wrap=True)
             victim = NODES[0]
-            story.chapter(f"{victim} dies as by kill -9: its tuples are still in the registry, its ports are dead")
+            story.chapter(f"{victim} is killed (kill -9): its tuples are still in the registry, its ports are closed")
             cluster.kill_broker(victim)
             await story.fetch_all(cluster)
             story.who_sits_where(cluster)
-            story.chapter(f"{victim} comes back with a new incarnation; the agents find it behind the VIP")
+            story.chapter(f"{victim} starts again with a new incarnation; the agents find it behind the VIP")
             await cluster.start_broker(victim)
-            took = await cluster.until("2/2 again", lambda: all(a.role.state == "ready" for a in cluster.agents))
+            took = await cluster.until(
+                "every agent has two sessions again", lambda: all(a.role.state == "ready" for a in cluster.agents)
+            )
             story.console.print(f"every agent is back on two nodes after {took:.1f} s")
             story.who_sits_where(cluster)
             await story.fetch_all(cluster)
@@ -381,7 +386,7 @@ async def tell(story: Story, stay: bool) -> None:
 
 async def _stay(story: Story, cluster: Cluster) -> None:
     host, port = cluster.proxy
-    story.chapter("It stays up until Ctrl-C. Try:")
+    story.chapter("The cluster runs until Ctrl-C. Try:")
     for ip in HOSTS:
         story.console.print(f"  curl --socks5 {host}:{port} http://{ip}:{cluster.target_port}/", soft_wrap=True)
     story.console.print(f"  curl --proxy http://{host}:{port} http://{HOSTS[0]}:{cluster.target_port}/", soft_wrap=True)
@@ -398,23 +403,24 @@ def _scratch() -> Any:
 
 
 @click.command("demo", context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--stay", is_flag=True, help="Leave it running at the end, and print the curl lines to try.")
-@click.option("--log", "level", default="", metavar="LEVEL", help="Show the parts' own log from this level on.")
+@click.option("--stay", is_flag=True, help="Keep the cluster running at the end, and print curl commands to try.")
+@click.option("--log", "level", default="", metavar="LEVEL", help="Show the log of the roles, from this level on.")
 def _command(stay: bool, level: str) -> int:
-    """Two brokers, a VIP, agents and a gateway on this machine; fetch by original IP, turn an
-    impostor away, kill a broker, fetch again.
+    """Run a whole cluster on this machine, and show what it does.
 
-    Needs neither root nor Redis. Exit status 0 only if all of it worked.
+    The demo starts two brokers, a VIP, three agents and a gateway. It fetches from each agent's
+    host by its original IP, refuses an impostor, kills a broker, and fetches again. It needs
+    neither root nor Redis. The exit code is 0 only if every step worked.
     """
     logs.setup(LogConfig(level=level or "critical", format="console"))
     story = Story(Console(highlight=False, width=None if sys.stdout.isatty() else 120))
-    status, last = 0, "\n[bold green]all of it worked[/bold green]"
+    status, last = 0, "\n[bold green]every step worked[/bold green]"
     try:
         trio.run(tell, story, stay)
     except* DemoFailed as error:
         status, last = 1, "".join(f"\n[bold red]failed:[/bold red] {fault}" for fault in error.exceptions)
     except* KeyboardInterrupt:
-        last = "\nended"
+        last = "\nstopped"
     story.console.print(last)
     return status
 

@@ -2,8 +2,8 @@
 
 A logging call renders its line (microseconds) and puts it into a bounded queue; one daemon thread
 writes. When stderr is stuck, the queue fills and further lines are dropped. `log_lines_dropped`
-gives their number as soon as writing works again. So a stopped terminal or a full pipe cannot stop
-a relay.
+gives their number as soon as writing works again. Thus a stopped terminal or a full pipe cannot
+stop a relay.
 
 A peer's text cannot forge a line or control a terminal: all unprintable characters are escaped.
 """
@@ -39,7 +39,6 @@ MAX_LINE = 16 * 1024
 _CUT = 512
 #: Seconds that the writer sleeps after a first line, before it writes all lines together: to wake
 #: it for every line would cost the caller more than the line.
-#: every line would cost the caller more than the line.
 GATHER = 0.02
 #: Seconds that `flush` waits for a stuck stderr.
 FLUSH_TIMEOUT = 2.0
@@ -59,7 +58,7 @@ Render = Callable[[dict[str, Any]], bytes]
 class Throttle:
     """Limits repeated lines: some of each kind in each period; the others are counted.
 
-    For one thread.
+    Not thread-safe.
     """
 
     def __init__(self, seconds: float = THROTTLE_SECONDS) -> None:
@@ -388,9 +387,9 @@ class _Bridge(logging.Handler):
         method = getattr(logger, level if level in LEVELS else "warning")
         info = {"exc_info": record.exc_info} if record.exc_info else {}
         try:
-            method("library_message", text=record.getMessage(), **info)
+            method("library_message_logged", text=record.getMessage(), **info)
         except Exception:
-            method("library_message", text=str(record.msg))
+            method("library_message_logged", text=str(record.msg))
 
 
 _writer: Writer | None = None

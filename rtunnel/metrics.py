@@ -275,7 +275,7 @@ SERIES: Final = (
         "rtunnel_files_rejected", "Files of rules or users with a fault: what they said before is in force",
         lambda s: len(s["access"]["rejected"]) if "access" in s else None,
     ),
-    # Who is who.
+    # Identity.
     Series("rtunnel_trust_list_number", "Of the trust list in force; 0 before the first one", _trust("number")),
     Series("rtunnel_trust_list_generation", "Of the same; it grows when agents are told", _trust("generation")),
     Series(

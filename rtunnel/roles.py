@@ -1,4 +1,4 @@
-"""Roles as the core sees them, and the runner for every process of one.
+"""Finds roles by their entry points, checks what they need, and runs them in a process.
 
 The core imports no role. Each role is an entry point of the group `rtunnel.roles` that names a
 `Role`.
@@ -45,22 +45,20 @@ GROUP = "rtunnel.roles"
 #: Days: a certificate that ends sooner causes a warning at every start.
 SOON_DAYS = 30
 
-#: Imported modules are never freed, so the collector skips them. A relay also creates and drops
-#: thousands of small objects a second that are no garbage: with the interpreter's 700 the collector
-#: took 1-3 % of the CPU.
-#: second that are no garbage: with the interpreter's 700 the collector took 1-3 % of the CPU.
+#: Thresholds of the garbage collector. A relay creates and drops thousands of small objects a
+#: second that are in no cycle: with the interpreter's 700 the collector took 1-3 % of the CPU.
 GC_THRESHOLDS = (10_000, 20, 20)
 
 log = logs.get_logger("runner")
 
 
 class Serve(Protocol):
-    """A role's whole life.
+    """The function that runs a role from its start to its end, in trio's thread.
 
-    It calls `task_status.started()` when it listens (or dials), and returns when it has drained
-    after `stop`. When it is cancelled it ends at once. It raises ListenError when an address is
-    taken, ConfigError or TrustError when what it was given can't be used; anything else is a bug
-    and is logged with its traceback.
+    It calls `task_status.started()` when the role listens (or dials), and returns when the role has
+    drained after `stop`. When it is cancelled it ends at once. It raises ListenError when an
+    address is taken, and ConfigError or TrustError when a setting or a file cannot be used. Any
+    other exception is a bug, and is logged with its traceback.
     """
 
     async def __call__(
@@ -88,7 +86,7 @@ def find_role(name: str) -> Role:
     """Return the role with this name. Raises RoleMissing."""
     points = tuple(entry_points(group=GROUP, name=name))
     if not points:
-        raise RoleMissing(f"no role {name!r} is installed")
+        raise RoleMissing(f"no role {name!r} is installed: install the package that has it")
     try:
         role = points[0].load()
     except (ImportError, AttributeError) as error:
@@ -102,9 +100,9 @@ def find_role(name: str) -> Role:
 
 
 def check(config: Config, role: str) -> list[Problem]:
-    """Check all that can be known before a start: required keys, files, keys and certificates.
+    """Check a role's settings, files, keys and certificates before its start; return warnings.
 
-    Returns warnings. Raises ConfigError.
+    Raises ConfigError with every fault that was found.
     """
     check_role(config, role)
     problems: list[Problem] = []
@@ -158,13 +156,10 @@ def _check_directory(path: Path) -> None:
 
 
 def _of_one_cluster(cluster_key: str, gateway_key: str) -> None:
-    """Check that the broker and the gateway of one process know each other's keys.
-
-    Raises TrustError.
-    """
+    """Raise TrustError unless the gateway's key comes from one of the broker's cluster keys."""
     key = keys.load_gateway_key(gateway_key)
     if not any(keys.gateway_key(cluster, key.id) == key for cluster in keys.load_cluster_keys(cluster_key)):
-        raise TrustError(f"{gateway_key}: is not derived from the cluster key in {cluster_key}")
+        raise TrustError(f"{gateway_key}: is not derived from a cluster key in {cluster_key}: use files of one cluster")
 
 
 def _expiring(config: Config, role: str) -> Iterator[Problem]:
@@ -177,22 +172,22 @@ def _expiring(config: Config, role: str) -> Iterator[Problem]:
         if key.partition(".")[0] not in role_sections(role) or security != "tls" or not path:
             continue
         days = tls.days_left(path)
+        fix = "renew it: `rtunnel pki issue broker`" if key == "broker.certificate" else "replace it"
         if days < 0:
-            yield Problem(config.source(key), key, f"{path} is over since {-days:.0f} days", "links will fail")
+            yield Problem(config.source(key), key, f"{path} expired {-days:.0f} days ago, and links fail", fix)
         elif days < SOON_DAYS:
-            fix = "`rtunnel pki issue broker`" if key == "broker.certificate" else "replace it in time"
-            yield Problem(config.source(key), key, f"{path} is over in {days:.0f} days", fix)
+            yield Problem(config.source(key), key, f"{path} expires in {days:.0f} days", fix)
 
 
 # --- the runner -----------------------------------------------------------------------------------
 
 
 def run(roles: Sequence[Role], config: Config, *, name: str = "") -> int:
-    """Run roles in this process until they have ended; the process's exit code.
+    """Run roles in this process until they have ended, and return the process's exit code.
 
-    SIGTERM and SIGINT set `stop`, so that the roles drain; a second one cancels them at once.
-    SIGHUP lets them look at their files. Raises ConfigError when they can't even start; whatever
-    goes wrong later is logged.
+    SIGTERM and SIGINT set `stop`, so that the roles drain; a second one cancels the roles at once.
+    SIGHUP makes them check their files. Raises ConfigError when the checks before the start fail;
+    later failures are logged.
     """
     name = name or roles[0].name
     notes = check(config, name)
@@ -202,47 +197,50 @@ def run(roles: Sequence[Role], config: Config, *, name: str = "") -> int:
 
 
 def run_process(name: str, notes: Sequence[Problem], main: Callable[[], int], **fields: object) -> int:
-    """Run `main`, which returns the exit code, with the set-up that every process of a role needs.
+    """Set the process up for a role, run `main`, and return the exit code that it returns.
 
-    `fields` go into the first log line.
+    `notes` are logged as warnings; `fields` go into the line `process_started`. An exception of
+    `main` is logged, and gives another exit code.
     """
     raise_descriptor_limit()
     # SIGHUP means "check the files". It must not end a process that is starting or ending.
     # `watch_signals` sets a handler later.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Imported modules are never freed, so the collector need not visit them.
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
     try:
         for problem in notes:
             log.warning("config_warning", source=problem.source, key=problem.key, text=problem.reason, fix=problem.fix)
         python = sys.version.split()[0]
-        log.info("starting", role=name, version=__version__, pid=os.getpid(), python=python, **fields)
+        log.info("process_started", role=name, version=__version__, pid=os.getpid(), python=python, **fields)
         code = main()
     except BaseException as error:
         code = _exit_code(error)
-    log.info("stopped", role=name, code=code)
+    log.info("process_stopped", role=name, code=code)
     logs.flush()
     return code
 
 
 def raise_descriptor_limit() -> None:
-    """Raise the limit of descriptors to the hard one. A session or stream needs one or two."""
+    """Raise the soft limit of descriptors to the hard limit; log a warning when that fails."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         except (OSError, ValueError):
-            log.warning("descriptor_limit", limit=soft, hint="ulimit -n could not be raised")
+            log.warning("descriptor_limit_not_raised", limit=soft, hint="raise it before the start (ulimit -n)")
 
 
-#: A function that sets the event when the roles must stop, and calls the function when at once.
+#: A task that sets an event when the roles must drain, and calls a function when they must end at
+#: once (`watch_signals`, `rtunnel.workers`).
 Watch = Callable[..., Awaitable[None]]
 
 
 def run_roles(roles: Sequence[Role], config: Config, watch: Watch, watcher: Watcher | None = None) -> int:
-    """Run roles until `watch` stops them, and return the exit code.
+    """Run roles until `watch` stops them or one of them ends, and return the exit code.
 
-    `watcher` gets signs of life.
+    `watcher` gets signs of life while the roles answer.
     """
     registry = connect(config.registry) if any(role.needs_registry for role in roles) else None
     try:
@@ -268,7 +266,7 @@ async def _serve_all(
                 part = await serving.start(_serve_one, role, config, registry, stop)
                 if part is not None:
                     parts.append(part)
-                log.info("started", role=role.name)
+                log.info("role_started", role=role.name)
             if watcher is not None and not stop.is_set():
                 watcher.started()
         nursery.cancel_scope.cancel()
@@ -291,14 +289,14 @@ async def _serve_one(
 ) -> None:
     status = _Status(task_status)
     await role.serve(config, registry if role.needs_registry else None, stop=stop, task_status=status)
-    # One role that ends stops the others. A role that was stopped while it started ends without
-    # `started`.
+    # One role that ends stops the others. A role that was stopped during its start has not called
+    # `started`: the caller waits for it.
     stop.set()
     status.started()
 
 
 class _Status:
-    """A task status that may be called twice."""
+    """A task status whose `started` may be called twice."""
 
     def __init__(self, status: trio.TaskStatus[Part | None]) -> None:
         self._status: trio.TaskStatus[Part | None] | None = status
@@ -317,9 +315,9 @@ async def watch_signals(
     *,
     task_status: trio.TaskStatus[None],
 ) -> None:
-    """Set `stop` at the first SIGTERM or SIGINT, and call `at_once` at the second.
+    """Set `stop` at the first SIGTERM or SIGINT, call `at_once` at the second, and return.
 
-    Each SIGHUP calls `look`.
+    Calls `look` at each SIGHUP.
     """
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         task_status.started()
@@ -330,10 +328,10 @@ async def watch_signals(
                 look()
                 continue
             if stop.is_set():
-                log.warning("stopping_at_once", signal=name)
+                log.warning("abort_requested", signal=name)
                 at_once()
                 return
-            log.info("stopping", signal=name, hint="a second signal stops at once")
+            log.info("stop_requested", signal=name, hint="a second signal stops at once")
             stop.set()
 
 
@@ -341,9 +339,9 @@ async def watch_signals(
 
 #: Exit codes and log events of failures that need no traceback; others are logged with one.
 _CODES: Mapping[type[BaseException], tuple[int, str]] = {
-    ConfigError: (EXIT_USAGE, "config_refused"),
-    TrustError: (EXIT_USAGE, "config_refused"),
-    ListenError: (EXIT_LISTEN, "can_not_listen"),
+    ConfigError: (EXIT_USAGE, "config_rejected"),
+    TrustError: (EXIT_USAGE, "config_rejected"),
+    ListenError: (EXIT_LISTEN, "listen_failed"),
     RegistryUnavailable: (EXIT_FAILED, "registry_unavailable"),
     Superseded: (EXIT_FAILED, "node_superseded"),
 }
@@ -351,27 +349,27 @@ _TAKEN = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
 
 
 def _exit_code(fault: BaseException) -> int:
-    """Log the failure that ended the process, and return its exit code.
+    """Log the failure that ended the process, and return the process's exit code.
 
-    KeyboardInterrupt and SystemExit pass.
+    Raises KeyboardInterrupt and SystemExit again.
     """
     leaves = list(_leaves(fault))
     if any(isinstance(leaf, KeyboardInterrupt | SystemExit) for leaf in leaves):
         raise fault
     for leaf in leaves:
         if isinstance(leaf, OSError) and leaf.errno in _TAKEN:
-            log.error("can_not_listen", text=str(leaf))
+            log.error("listen_failed", text=str(leaf))
             return EXIT_LISTEN
         for kind, (code, event) in _CODES.items():
             if isinstance(leaf, kind):
                 log.error(event, text=str(leaf))
                 return code
-    log.critical("crashed", exc_info=fault)
+    log.critical("process_crashed", exc_info=fault)
     return EXIT_FAILED
 
 
 def _leaves(fault: BaseException) -> Iterator[BaseException]:
-    """Yield the exceptions inside groups: nurseries wrap those that pass them."""
+    """Yield the exceptions inside groups, because nurseries wrap each exception in a group."""
     if isinstance(fault, BaseExceptionGroup):
         for inner in fault.exceptions:
             yield from _leaves(inner)

@@ -76,7 +76,7 @@ class Place(Generic[T]):
 
 
 class Strangers(Generic[T]):
-    """The places for connections without proof, and their holders. For one thread."""
+    """The places for connections without proof, and their holders. Not thread-safe."""
 
     def __init__(
         self, most: int, share: int, is_silent: Callable[[T], bool], silent_grace: float = SILENT_GRACE

@@ -1,18 +1,19 @@
 """`--workers N`: N processes of one role on one port, and the supervisor that keeps them running.
 
-A worker is an independent process with a fresh interpreter: a broker's is a node of its own, with
-its own name and its own part of the port ranges. Workers share the listening address (SO_REUSEPORT:
-the kernel spreads connections), the `host` label and stderr, and nothing else. The supervisor
-handles no connection.
+A worker is an independent process with a fresh interpreter. A broker's worker is a node of its own:
+it has its own name and its own part of the port ranges. Workers share the listening address
+(SO_REUSEPORT: the kernel spreads connections), the `host` label and stderr, and nothing else. The
+supervisor handles no connection.
 
-    supervisor -> worker   its stdin: one line of JSON, the `Task`; then bytes: `LOOK` for "check
-                           your files", `STOP` for "stop", another `STOP` for "at once". The end of
-                           stdin means that the supervisor has ended: stop.
-    worker -> supervisor   a pipe, with signs of life (rtunnel/pulse.py); its exit code; and its
-                           health over HTTP, on a socket that the supervisor has handed down
+    supervisor -> worker   the worker's stdin: one line of JSON, the `Task`; then single bytes:
+                           `LOOK` for "check your files", `STOP` for "drain", another `STOP` for
+                           "end at once". When stdin ends, the supervisor has ended: the worker
+                           drains.
+    worker -> supervisor   a pipe, with signs of life (rtunnel/pulse.py); the exit code; and health
+                           over HTTP, on a listening socket that the worker inherits
 
-A worker without signs of life is killed and started again, because its listener would keep its
-share of the connections.
+The supervisor kills a worker that gives no signs of life, and starts it again: its listener would
+go on taking its share of the connections.
 """
 
 from __future__ import annotations
@@ -39,29 +40,29 @@ from rtunnel.pulse import Watcher
 from rtunnel.roles import Role
 from rtunnel.watch import look_now
 
-#: A worker that died is started again at once, then after this many seconds, doubled up to the cap.
-#: The count starts again after it has lived for `STABLE`.
-#: for `STABLE`.
+#: Seconds before a worker that died twice is started again (at once after its first death). The
+#: pause doubles with each death up to the cap, and begins anew when a process has lived for
+#: `STABLE` seconds.
 BACKOFF_FIRST: Final = 0.25
 BACKOFF_CAP: Final = 10.0
 STABLE: Final = 60.0
-#: Seconds after the order to stop at once, before a worker is killed.
+#: Seconds from the order to end at once until a worker is killed.
 KILL_AFTER: Final = 2.0
-#: Seconds for a worker's answer about its health, after it had `START_PATIENCE` to start.
+#: Seconds for a worker's answer about its health. A worker that does not answer counts as failing
+#: only `START_PATIENCE` seconds after its start.
 PATIENCE: Final = 1.0
 START_PATIENCE: Final = 10.0
-#: A worker gives a sign each second. One that is silent for this many seconds is killed: as long as
-#: agents wait for a
-#: silent link. Seconds are counted by the supervisor's own ticks, so that a machine that was
-#: suspended kills nobody.
+#: Seconds without a sign of life after which a worker is killed; a worker gives one each second. It
+#: is the time after which agents give up a silent link. The supervisor counts its own ticks, so
+#: that no worker is killed after the machine was suspended.
 SILENCE: Final = 15
-#: The first sign may take longer: when a machine starts 64 workers, the imports alone take seconds.
+#: The same for the first sign, because the imports of 64 workers that start together take seconds.
 FIRST_SILENCE: Final = 60
 TICK: Final = 1.0
 STOP: Final = b"."
 LOOK: Final = b"h"
-#: Exit codes of a worker that was told to stop. A terminal's signal may arrive before its handlers
-#: are set.
+#: Exit codes of a worker that ended because it was told to. A terminal's signal may arrive before
+#: the worker has set its handlers, and then kills it.
 IN_ORDER: Final = (EXIT_OK, -signal.SIGTERM, -signal.SIGINT)
 
 log = logs.get_logger("supervisor")
@@ -77,9 +78,9 @@ class Task(msgspec.Struct):
 
 
 def run(role: Role, config: Config) -> int:
-    """Run a role as `roles.run` does, in as many processes as its `workers` key says.
+    """Run a role in as many processes as its key `workers` says, and return the exit code.
 
-    Return the exit code.
+    With one worker this is `roles.run`. Raises ConfigError when the checks before the start fail.
     """
     count = getattr(getattr(config, role.name), "workers", 1)
     if count == 1:
@@ -96,7 +97,7 @@ def run(role: Role, config: Config) -> int:
 
 @dataclass(eq=False)
 class Worker:
-    """One worker, through all its processes."""
+    """One worker: its settings, and the state of its present process."""
 
     number: int
     config: Config
@@ -105,7 +106,7 @@ class Worker:
     since: float = 0.0  # trio's clock
     restarts: int = 0
     fate: str = "not started yet"  # of the last process
-    # Held while something is written to its stdin.
+    # Held while an order is written to the worker's stdin.
     ordering: trio.Lock = field(default_factory=trio.Lock)
     silence: int = 0  # ticks since its last sign of life
     gives_signs: bool = False  # this process has given one
@@ -113,10 +114,7 @@ class Worker:
 
 
 class Supervisor:
-    """Starts the workers, passes orders to them, and starts those again that end.
-
-    `run` returns the exit code.
-    """
+    """Starts the workers, passes orders to them, and starts a worker again when it ends."""
 
     def __init__(self, role: str, config: Config, count: int) -> None:
         self.role = role
@@ -130,7 +128,7 @@ class Supervisor:
         self.watcher: Watcher | None = None  # the watcher of the supervisor itself
 
     async def run(self) -> int:
-        """Run until all workers have ended. Raises ListenError."""
+        """Run until all workers have ended, and return the exit code. Raises ListenError."""
         section = getattr(self.config, self.role)
         async with trio.open_nursery() as nursery:
             await nursery.start(roles.watch_signals, self.stop, self.at_once.set, self._look)
@@ -178,8 +176,8 @@ class Supervisor:
             worker.fate = _describe_exit(status)
             log.error("worker_died", worker=worker.number, status=worker.fate, restarts=worker.restarts)
             if status in (EXIT_USAGE, EXIT_LISTEN) and worker.restarts == 0:
-                # Wrong from the start, and it said why. Later it is worth trying again: the others
-                # may do well.
+                # The first process found a fault in its settings, and has logged it: a new process
+                # would find it too. Later the fault may be temporary, and other workers may serve.
                 self.code = status
                 self.stop.set()
                 return
@@ -192,7 +190,7 @@ class Supervisor:
             worker.restarts += 1
 
     async def _live(self, worker: Worker) -> int:
-        """Run one process to its end, and return how it ended."""
+        """Run one process of the worker to its end, and return its exit status."""
         try:
             signs, theirs = os.pipe()
         except OSError as error:  # no descriptors
@@ -224,8 +222,8 @@ class Supervisor:
     async def _open(self, worker: Worker, pulse_fd: int) -> trio.Process:
         """Start the process. Raises OSError."""
         health = [worker.health.fileno()] if worker.health is not None else []
-        # Modules come from where ours do, and never from the working directory (-P). What an init
-        # system wants to hear comes from the supervisor alone.
+        # The worker imports from the same folders as this process, and never from the working
+        # directory (-P). Only the supervisor notifies the init system.
         environ = {name: value for name, value in os.environ.items() if name not in pulse.VARIABLES}
         return await trio.lowlevel.open_process(
             command(self.role, worker.number),
@@ -235,7 +233,7 @@ class Supervisor:
         )
 
     async def _hear(self, worker: Worker, signs: trio.lowlevel.FdStream) -> None:
-        """Read a process's signs of life until it closes its end of the pipe."""
+        """Read a process's signs of life until the process closes its end of the pipe."""
         async with signs:
             async for sign in signs:
                 worker.silence, worker.gives_signs = 0, True
@@ -250,7 +248,7 @@ class Supervisor:
             worker.silence += 1
         log.error(
             "worker_killed", worker=worker.number, pid=process.pid, silence=worker.silence,
-            reason="it gave no sign of life: stopped, or one of its threads hangs",
+            reason="it gave no sign of life: it is stopped, or one of its threads hangs",
         )  # fmt: skip
         process.kill()
 
@@ -277,7 +275,7 @@ class Supervisor:
             await self._order(worker, process, LOOK)
 
     async def _order(self, worker: Worker, process: trio.Process, order: bytes) -> None:
-        """Write to a worker's stdin. Ignores a worker that is ending, whose exit code says more."""
+        """Write an order to a worker's stdin. An error is ignored: the process has ended."""
         assert process.stdin is not None
         async with worker.ordering:
             try:
@@ -296,7 +294,7 @@ class Supervisor:
         }
 
     async def _livez(self) -> admin.Answer:
-        """Return why a worker fails. One that does not answer fails like one that hangs."""
+        """Answer `/livez`: 503 when a worker says so, or has not answered in time."""
         answers = await self._ask_all("/livez")
         now = trio.current_time()
         silent = [
@@ -361,11 +359,12 @@ class Supervisor:
 
 @contextmanager
 def _reserved(address: str, key: str) -> Iterator[str]:
-    """The address for all workers to share, ours until the end.
+    """Hold the address that all workers share during the block, and yield it with its port.
 
-    Bound alone first, so that somebody else's socket is told now, also one that would share. The
-    one that stays never listens, so that no connection comes to it: it makes port 0 one port, and
-    keeps it while a worker is away.
+    A first bind without SO_REUSEPORT fails when another program has the port, even if that program
+    would share it. The socket that stays bound never listens, so the kernel gives it no connection.
+    It turns port 0 into one port for all workers, and keeps the port while no worker runs. Raises
+    ListenError.
     """
     host, port = parse_endpoint(address)
     if port:
@@ -375,7 +374,7 @@ def _reserved(address: str, key: str) -> Iterator[str]:
 
 
 def worker_config(config: Config, role: str, number: int, listen: str, admin_address: str) -> Config:
-    """Return the configuration of one worker, with its own parts of what the workers share."""
+    """Return the configuration of worker `number`, with its own addresses, name and port ranges."""
     section = getattr(config, role)
     own: dict[str, Any] = {"listen": listen, "admin": admin_address}
     if isinstance(section, BrokerConfig):
@@ -388,10 +387,7 @@ def worker_config(config: Config, role: str, number: int, listen: str, admin_add
 
 
 def command(role: str, number: int) -> list[str]:
-    """Return the command line of a worker.
-
-    Role and number are for `ps`; the task comes by stdin.
-    """
+    """Return the command line of a worker. Role and number are there for `ps` only."""
     return [sys.executable, "-P", "-m", "rtunnel.workers", role, str(number)]
 
 
@@ -415,7 +411,7 @@ def _address(worker: Worker) -> tuple[str, int]:
 
 
 async def _get(host: str, port: int, path: str) -> Mapping[str, Any]:
-    """Return the JSON of one of our own endpoints, which closes the connection after it."""
+    """Return the JSON that a worker's health endpoint answers for `path`."""
     async with await trio.open_tcp_stream(host, port) as stream:
         await stream.send_all(f"GET {path} HTTP/1.1\r\nHost: worker\r\n\r\n".encode())
         answer = b"".join([piece async for piece in stream])
@@ -426,7 +422,7 @@ async def _get(host: str, port: int, path: str) -> Mapping[str, Any]:
 
 
 def main() -> None:
-    """Run a worker's process, which only a supervisor starts."""
+    """Run the process of a worker, and exit with its code. Only a supervisor starts it."""
     line, early = _first_line()
     try:
         task = msgspec.json.decode(line, type=Task)
@@ -450,7 +446,7 @@ def _first_line() -> tuple[bytes, bytes]:
 
 
 class _Orders:
-    """What a worker does at the supervisor's orders, and at signals."""
+    """Follows the supervisor's orders, and signals, in a worker."""
 
     def __init__(self, stop: trio.Event, at_once: Callable[[], object]) -> None:
         self._stop = stop
@@ -465,7 +461,7 @@ class _Orders:
         if self._stops:
             self.stop("the supervisor")
         if self._stops > 1:
-            log.warning("stopping_at_once", by="the supervisor")
+            log.warning("abort_requested", by="the supervisor")
             self._at_once()
 
     async def heed(self, signals: AsyncIterator[int]) -> None:
@@ -477,7 +473,7 @@ class _Orders:
     def stop(self, by: str) -> None:
         """Stop the roles in order. Later calls have no effect."""
         if not self._stop.is_set():
-            log.info("stopping", by=by)
+            log.info("stop_requested", by=by)
             self._stop.set()
 
     def _look(self, by: str) -> None:
@@ -488,10 +484,11 @@ class _Orders:
 async def _obey(
     early: bytes, stop: trio.Event, at_once: Callable[[], object], *, task_status: trio.TaskStatus[None]
 ) -> None:
-    """Watch for the end of a worker, instead of `roles.watch_signals`.
+    """Set `stop` at the first order or signal to stop, and call `at_once` at the second order.
 
-    `early`: orders that have been read already. Orders count, and the first signal, because a
-    terminal and an init system may send signals to every process, beside the supervisor's orders.
+    This is a worker's `roles.watch_signals`. `early`: orders that were read behind the task. Only
+    orders count towards `at_once`, because a terminal or an init system may send each signal to
+    the workers too, beside the supervisor's orders.
     """
     todo = _Orders(stop, at_once)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:

@@ -153,13 +153,13 @@ class Agent:
             self._go_over(session, identity)
 
     def _go_over(self, session: AgentSession, identity: AgentIdentity) -> None:
-        """Move a session to a new certificate, so that it outlasts the CA of the one that its link
-        has shown.
+        """Move a session to a new certificate, so that it stays when the CA of the old one is
+        retired.
         """
         if self.credentials.by_certificate:
             self.relay.call(lambda: session.go_over(self.targets.exposed.ports, identity.certificate, identity.key))
 
-    # What sessions call, in the relay's thread.
+    # Calls from sessions, in the relay's thread.
 
     def session_ready(self, session: AgentSession) -> None:
         self.bridge.post(self._ready, session)
@@ -172,7 +172,7 @@ class Agent:
         self.bridge.post(self._gone, session, Outcome(code=code, lost=explained))
 
     def _explained(self, session: AgentSession, code: Refusal | None, lost: Lost) -> str:
-        """Return the reason with the keys to look at, where the two ends cannot tell each other."""
+        """Return the reason, with the keys to check for a fault that only a person can mend."""
         by_certificate = session.link is not None and not session.secret
         if by_certificate and lost.kind is LostKind.CERTIFICATE_REFUSED:
             return f"the broker does not accept this agent's certificate ({lost}): compare CAs and clocks"
@@ -261,7 +261,7 @@ class Agent:
     # Life.
 
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Agent] = trio.TASK_STATUS_IGNORED) -> None:
-        """Run until `stop`, then drain. Started when the agent begins to dial."""
+        """Run until `stop`, then drain. Calls `started` when the agent begins to dial."""
         async with self.bridge.running(), trio.open_nursery() as nursery:
             await nursery.start(self._brokers.run)
             for slot in self.slots:
@@ -354,12 +354,12 @@ class Agent:
         slot.up_at = trio.current_time()
         slot.searches = 0
         self._log.info(
-            "session_up", agent=self.agent_id, broker=welcome.node, host=welcome.host, epoch=str(welcome.epoch),
+            "session_opened", agent=self.agent_id, broker=welcome.node, host=welcome.host, epoch=str(welcome.epoch),
             ps=f"{welcome.ip}:{welcome.port}", redundancy=self.redundancy,
             open_ports=[f"{p.port}->{p.ip}:{p.target_port}" for p in welcome.open_ports],
         )  # fmt: skip
         for notice in welcome.notices:
-            self._log.warning("broker_notice", agent=self.agent_id, broker=welcome.node, notice=notice)
+            self._log.warning("broker_notice_received", agent=self.agent_id, broker=welcome.node, notice=notice)
         if self.one_host != self._one_host:
             self._one_host = self.one_host
             if self._one_host:
@@ -378,14 +378,14 @@ class Agent:
             watch.retired = True
             slot.reason = f"{session.node} is draining"
             self._log.warning(
-                "session_draining", agent=self.agent_id, broker=session.node, epoch=session.epoch,
+                "session_drain_started", agent=self.agent_id, broker=session.node, epoch=session.epoch,
                 reason=slot.reason, redundancy=self.redundancy,
             )  # fmt: skip
 
     def _log_down(self, session: AgentSession, lost: Lost) -> None:
         """Log the end of a session that was up, once."""
         self._log.warning(
-            "session_down", agent=self.agent_id, broker=session.node, epoch=session.epoch, cause=lost.kind.value,
+            "session_ended", agent=self.agent_id, broker=session.node, epoch=session.epoch, cause=lost.kind.value,
             reason=str(lost), streams_cut=session.link.cut if session.link is not None else 0,
             redundancy=self.redundancy,
         )  # fmt: skip
@@ -415,7 +415,11 @@ class Agent:
         if reason != slot.told:
             slot.told = reason
             self._log.warning(
-                "no_session", agent=self.agent_id, slot=slot.number + 1, reason=reason, redundancy=self.redundancy
+                "session_not_opened",
+                agent=self.agent_id,
+                slot=slot.number + 1,
+                reason=reason,
+                redundancy=self.redundancy,
             )
         slot.reason = reason
         await trio.sleep(pause)
@@ -637,11 +641,11 @@ class Agent:
     # The host's addresses.
 
     async def _follow_addresses(self) -> None:
-        """Look again and again which of its addresses this host has, and apply changes."""
+        """Check at intervals which of its addresses this host has, and apply changes."""
         # from the start; `address_lost` and `address_found` tell of changes
         for address in self._own.lost:
             self._log.warning(
-                "address_missing", agent=self.agent_id, address=address,
+                "address_not_found", agent=self.agent_id, address=address,
                 reason="this host does not have it: add it to an interface, or change agent.addresses",
             )  # fmt: skip
         ask_until = 0.0

@@ -30,9 +30,9 @@ RESOLVER_DEADLINE: Final = 30.0
 class AddressQueue:
     """The known broker addresses, in the order in which they are to be dialled.
 
-    The least recently dialled address comes first; a new one joins at the end. So an address that
-    stays known is dialled at least once in as many dials as there are addresses, in whatever order
-    the resolver names them.
+    The least recently dialled address comes first; a new one joins at the end. An address that
+    stays known is therefore dialled at least once in as many dials as there are addresses, in
+    whatever order the resolver names them.
     """
 
     def __init__(self, rng: random.Random) -> None:

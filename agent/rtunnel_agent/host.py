@@ -1,9 +1,9 @@
 """The host id: it lets a restarted agent take its sessions back at once.
 
-Of two processes with one agent_id, a broker keeps the one whose link answers. After kill -9 the new
-process must not wait until the old links are given up. So its Hello carries a *host id*: equal for
-two processes when the first has certainly ended before the second begins, and different for a
-clone. It is a digest of
+When two processes have one agent_id, a broker keeps the one whose link answers. After kill -9 the
+new process must not wait until the old links are given up. Its Hello therefore carries a *host id*.
+Two processes have the same one when the first has certainly ended before the second begins; a clone
+has another one. It is a digest of
 
 - the kernel's boot id: another machine, and the same machine after a reboot, have another one.
   (After a reboot no link of before can answer, and brokers find that out.)
@@ -15,8 +15,8 @@ clone. It is a digest of
 - without one: the network namespace. Two processes there share their addresses, so a client that is
   led to the wrong one of them still reaches the right host.
 
-Each process makes it once. So a machine that is cloned *with its memory* has two processes with one
-host id until one of them is started again (docs/identity.md).
+Each process makes it once. A machine that is cloned *with its memory* therefore has two processes
+with one host id until one of them is started again (docs/identity.md).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _read(path: Path) -> bytes:
 
 
 def _cards(classes: Path) -> Iterator[bytes]:
-    """Yield the addresses of physical and virtio cards. Those of bridges change too often."""
+    """Yield the addresses of physical and virtio cards. Bridges change theirs too often."""
     try:
         cards = list(classes.iterdir())
     except OSError:

@@ -123,7 +123,7 @@ def _make(directory: Path) -> None:
 
 
 class Credentials:
-    """The certificate, key and CAs of one agent, kept current by `run`. For trio's thread.
+    """Keeps the certificate, key and CAs of one agent current, while `run` runs. In trio's thread.
 
     `ask` sends a request to the authority; it raises Refused, or OSError with a text.
     """
@@ -173,7 +173,7 @@ class Credentials:
             self._put(AgentIdentity(*load_pair(*self._pair)))
         self._make_contexts()
 
-    # What the agent asks for.
+    # Questions of the agent.
 
     @property
     def generation(self) -> int:
@@ -467,7 +467,11 @@ class Credentials:
         self._make_contexts()
         self.renewed = time.time()
         self._tell()
-        self._log.info("renewed" if renewing else "enrolled", ends=_day(who.ends), addresses=sorted(who.addresses))
+        self._log.info(
+            "certificate_renewed" if renewing else "certificate_issued",
+            ends=_day(who.ends),
+            addresses=sorted(who.addresses),
+        )
 
     def _request(self, key: PrivateKey, renewing: bool) -> Enrol:
         names = agent_request(key, self._agent_id, self._config.namespace, self._addresses)
@@ -484,7 +488,8 @@ class Credentials:
         former = self.identity or self._former
         if former is None or not self._proves_former:
             return enrol
-        # Not in the first request, which an authority of an older version would take for a renewal.
+        # The first request is without it: an authority of an older version would take it for a
+        # renewal.
         signature = sign_renewal(former.key, request)
         return replace_fields(enrol, certificate=former.certificate, signature=signature)
 
@@ -500,7 +505,7 @@ class Credentials:
                 if time.time() >= warn_at and not self._warned:
                     self._warned = True
                     reason = self.failure or "it is not renewed by itself"
-                    self._log.warning("certificate_ends_soon", ends=_day(identity.who.ends), reason=reason)
+                    self._log.warning("certificate_not_renewed", ends=_day(identity.who.ends), reason=reason)
             await self.changed(min(max(warn_at - time.time(), 1.0), LOOK_SECONDS))
 
 

@@ -36,7 +36,7 @@ class Outcome:
 
 @dataclass(eq=False)
 class Entrant:
-    """One link of a race. For trio's thread."""
+    """One link of a race. In trio's thread."""
 
     race: Race[Any] | None = None
     # it has ended, or got what it was dialled for

@@ -20,7 +20,7 @@ async def serve(
     stop: trio.Event,
     task_status: trio.TaskStatus[Agent] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Run one agent until `stop`. Started when it begins to dial."""
+    """Run one agent until `stop`. Calls `started` when it begins to dial."""
     with locked(config.agent.identity):
         agent = Agent(config)
         await admin.run_beside(

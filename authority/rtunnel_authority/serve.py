@@ -18,7 +18,7 @@ async def serve(
     stop: trio.Event,
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Run the authority until `stop`; started when it accepts connections."""
+    """Run the authority until `stop`. Calls `started` when it accepts connections."""
     server = Server(config.authority)
     try:
         await admin.run_beside(

@@ -40,7 +40,6 @@ DEADLINE: Final = 10.0
 FIRST_BYTES: Final = 3.0
 #: A broker or gateway process has one connection, and up to 8 while many agents enrol. Each costs
 #: 64 KiB at most: 128 MiB in all.
-#: 128 MiB in all.
 MAX_CONNECTIONS: Final = 2048
 MAX_OF_SOURCE: Final = 512
 #: Bytes of one read: OpenSSL's buffers stay as large as the largest piece was.
@@ -94,7 +93,7 @@ class Server:
         self.directory.close()
 
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED) -> None:
-        """Accept connections until `stop`; started when it listens. Raises ListenError."""
+        """Accept connections until `stop`. Calls `started` when it listens. Raises ListenError."""
         sock = listening_socket(*parse_endpoint(self._listen), key="authority.listen")
         self.bound = sock.getsockname()[:2]
         async with (
@@ -103,7 +102,7 @@ class Server:
         ):
             nursery.start_soon(self._look)
             nursery.start_soon(trio.serve_listeners, self._connection, [listener])
-            self._log.info("authority_ready", listen=format_endpoint(*self.bound), list=self._number)
+            self._log.info("authority_started", listen=format_endpoint(*self.bound), list=self._number)
             task_status.started(self)
             await stop.wait()
             nursery.cancel_scope.cancel()
@@ -212,7 +211,7 @@ class Server:
 
     def _full(self, peer: str) -> None:
         self.refused[Refusal.OVERLOADED.value] += 1
-        self._warn("too_many_connections", "", 1, peer=peer, limit=MAX_CONNECTIONS, of_one_source=MAX_OF_SOURCE)
+        self._warn("connection_limit_reached", "", 1, peer=peer, limit=MAX_CONNECTIONS, of_one_source=MAX_OF_SOURCE)
 
     def _warn(self, event: str, kind: str, lines: int, **fields: object) -> None:
         """Log a warning that any peer can cause: a limited number for each kind in ten seconds."""
@@ -239,7 +238,7 @@ class Server:
                     answer = await self._answer(question, peer)
                 except MessageError as error:
                     code = Refusal.VERSION if error.other_version else Refusal.PROTOCOL_ERROR
-                    self._warn("bad_message", code.value, REFUSED_LINES, peer=peer, reason=str(error))
+                    self._warn("message_rejected", code.value, REFUSED_LINES, peer=peer, reason=str(error))
                     await stream.send_all(encode(Refuse(code, str(error)[:512])))
                     return
                 await stream.send_all(encode(answer))
@@ -263,10 +262,9 @@ class Server:
         return granted.answer
 
     def _granted(self, granted: Granted, peer: str) -> None:
-        event = "enrolled" if granted.token_id else "renewed"
-        self.counts[event] += 1
+        self.counts["enrolled" if granted.token_id else "renewed"] += 1
         self._log.info(
-            event,
+            "certificate_issued" if granted.token_id else "certificate_renewed",
             subject=granted.request.subject,
             addresses=list(granted.request.addresses),
             until=datetime.fromtimestamp(granted.ends, UTC).isoformat(timespec="seconds"),

@@ -1,5 +1,4 @@
-"""Two hosts with one agent_id: which of two sessions stays, and what is remembered of the refused
-one.
+"""Decides which of two sessions with one agent_id stays, and remembers the refused ones.
 
 A session whose link still answers stays. A newer session replaces it at once only when it proves to
 be of the same host (`is_restart`). Otherwise the broker pings the older link, and refuses the newer
@@ -61,7 +60,7 @@ def place(hello: Hello, peer: str) -> str:
 
 
 class Duplicates:
-    """The sessions refused lately. For trio's thread; `clock` gives seconds since 1970."""
+    """The sessions refused lately. In trio's thread. `clock` gives seconds since 1970."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

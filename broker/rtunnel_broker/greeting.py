@@ -27,7 +27,7 @@ def who_greets(
     """Return the identity of the link's certificate (DER), or the secret of the join token to
     prove.
 
-    `trust_store`: what certificates are judged by; None: none is taken.
+    `trust_store` checks certificates; None: certificates are not accepted.
     Raises Refused, with the first code that applies in the order of docs/wire.md.
     """
     if fault := hello_fault(hello):
@@ -83,7 +83,7 @@ def _secret(node: GreetedNode, hello: Hello) -> bytes:
 
 
 def _certified(trust_store: TrustStore | None, hello: Hello, certificate: bytes | None) -> Identity:
-    """Return whom the certificate names: exactly the agent of the Hello. Raises Refused."""
+    """Return the certificate's identity. Raises Refused unless it is the agent of the Hello."""
     if trust_store is None or certificate is None:
         missing = (
             "this broker takes no certificates (it has no broker.ca)"

@@ -84,7 +84,7 @@ class LinkPort:
             if weakest is None:
                 sock.close()  # the listener can't wait for one source alone
                 self._refusals[Refusal.TOO_MANY_HANDSHAKES.value] += 1
-                self._log.warn("source_has_too_many_handshakes", limit=strangers.share, peer=peer)
+                self._log.warn("source_handshake_limit_reached", limit=strangers.share, peer=peer)
                 return
             weakest.abort(made_room("too many links prove nothing"))
         presented = self._trust.presented
@@ -104,7 +104,7 @@ class LinkPort:
         if listener is None:
             return
         if self._strangers.full:
-            self._log.warn("too_many_handshakes", limit=self._config.max_handshakes, peer=peer)
+            self._log.warn("handshake_limit_reached", limit=self._config.max_handshakes, peer=peer)
             self._hold_until_room()
         elif loop.slow_queued >= MAX_SLOW_QUEUED:
             listener.hold()

@@ -83,7 +83,7 @@ class Node:
         self.duplicates = self._registrar.duplicates  # refused second hosts of an agent_id
         self.links = LinkPort(self.relay, broker, self.trust, self.log, self.session_refusals)
 
-    # What sessions and the relay call, in the relay's thread.
+    # Calls from sessions and the relay, in the relay's thread.
 
     def wants(self, session: Session) -> None:
         self.links.handshake_over(session)
@@ -142,7 +142,7 @@ class Node:
     # Life.
 
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Node] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until `stop`, then drain. Started when links are accepted.
+        """Serve until `stop`, then drain. Calls `started` when links are accepted.
 
         Raises Superseded when another process takes the node_id.
         """
@@ -165,7 +165,7 @@ class Node:
                 nursery.start_soon(self.presence.run)
                 nursery.start_soon(self.trust.run)
                 self.log.info(
-                    "broker_ready", listen=format_endpoint(*self.bound), ip=self.ip,
+                    "broker_started", listen=format_endpoint(*self.bound), ip=self.ip,
                     incarnation=self.presence.incarnation, security=self.config.security,
                 )  # fmt: skip
                 task_status.started(self)
@@ -214,7 +214,7 @@ class Node:
         """
         self.draining = True
         deadline = self.config.drain
-        self.log.info("draining", sessions=len(self.sessions), streams=self.counts.streams, seconds=deadline)
+        self.log.info("drain_started", sessions=len(self.sessions), streams=self.counts.streams, seconds=deadline)
         await self.bridge.run(self._start_drain)
         with trio.move_on_after(self.presence.heartbeat):
             await self.presence.beat()

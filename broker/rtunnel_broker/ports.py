@@ -78,8 +78,8 @@ class PortCounts(StreamCounts):
         super().__init__()
         # connections to guarded ports that ended before their Dial, by Loss
         self.lost: Counter[str] = Counter()
-        # No grace: a silent connection is accepted only after a second (TCP_DEFER_ACCEPT), and
-        # others are read in the turn that accepts them.
+        # A silent connection gets no grace period: it is accepted only after a second
+        # (TCP_DEFER_ACCEPT), and others are read in the turn that accepts them.
         self.dials: Strangers[GuardedConnection] = Strangers(
             most, max(1, most // 2), lambda connection: connection.is_silent, silent_grace=0.0
         )
@@ -253,7 +253,7 @@ class GuardedPort:
         end.set_handler(GuardedConnection(self, end, source), self.timeout)
 
     def _turn_away(self, sock: socket.socket, *, plain: bool) -> None:
-        """Close a connection for which there is no place. No lingering: too many are open."""
+        """Close a connection for which there is no place, without lingering: too many are open."""
         self.counts.refuse(Refusal.OVERLOADED)
         try:
             if plain:

@@ -1,5 +1,6 @@
-"""One node in the registry: its incarnation, its heartbeats, and what they put right. In trio's
-thread.
+"""Keeps one node in the registry: its incarnation, its heartbeats, and tuples that were lost.
+
+In trio's thread.
 """
 
 from __future__ import annotations
@@ -112,10 +113,10 @@ class Presence:
         finally:
             self._registrar.left_during_beat = None
         if self._fault is not None:
-            self._log.info("registry_back", tuples_put_back=beat.put_back)
+            self._log.info("registry_reached", tuples_put_back=beat.put_back)
             self._fault = None
         elif beat.put_back:
-            self._log.warning("registry_had_lost_tuples", tuples_put_back=beat.put_back)
+            self._log.warning("tuples_restored", tuples_put_back=beat.put_back)
         if beat.lost:
             await self._bridge.run(lambda: self._registrar.end_lost(beat.lost))
         for registration in left:

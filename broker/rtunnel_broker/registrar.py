@@ -69,7 +69,7 @@ class Ports:
     notices: list[str] = field(default_factory=list)  # one for each open port that is not granted
 
     def close(self) -> None:
-        """Close the sockets of all these ports."""
+        """Close the sockets of the ports."""
         for port in self.leased:
             port.sock.close()
 
@@ -78,7 +78,7 @@ class Ports:
 class Quota:
     """The open ports of one agent on a node, and the most that it may have.
 
-    Those in quarantine after it count, else it could take all ports by turns.
+    Ports in quarantine for the agent count too: otherwise it could use up all ports in turn.
     """
 
     most: int
@@ -161,13 +161,13 @@ class Registrar:
         older = self.sessions.get(session.owner)
         if older is not None:
             await self._check_older(older, session)
-            # One that has ended meanwhile replaces no other session. Else the agent says that it
-            # has no session here: its old link is lost, and only this node does not know.
+            # A session that has ended meanwhile replaces no other one. Otherwise the agent says
+            # that it has no session here: its old link is lost, and only this node does not know.
             if session.state is BrokerState.PROVEN:
                 await self._replace(older, session)
 
     async def _take_ports(self, session: Session) -> Ports:
-        """Lease the session's ports, and write its tuples. Raises Refused and keeps none."""
+        """Lease a session's ports, and write its tuples. Keeps nothing when it raises Refused."""
         session.epoch = self._node.presence.incarnation << COUNTER_BITS | next(self._counter)
         ports = Ports()
         try:
@@ -313,7 +313,7 @@ class Registrar:
         """Return all registrations for a heartbeat, with the exposed ports of each agent's last
         Update.
 
-        So the registry gets one Update of an agent with each heartbeat, however many the agent
+        The registry thus gets one Update of an agent with each heartbeat, however many the agent
         sends.
         """
         found = []

@@ -22,7 +22,7 @@ async def serve(
     stop: trio.Event,
     task_status: trio.TaskStatus[Node] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Run one broker node until `stop`. Started when it accepts links."""
+    """Run one broker node until `stop`. Calls `started` when it accepts links."""
     assert registry is not None
     node = Node(config, registry)
     await admin.run_beside(

@@ -118,17 +118,17 @@ class Session:
         self.keeper = keeper
         self.binding = binding
         self.source = source
-        #: Among the links that have proved nothing; the node gives it back.
+        #: The link's place among those that have proved nothing; the node releases it.
         self.place: Place[Link] | None = None
         self.link: Link | None = None
         self.lost_by: Lost | None = None  # why it ends, once that is known
-        # What the agent says.
+        # From the agent's messages.
         self.hello: Hello | None = None
         self.identity: Identity | None = None  # the agent's, by certificate; None: by token
         self.exposes: tuple[str, ...] = ()
         self.addresses: frozenset[str] = frozenset()
         self.update_due = False  # the registry does not have `exposes` and `addresses` yet
-        # What the agent has on this node.
+        # Held for the agent on this node.
         self.rule: Rule = EVERYTHING
         self.streams = 0
         self.streams_cut = 0  # that the session's end has reset
@@ -198,7 +198,7 @@ class Session:
         if self.welcomed:
             assert self.hello is not None
             self.keeper.log.info(
-                "session_down", agent=self.hello.agent_id, namespace=self.hello.namespace, epoch=str(self.epoch),
+                "session_ended", agent=self.hello.agent_id, namespace=self.hello.namespace, epoch=str(self.epoch),
                 cause=self.lost_by.kind.value, reason=str(self.lost_by), streams_cut=self.streams_cut,
             )  # fmt: skip
         self.keeper.lost(self, self.lost_by)
@@ -343,7 +343,7 @@ class Session:
             self.link.start_window = hello.start_window
         self.welcomed = True
         self.keeper.log.info(
-            "session_up", agent=hello.agent_id, namespace=hello.namespace, epoch=str(self.epoch), port=welcome.port,
+            "session_opened", agent=hello.agent_id, namespace=hello.namespace, epoch=str(self.epoch), port=welcome.port,
             addresses=sorted(self.addresses), peer=self.peer, agent_software=hello.software,
             proved_by="certificate" if self.identity is not None else "join token",
         )  # fmt: skip

@@ -1,11 +1,12 @@
-"""Where tuples live: the `Registry` protocol, its implementations, and a gateway's route table.
+"""The registry of tuples: the `Registry` protocol, its implementations, and the route table.
 
 - `base`: the protocol and its records.
-- `memory`: inside one process.
-- `redis`: in Redis, by the scripts in `lua`; `redis_client` sends commands, `redis_rows` reads and
-  writes rows, `redis_unanswered` remembers writes without an answer, `redis_url` parses URLs.
-- `ports`: a node's ports: free, leased, in quarantine.
-- `routes`: a gateway's route table.
+- `memory`: a registry inside one process.
+- `redis`: a registry in Redis, by the scripts in `lua`; `redis_client` sends commands, `redis_rows`
+  reads and writes rows, `redis_unanswered` records writes without an answer, `redis_url` parses
+  URLs.
+- `ports`: allocates a node's ports, and keeps freed ones in quarantine.
+- `routes`: a gateway's route table, and the mirror that keeps it current.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ __all__ = [
 def connect(config: RegistryConfig) -> Registry:
     """Return the registry that `[registry]` names, without opening a connection yet.
 
-    Each call with `memory://` makes a new, empty registry: the roles of one process must share the
-    object. Raises ValueError for a URL, prefix or pair of times that cannot be right.
+    Each call with `memory://` makes a new, empty registry, so the roles of one process must share
+    the object. Raises ValueError for an invalid URL or prefix, or a `quarantine` below `ttl`.
     """
     if config.ttl <= 0 or config.quarantine < config.ttl:
         raise ValueError(

@@ -115,7 +115,7 @@ class Beat(msgspec.Struct, frozen=True):
     """The result of one heartbeat."""
 
     put_back: int  # tuples that were missing and were written again; 0 in normal operation
-    # By epoch: the sessions that could not be written again, because another agent has an address.
+    # The sessions that could not be written again, by epoch: another agent has an address.
     lost: dict[int, AddressTaken]
 
 

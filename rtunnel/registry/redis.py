@@ -279,7 +279,7 @@ class RedisRegistry(RedisClient):
 
     @_reject_nonsense
     def lookup(self, namespace: str, ip: str) -> list[Tuple]:
-        # Without a script, as docs/registry.md tells other programs to read.
+        # This reads without a script, as docs/registry.md tells other programs to do.
         clock, flat = self._exchange(
             ("TIME",), ("HGETALL", f"{self._prefix}:target:{quoted(namespace)}:{quoted_ip(ip)}")
         )

@@ -313,7 +313,7 @@ NODES_EVERY = 1.0
 class Mirror:
     """Keeps a RouteTable up to date with a registry, one blocking step at a time.
 
-    For one worker thread. `reconcile`: seconds between two full comparisons (jittered), which are
+    In one worker thread. `reconcile`: seconds between two full comparisons (jittered), which are
     needed because changes can be lost and expiry is not a change.
     """
 
@@ -356,8 +356,8 @@ class Mirror:
             if self.table.set_nodes(self.registry.nodes()):
                 self._take_snapshot(now)
         assert self._cursor is not None
-        # No longer than until the next read of the nodes or the end of a grace period: after a
-        # node's death these times add up.
+        # Wait at most until the next read of the nodes or the end of a grace period: after the
+        # death of a node these times add up.
         wait = max(0.0, min(wait, self._nodes_due - now, self.table.expires_in()))
         try:
             self._cursor, changes = self.registry.changes(self._cursor, wait)

@@ -20,7 +20,7 @@ The states of a `SocketEnd`:
                   socket at the end of the
                   turn
 
-What happens to its socket, before it is joined:
+Events of its socket, before it is joined:
 
     The kernel or the peer does     The end does
     ------------------------------  ----------------------------------------------------------------
@@ -110,7 +110,8 @@ class End(Protocol):
     def write(self, data: bytes) -> None:
         """Send a few bytes, before the join.
 
-        What the kernel does not take is kept, without a bound; on a stream, beyond its window.
+        The end keeps bytes that the kernel does not take, without a bound; on a stream, bytes
+        beyond its window.
         """
 
     def pause(self) -> None:
@@ -198,7 +199,8 @@ class SocketEnd:
         except BlockingIOError:
             sent = 0
         except OSError as error:
-            # Not now: the handler is in the middle of something, and calls `write`.
+            # This is left to a later step: the handler is in the middle of something, and calls
+            # `write`.
             lost = lost_by(error)
             self.broken = True
             self.loop.soon(lambda: self._lose(lost))

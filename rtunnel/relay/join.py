@@ -45,7 +45,7 @@ A reset on one side is a reset on the other, so that no peer takes a part for th
 **Where bytes wait.** A reader that does not read stops its own direction and no other; a
 blocked link stops the directions towards it:
 
-    What stops a direction      Where its bytes wait               What lets it go on
+    A direction is stopped by   Its bytes wait                     It goes on after
     --------------------------  ---------------------------------  ---------------------------------
     a socket takes less than    one piece or one pipe in the       the OUT event, which `await_room`
     all                         flow; `_held` of a stream's pair,  asks for

@@ -41,7 +41,8 @@ is closed at once: when its socket has unread bytes, the kernel sends RST.
 **Bytes on their way out.** A pair reads its socket into `scratch.upload`, behind room for the
 header. Frames up to COALESCE_BYTES are collected in `_out` until the end of the turn, to share a
 system call and a TLS record; a larger one is sent from that buffer at once, behind what `_out` has.
-What the kernel does not take is in `transport.pending` (encrypted), and the link is `blocked`:
+Bytes that the kernel does not take are in `transport.pending` (encrypted), and the link is
+`blocked`:
 `_out` collects control frames, pairs leave their bytes in their sockets and wait in `waiting`. The
 OUT event sends what is pending, then `_out`, then lets the pairs send in the order in which they
 came, until the link is blocked again. TCP_NOTSENT_LOWAT keeps the kernel's queue short, because a

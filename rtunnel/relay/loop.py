@@ -14,7 +14,7 @@ Theory of operation
 5. Sockets given to `close` are closed.
 
 **Edges.** Descriptors are watched edge-triggered (epoll(7)); only listeners are level-triggered.
-What an owner can rely on:
+An owner can rely on these events:
 
     The kernel or the peer does     The owner gets one event  What the owner does
     ------------------------------  ------------------------  --------------------------------------
@@ -149,7 +149,7 @@ class Loop:
         self._epoll.register(self._wake_fd, IN | select.EPOLLET)
         self.handlers[self._wake_fd] = self._woken
 
-    # For owners of descriptors.
+    # Calls for owners of descriptors.
 
     def add(self, fd: int, handler: Handler, *, out: bool = True) -> None:
         """Watch a non-blocking descriptor, edge-triggered; `handler(mask)` gets its events.
@@ -202,7 +202,7 @@ class Loop:
         heapq.heappush(self._timers, (self.now + seconds, next(self._timer_ids), timer))
         return timer
 
-    # For other threads.
+    # Calls from other threads.
 
     def call(self, call: Callable[[], None]) -> None:
         """Run a call in the loop's thread, soon. From any thread.

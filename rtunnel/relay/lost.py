@@ -56,7 +56,7 @@ def closed(detail: str) -> Lost:
 
 #: The deadline of `End.set_handler`; its handler knows which deadline that was.
 DEADLINE: Final = Lost(LostKind.DEADLINE, "deadline")
-#: What a stream's handler hears when the link has ended.
+#: The argument of `lost` for a stream's handler when the link has ended.
 LINK_LOST: Final = Lost(LostKind.LINK_LOST, "link_lost")
 RESET: Final = Lost(LostKind.RESET, "reset")
 

@@ -2,8 +2,8 @@
 
 Two things are counted. A *window* is a promise: the bytes that a link's peer may send ahead on a
 stream. Each stream begins with `START_WINDOW`; what a window has above that comes from one budget.
-*Held* bytes really wait. While they exceed the budget, new streams are refused. So a relay holds
-the budget and one `START_WINDOW` a stream at most.
+*Held* bytes really wait. While they exceed the budget, new streams are refused. A relay thus
+holds the budget and one `START_WINDOW` a stream at most.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Final
 START_WINDOW: Final = 16 * 1024
 #: Bytes of the budget, unless `stream_memory` is configured.
 BUDGET: Final = 256 * 1024 * 1024
-#: Half of the budget is for streams that move much. Of what is left of the other half, a new
-#: stream's window gets one part in _START_PART at most.
+#: Half of the budget is for streams that move much. A new stream's window gets one part in
+#: _START_PART of the rest of the other half at most.
 _START_PART: Final = 128
 #: While less than one part in _TIGHT_PART of the budget is left, windows that their streams don't
 #: use shrink.

@@ -595,4 +595,4 @@ class Relay:
         self.loop.stop()
 
     def _crashed(self, crash: BaseException) -> None:
-        self._report("relay_crash", {"exc_info": crash})
+        self._report("relay_crashed", {"exc_info": crash})

@@ -387,7 +387,7 @@ class TlsSocket(socket.socket):
 
 
 class TlsEnd(SocketEnd):
-    """A TCP connection under TLS as an end. What is written early goes out behind the handshake."""
+    """A TCP connection under TLS as an end. Bytes written early go out behind the handshake."""
 
     __slots__ = ("_otherwise", "tls")
     can_splice = False

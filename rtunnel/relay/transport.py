@@ -35,7 +35,7 @@ class Scratch:
 
 
 class Transport:
-    """Plain TCP. What the kernel does not take of a `send` stays in `pending` until `drain`."""
+    """Plain TCP. Bytes of a `send` that the kernel does not take are `pending` until `drain`."""
 
     __slots__ = ("drained", "eof", "hup", "pending", "sock")
 

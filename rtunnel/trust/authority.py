@@ -1,4 +1,4 @@
-"""The authority's decisions about Enrol requests. Everything here blocks; it is for one thread."""
+"""The authority's decisions about Enrol requests. All of it blocks. Not thread-safe."""
 
 from __future__ import annotations
 

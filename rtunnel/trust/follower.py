@@ -1,4 +1,4 @@
-"""Keeps one process's trust list current: the CAs in force and the revocations. For trio's thread.
+"""Keeps one process's trust list current: the CAs in force and the revocations. In trio's thread.
 
 They come from files and from the authority. A list is trusted for its signature, so all ways may be
 used at once, and the newest list wins. While the authority is unreachable, the last list stays in

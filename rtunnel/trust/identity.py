@@ -6,7 +6,7 @@ each word percent-encoded, and its addresses as iPAddress. A broker has DNS name
 (`broker.rtunnel`), as TLS requires.
 
 A **trust list** says which CAs are in force and what is revoked. It has a number, and is signed by
-each CA that is or was in force. So it can safely arrive by any way: a file, the authority, a
+each CA that is or was in force, so that it can safely arrive by any way: a file, the authority, a
 broker. A list is accepted only if its number is higher, and a CA that is in force at that moment
 has signed it. One list thus hands over to the next, also from one CA to another.
 """
@@ -48,11 +48,8 @@ MAX_SIGNATURES: Final = 16
 # Verified certificates that are cached. The cache is cleared when it is full.
 _REMEMBERED: Final = 65536
 
-#: Errors that a peer's key or certificate may raise when it is loaded, or later when a part is
-#: read.
-
-#: What a key or certificate from anybody may raise, when it is loaded or as late as when a part of
-#: it is looked at.
+#: Errors that a peer's key or certificate may raise when it is loaded, or later when a part of it
+#: is read.
 UNREADABLE: Final = (
     ValueError,
     TypeError,
@@ -193,7 +190,7 @@ def sign_list(content: TrustList, cas: Sequence[tuple[x509.Certificate, PrivateK
 class TrustStore:
     """The CAs in force and the revocations, which certificates are checked against.
 
-    For one thread.
+    Not thread-safe.
     """
 
     def __init__(self, pem: bytes, where: str = "the CA file") -> None:
@@ -415,8 +412,8 @@ def load_trust_store(path: Path | str) -> TrustStore:
 def prove_session(key: PrivateKey, node: str, epoch: int, binding: bytes) -> bytes:
     """Return an agent's signature, by the key of its new certificate, that this session is its own.
 
-    `binding` is the SHA-256 of the certificate that the broker presented on the link. So another
-    broker that claims to be `node` cannot use the signature.
+    `binding` is the SHA-256 of the certificate that the broker presented on the link. Another
+    broker that claims to be `node` therefore cannot use the signature.
     """
     return key.sign(_session(node, epoch, binding), ECDSA_SHA256)
 

@@ -218,7 +218,7 @@ def _decode(encoded: str, altchars: bytes, path: Path | str, number: int) -> byt
 
 
 class DialKeys:
-    """The keys of all gateways, as a broker computes them. For one thread."""
+    """The keys of all gateways, as a broker computes them. Not thread-safe."""
 
     __slots__ = ("_cluster", "_known")
 
@@ -246,8 +246,8 @@ class DialKeys:
         return False
 
 
-#: First parts of the two MACs of a link's handshake; Hello, nonce and the broker's certificate
-#: follow.
+#: First parts of the texts of the two MACs in a link's handshake. The Hello, the nonce and the hash
+#: of the broker's certificate follow.
 BROKER_LABEL: Final = b"rtunnel broker 1"
 AGENT_LABEL: Final = b"rtunnel agent 1"
 
@@ -255,18 +255,17 @@ AGENT_LABEL: Final = b"rtunnel agent 1"
 def token_mac(secret: bytes, label: bytes, *parts: bytes) -> bytes:
     """Return HMAC-SHA256 over label and parts, each preceded by its length (4 bytes, big-endian).
 
-    The lengths make sure that no two lists of parts give the same text.
+    The lengths ensure that two different lists of parts never give the same text.
     """
     text = b"".join(_LENGTH.pack(len(part)) + part for part in (label, *parts))
     return hmac.digest(secret, text, "sha256")
 
 
 class LinkMacs:
-    """The MACs by which agent and broker prove a join token on one link
-    (rtunnel.wire.control.TokenMacs).
+    """Computes the MACs with which agent and broker prove a join token on one link.
 
-    `binding` returns the SHA-256 of the certificate that the broker has shown on the link; empty
-    without TLS.
+    It is the `TokenMacs` of `rtunnel.wire.control`. `binding` returns the SHA-256 of the
+    certificate that the broker has shown on the link, and b"" on a plain link.
     """
 
     def __init__(self, binding: Callable[[], bytes]) -> None:

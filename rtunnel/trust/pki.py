@@ -179,7 +179,7 @@ def check_file_name(name: str) -> None:
 
 
 class Directory:
-    """The CAs with their keys, and the store. For one thread at a time.
+    """The CAs with their keys, and the store. One thread at a time may use it.
 
     Other processes may change the files: values here are of the last `refresh` or `change`. Every
     method raises TrustError.
@@ -345,7 +345,7 @@ class Directory:
         """Revoke all certificates that were issued to the subject until now, and return them.
 
         Raises TrustError when none is known, unless `force`: then the revocation stays on the list
-        for ever. So does that of a gateway's key, which has no end.
+        for ever. The revocation of a gateway's key stays for ever too, because keys do not expire.
         """
         now = int(self.now())
         known = self.store.issued_to(subject)

@@ -12,8 +12,8 @@ denied.
     to = ["10.1.0.0/16"]         # absent: every address that is not special
     ports = ["22", "9000-9999"]  # absent: every port
 
-A lookup does not walk the rules. For each of the five keys a dictionary or a bisection gives one
-integer, in which bit N is set when rule N accepts the value. The lowest bit of all five ANDed is
+A lookup does not walk the rules. A dictionary or a bisection gives one integer for each of the five
+keys, in which bit N is set when rule N accepts the value. The lowest bit of all five ANDed is
 the first rule that matches. This takes the same few microseconds for 10,000 rules, whatever they
 say.
 """
@@ -44,11 +44,9 @@ _MAX_TABLE: Final = 128 << 20
 _MAX_FAULTS: Final = 20
 _SHOWN_NEAR: Final = 3
 
-#: Networks that a rule allows only when its `to` names a network inside one of them: the agent's
-#: own
-#: machine, and addresses that are not of one host. Clouds keep the metadata of machines on
-#: link-local
-#: addresses.
+#: Networks that a rule allows only when its `to` names a network inside one of them: addresses of
+#: the agent's own machine, and addresses that are not of one host. Clouds serve the metadata of
+#: their machines on link-local addresses.
 SPECIAL: Final = {
     "0.0.0.0/8": "an unspecified address",
     "127.0.0.0/8": "a loopback address",

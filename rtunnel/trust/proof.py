@@ -1,12 +1,12 @@
 """Proofs that the target's own agent has answered a Dial: first by signature, later by MAC.
 
-To make and check a signature for each connection would cost 90 us of CPU. So the Dial carries an
-X25519 key of the gateway (RFC 7748), and the signature covers an X25519 key of the agent and the
-Dial's body. The shared secret of the two keys gives the **key of the pair**: only this gateway, and
-a holder of the private key of the agent's certificate, can compute it. HMAC-SHA256 (RFC 2104) under
-that key, over the Dial's body, proves later Dials between the two for 3 us. This is the signed key
-exchange of TLS 1.3 (RFC 8446, 4.4.3), with connections instead of records. docs/wire.md, "Proofs",
-is normative.
+To make and check a signature for each connection would cost 90 us of CPU. The Dial therefore
+carries an X25519 key of the gateway (RFC 7748), and the signature covers an X25519 key of the agent
+and the Dial's body. The shared secret of the two keys gives the **key of the pair**: only this
+gateway, and a holder of the private key of the agent's certificate, can compute it. HMAC-SHA256
+(RFC 2104) under that key, over the Dial's body, proves later Dials between the two for 3 us. This
+is the signed key exchange of TLS 1.3 (RFC 8446, 4.4.3), with connections instead of records.
+docs/wire.md, "Proofs", is normative.
 """
 
 from __future__ import annotations

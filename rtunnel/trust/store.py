@@ -60,7 +60,7 @@ class CaRecord:
     """One CA, whose key is in a file.
 
     Role `issuing` issues certificates; `next` and `old` are in force beside it. `retired` only
-    signs trust lists, for processes that have missed a rotation. So does `void`, whose key was
+    signs trust lists, for processes that have missed a rotation; so does `void`, whose key was
     stolen.
     """
 
@@ -101,9 +101,9 @@ class Issued:
 
 
 class Store:
-    """The open file.
+    """The open file `authority.db`.
 
-    For one thread at a time. Every method raises TrustError, which names the file.
+    One thread at a time may use it. Every method raises TrustError, which names the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -235,7 +235,8 @@ class Store:
     def record(self, item: Issued) -> None:
         """Record a certificate.
 
-        Of several with one subject, key and CA the last one is kept, with the token of the first.
+        When several have one subject, key and CA, the last one is kept, with the token of the
+        first.
         """
         values = (item.subject, item.key, item.ca, " ".join(item.addresses), item.token)
         self._run(

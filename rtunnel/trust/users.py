@@ -84,7 +84,7 @@ class Users:
         self._nobody = Hash(cost, secrets.token_bytes(_SALT_BYTES), secrets.token_bytes(_HASH_BYTES))
 
     def check(self, name: str, password: str) -> bool:
-        """Return whether this is a user with this password. For a worker thread."""
+        """Return whether this is a user with this password. Blocks for 0.15 s."""
         entry = self.hashes.get(name)
         return (entry or self._nobody).fits(password) and entry is not None
 

@@ -47,8 +47,8 @@ from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel.wire.states import Table
 from rtunnel.wire.yamux import INITIAL_WINDOW
 
-#: What a link may send before its Proof has come: the longest Hello, the Proof, and room for the
-#: headers of frames and for pings. The link counts them (`Link.allowance`).
+#: Bytes that a link may send before its Proof has come: the longest Hello, the Proof, and room for
+#: the headers of frames and for pings. The link counts them (`Link.allowance`).
 UNPROVEN_BYTES: Final = messages.MAX_HELLO + messages.MAX_UNAUTHENTICATED
 #: Updates of one agent at once, and the seconds for each one more. An agent sends one when its
 #: file, its addresses or its certificate change. Each is up to 64 KiB to parse, so 3 MB/s of them
@@ -56,7 +56,7 @@ UNPROVEN_BYTES: Final = messages.MAX_HELLO + messages.MAX_UNAUTHENTICATED
 UPDATES_AT_ONCE: Final = 60
 UPDATE_SECONDS: Final = 1.0
 
-#: What an agent sends, and what a broker sends.
+#: The messages that an agent sends, and those that a broker sends.
 FromAgent = Hello | Enrol | Proof | Update | Bye
 FromBroker = Challenge | Welcome | Enrolled | Trust | Drain | Bye | Refuse
 FROM_AGENT: Final[tuple[type[FromAgent], ...]] = (Hello, Enrol, Proof, Update, Bye)
@@ -335,7 +335,7 @@ _E = TypeVar("_E")
 
 
 class _Control(Generic[_S, _M, _E]):
-    """What both machines share: the table, the limits, and the fault that stays."""
+    """The part that both machines share: the table, the limits, and the fault that stays."""
 
     _TABLE: Table[_S, Action]
     _LIMITS: Mapping[_S, int]

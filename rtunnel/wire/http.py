@@ -25,8 +25,7 @@ from .refusal import Refusal, Refused
 from .socks5 import MAX_EARLY_DATA, host_of
 
 #: Bytes of request line, fields and the empty line. Kerberos tickets and cookies of large sites
-#: need more than
-#: the 16 KiB that h11 and IIS take.
+#: need more than the 16 KiB that h11 and IIS take.
 MAX_HEAD: Final = 64 * 1024
 #: Fields of one head, as in Apache and HAProxy. h11 spends 2.5 us on each, whatever its length.
 MAX_FIELDS: Final = 100
@@ -38,11 +37,9 @@ MAX_TEXT: Final = 512
 #: Bytes of the reason phrase. Many clients show nothing else, and some cut the line at 256 bytes.
 MAX_REASON: Final = 200
 
-#: Fields that a proxy removes (RFC 9110 section 7.6.1), beside those that Connection names. By the
-#: RFC Transfer-Encoding is one of them, but the body is passed on as it is coded. Trailer stays for
-#: the same reason.
-#: here too by the book, but the body is passed on as it is coded. Trailer stays for the same
-#: reason.
+#: Fields that a proxy removes (RFC 9110 section 7.6.1), beside those that Connection names.
+#: Transfer-Encoding is one of them in the RFC, but the body is passed on as it is coded. Trailer
+#: stays for the same reason.
 _HOP_BY_HOP = frozenset((b"connection", b"proxy-connection", b"keep-alive", b"te", b"upgrade"))
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 #: Fields that this proxy reads, or writes again.
@@ -92,7 +89,6 @@ class Forward:
     upgrade: bool  # the client offers another protocol
     #: Whether the request may be sent again when a reused connection ends without an answer (RFC
     #: 9110 section 9.2.2): the method is idempotent, and no part of the body has been sent.
-    #: 9.2.2): the method is idempotent, and no body is gone by then.
     replayable: bool
     head: bytes
     body: Body = field(compare=False, repr=False)

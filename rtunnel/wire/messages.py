@@ -84,7 +84,7 @@ class Message(msgspec.Struct, tag_field="t", frozen=True):
 
 
 class _Nothing(msgspec.Struct, tag_field="t", tag="(nothing)", frozen=True):
-    """No map is one: see `_decoder_of`."""
+    """A type that no map can have; `_decoder_of` says why it is needed."""
 
     never: Annotated[int, msgspec.Meta(ge=1, le=0)]
 
@@ -131,7 +131,8 @@ class Hello(Message, tag="hello", frozen=True):
 
 
 class Enrol(Message, tag="enrol", frozen=True):
-    """Agent -> broker -> authority, the first message of a link of its own: a certificate, please.
+    """Agent -> broker -> authority, the first message of a link of its own: the request for a
+    certificate.
 
     Proved by a join token (`token_id`, `mac`), or to renew by the key of the present `certificate`
     (`signature`).
@@ -199,8 +200,7 @@ class Welcome(Message, tag="welcome", frozen=True):
 class Refuse(Message, tag="refused", frozen=True):
     """The answer no, to a Hello or a Dial; `code` is a word of `refusal.Refusal`.
 
-    An agent proves its no to a Dial as it proves a yes (see Accepted), when that says something of
-    the target.
+    An agent proves a refusal of a Dial as it proves Accepted, when the refusal is about the target.
     """
 
     code: Word
@@ -291,7 +291,7 @@ M = TypeVar("M", bound=Message)
 
 
 def encode(message: Message) -> bytes:
-    """One frame: length and body."""
+    """Return one frame: length and body."""
     body = _encoder.encode(message)
     return _LENGTH.pack(len(body)) + body
 
@@ -309,7 +309,7 @@ def encode_body(body: DialBody) -> bytes:
 
 
 def decode_body(body: bytes) -> DialBody:
-    """The inverse of `encode_body`. Raises MessageError."""
+    """Return the DialBody in these bytes, the inverse of `encode_body`. Raises MessageError."""
     try:
         return _body_decoder.decode(body)
     except (msgspec.DecodeError, RecursionError, ValueError) as error:
@@ -405,7 +405,9 @@ class _AnyVersion(msgspec.Struct):
 
 
 def _version_note(body: bytes | bytearray) -> str:
-    """A message of another protocol version may have another shape: then name the versions."""
+    """Return a text that names both versions if the message is of another one, whose shape may
+    differ.
+    """
     try:
         peer = msgspec.msgpack.decode(body, type=_AnyVersion)
     except Exception:

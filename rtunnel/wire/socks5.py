@@ -31,7 +31,6 @@ SOCKS4_REJECTED: Final = b"\x00\x5b" + bytes(6)
 MAX_REQUEST: Final = 4 + 1 + 255 + 2
 #: Bytes that a client may send behind its request before it has the answer. A caller that reads at
 #: most this much at a time, and stops when it has the request, never exceeds it.
-#: this much at a time, and nothing more once it has the request, never runs into it.
 MAX_EARLY_DATA: Final = 16 * 1024
 
 _GREETING, _LOGIN, _VERDICT, _REQUEST, _EARLY, _OVER = range(6)
@@ -153,7 +152,7 @@ class Socks5Server:
     def _read_greeting(self) -> None:
         buffer = self._buffer
         if buffer and buffer[0] != VERSION:
-            # Of the other protocols only SOCKS4 has an answer that its clients understand.
+            # SOCKS4 is the only other protocol whose clients understand an answer.
             self._fail(Refusal.BAD_REQUEST, _not_a_proxy_client(buffer[0]), SOCKS4_REJECTED if buffer[0] == 4 else b"")
         if len(buffer) < 2:
             return

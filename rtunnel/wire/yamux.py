@@ -18,7 +18,7 @@ owner feeds `Session.receive` with bytes in any split.
 **Life of a stream.** It is open until each side has sent FIN, which ends one direction only, or
 until one side resets it, or the session ends. Then it is `gone`: out of `streams`; `on_fin` or
 `on_reset` is its last hook, if the peer's frame made it so; `finish`, `reset` and `consumed` have
-no effect. What happens to a stream:
+no effect. Events of a stream:
 
     The peer sends          Open                      After the peer's FIN      Gone or refused
     ----------------------  ------------------------  ------------------------  ------------------
@@ -49,7 +49,7 @@ are no fault: they have crossed this end's RST. `Session.end` makes each stream 
 
 **Where bytes are.** Payload is handed on as slices of the caller's buffer, piece by piece as it
 comes: nothing is copied, nothing waits for the end of a frame, and a slice is valid only until
-`on_data` returns. Only a part of a header is kept (`_partial`). For each stream
+`on_data` returns. Only a part of a header is kept (`_partial`). Each stream keeps this balance:
 
     receive_window == _allowance + payload that was announced and is not `consumed` yet + owed
 
@@ -158,7 +158,7 @@ class Stream:
         self.fin_received = False
         self.gone = False  # reset by an end, closed by both, or the session is over
 
-    # Hooks: what the peer did.
+    # Hooks: they report the peer's frames.
 
     def on_data(self, data: memoryview) -> None:
         """Take payload, valid until this returns; call `consumed` for it now or later."""
@@ -172,7 +172,7 @@ class Stream:
     def on_window(self) -> None:
         """Hear that `send_window` grew."""
 
-    # What this end does.
+    # Calls of this end.
 
     def header_into(self, buffer: bytearray | memoryview, size: int, *, fin: bool = False) -> None:
         """Write the header of a Data frame with `size` bytes of payload into `buffer`, and spend
@@ -273,7 +273,7 @@ class Session:
         # a gap costs constant work (tests/unit/test_cost_per_byte.py).
         self._passed_over = 0
         self._partial = b""  # the first bytes of a header
-        # Of the Data frame whose payload is being received:
+        # State of the Data frame whose payload is being received:
         self._left = 0  # bytes still to come
         self._into: Stream | None = None  # its stream; None: skip them
         self._fin_after = False  # FIN is due behind them
@@ -305,7 +305,7 @@ class Session:
     def on_go_away(self, code: GoAwayCode) -> None:
         """Hear that the peer opens no more streams and accepts none."""
 
-    # What this end does.
+    # Calls of this end.
 
     def attach(self, stream: Stream) -> None:
         """Give a new stream of this end its id. Raises OverflowError when `exhausted`."""
@@ -341,7 +341,7 @@ class Session:
                 self.gave_up(stream)
                 stream.on_reset()
 
-    # What the peer sent.
+    # Frames of the peer.
 
     def receive(self, data: memoryview, frames: int = 2**32) -> int:
         """Take bytes in any split, up to `frames` headers and their payload; return how many were
@@ -514,5 +514,5 @@ class Session:
         self.on_go_away(self.going_away)
 
 
-#: Bytes of one frame for a stream that is gone. What can be on its way for it is one grown window.
+#: Bytes of one frame for a stream that is gone. At most one grown window can be on its way for it.
 MAX_SKIPPED: Final = 64 * 1024 * 1024

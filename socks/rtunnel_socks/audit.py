@@ -71,7 +71,7 @@ class Asked:
 
 
 class Joined:
-    """The owner of a client's pair: what was asked for, and by which path it was reached."""
+    """The owner of a client's pair, with the request and the path that serves it."""
 
     __slots__ = ("asked", "attempts", "auditor", "certificate", "identity", "permit", "requests", "setup", "used")
 

@@ -121,7 +121,7 @@ class Client:
         """The IP of the client."""
         return self._end.peer
 
-    # What the client sends.
+    # Bytes of the client.
 
     def received(self, data: bytes) -> None:
         try:
@@ -438,7 +438,7 @@ class Client:
         more = {"claims": self._claims} if self._claims else {}
         if self._unproven:
             more["proof"] = self._unproven
-        self.asked.log(self._gateway, "refused", code=refused.code.value, reason=refused.text, **more)
+        self.asked.log(self._gateway, "request_refused", code=refused.code.value, reason=refused.text, **more)
         if reply:
             self._end.write(reply)
         self._end.close()

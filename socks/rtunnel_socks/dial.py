@@ -364,7 +364,7 @@ class Attempt:
 
     def start(self) -> None:
         """Connect to the guarded port."""
-        # Without a timeout: the dial has one.
+        # The connect has no timeout of its own, because the dial has one.
         self.began = self.dial.owner.relay.loop.now
         owner, ip = self.dial.owner, self.used.ps_ip
         source = "" if owner.sources is None else owner.sources.next(ip)

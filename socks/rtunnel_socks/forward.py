@@ -1,7 +1,7 @@
 """Forwards HTTP requests in absolute form, one exchange after another. In the relay's thread.
 
-Unlike the pairs of `relay/join.py`, a `Forwarding` knows where a request and its answer end. So it
-can rewrite heads, nothing behind a request reaches its target, and both connections can serve
+Unlike the pairs of `relay/join.py`, a `Forwarding` knows where a request and its answer end. It can
+therefore rewrite heads, nothing behind a request reaches its target, and both connections can serve
 another request: the client's goes back to its `Client` after each answer, the target's is parked
 for PARK_SECONDS at most.
 

@@ -73,7 +73,7 @@ class Gateway:
         self.access = Access(gateway, self.bridge, self._log, self._review)
         self.trust = GatewayTrust(gateway, self.bridge, self._log, self._review)
 
-    # What clients and dials call, in the relay's thread.
+    # Calls from clients and dials, in the relay's thread.
 
     def new_dial(self, client: Client, target: Target) -> TargetDial:
         user = client.asked.user
@@ -137,7 +137,9 @@ class Gateway:
         sock.close()
         others = self._throttle.others(code.value, self.relay.loop.now)
         if others is not None:
-            self._log.warning("shut_out", code=code.value, client=peer, reason=code.reply.text, others_since=others)
+            self._log.warning(
+                "client_shut_out", code=code.value, client=peer, reason=code.reply.text, others_since=others
+            )
 
     def _answer_probe(self, sock: socket.socket) -> bool:
         """Answer and close a connection whose first bytes are a load balancer's probe.
@@ -164,7 +166,7 @@ class Gateway:
     # Life.
 
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Gateway] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until `stop`, then drain. Started when clients are accepted."""
+        """Serve until `stop`, then drain. Calls `started` when clients are accepted."""
         async with self.bridge.running():
             shared = self.config.workers > 1
             sock = listening_socket(*parse_endpoint(self.config.listen), key="gateway.listen", shared=shared)
@@ -178,7 +180,7 @@ class Gateway:
                 )
                 self._room.listener = self._listener
                 self._log.info(
-                    "gateway_ready",
+                    "gateway_started",
                     listen=format_endpoint(*self.bound),
                     namespace=self.namespace,
                     policy=self.config.policy or "built in: this machine only",
@@ -237,7 +239,7 @@ class Gateway:
             await trio.sleep(self.config.lame_duck)
         await self.bridge.run(lambda: self.relay.unlisten(listener, serve_queue=True))
         await self.bridge.run(self._close_waiting)
-        self._log.info("draining", streams=self.counts.streams)
+        self._log.info("drain_started", streams=self.counts.streams)
         with trio.move_on_after(self.config.drain):
             while self.counts.streams or self.counts.clients:
                 await trio.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Limits what one source and one user may have at once. In the relay's thread.
+"""Limits the clients, streams and requests of each source and user. In the relay's thread.
 
 A source is an IPv4 address, or the /64 of an IPv6 address: a host that has one address of a /64 can
 use them all.

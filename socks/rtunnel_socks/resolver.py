@@ -146,7 +146,7 @@ class Resolver:
             else:
                 self._log.info("heartbeats_returned", nodes=sorted(self.table.nodes))
 
-    # For readiness and status, in trio's thread.
+    # Readiness and status, in trio's thread.
 
     @property
     def not_ready(self) -> str:

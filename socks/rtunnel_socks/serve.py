@@ -21,7 +21,7 @@ async def serve(
     stop: trio.Event,
     task_status: trio.TaskStatus[Gateway] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Run one gateway until `stop`. Started when it accepts clients."""
+    """Run one gateway until `stop`. Calls `started` when it accepts clients."""
     assert registry is not None
     gateway = Gateway(config, registry)
     await admin.run_beside(

@@ -273,7 +273,7 @@ def _start_agent(site: Site, name: str, security: str, links: int, code: Code) -
 
 def _open_port(agent: Process) -> int:
     for line in agent.log.read_text().splitlines():
-        if line.startswith("{") and (event := json.loads(line)).get("event") == "session_up":
+        if line.startswith("{") and (event := json.loads(line)).get("event") == "session_opened":
             for granted in event["open_ports"]:
                 return int(granted.partition("->")[0])
     return 0

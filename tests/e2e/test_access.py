@@ -166,7 +166,7 @@ async def test_without_rules_strangers_are_denied(tmp_path: Path, logs: Events) 
 
         answer = await in_thread(blocking)
         assert answer.startswith(b"HTTP/1.1 403 ") and b"error=http_request_denied" in answer
-        (line,) = named(logs, "refused")
+        (line,) = named(logs, "request_refused")
         assert (line["code"], line["rule"], line["client"]) == ("not_authorised", "none", stranger)
 
 
@@ -191,7 +191,7 @@ async def test_the_first_rule_that_fits(tmp_path: Path, logs: Events) -> None:
             assert caught.value.code == 0x02
             answer = await connect(cluster, target, source=source)
             assert answer.startswith(b"HTTP/1.1 403 ") and f"the policy does not let {source} reach".encode() in answer
-            told = [line for line in named(logs, "refused") if line["client"] == source]
+            told = [line for line in named(logs, "request_refused") if line["client"] == source]
             assert [(line["code"], line["rule"]) for line in told] == [("not_authorised", rule)] * 2
         assert cluster.gateway.counts.refused == {"not_authorised": 4}
         await cluster.until(lambda: bool(named(logs, "stream_ended")))
@@ -214,7 +214,7 @@ async def test_a_target_is_looked_up_and_never_dialled(tmp_path: Path, logs: Eve
             with pytest.raises(SocksRefused) as caught:
                 await cluster.socks("127.0.0.2", port)
             assert caught.value.code == 0x04  # named, and nobody answers for it
-        codes = [line["code"] for line in named(logs, "refused")]
+        codes = [line["code"] for line in named(logs, "request_refused")]
         assert codes == ["not_authorised", "unknown_target"] * 3
 
 
@@ -290,7 +290,7 @@ async def test_rules_that_change_during_a_dial(tmp_path: Path, logs: Events) -> 
             silent.accept()[0].close()  # room in the backlog: the agent's next SYN gets through
         await in_thread(thread.join)
         assert isinstance(outcome[0], SocksRefused) and outcome[0].code == 0x02
-        assert named(logs, "refused")[-1]["rule"] == "1 closed"
+        assert named(logs, "request_refused")[-1]["rule"] == "1 closed"
         assert gateway.counts.streams == 0
 
 
@@ -342,7 +342,7 @@ async def test_both_protocols_log_in(tmp_path: Path, logs: Events) -> None:
             ("alice", "socks5"),
             ("bob", "http"),
         }
-        codes = [(line["code"], line["user"], line.get("claims", "")) for line in named(logs, "refused")]
+        codes = [(line["code"], line["user"], line.get("claims", "")) for line in named(logs, "request_refused")]
         no_name = ("bad_credentials", "", "")
         is_alice = ("bad_credentials", "", "alice")
         missing = ("authentication_required", "", "")
@@ -770,7 +770,7 @@ async def test_streams_of_a_source_and_of_a_user(tmp_path: Path, logs: Events) -
             b"HTTP/1.1 429 "
         )
         (await socks(cluster, target, login=("bob", PASSWORD), source="127.66.0.2")).close()
-        texts = [line["reason"] for line in named(logs, "refused")]
+        texts = [line["reason"] for line in named(logs, "request_refused")]
         assert texts == ["source 127.66.0.1 has 2 streams already", "user alice has 3 streams already"]
         held.pop().close()
         await cluster.until(lambda: len(named(logs, "stream_ended")) == 2)
@@ -789,7 +789,7 @@ async def test_user_rate(tmp_path: Path, logs: Events) -> None:
             await socks(cluster, target, login=("alice", PASSWORD), source="127.66.0.2")
         assert caught.value.code == 0x01
         (await socks(cluster, target, login=("bob", PASSWORD), source="127.66.0.1")).close()
-        (line,) = named(logs, "refused")
+        (line,) = named(logs, "request_refused")
         assert (line["code"], line["user"]) == ("rate_limited", "alice")
 
 
@@ -808,7 +808,7 @@ async def test_handshakes_of_a_source(tmp_path: Path, logs: Events) -> None:
             sock.sendall(b"\5")
         await cluster.until(lambda: gateway.counts.refused.get("too_many_handshakes") == 3)
         (await socks(cluster, target, source="127.66.0.2")).close()
-        (line,) = named(logs, "shut_out")
+        (line,) = named(logs, "client_shut_out")
         assert (line["code"], line["client"]) == ("too_many_handshakes", "127.66.0.1")
         for sock in bad:
             sock.close()

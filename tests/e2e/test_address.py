@@ -21,7 +21,7 @@ IP = "127.1.0.1"
 
 def told(events: Events, agent: str) -> list[str]:
     """The reasons why this agent has no session, as its log has them."""
-    return [line["reason"] for line in events if line["event"] == "no_session" and line["agent"] == agent]
+    return [line["reason"] for line in events if line["event"] == "session_not_opened" and line["agent"] == agent]
 
 
 def owners(cluster: Cluster) -> set[str]:
@@ -146,4 +146,4 @@ async def test_after_a_wipe_the_agent_that_came_meanwhile_stays_and_the_other_wa
             await part.node.presence.beat()
         assert second.agent.state == "ready"
         assert owners(cluster) == {"a2"}
-        assert not any(line["event"] == "session_down" and line.get("agent") == "a2" for line in events)
+        assert not any(line["event"] == "session_ended" and line.get("agent") == "a2" for line in events)

@@ -187,7 +187,7 @@ async def test_an_agent_tells_why_its_certificate_is_not_accepted(tmp_path: Path
             ca=str(both), certificate=str(tmp_path / "foreign" / "a1.pem"), key=str(tmp_path / "foreign" / "a1.key")
         )
         await cluster.until(lambda: "does not accept this agent's certificate" in part.agent.reasons()[0])
-        assert "unknown ca" in named(events, "no_session")[0]["reason"]
+        assert "unknown ca" in named(events, "session_not_opened")[0]["reason"]
 
 
 async def test_neither_end_goes_down_to_less(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ async def test_without_the_authority_the_session_stays_until_the_end(tmp_path: P
             shown = status(agent)["identity"]
             assert isinstance(shown, dict) and "authority_unavailable" in shown["failure"]
             await cluster.until(lambda: bool(agent.credentials.missing))
-            await cluster.until(lambda: bool(named(events, "certificate_ends_soon")))
+            await cluster.until(lambda: bool(named(events, "certificate_not_renewed")))
             assert "has expired" in agent.credentials.missing
             assert agent.state == "ready" and says(sock) == b"127.1.0.1:still there"
         (session,) = cluster.brokers["b1"].node.sessions.values()
@@ -284,7 +284,7 @@ async def test_without_the_authority_the_session_stays_until_the_end(tmp_path: P
         await cluster.until(lambda: agent.state == "down" and "has expired" in agent.reasons()[1])
         async with authority(cluster.secrets, where):
             await cluster.until(lambda: agent.state == "ready")
-        await cluster.until(lambda: len(named(events, "enrolled")) == 4)  # twice, each by authority and agent
+        await cluster.until(lambda: len(named(events, "certificate_issued")) == 4)  # twice, each by authority and agent
         assert not agent.credentials.failure
 
 
@@ -790,7 +790,7 @@ async def test_one_source_does_not_take_all_handshakes(tmp_path: Path, events: E
         await cluster.until(lambda: node.links.handshakes == 5)
         late = await in_thread(lambda: knock_from("127.66.0.9", node))
         assert await in_thread(lambda: ended(late))
-        assert [line["limit"] for line in named(events, "source_has_too_many_handshakes")] == [5]
+        assert [line["limit"] for line in named(events, "source_handshake_limit_reached")] == [5]
         name = cluster.certify("a1", IP)
         assert (await Knock(hello(), showing(cluster.secrets, name)).at(node)).session.welcome is not None
         for sock in silent:

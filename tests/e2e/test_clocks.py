@@ -47,7 +47,7 @@ async def test_a_gateway_whose_clock_is_behind(tmp_path: Path, monkeypatch: pyte
         assert "s behind broker b1, and Dials are refused as expired" in reason
         assert node.reasons() == [], "its own clock is the registry's"
         assert (gateway.counts.refused, gateway.clock.expired) == ({"expired": 1}, 1)
-        by_gateway, by_broker = sorted(named(events, "clock_differs"), key=lambda line: line["offset"])
+        by_gateway, by_broker = sorted(named(events, "clock_difference_found"), key=lambda line: line["offset"])
         assert (by_gateway["wrong"], by_broker["wrong"]) == ("this gateway", f"gateway {gateway.key.id}")
         assert by_gateway["log_level"] == by_broker["log_level"] == "error"
         assert gateway_status(gateway)["clock"]["expired"] == 1  # type: ignore[index]

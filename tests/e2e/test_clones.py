@@ -50,7 +50,7 @@ async def test_of_two_clones_the_living_one_stays(tmp_path: Path, events: Events
         assert held(cluster) == before and not named(events, "session_replaced")
         target = Target(IP)
         assert await cluster.ask(IP, target.port) == b"127.1.0.1:hello"
-        assert "default/a1 has a living session from" in named(events, "no_session")[-1]["reason"]
+        assert "default/a1 has a living session from" in named(events, "session_not_opened")[-1]["reason"]
         (line, *_) = named(events, "agent_duplicated")
         assert line["holder"].endswith("(127.0.0.1)") and line["refused"].endswith("(127.0.0.1)")
         nodes = [part.node for part in cluster.brokers.values() if part.node.duplicates.current()]

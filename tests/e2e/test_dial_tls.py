@@ -48,7 +48,7 @@ async def refused(cluster: Cluster, events: Events) -> str:
     target = Target(IP)
     with pytest.raises(SocksRefused):
         await cluster.ask(IP, target.port)
-    return str(next(line["reason"] for line in events if line["event"] == "refused"))
+    return str(next(line["reason"] for line in events if line["event"] == "request_refused"))
 
 
 async def the_line(cluster: Cluster, events: Events, event: str) -> Any:

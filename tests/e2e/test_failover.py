@@ -180,7 +180,7 @@ async def test_a_restarted_agent_takes_over_at_once(tmp_path: Path, events: Even
                 assert await cluster.ask(target.ip, target.port) == b"127.1.0.1:hello"
 
             def ended() -> set[str]:
-                lines = [line for line in named(events, "session_down") if "node" in line]
+                lines = [line for line in named(events, "session_ended") if "node" in line]
                 return {line["epoch"] for line in lines if "replaced" in line["reason"]}
 
             await cluster.until(lambda: ended() == {str(epoch) for epoch, _ in before.values()})
@@ -507,7 +507,7 @@ async def test_an_agent_that_leaves_is_gone_at_once(tmp_path: Path, events: Even
             assert (counts.in_use, counts.quarantined) == (1, 1)
 
         def down() -> list[str]:
-            return [line["reason"] for line in named(events, "session_down") if line.get("node")]
+            return [line["reason"] for line in named(events, "session_ended") if line.get("node")]
 
         await cluster.until(lambda: len(down()) == 2)
         assert down() == ["agent said goodbye: the agent leaves"] * 2
@@ -529,16 +529,16 @@ async def test_every_session_that_was_up_goes_down_once_at_each_end(tmp_path: Pa
         for sock in streams:
             assert await in_thread(lambda sock=sock: say(sock)) == b"127.1.0.1:still there"  # type: ignore[misc]
         await cluster.brokers["b1"].shut()
-        await cluster.until(lambda: len(epochs_of(events, "session_down", "broker")) == 1)
+        await cluster.until(lambda: len(epochs_of(events, "session_ended", "broker")) == 1)
         await cluster.agents["a1"].shut()
-        await cluster.until(lambda: len(epochs_of(events, "session_down", "node")) == 2)
+        await cluster.until(lambda: len(epochs_of(events, "session_ended", "node")) == 2)
     for key in ("node", "broker"):
-        assert len(epochs_of(events, "session_up", key)) == 2
-        assert epochs_of(events, "session_down", key) == epochs_of(events, "session_up", key)
-    down = [line for line in named(events, "session_down") if "node" in line]
+        assert len(epochs_of(events, "session_opened", key)) == 2
+        assert epochs_of(events, "session_ended", key) == epochs_of(events, "session_opened", key)
+    down = [line for line in named(events, "session_ended") if "node" in line]
     assert [line["cause"] for line in down] == ["closed", "closed"]
     assert sum(line["streams_cut"] for line in down) == 4
-    drained = [line["broker"] for line in named(events, "session_draining")]
+    drained = [line["broker"] for line in named(events, "session_drain_started")]
     assert drained == ["b1"]
 
 

@@ -39,7 +39,7 @@ async def test_a_full_gateway_shuts_the_door_and_opens_it_again(here: Path) -> N
             stream.sendall(b"mine\n")
             assert await in_thread(lambda: read_line(stream)) == b"127.1.0.1:mine"
             await cluster.until(lambda: counts.clients == 0)
-        assert [entry["code"] for entry in logs if entry["event"] == "shut_out"] == ["overloaded"]
+        assert [entry["code"] for entry in logs if entry["event"] == "client_shut_out"] == ["overloaded"]
         stream.close()
         for attacker in idle:
             attacker.sock.close()
@@ -95,7 +95,7 @@ async def test_out_of_descriptors_nobody_is_lost_and_all_comes_back(here: Path) 
                 os.close(plug)
             swarm.stdin.close()
             await in_thread(swarm.wait)
-        assert not [entry for entry in logs if entry["event"] == "relay_crash"]
+        assert not [entry for entry in logs if entry["event"] == "relay_crashed"]
         await cluster.until(lambda: all(now <= before[key] for key, now in holdings(cluster).items()))
         assert await cluster.ask(target.ip, target.port) == b"127.1.0.1:hello"
 

@@ -268,7 +268,7 @@ async def test_a_port_that_another_program_has_is_skipped(here: Path) -> None:
         assert welcome.port == last and not welcome.open_ports
         (notice,) = welcome.notices
         assert str(fixed) in notice and "taken by another program" in notice
-        assert [e["notice"] for e in logs if e["event"] == "broker_notice"] == [notice]
+        assert [e["notice"] for e in logs if e["event"] == "broker_notice_received"] == [notice]
         assert len(part.node.relay.listeners) == 2
         assert await cluster.ask(target.ip, target.port) == b"127.1.0.1:hello"
         third = await cluster.start_agent("a3", "127.1.0.3", redundancy=1)

@@ -52,7 +52,7 @@ async def test_a_probe_of_the_proxy_port_hears_whether_it_is_ready(tmp_path: Pat
         assert answer.startswith(b"HTTP/1.1 503 not ready\r\n") and b"draining" not in answer
         assert gateway.counts.refused == {}
         await cluster.until(lambda: gateway.counts.clients == 0)
-    assert not named(events, "refused")
+    assert not named(events, "request_refused")
 
 
 @pytest.mark.parametrize("full", [{"max_clients": 3}, {"limits__source_handshakes": 3}])
@@ -249,7 +249,7 @@ async def test_one_connection_serves_many_requests_each_to_its_own_target(tmp_pa
             (f"127.1.0.1:{first.port}", 3), (f"127.1.0.2:{second.port}", 2), (f"127.1.0.1:{first.port}", 4),
         ]  # fmt: skip
         assert {line["reason"] for line in lines} == {"closed"}
-        assert not named(events, "refused") and not named(events, "client_lost")
+        assert not named(events, "request_refused") and not named(events, "client_lost")
 
 
 @pytest.mark.parametrize("surplus", [b"\r\n", b"GET http://127.9.9.9/ HTTP/1.1\r\nHost: x\r\n\r\n", b"\0" * 300_000])
@@ -454,7 +454,7 @@ async def test_broken_chunks_are_told_and_do_not_pass(tmp_path: Path, events: Ev
             response, body = await in_thread(browser.hear)
         assert response.status_code == 400 and b"illegal chunk end" in response.reason and b"illegal" in body
         assert endings == ["reset"] and b"smuggled" not in heard and b"XX" not in heard
-        (line,) = named(events, "refused")
+        (line,) = named(events, "request_refused")
         assert (line["code"], line["target"]) == ("bad_request", url.decode()[7:-1])
         assert named(events, "stream_ended")[0]["reason"] == "overrun"
         await cluster.until(lambda: not (cluster.gateway.counts.clients or cluster.gateway.counts.streams))
@@ -483,7 +483,7 @@ async def test_a_waiting_client_is_closed_in_order(tmp_path: Path, events: Event
         with trio.fail_after(PATIENCE):
             await part.shut()
         assert await in_thread(lambda: browser.sock.recv(1)) == b""
-        assert not named(events, "client_lost") and not named(events, "refused")
+        assert not named(events, "client_lost") and not named(events, "request_refused")
 
 
 @pytest.mark.parametrize("keep_alive", [0.0, 60.0])

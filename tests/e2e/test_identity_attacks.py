@@ -61,7 +61,7 @@ async def test_gateways_leave_a_revoked_broker(tmp_path: Path, events: Events) -
         await cluster.brokers["b1"].shut()
         with pytest.raises(SocksRefused):
             await cluster.ask(IP, target.port)
-        assert "revoked: the certificate of broker/b2 is revoked" in named(events, "refused")[-1]["reason"]
+        assert "revoked: the certificate of broker/b2 is revoked" in named(events, "request_refused")[-1]["reason"]
 
 
 async def test_a_flood_of_trust_lists_fills_nothing(tmp_path: Path, events: Events) -> None:

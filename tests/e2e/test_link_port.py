@@ -225,7 +225,7 @@ async def test_silent_links_make_room_for_an_agent(here: Path) -> None:
                 attacker.sock.close()
             await late.shut()
             del cluster.agents["late"]
-        assert sum(entry["event"] == "too_many_handshakes" for entry in logs) == 1
+        assert sum(entry["event"] == "handshake_limit_reached" for entry in logs) == 1
 
 
 async def test_an_agent_that_knows_no_small_windows_gets_large_ones(here: Path, secrets: Path) -> None:

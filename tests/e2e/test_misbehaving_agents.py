@@ -131,8 +131,8 @@ async def test_an_agent_over_its_window_loses_its_link(here: Path, secrets: Path
             with pytest.raises(ConnectionResetError):
                 await in_thread(lambda: [sock.recv(1 << 16) for _ in range(1000)])
             sock.close()
-            await cluster.until(lambda: any(line.get("agent") == "raw" for line in named(logs, "session_down")))
-        down = [line["reason"] for line in named(logs, "session_down") if line.get("agent") == "raw"]
+            await cluster.until(lambda: any(line.get("agent") == "raw" for line in named(logs, "session_ended")))
+        down = [line["reason"] for line in named(logs, "session_ended") if line.get("agent") == "raw"]
         assert len(down) == 1 and "window_exceeded" in down[0]
 
 

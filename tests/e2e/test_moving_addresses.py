@@ -106,12 +106,12 @@ async def test_an_agent_that_starts_without_an_address_logs_it_once(tmp_path: Pa
         has = agent._own._has
         agent._own._has = lambda ip: looks.append(ip) or has(ip)  # type: ignore[func-returns-value]
         await cluster.until(lambda: len(looks) >= 6)
-        (line,) = named(events, "address_missing")
+        (line,) = named(events, "address_not_found")
         assert line["address"] == TWO
         assert "add it to an interface, or change agent.addresses" in line["reason"]
         host.lost = set()
         await cluster.until(lambda: bool(cluster.registry.lookup("default", TWO)))
-        assert len(named(events, "address_missing")) == 1 and not named(events, "address_lost")
+        assert len(named(events, "address_not_found")) == 1 and not named(events, "address_lost")
 
 
 async def test_an_agent_that_has_lost_all_addresses_leaves(tmp_path: Path, host: Host) -> None:

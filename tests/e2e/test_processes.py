@@ -34,7 +34,7 @@ def whole_site(directory: Path, registry_url: str, *spare: str) -> Iterator[Site
         brokers = [here.broker(f"b{n}", n) for n in (1, 2)]
         here.gateway()  # beside them: each takes a moment to start
         for name, ip in (("a1", IP1), ("a2", IP2)):
-            here.agent(name, ip, [broker.address("broker_ready") for broker in brokers] + here.spare)
+            here.agent(name, ip, [broker.address("broker_started") for broker in brokers] + here.spare)
         for process in here.processes.values():
             until(lambda process=process: ready(process.admin()), what=process.name)  # type: ignore[misc]
         gateway = here.processes["gateway"].admin()
@@ -53,7 +53,7 @@ def test_an_operators_day(tmp_path: Path, redis_server: RedisServer) -> None:
         print(f"five processes ready after {time.monotonic() - began:.1f} s")
         port = here.web(IP1, free_port())
         here.web(IP2, port)
-        proxy = here.processes["gateway"].address("gateway_ready")
+        proxy = here.processes["gateway"].address("gateway_started")
         for ip in (IP1, IP2):
             for socks in (True, False):
                 assert fetch(proxy, f"http://{ip}:{port}/", socks=socks) == f"hello from {ip}\n"
@@ -93,7 +93,7 @@ sys.stdout.write(data.partition(b"\\r\\n\\r\\n")[2].decode())
 
 def check_resolve(here: Site, port: int) -> None:
     """The tuples are those that the agents were given, fresh, on both nodes."""
-    told = {line["broker"]: line for line in here.processes["a1"].lines("session_up")}
+    told = {line["broker"]: line for line in here.processes["a1"].lines("session_opened")}
     tuples = json.loads(here.ask_registry("resolve", f"{IP1}:{port}", "--json"))
     assert {t["node"] for t in tuples} == {"b1", "b2"}
     for item in tuples:
@@ -143,7 +143,7 @@ def check_ends(here: Site) -> None:
         process = here.processes[name]
         code, took[name] = process.end()
         assert code == 0, process.text
-        assert process.lines("stopped")[0]["code"] == 0
+        assert process.lines("process_stopped")[0]["code"] == 0
         assert not re.search("Traceback|crash", process.text)
         if name == "a1":
             assert "no agent answers" in here.ask_registry("resolve", IP1, code=1)
@@ -158,10 +158,10 @@ def test_a_broker_is_killed_and_comes_back(tmp_path: Path, redis_server: RedisSe
     """SIGKILL: no request fails, probes and status say what is missing; restarted, everything is as before."""
     with whole_site(tmp_path, redis_server.url) as here:
         port = here.web(IP1)
-        proxy = here.processes["gateway"].address("gateway_ready")
+        proxy = here.processes["gateway"].address("gateway_started")
         agent = here.processes["a1"].admin()
         victim = here.processes["b1"]
-        before = {line["broker"]: line for line in here.processes["a1"].lines("session_up")}
+        before = {line["broker"]: line for line in here.processes["a1"].lines("session_opened")}
         victim.kill()
         for _ in range(8):
             assert fetch(proxy, f"http://{IP1}:{port}/") == f"hello from {IP1}\n"
@@ -169,13 +169,13 @@ def test_a_broker_is_killed_and_comes_back(tmp_path: Path, redis_server: RedisSe
         assert health(agent, "/livez")[0] == 200
         code, answer = health(agent, "/readyz")
         assert code == 503 and answer["reasons"] and health(agent, "/statusz")[1]["redundancy"] == "1/2"
-        again = here.broker("b1", 1, "--listen", victim.address("broker_ready"))
+        again = here.broker("b1", 1, "--listen", victim.address("broker_started"))
         began = time.monotonic()
         until(lambda: ready(agent), what="2/2")
         print(f"2/2 again {time.monotonic() - began:.1f} s after the start of the process")
-        assert again.wait_for("broker_ready")["incarnation"] > victim.wait_for("broker_ready")["incarnation"]
+        assert again.wait_for("broker_started")["incarnation"] > victim.wait_for("broker_started")["incarnation"]
         ups = here.processes["a1"].lines
-        new = until(lambda: [line for line in ups("session_up") if line["broker"] == "b1"][1:], what="the log")[0]
+        new = until(lambda: [line for line in ups("session_opened") if line["broker"] == "b1"][1:], what="the log")[0]
         assert new["ps"] == before["b1"]["ps"] and int(new["epoch"]) > int(before["b1"]["epoch"])
         assert fetch(proxy, f"http://{IP1}:{port}/") == f"hello from {IP1}\n"
         again.kill()
@@ -214,7 +214,7 @@ def test_status_shows_a_drain(tmp_path: Path, redis_server: RedisServer) -> None
     """SIGTERM with a stream open: the broker is draining in status and probe, goes on serving, and ends with it."""
     third = free_address()
     with whole_site(tmp_path, redis_server.url, third) as here:
-        proxy = here.processes["gateway"].address("gateway_ready")
+        proxy = here.processes["gateway"].address("gateway_started")
         target = Target(IP1)
         streams = [open_stream(proxy, target) for _ in range(2)]  # one on each node
         broker = here.processes["b1"]
@@ -248,9 +248,9 @@ def test_a_second_process_with_the_same_node_id_ends_the_first(tmp_path: Path, r
     """The older one ends with code 1 and says why."""
     with site(tmp_path, redis_server.url) as here:
         older = here.broker("b1", 1)
-        older.wait_for("broker_ready")
+        older.wait_for("broker_started")
         newer = here.broker("b1", 2)
-        newer.wait_for("broker_ready")
+        newer.wait_for("broker_started")
         assert older.process.wait(DRAIN) == 1
         assert older.lines("node_superseded") and "Traceback" not in older.text
         assert newer.end()[0] == 0
@@ -296,8 +296,8 @@ def test_standalone(tmp_path: Path) -> None:
             admin = "127.0.0.1:0"
             """
         process = here.start("gateway", "standalone", text)
-        proxy = process.address("gateway_ready")
-        agent = here.agent("a1", IP1, [process.address("broker_ready")], "--redundancy", "1")
+        proxy = process.address("gateway_started")
+        agent = here.agent("a1", IP1, [process.address("broker_started")], "--redundancy", "1")
         for address in (process.admin(0), process.admin(1), agent.admin()):
             until(lambda address=address: ready(address), what="ready")  # type: ignore[misc]
             assert health(address, "/livez")[0] == 200
@@ -332,5 +332,5 @@ def test_demo_tells_its_story(tmp_path: Path) -> None:
 def test_demo_ends_with_0() -> None:
     """`rtunnel demo`: exit status 0, and says so; the brokers themselves refused the impostor."""
     story = rtunnel("demo")
-    assert "all of it worked" in story
+    assert "every step worked" in story
     assert "refused: the broker does not accept this agent's certificate" in story

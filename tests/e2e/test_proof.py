@@ -470,7 +470,7 @@ async def test_without_a_good_tuple_the_client_is_refused(tmp_path: Path, events
             f"GET http://{ASKED}:{here.target.port}/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
         )
         assert answer.startswith(b"HTTP/1.1 503 ") and b"evil" not in answer
-        refused = named(events, "refused")
+        refused = named(events, "request_refused")
         assert len(refused) == len(ATTACKS) + 2 and all(line["proof"] for line in refused)
 
 

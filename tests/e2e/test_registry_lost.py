@@ -158,5 +158,5 @@ async def test_redis_lost_later_is_told_and_felt_by_nobody(
             stream.sendall(b"still here\n")
             assert await in_thread(lambda: read_line(stream)) == b"127.1.0.1:still here"
         events = [entry["event"] for entry in logs]
-        assert events.count("registry_back") == 2 and events.count("registry_unavailable") == 3
+        assert events.count("registry_reached") == 2 and events.count("registry_unavailable") == 3
         await cluster.until(lambda: len(registry.snapshot().tuples) == 2)

@@ -45,7 +45,7 @@ class Looks:
 
     def here(self, name: str) -> None:
         """The part that was started last."""
-        self._at[name] = [line["address"] for line in self._events if line["event"] == "admin_listening"][-1]
+        self._at[name] = [line["address"] for line in self._events if line["event"] == "admin_endpoint_opened"][-1]
 
     async def at(self, name: str) -> Scrape:
         return await in_thread(lambda: scrape(self._at[name]))
@@ -342,7 +342,7 @@ def test_a_supervisor_tells_of_its_workers(tmp_path: Path, redis_server: RedisSe
         broker = here.broker("b1", 1, "--workers", "2")
         broker.wait_for("worker_started")
         until(lambda: ready(broker.admin()), what="both workers")
-        agent = here.agent("a1", IP, [broker.address("broker_ready")])
+        agent = here.agent("a1", IP, [broker.address("broker_started")])
         until(lambda: ready(agent.admin()), what="2/2")
 
         now = scrape(broker.admin())

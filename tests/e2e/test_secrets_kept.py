@@ -33,11 +33,11 @@ def test_a_bad_day_is_logged_without_a_secret(tmp_path: Path, make_redis: Callab
         (tmp_path / "policy.toml").write_text('[[rule]]\naction = "allow"\nusers = ["*"]\nto = ["127.2.0.0/16"]\n')
         put_user(tmp_path / "users", NAME, new_hash(PASSWORD))
         gateway = here.gateway("--users", str(tmp_path / "users"), "--policy", str(tmp_path / "policy.toml"))
-        agent = here.agent("a1", IP, [broker.address("broker_ready")])
+        agent = here.agent("a1", IP, [broker.address("broker_started")])
         for process in (broker, gateway):
             until(lambda process=process: ready(process.admin()), what=process.name)  # type: ignore[misc]
         until(lambda: health(gateway.admin(), "/statusz")[1]["tuples"] == 1, what="the gateway to know all")
-        proxy, page = gateway.address("gateway_ready"), f"http://{IP}:{here.web(IP)}/"
+        proxy, page = gateway.address("gateway_started"), f"http://{IP}:{here.web(IP)}/"
         for name, password, code in ((NAME, PASSWORD, 0), (NAME, PASSWORD + "x", 97), ("bob", PASSWORD, 97)):
             is_secret(password, "a login")
             run("curl", "-sS", "-m", "15", "--socks5-hostname", proxy, "-U", f"{name}:{password}", page, code=code)
@@ -54,4 +54,4 @@ def test_a_bad_day_is_logged_without_a_secret(tmp_path: Path, make_redis: Callab
         assert "it is a join token" in refused.text
         for process in (agent, gateway, broker):
             process.end(signal.SIGTERM)
-        assert {line["event"] for line in gateway.lines("refused")} == {"refused"}
+        assert {line["event"] for line in gateway.lines("request_refused")} == {"request_refused"}

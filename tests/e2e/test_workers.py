@@ -71,7 +71,7 @@ def whole(process: Process) -> str:
 
 def agent_of(here: Site, name: str, ip: str, *brokers: Process) -> tuple[Process, dict[str, Any]]:
     """An agent with all its sessions, and its status."""
-    agent = here.agent(name, ip, [broker.address("broker_ready") for broker in brokers])
+    agent = here.agent(name, ip, [broker.address("broker_started") for broker in brokers])
     until(lambda: ready(agent.admin()), what=f"2/2 of {name}")
     return agent, health(agent.admin(), "/statusz")[1]
 
@@ -91,10 +91,10 @@ def test_workers_are_nodes_of_one_host_and_come_back(tmp_path: Path, redis_serve
         agent.process.send_signal(signal.SIGSTOP)
         began = time.monotonic()
         os.kill(pids(broker)[1], signal.SIGKILL)
-        until(lambda: len(broker.lines("broker_ready")) == 3, what="the worker to be back")
+        until(lambda: len(broker.lines("broker_started")) == 3, what="the worker to be back")
         print(f"a worker is ready again {time.monotonic() - began:.2f} s after its death")
         agent.process.send_signal(signal.SIGCONT)
-        until(lambda: len(agent.lines("session_down")) == 1 and ready(agent.admin()), what="2/2 again")
+        until(lambda: len(agent.lines("session_ended")) == 1 and ready(agent.admin()), what="2/2 again")
         (death,) = broker.lines("worker_died")
         assert (death["worker"], death["status"]) == (1, "SIGKILL")
         sessions = health(agent.admin(), "/statusz")[1]["sessions"]
@@ -136,7 +136,7 @@ def check_health(broker: Process, admin: str) -> None:
     assert shown == [(number, pid, f"b1.{number}", 1) for number, pid in sorted(pids(broker).items())]
     own = health(status["workers"][1]["admin"], "/statusz")[1]
     assert (status["role"], own["node"]) == ("broker", "b1.2")
-    assert {(line["worker"], line["node"]) for line in broker.lines("broker_ready")} == {(1, "b1.1"), (2, "b1.2")}
+    assert {(line["worker"], line["node"]) for line in broker.lines("broker_started")} == {(1, "b1.1"), (2, "b1.2")}
 
 
 def test_an_agent_is_on_two_hosts_where_there_are_two(tmp_path: Path, redis_server: RedisServer) -> None:
@@ -162,7 +162,7 @@ def test_traffic_through_a_gateway_with_workers(tmp_path: Path, redis_server: Re
         whole(broker)
         agent_of(here, "a1", IP1, broker)
         port = here.web(IP1)
-        proxy = gateway.address("gateway_ready")
+        proxy = gateway.address("gateway_started")
 
         def both() -> bool:
             assert fetch(proxy, f"http://{IP1}:{port}/") == f"hello from {IP1}\n"
@@ -183,7 +183,7 @@ def test_no_worker_outlives_its_supervisor(tmp_path: Path, redis_server: RedisSe
         broker.kill()
         until(lambda: not any(map(alive, left)), what="the workers' end")
         assert here.status()["nodes"] == []
-        assert [line["by"] for line in broker.lines("stopping")] == ["the supervisor's end"] * 2
+        assert [line["by"] for line in broker.lines("stop_requested")] == ["the supervisor's end"] * 2
 
 
 def test_a_second_signal_ends_all_at_once(tmp_path: Path, redis_server: RedisServer) -> None:
@@ -193,7 +193,7 @@ def test_a_second_signal_ends_all_at_once(tmp_path: Path, redis_server: RedisSer
         whole(broker)
         agent_of(here, "a1", IP1, broker)
         broker.process.send_signal(signal.SIGTERM)
-        until(lambda: len(broker.lines("draining")) == 2, what="both to drain")
+        until(lambda: len(broker.lines("drain_started")) == 2, what="both to drain")
         for pid in pids(broker).values():
             os.kill(pid, signal.SIGTERM)  # as an init system that signals everybody: not a second one
         assert health(broker.admin(), "/readyz")[1]["reasons"] == ["worker 1: draining", "worker 2: draining"]
@@ -201,7 +201,7 @@ def test_a_second_signal_ends_all_at_once(tmp_path: Path, redis_server: RedisSer
         code, seconds = broker.end(signal.SIGINT)
         assert code == 1 and seconds < DRAIN / 2, broker.text
         assert not any(map(alive, left))
-        assert len(broker.lines("stopping_at_once")) == 3
+        assert len(broker.lines("abort_requested")) == 3
 
 
 def test_a_port_that_is_taken_is_refused_however_many_workers(tmp_path: Path, redis_server: RedisServer) -> None:
@@ -209,11 +209,11 @@ def test_a_port_that_is_taken_is_refused_however_many_workers(tmp_path: Path, re
     with workers_site(tmp_path, redis_server.url) as here:
         first = here.broker("b1", 1, *TWO)
         whole(first)
-        address = first.address("broker_ready")
+        address = first.address("broker_started")
         for node, flags in (("b2", TWO), ("b3", ())):
             other = here.broker(node, 2, *flags, "--listen", address)
             assert other.process.wait(DRAIN) == 3
-            (told,) = other.lines("can_not_listen")
+            (told,) = other.lines("listen_failed")
             assert told["text"].startswith(f"broker.listen: can't listen on {address}: the address is in use")
             assert not other.lines("worker_started")
 
@@ -221,7 +221,7 @@ def test_a_port_that_is_taken_is_refused_however_many_workers(tmp_path: Path, re
 def test_one_worker_is_one_process(tmp_path: Path, redis_server: RedisServer) -> None:
     with site(tmp_path, redis_server.url) as here:
         broker = here.broker("b1", 1, "--workers", "1")
-        assert broker.wait_for("broker_ready")["node"] == "b1"
+        assert broker.wait_for("broker_started")["node"] == "b1"
         assert not broker.lines("worker_started")
         assert broker.end()[0] == 0
 
@@ -257,7 +257,7 @@ def test_stopping_workers_serve_new_clients_while_the_vip_learns_it(tmp_path: Pa
     with workers_site(tmp_path, redis_server.url) as here:
         gateway = here.gateway(*TWO, "--lame-duck", "600")
         admin = whole(gateway)
-        host, _, port = gateway.address("gateway_ready").partition(":")
+        host, _, port = gateway.address("gateway_started").partition(":")
         gateway.process.send_signal(signal.SIGTERM)
         until(lambda: len(gateway.lines("lame_duck_started")) == 2, what="both workers to be told")
         assert health(admin, "/readyz")[1]["reasons"] == ["worker 1: draining", "worker 2: draining"]
@@ -357,7 +357,7 @@ def test_systemd_hears_of_the_supervisor_alone(
             resource.prlimit(pid, resource.RLIMIT_NOFILE) for pid in (gateway.process.pid, *pids(gateway).values())
         }
         assert limits == {(hard, hard)}, "each raises its own"
-        until(lambda: len(gateway.lines("gateway_ready")) == 2, what="the log")
+        until(lambda: len(gateway.lines("gateway_started")) == 2, what="the log")
         assert told[0] == "WATCHDOG=1" and any(line.startswith("EXTEND_TIMEOUT_USEC=") for line in told)
         hear("STATUS=ready")
         told.clear()

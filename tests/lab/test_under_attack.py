@@ -235,7 +235,7 @@ def test_a_registry_that_lies_leads_nobody_astray(lab: Lab) -> None:
 
 def told(line: dict[str, Any]) -> str:
     """Why an agent has no session, when a line of its log says so."""
-    return str(line["reason"]) if line["event"] in ("no_session", "enrolment_failed") else ""
+    return str(line["reason"]) if line["event"] in ("session_not_opened", "enrolment_failed") else ""
 
 
 def assert_nobody_comes(lab: Lab, place: str, owner: str, why: str, **keys: Any) -> None:
@@ -246,7 +246,7 @@ def assert_nobody_comes(lab: Lab, place: str, owner: str, why: str, **keys: Any)
         reasons, _ = wait_for("a refusal", lambda: [*filter(None, map(told, impostor.json_lines()))], 20)
         assert why in reasons[0]
         assert_owned(lab, owner, before)
-        assert not [line for line in impostor.json_lines() if line["event"] == "session_up"]
+        assert not [line for line in impostor.json_lines() if line["event"] == "session_opened"]
     finally:
         impostor.kill()
 

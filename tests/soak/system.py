@@ -99,7 +99,7 @@ class System:
         found = []
         for path in self.site.directory.glob("*.log"):
             with path.open(errors="replace") as log:
-                found += [line for line in log if "relay_crash" in line or "Traceback" in line or "dropped" in line]
+                found += [line for line in log if "relay_crashed" in line or "Traceback" in line or "dropped" in line]
         return found
 
 

@@ -194,4 +194,4 @@ def probe(address: Address, path: str = "/readyz") -> bytes:
 
 def admin_ports(logs: Events) -> list[Address]:
     """Where they listen."""
-    return [parse_endpoint(entry["address"]) for entry in logs if entry["event"] == "admin_listening"]
+    return [parse_endpoint(entry["address"]) for entry in logs if entry["event"] == "admin_endpoint_opened"]

@@ -69,7 +69,7 @@ def running_relay() -> Iterator[TestRelay]:
     finally:
         relay.stop()
         assert not relay.running
-        crashes = [fields for event, fields in relay.reports if event == "relay_crash"]
+        crashes = [fields for event, fields in relay.reports if event == "relay_crashed"]
         assert not crashes, crashes
 
 

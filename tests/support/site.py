@@ -106,8 +106,8 @@ class Process:
 
     def admin(self, number: int = 0) -> str:
         """Its health address."""
-        until(lambda: len(self.lines("admin_listening")) > number, what="admin")
-        return str(self.lines("admin_listening")[number]["address"])
+        until(lambda: len(self.lines("admin_endpoint_opened")) > number, what="admin")
+        return str(self.lines("admin_endpoint_opened")[number]["address"])
 
     def end(self, number: signal.Signals = signal.SIGTERM, patience: float = DRAIN) -> tuple[int, float]:
         """Signal it; its exit code, and the seconds that it took."""

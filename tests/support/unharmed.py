@@ -72,7 +72,7 @@ async def unharmed(cluster: Cluster, target: Target, *, slowest: float = 10.0, s
                 yield logs
             finally:
                 over.set()
-    crashes = [entry for entry in logs if entry["event"] == "relay_crash"]
+    crashes = [entry for entry in logs if entry["event"] == "relay_crashed"]
     assert not crashes, crashes
     assert served and max(served) < slowest, max(served)
     try:

@@ -141,7 +141,7 @@ async def test_slow_requests_are_told(autojump_clock: trio.testing.MockClock, sa
     async with server() as at:
         began = trio.current_time()
         status, headers, body = await ask(at, said)
-        assert (status, body) == (408, b"no whole request in 5 s\n")
+        assert (status, body) == (408, b"the request was not complete within 5 s\n")
         assert headers[b"connection"] == b"close"
         assert trio.current_time() - began == pytest.approx(admin.DEADLINE, abs=0.5)
 

@@ -660,8 +660,13 @@ async def test_everything_is_written_down_and_no_secret(made: Path) -> None:
             await ask(stream, enrol(by, agent_id="a2"))
             await ask(stream, Enrol(VERSION, b"\0", "web"))
         peer = stream.transport_stream.socket.getsockname()
-    told = [line for line in lines if line["event"] in ("enrolled", "renewed", "enrol_refused")]
-    assert [line["event"] for line in told] == ["enrolled", "renewed", "enrol_refused", "enrol_refused"]
+    told = [line for line in lines if line["event"] in ("certificate_issued", "certificate_renewed", "enrol_refused")]
+    assert [line["event"] for line in told] == [
+        "certificate_issued",
+        "certificate_renewed",
+        "enrol_refused",
+        "enrol_refused",
+    ]
     assert {line["peer"] for line in told} == {f"127.0.0.1:{peer[1]}"}
     assert told[0]["subject"] == told[1]["subject"] == "agent/default/a1"
     assert told[0]["token"] == "web" and told[0]["addresses"] == ["10.1.0.7"]
@@ -741,7 +746,7 @@ def test_the_process(made: Path) -> None:
         assert process.stderr is not None
         try:
             lines = map(json.loads, process.stderr)
-            host, port = next(line for line in lines if line["event"] == "authority_ready")["listen"].split(":")
+            host, port = next(line for line in lines if line["event"] == "authority_started")["listen"].split(":")
             context = client_context(made / "ca.pem")
             with (
                 socket.create_connection((host, int(port)), 10) as tcp,
@@ -753,7 +758,7 @@ def test_the_process(made: Path) -> None:
                     decoder.feed(stream.recv(1 << 16))
                 assert isinstance(answer, Enrolled)
             process.send_signal(signal.SIGTERM)
-            assert [line["event"] for line in lines][-1] == "stopped"
+            assert [line["event"] for line in lines][-1] == "process_stopped"
             assert process.wait() == 0
         finally:
             process.kill()

@@ -209,7 +209,7 @@ def test_config_check_reads_rules_and_users(secrets: Path, tmp_path: Path) -> No
 
 
 def test_certificates_that_end_soon_are_warned_of(secrets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A certificate with few days left is a warning, one that is over is called that."""
+    """A certificate with few days left is a warning, an expired one is called that."""
     values = {
         "agent.brokers": "vip:7000",
         "agent.exposes": "22",
@@ -218,7 +218,7 @@ def test_certificates_that_end_soon_are_warned_of(secrets: Path, monkeypatch: py
     }
     loaded = config.load(None, {}, values)
     assert roles.check(loaded, "agent") == []
-    for days, words in ((10.0, "is over in 10 days"), (-3.0, "is over since 3 days")):
+    for days, words in ((10.0, "expires in 10 days"), (-3.0, "expired 3 days ago")):
         monkeypatch.setattr("rtunnel.trust.tls.days_left", lambda path, days=days: days)
         (note,) = roles.check(loaded, "agent")
         assert words in note.reason
@@ -589,7 +589,12 @@ def test_a_signal_drains(number: signal.Signals) -> None:
     program.process.send_signal(number)
     code, events, out = program.end()
     assert (code, out) == (0, "draining\n")
-    assert [event["event"] for event in events] == ["starting", "started", "stopping", "stopped"]
+    assert [event["event"] for event in events] == [
+        "process_started",
+        "role_started",
+        "stop_requested",
+        "process_stopped",
+    ]
     assert events[2]["signal"] == number.name
 
 
@@ -602,18 +607,18 @@ def test_a_second_signal_stops_at_once() -> None:
     program.process.send_signal(signal.SIGTERM)
     code, events, out = program.end()
     assert (code, out) == (1, "cancelled\n")
-    assert "stopping_at_once" in [event["event"] for event in events]
+    assert "abort_requested" in [event["event"] for event in events]
 
 
 @pytest.mark.parametrize(
     ("what", "code", "event", "text"),
     [
-        ("return", 0, "stopped", ""),
-        ("early", 0, "stopped", ""),
-        ("refuse", 2, "config_refused", "x.key: is empty"),
+        ("return", 0, "process_stopped", ""),
+        ("early", 0, "process_stopped", ""),
+        ("refuse", 2, "config_rejected", "x.key: is empty"),
         ("unavailable", 1, "registry_unavailable", "redis://x: refused"),
-        ("taken", 3, "can_not_listen", "broker.listen: can't listen on 127.0.0.1:7000: the address is in use"),
-        ("taken-raw", 3, "can_not_listen", "Address already in use"),
+        ("taken", 3, "listen_failed", "broker.listen: can't listen on 127.0.0.1:7000: the address is in use"),
+        ("taken-raw", 3, "listen_failed", "Address already in use"),
     ],
 )
 def test_exit_codes(what: str, code: int, event: str, text: str) -> None:
@@ -631,7 +636,7 @@ def test_a_bug_is_one_line_with_its_traceback() -> None:
     program = Program("crash")
     code, events, _ = program.end()
     assert code == 1
-    (line,) = [item for item in events if item["event"] == "crashed"]
+    (line,) = [item for item in events if item["event"] == "process_crashed"]
     assert "RuntimeError: a bug" in line["exception"]
     assert all(item.startswith("{") for item in program.err.splitlines())
 
@@ -662,7 +667,7 @@ def test_standalone_runs_both_and_drains_both() -> None:
     program.process.send_signal(signal.SIGTERM)
     code, events, out = program.end()
     assert (code, out) == (0, "draining\ndraining\n")
-    assert [event["role"] for event in events if event["event"] == "started"] == ["broker", "gateway"]
+    assert [event["role"] for event in events if event["event"] == "role_started"] == ["broker", "gateway"]
 
 
 def test_a_closed_pipe_is_silent() -> None:

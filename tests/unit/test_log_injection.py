@@ -183,7 +183,7 @@ def test_a_quote_in_a_value_does_not_end_it() -> None:
 def test_a_librarys_message_is_one_line(evil: str) -> None:
     """Text that a library logs about a peer (redis-py repeats what a server said) goes the same way."""
     record = logging.LogRecord("redis", logging.WARNING, "x.py", 1, "lost %s", (evil,), None)
-    line = line_of(logs.render_json, "library_message", {"text": record.getMessage()})
+    line = line_of(logs.render_json, "library_message_logged", {"text": record.getMessage()})
     assert_harmless(line[:-1])
     assert json.loads(line)["text"].startswith("lost ")
 
@@ -218,7 +218,12 @@ def test_what_python_itself_would_print_is_a_line_too() -> None:
     )  # fmt: skip
     text = done.stderr.decode()
     events = [json.loads(line) for line in text.splitlines()]
-    assert [event["event"] for event in events] == ["library_message", "exception_ignored", "thread_died", "last"]
+    assert [event["event"] for event in events] == [
+        "library_message_logged",
+        "exception_ignored",
+        "thread_died",
+        "last",
+    ]
     assert all("forged" in str(event) for event in events[:-1])
     for line in text.removesuffix("\n").split("\n"):
         assert_harmless(line)

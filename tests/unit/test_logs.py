@@ -321,7 +321,11 @@ def test_standard_logging_becomes_events(pipe: Pipe) -> None:
     logging.getLogger("redis.client").info("quiet")
     (line,) = pipe.lines()
     event = json.loads(line)
-    assert (event["event"], event["component"], event["text"]) == ("library_message", "redis.client", "lost it\n")
+    assert (event["event"], event["component"], event["text"]) == (
+        "library_message_logged",
+        "redis.client",
+        "lost it\n",
+    )
 
 
 def run(code: str) -> subprocess.CompletedProcess[bytes]:

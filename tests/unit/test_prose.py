@@ -21,10 +21,21 @@ PACKAGES = (
 )
 WIDTH = 100
 MIN_WORDS = 4
-#: A docstring that begins with one of these is a fragment, or repeats another docstring.
-FRAGMENTS = ("See", "Of", "By", "So", "For", "What", "Who", "Those")
+#: A sentence that begins with one of these is a fragment, or a riddle.
+FRAGMENTS = frozenset(("Of", "By", "For", "What", "Who", "Whose", "Those"))
+#: A docstring that begins with one of these is a fragment too, or repeats another docstring.
+FIRST_WORDS = FRAGMENTS | {"See", "So"}
 #: Comments that tools read and that cannot be wrapped.
 DIRECTIVE = re.compile(r"#.*?\b(noqa|type: ignore|pragma|mypy:)")
+
+#: Methods whose first argument (or the second, behind a gateway) is the name of a log event.
+LOGGING = frozenset(
+    "critical debug error exception info log report stranger trace warn warning _fault _report _warn".split()  # noqa: SIM905
+)
+#: Irregular participles in names of log events; regular ones end in -ed.
+PARTICIPLES = frozenset(("lost", "found", "taken", "died", "held", "kept", "shut", "given"))
+#: Log events that say a state: the word is also a refusal code, a metric or a term of the field.
+STATES = frozenset(("authority_unavailable", "config_warning", "on_one_host", "registry_unavailable"))
 
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -50,9 +61,34 @@ def faults_of_docstrings(source: str) -> list[str]:
         words = text.split()
         if len(words) < MIN_WORDS:
             faults.append(f"{line}: {name}: fewer than {MIN_WORDS} words: {text}")
-        elif words[0].rstrip(",:") in FRAGMENTS:
+        elif words[0].rstrip(",:") in FIRST_WORDS:
             faults.append(f"{line}: {name}: begins with {words[0]}")
     return faults
+
+
+def comments(source: str) -> Iterator[tuple[int, str]]:
+    """Yield line and text of each block of comments that stand on lines of their own."""
+    block: list[str] = []
+    for number, line in enumerate([*source.splitlines(), ""], 1):
+        if match := re.match(r"\s*#:? (?!-)(\S.*)", line):
+            block.append(match[1])
+        elif block:
+            yield number - len(block), " ".join(block)
+            block = []
+
+
+def faults_of_sentences(source: str) -> list[str]:
+    """Return a line for each sentence of a docstring or of a comment that is a fragment."""
+    texts = list(comments(source))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, _Documented) and (text := ast.get_docstring(node)) is not None:
+            texts += [(node.body[0].lineno, " ".join(part.split())) for part in text.split("\n\n")]
+    return [
+        f"{line}: fragment: {sentence}"
+        for line, text in texts
+        for sentence in re.split(r"(?<=[.:]) (?=[A-Z])", text)
+        if sentence.split()[:1] and sentence.split()[0].rstrip(",:") in FRAGMENTS
+    ]
 
 
 def long_lines(source: str) -> list[str]:
@@ -68,11 +104,38 @@ def long_lines(source: str) -> list[str]:
     return [f"{n}: {len(lines[n - 1])} columns" for n in sorted(prose) if len(lines[n - 1]) > WIDTH]
 
 
+def log_events(source: str) -> Iterator[tuple[int, str]]:
+    """Yield line and name of each log event that a file names in a call of a logging method."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        arguments = node.args[: 2 if name == "log" else 1] if name in LOGGING else []
+        for argument in arguments:
+            words = (argument.body, argument.orelse) if isinstance(argument, ast.IfExp) else (argument,)
+            for word in words:
+                if isinstance(word, ast.Constant) and isinstance(word.value, str):
+                    yield node.lineno, word.value
+
+
+def faults_of_events(source: str) -> list[str]:
+    """Return a line for each log event that is not a noun and then a participle (`session_opened`)."""
+    faults = []
+    for line, event in log_events(source):
+        rest = event.split("_")[1:]
+        if event not in STATES and not any(word.endswith("ed") or word in PARTICIPLES for word in rest):
+            faults.append(f"{line}: event {event}")
+    return faults
+
+
+CHECKS = (faults_of_docstrings, faults_of_events, faults_of_sentences, long_lines)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_prose_of_a_file(path: Path) -> None:
-    """Public docstrings are sentences, and no line of prose is too long."""
+    """Docstrings and comments are sentences, log events say what happened, no line is too long."""
     source = path.read_text()
-    assert not faults_of_docstrings(source) + long_lines(source)
+    assert not [fault for check in CHECKS for fault in check(source)]
 
 
 @pytest.mark.parametrize(
@@ -85,8 +148,16 @@ def test_prose_of_a_file(path: Path) -> None:
         (f"x = 1  # {'word ' * 20}\n", 1),
         (f"x = '{'word ' * 20}'  # noqa: S311 {'word ' * 5}\n", 0),
         (f'"""{"word " * 20}"""\n', 1),
+        ('def _f():\n    """Return it. For one thread."""\n', 1),
+        ("# What the client sends.\nx = 1\n", 1),
+        ("# It is passed on. Of two, the\n# first one counts.\nx = 1\n", 1),
+        ("# --- what is there ---\n# It waits for the rest.\nx = 1\n", 0),
+        ('log.info("starting", pid=1)\n', 1),
+        ('log.warning("session_up" if up else "session_ended")\n', 1),
+        ('asked.log(gateway, "refused", code=1)\n', 1),
+        ('log.error("trust_list_not_kept")\nlog.info("on_one_host")\n', 0),
     ],
 )
 def test_the_checks_find_faults(source: str, faults: int) -> None:
     """Each check accepts good prose and finds bad prose."""
-    assert len(faults_of_docstrings(source) + long_lines(source)) == faults
+    assert sum(len(check(source)) for check in CHECKS) == faults

@@ -609,7 +609,7 @@ class TestLoop:
         relay.call(lambda: 1 // 0)  # type: ignore[arg-type]
         assert relay.do(lambda: 7) == 7
         relay.stop()
-        assert [event for event, _ in relay.reports] == ["relay_crash"]
+        assert [event for event, _ in relay.reports] == ["relay_crashed"]
 
 
 def pretend_rtt(link: Link, seconds: float) -> None:

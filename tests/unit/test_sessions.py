@@ -171,7 +171,7 @@ class Node:
     # As its log.
 
     def info(self, event: str, **fields: object) -> None:
-        if event in ("session_up", "session_down"):
+        if event in ("session_opened", "session_ended"):
             self.lines.append({"event": event, **fields})
         else:
             self.calls.append((event, fields.get("code", "")))
@@ -419,8 +419,9 @@ def test_a_session_that_was_up_has_one_line_at_its_begin_and_one_at_its_end() ->
     at.wire.close(Lost(LostKind.SILENT, "no sign of life for 15 s"))
     at.session.end("too late")
     up, down = at.node.lines
-    assert (up["event"], up["agent"], up["port"], up["proved_by"]) == ("session_up", "a1", WELCOME.port, "join token")
-    assert (down["event"], down["agent"], down["epoch"]) == ("session_down", "a1", up["epoch"])
+    opened = (up["event"], up["agent"], up["port"], up["proved_by"])
+    assert opened == ("session_opened", "a1", WELCOME.port, "join token")
+    assert (down["event"], down["agent"], down["epoch"]) == ("session_ended", "a1", up["epoch"])
     assert (down["cause"], down["reason"], down["streams_cut"]) == ("silent", "no sign of life for 15 s", 3)
 
 
