@@ -6,7 +6,9 @@
 - `addresses`: which of its addresses this host has.
 - `handshake`: one link and its control stream, in the relay's thread.
 - `targets`: Dials in, connections to targets out, in the relay's thread.
-- `identity`: the agent's certificate, its key, and their renewal. trio.
+- `identity`: the agent's certificate and key, kept current. trio.
+- `enrolment`: requests for a certificate; `token`: the join token that they need; `schedule`: when
+  a certificate is renewed.
 - `proof`: proofs that an answer to a Dial is the agent's own, in the relay's thread.
 - `host`: the id of this host, by which a restart differs from a clone.
 - `serve`: the role.

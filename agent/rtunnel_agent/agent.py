@@ -49,9 +49,10 @@ from rtunnel.wire.messages import Enrol, Enrolled, Hello, Publish, Refuse
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_agent.addresses import OwnAddresses
 from rtunnel_agent.brokers import Brokers
+from rtunnel_agent.enrolment import AgentIdentity
 from rtunnel_agent.handshake import AgentSession, Enrolment, new_nonce
 from rtunnel_agent.host import host_id
-from rtunnel_agent.identity import AgentIdentity, Credentials
+from rtunnel_agent.identity import Credentials
 from rtunnel_agent.proof import Prover
 from rtunnel_agent.race import Asked, Outcome, Race, Watch
 from rtunnel_agent.targets import Exposed, IncomingStream, Targets
@@ -120,9 +121,7 @@ class Agent:
         self._publish = [_publish(entry.target, entry.port, entry.allow) for entry in agent.publish]
         self._token: Token | None = load_token(Path(agent.join_token)) if agent.join_token else None
         self._watches: dict[AgentSession, Watch] = {}
-        self.credentials = Credentials(
-            agent, self.agent_id, self._own.wanted, ask=self._ask, put=self._put_identity, log=self._log
-        )
+        self.credentials = Credentials(agent, self.agent_id, self._own, ask=self._ask, put=self._put_identity)
         self._instance = new_nonce()
         self._host_id = host_id(agent.identity)
         self._greeting = trio.Lock()  # from a Hello until its answer
@@ -473,7 +472,7 @@ class Agent:
         self._watches[session] = watch
         watch.presented = self.identity
         race.add(watch, lambda: self.bridge.relay.call(lambda: session.end("another broker was faster")))
-        tls = self.credentials.context
+        tls = self.credentials.tls.sessions
 
         def failed(lost: Lost) -> None:
             self.bridge.post(self._gone, session, Outcome(lost=lost))
@@ -557,7 +556,7 @@ class Agent:
         enrolment = Enrolment(request, lambda: self.bridge.post(asked.tell), done, self.config.handshake_timeout)
         asked.enrolment = enrolment
         race.add(asked, lambda: self.bridge.relay.call(lambda: enrolment.end("another broker was faster")))
-        tls = self.credentials.anonymous
+        tls = self.credentials.tls.enrolments
         self.bridge.relay.call(lambda: self._connect(enrolment, host, port, tls, done))
         return asked
 
@@ -671,7 +670,7 @@ class Agent:
         for address in now:
             if address not in before:
                 self._log.info("address_found", agent=self.agent_id, address=address)
-        self.credentials.answer_for(self._own.wanted)
+        self.credentials.moved()
         sessions = list(self._watches)
         if set(before) & set(now):
             self._tell_update(sessions)

@@ -18,8 +18,8 @@ import fcntl
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,59 +27,35 @@ from ssl import SSLContext
 from typing import Final
 
 import trio
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509 import load_der_x509_certificate
-from msgspec.structs import replace as replace_fields
-from structlog.typing import FilteringBoundLogger
 
 from rtunnel.clock import CHECK_CLOCK, utc
 from rtunnel.config import AgentConfig
 from rtunnel.errors import TrustError
-from rtunnel.trust.certificates import ENROL_LABEL, agent_request, key_pem, new_key, pem, sign_renewal
-from rtunnel.trust.files import SECRET, keep_trust_list, replace
+from rtunnel.logs import get_logger
+from rtunnel.trust.files import SECRET, keep_trust_list
 from rtunnel.trust.identity import (
     Identity,
     PrivateKey,
     TrustStore,
     load_pair,
-    load_private_key,
     load_trust_store,
     void_cas,
 )
-from rtunnel.trust.keys import Token, load_token, token_mac
+from rtunnel.trust.keys import Token, load_token
 from rtunnel.trust.tls import link_context
 from rtunnel.watch import Watched, watch
-from rtunnel.wire.messages import VERSION, Enrol, Enrolled
-from rtunnel.wire.refusal import Refusal, Refused
+from rtunnel.wire.refusal import Refused
+from rtunnel_agent.addresses import OwnAddresses
+from rtunnel_agent.enrolment import AgentIdentity, Ask, Enroller
+from rtunnel_agent.schedule import Schedule
+from rtunnel_agent.token import FIX, JoinToken
 
-#: The part of its life after which a certificate is renewed, and the jitter: agents that were
-#: started at the same time must not renew at the same time.
-RENEW_AT: Final = 2 / 3
-RENEW_JITTER: Final = 0.05
-#: The part of its life after which a warning is logged.
-WARN_AT: Final = 5 / 6
 #: Seconds between two requests: the first pause doubles up to the longest, or to a tenth of the
 #: certificate's remaining life.
 FIRST_PAUSE: Final = 0.25
 LONGEST_PAUSE: Final = 600.0
 #: Seconds between two looks at the clock, which may be set, on a machine that may sleep.
 LOOK_SECONDS: Final = 30.0
-
-#: Seconds over which agents spread their renewals after the CAs have changed.
-CA_SPREAD: Final = 600.0
-
-_FIX: Final = "make one with `rtunnel pki token create`, and give it to the agent"
-
-Ask = Callable[[Enrol], Awaitable[Enrolled]]
-
-
-@dataclass(frozen=True, slots=True)
-class AgentIdentity:
-    """A certificate and its key."""
-
-    certificate: bytes  # DER
-    key: PrivateKey
-    who: Identity
 
 
 @contextmanager
@@ -122,50 +98,53 @@ def _make(directory: Path) -> None:
         raise TrustError(f"{directory}: can't be made: {error.strerror}") from None
 
 
-class Credentials:
-    """Keeps the certificate, key and CAs of one agent current, while `run` runs. In trio's thread.
+@dataclass(frozen=True, slots=True)
+class LinkContexts:
+    """The TLS of links to brokers; None where links are plain."""
 
-    `ask` sends a request to the authority; it raises Refused, or OSError with a text.
+    sessions: SSLContext | None = None
+    enrolments: SSLContext | None = None  # they show no certificate
+
+
+class Credentials:
+    """Keeps the certificate, key and CAs of one agent current, while `run` runs. For trio's thread.
+
+    Links use `tls`, and proofs use `identity`.
     """
 
     def __init__(
         self,
         config: AgentConfig,
         agent_id: str,
-        addresses: Sequence[str],
+        own: OwnAddresses,
         *,
         ask: Ask,
         put: Callable[[AgentIdentity], object],
-        log: FilteringBoundLogger,
     ) -> None:
-        """`put` gets each new identity, the first one now. Raises TrustError."""
+        """Read the files. Raises TrustError.
+
+        `ask`: as of `Enroller`. `put` gets each new identity, the first one now.
+        """
         self.identity: AgentIdentity | None = None
         self.failure = ""  # why the last request failed; empty when it did not
         # when the last new certificate came, in seconds since 1970; 0: none since the start
         self.renewed = 0.0
-        self.context: SSLContext | None = None  # of links
-        self.anonymous: SSLContext | None = None  # of links that show no certificate
+        self.tls = LinkContexts()
         self._config = config
         self._agent_id = agent_id
-        self._addresses = tuple(addresses)
-        self._ask = ask
+        self._own = own
         self._on_put = put
-        self._log = log.bind(agent=agent_id)
+        self._log = get_logger("agent").bind(agent=agent_id)
         self._directory = Path(config.identity) if config.identity else None
         self._pair = Path(config.certificate), Path(config.key)
+        self._enroller: Enroller | None = None
         if self._directory is not None:
             self._pair = self._directory / "agent.pem", self._directory / "agent.key"
-        self._token = load_token(config.join_token) if config.join_token else None
+            self._enroller = Enroller(agent_id, config.namespace, self._directory, ask)
+        present = load_token(config.join_token) if config.join_token else None
+        self._token = JoinToken(present, self._directory, self._log)
         self._trust_store = load_trust_store(config.ca) if config.security == "tls" or config.identity else None
-        self._renew_at = 0.0
-        self._warned = False
-        self._revoked = False  # a broker says that the certificate is revoked
-        self._void = False  # and another token has come since then: the agent enrols anew
-        self._old_token = ""  # the id of the token that does not count as another one
-        # A certificate of this agent that lacks one of its addresses: beside a new token it proves
-        # the agent_id.
-        self._former: AgentIdentity | None = None
-        self._proves_former = False  # the authority has asked for it
+        self._schedule = Schedule()
         self._changed = trio.Event()
         if self._directory is not None:
             self._open_directory(self._directory)
@@ -201,21 +180,12 @@ class Credentials:
 
         Another token lets the agent enrol anew.
         """
-        self._revoked = True
-        # it came while the agent was down
-        if self._token is not None and self._old_token not in ("", self._token.id):
-            self._void = True
+        if self._token.revoke():
             self._tell()
 
     def accepted(self) -> None:
         """Hear that a broker has accepted the certificate."""
-        if self._directory is None or self._token is None or self._token.id == self._old_token:
-            return  # nothing to remember, or remembered already
-        self._old_token = self._token.id
-        try:
-            replace(self._directory / "token.id", SECRET, self._old_token.encode())
-        except TrustError as error:
-            self._log.warning("token_id_not_kept", reason=str(error))
+        self._token.accept()
 
     def take(self, signed: bytes) -> None:
         """Take a trust list, from any source: its signatures count."""
@@ -232,17 +202,14 @@ class Credentials:
         if self._directory is not None:
             keep_trust_list(self._directory / "trust.list", SECRET, signed, self._log)
         if self._trust_store.pem != cas and self.identity is not None:
-            life = self.identity.who.ends - self.identity.who.issued
-            soon = random.uniform(0, min(CA_SPREAD, life / 6))  # noqa: S311
-            self._renew_at = min(self._renew_at, time.time() + soon)
+            self._schedule.hurry(self.identity, time.time())
         self._tell()
         self._log.info("trust_loaded", number=self._trust_store.number, generation=self._trust_store.generation)
 
-    def answer_for(self, addresses: Sequence[str]) -> None:
-        """Answer for these addresses from now on: a certificate that does not name them is
+    def moved(self) -> None:
+        """Hear that the wanted addresses have changed: a certificate that does not name them is
         replaced.
         """
-        self._addresses = tuple(addresses)
         self._tell()
 
     async def run(self) -> None:
@@ -267,7 +234,7 @@ class Credentials:
         return {
             "subject": who.subject if who is not None else "",
             "ends": who.ends if who is not None else 0,
-            "renews": self._renew_at if who is not None and self._directory is not None else 0,
+            "renews": self._schedule.renew_at if who is not None and self._directory is not None else 0,
             "renewed": self.renewed,
             "failure": self.failure,
             "fault": self._fault(),
@@ -285,9 +252,9 @@ class Credentials:
         who, trust_store = self.identity.who, self._trust_store
         if time.time() >= who.ends:
             return f"the certificate has expired: it ended {utc(who.ends)} ({CHECK_CLOCK})"
-        if self._void:
+        if self._token.void:
             return "the certificate is revoked"
-        if foreign := [address for address in self._addresses if address not in who.addresses]:
+        if foreign := [address for address in self._own.wanted if address not in who.addresses]:
             return f"the certificate does not name {foreign[0]}, which is this host's address now"
         if trust_store is None or trust_store.is_revoked(who):
             return ""  # the broker's refusal says more
@@ -300,7 +267,7 @@ class Credentials:
     def _check(self, identity: AgentIdentity) -> None:
         """Raise TrustError unless the certificate is this agent's, with all its addresses."""
         wanted = f"agent/{self._config.namespace}/{self._agent_id}"
-        missing = [address for address in self._addresses if address not in identity.who.addresses]
+        missing = [address for address in self._own.wanted if address not in identity.who.addresses]
         if identity.who.subject != wanted:
             raise TrustError(
                 f"{self._pair[0]}: is the certificate of {identity.who.subject}, and this is {wanted} (agent.agent_id)"
@@ -314,18 +281,18 @@ class Credentials:
 
     def _put(self, identity: AgentIdentity) -> None:
         self._check(identity)
-        self.identity, self._former, self._proves_former = identity, None, False
+        self.identity = identity
+        if self._enroller is not None:
+            self._enroller.certified()
         self._on_put(identity)
-        self._warned = self._revoked = self._void = False
-        life = identity.who.ends - identity.who.issued
-        share = RENEW_AT + random.uniform(-RENEW_JITTER, RENEW_JITTER)  # noqa: S311
-        self._renew_at = identity.who.issued + life * share
+        self._token.certified()
+        self._schedule.begin(identity)
 
     def _make_contexts(self) -> None:
         if self._config.security == "plain" or self._trust_store is None:
             return
         cas, pair = self._trust_store.pem, self._pair if self.identity is not None else ("", "")
-        self.anonymous, self.context = link_context(cas), link_context(cas, *pair)
+        self.tls = LinkContexts(link_context(cas, *pair), link_context(cas))
 
     def _tell(self) -> None:
         changed, self._changed = self._changed, trio.Event()
@@ -336,7 +303,7 @@ class Credentials:
     def _open_directory(self, directory: Path) -> None:
         """Make the directory, or read its files. Raises TrustError."""
         _make(directory)
-        assert self._trust_store is not None
+        assert self._trust_store is not None and self._enroller is not None
         trust = directory / "trust.list"
         if trust.exists():
             try:
@@ -347,25 +314,15 @@ class Credentials:
                 self._log.warning("trust_rejected", file=str(trust), reason=str(error))
             except OSError as error:
                 self._log.warning("trust_rejected", file=str(trust), reason=str(error))
-        with suppress(OSError, ValueError):
-            self._old_token = (directory / "token.id").read_text()
         if self._pair[0].exists():
             try:
-                self._finish_exchange(directory)
-                self._former = AgentIdentity(*load_pair(*self._pair))
-                self._put(self._former)
+                self._enroller.finish(self._pair)
+                self._enroller.former = AgentIdentity(*load_pair(*self._pair))
+                self._put(self._enroller.former)
             except TrustError as error:
                 self._log.warning("identity_rejected", reason=str(error), hint="a new one is enrolled for")
-        if self._token is None and (missing := self._fault()):
-            raise TrustError(f"{directory}: {missing}, and agent.join_token is not given: {_FIX}")
-
-    def _finish_exchange(self, directory: Path) -> None:
-        """Finish an exchange that ended between its two files: the certificate is that of
-        `next.key`.
-        """
-        pending = directory / "next.key"
-        if pending.exists() and not _fits(*self._pair) and _fits(self._pair[0], pending):
-            pending.rename(self._pair[1])
+        if self._token.present is None and (missing := self._fault()):
+            raise TrustError(f"{directory}: {missing}, and agent.join_token is not given: {FIX}")
 
     def _files(self) -> list[Watched]:
         files: list[Watched] = []
@@ -389,10 +346,7 @@ class Credentials:
         return {"number": self._trust_store.number}
 
     async def _put_token(self, token: Token) -> dict[str, object]:
-        self._token = token
-        self._void = self._revoked
-        if not self._revoked:
-            self.accepted()
+        self._token.put(token)
         self._tell()
         return {"id": token.id}
 
@@ -408,7 +362,7 @@ class Credentials:
     async def _keep_fresh(self) -> None:
         failures = 0
         while True:
-            pause = 0.0 if self._fault() else self._renew_at - time.time()
+            pause = 0.0 if self._fault() else self._schedule.renew_at - time.time()
             if pause > 0:
                 failures = 0
                 await self.changed(min(pause, LOOK_SECONDS))
@@ -441,28 +395,21 @@ class Credentials:
         return True
 
     async def _exchange(self, renewing: bool) -> None:
-        assert self._directory is not None and self._trust_store is not None
-        pending = self._directory / "next.key"
-        key = _pending_key(pending)
-        try:
-            answer = await self._ask(self._request(key, renewing))
-        except Refused as error:
-            if error.code is Refusal.REVOKED and not renewing:
-                # The key was certified, the answer was lost, and then the key was revoked: no token
-                # can renew it.
-                pending.unlink(missing_ok=True)
-            self._proves_former = error.code is Refusal.AGENT_ID_TAKEN
-            raise
+        enroller, trust_store, present = self._enroller, self._trust_store, self.identity
+        assert enroller is not None and trust_store is not None
+        if renewing:
+            assert present is not None
+            answer, key = await enroller.renew(self._own.wanted, present)
+        else:
+            answer, key = await enroller.enrol(self._own.wanted, self._token, present)
         if answer.trust:
             self.take(answer.trust)
-        who = self._trust_store.verify(answer.certificate)
+        who = trust_store.verify(answer.certificate)
         if who.public_key != key.public_key():
             raise TrustError("the authority's certificate is for another key")
         identity = AgentIdentity(answer.certificate, key, who)
         self._check(identity)
-        # The certificate first: after a crash between the two, `_finish_exchange` finds the key.
-        replace(self._pair[0], SECRET, pem(load_der_x509_certificate(answer.certificate)))
-        pending.rename(self._pair[1])
+        enroller.keep(identity, self._pair)
         self._put(identity)
         self._make_contexts()
         self.renewed = time.time()
@@ -473,60 +420,17 @@ class Credentials:
             addresses=sorted(who.addresses),
         )
 
-    def _request(self, key: PrivateKey, renewing: bool) -> Enrol:
-        names = agent_request(key, self._agent_id, self._config.namespace, self._addresses)
-        request = names.public_bytes(Encoding.DER)
-        if renewing:
-            assert self.identity is not None
-            signature = sign_renewal(self.identity.key, request)
-            return Enrol(VERSION, request, certificate=self.identity.certificate, signature=signature)
-        if self._token is None:
-            raise TrustError(f"agent.join_token is not given: {_FIX}")
-        if self._revoked and not self._void:
-            raise TrustError("the certificate was revoked: agent.join_token needs another token")
-        enrol = Enrol(VERSION, request, self._token.id, token_mac(self._token.secret, ENROL_LABEL, request))
-        former = self.identity or self._former
-        if former is None or not self._proves_former:
-            return enrol
-        # The first request is without it: an authority of an older version would take it for a
-        # renewal.
-        signature = sign_renewal(former.key, request)
-        return replace_fields(enrol, certificate=former.certificate, signature=signature)
-
     async def _warn_in_time(self) -> None:
         """Log one warning for each certificate of which WARN_AT is over and that has
         no successor.
         """
+        schedule = self._schedule
         while True:
-            identity = self.identity
-            warn_at = 0.0
-            if identity is not None:
-                warn_at = identity.who.issued + WARN_AT * (identity.who.ends - identity.who.issued)
-                if time.time() >= warn_at and not self._warned:
-                    self._warned = True
-                    reason = self.failure or "it is not renewed by itself"
-                    self._log.warning("certificate_not_renewed", ends=_day(identity.who.ends), reason=reason)
-            await self.changed(min(max(warn_at - time.time(), 1.0), LOOK_SECONDS))
-
-
-def _pending_key(path: Path) -> PrivateKey:
-    """Return the key of the pending request, or a new one. Raises TrustError."""
-    if path.exists():
-        try:
-            return load_private_key(path)
-        except TrustError:
-            pass  # a damaged one can be replaced: no certificate is for it
-    key = new_key()
-    replace(path, SECRET, key_pem(key))
-    return key
-
-
-def _fits(certificate: Path, key: Path) -> bool:
-    try:
-        load_pair(certificate, key)
-    except TrustError:
-        return False
-    return True
+            identity, now = self.identity, time.time()
+            if identity is not None and schedule.warns(now):
+                reason = self.failure or "it is not renewed by itself"
+                self._log.warning("certificate_not_renewed", ends=_day(identity.who.ends), reason=reason)
+            await self.changed(min(max(schedule.warn_at - now, 1.0), LOOK_SECONDS))
 
 
 def _day(seconds: float) -> str:

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from rtunnel.errors import TrustError
 from rtunnel.trust.proof import Exchange, PairKey, answer_bytes, sign
 from rtunnel.wire.messages import Accepted, DialBody, Refuse
-from rtunnel_agent.identity import AgentIdentity
+from rtunnel_agent.enrolment import AgentIdentity
 
 #: Gateway processes with which the agent has the key of a pair. A forgotten one gets another
 #: signature.

@@ -13,8 +13,8 @@ from rtunnel.wire.messages import Enrolled, Refuse
 from rtunnel.wire.refusal import Refusal
 
 if TYPE_CHECKING:
+    from rtunnel_agent.enrolment import AgentIdentity
     from rtunnel_agent.handshake import AgentSession, Enrolment
-    from rtunnel_agent.identity import AgentIdentity
 
 #: Seconds of silence of an address after which the next one is dialled beside it. A broker that
 #: works takes a connection and does its part of TLS in some round trips.

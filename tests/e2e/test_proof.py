@@ -46,7 +46,7 @@ from rtunnel.wire.messages import (
     encode_body,
 )
 from rtunnel.wire.refusal import CONNECTION_REFUSED, Refused
-from rtunnel_agent.identity import AgentIdentity
+from rtunnel_agent.enrolment import AgentIdentity
 from rtunnel_agent.proof import Answer, Prover
 from rtunnel_socks.proof import Proofs
 from support.cluster import Cluster, SocksRefused, Target, in_thread, read_line, running_cluster

@@ -51,9 +51,8 @@ async def dials(agent: Agent, monkeypatch: pytest.MonkeyPatch, lasts: float, sec
         times.append(trio.current_time())
         if len(times) > TOO_MANY:
             raise AssertionError("the slot dials without a pause")
-        session = types.SimpleNamespace(
-            node="b1", welcome=Welcome(node="b1", host="h1", epoch=1, ip="127.0.0.1", port=20000, heartbeat=5.0)
-        )
+        welcome = Welcome(node="b1", host="h1", epoch=1, ip="127.0.0.1", port=20000, heartbeat=5.0)
+        session = types.SimpleNamespace(node="b1", epoch="1", link=None, welcome=welcome)
         watch = Watch(outcome=Outcome(cast(AgentSession, session)))
 
         async def over() -> None:
