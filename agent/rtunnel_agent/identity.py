@@ -107,7 +107,7 @@ class LinkContexts:
 
 
 class Credentials:
-    """Keeps the certificate, key and CAs of one agent current, while `run` runs. For trio's thread.
+    """Keeps the certificate, key and CAs of one agent current while `run` runs. In trio's thread.
 
     Links use `tls`, and proofs use `identity`.
     """
