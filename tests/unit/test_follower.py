@@ -13,6 +13,7 @@ import pytest
 import trio
 from structlog.testing import capture_logs
 
+from rtunnel import watch
 from rtunnel.config import format_endpoint
 from rtunnel.errors import TrustError
 from rtunnel.trust import follower as follower_module
@@ -35,10 +36,23 @@ def made(tmp_path: Path) -> Path:
     return directory
 
 
+#: What a follower waits for by itself, and so would each test.
+PAUSES: list[tuple[Any, str]] = [(follower_module, "FOLLOW_SECONDS"), (watch, "LOOK_SECONDS")]
+_OWN: list[float] = [getattr(module, name) for module, name in PAUSES]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask the authority and look at files often."""
+    for module, name in PAUSES:
+        monkeypatch.setattr(module, name, 0.05)
+
+
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """News are asked for often."""
-    monkeypatch.setattr(follower_module, "FOLLOW_SECONDS", 0.05)
+def own_pace(_quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask and look as rarely as the product does: for promises of how soon something is heard."""
+    for (module, name), seconds in zip(PAUSES, _OWN, strict=True):
+        monkeypatch.setattr(module, name, seconds)
 
 
 def list_of(directory: Path) -> bytes:
@@ -60,7 +74,7 @@ async def until(true: Callable[[], Any]) -> None:
 # --- the authority ----------------------------------------------------------------------------------------------------
 
 
-async def test_it_follows_the_authority_and_keeps_what_it_heard(made: Path, tmp_path: Path) -> None:
+async def test_it_follows_the_authority_and_keeps_what_it_heard(made: Path, tmp_path: Path, own_pace: None) -> None:
     """A revocation arrives within 5 s, is told once, and is there at the next start without the authority."""
     der = certificate_der(made / "a1.pem")
     kept = tmp_path / "trust"
@@ -124,7 +138,7 @@ async def test_who_is_no_ca_is_none(made: Path) -> None:
         server_context(made / "broker.pem", made / "broker.key", clients="noise")
 
 
-async def test_a_list_is_kept_as_soon_as_it_can_be(made: Path, tmp_path: Path, quick: None) -> None:
+async def test_a_list_is_kept_as_soon_as_it_can_be(made: Path, tmp_path: Path) -> None:
     """The disk was full: the next start must not begin with the list of before."""
     file = tmp_path / "folder" / "trust"
     async with authority(made) as server, following(made / "ca.pem", file, address(server)) as here:
@@ -152,7 +166,7 @@ async def test_a_storm_of_enrols(made: Path) -> None:
         assert server.connections <= follower_module.MAX_LINES + 1
 
 
-async def test_it_outlives_the_authority(made: Path, quick: None) -> None:
+async def test_it_outlives_the_authority(made: Path) -> None:
     """Away from the start, there, away, back: what was in force stays, enrolling is refused meanwhile, then goes on."""
     reserved = socket.create_server(("127.0.0.1", 0))
     where = format_endpoint(*reserved.getsockname())
@@ -192,7 +206,7 @@ async def test_a_silent_authority_is_given_up(made: Path, monkeypatch: pytest.Mo
     assert caught.value.code is Refusal.AUTHORITY_UNAVAILABLE and "no answer within" in caught.value.text
 
 
-async def test_an_authority_of_another_cluster_is_none(made: Path, tmp_path: Path, quick: None) -> None:
+async def test_an_authority_of_another_cluster_is_none(made: Path, tmp_path: Path) -> None:
     """Its certificate is not good: nothing of it is taken, no token is shown to it."""
     pki.init(tmp_path / "theirs")
     async with authority(tmp_path / "theirs") as server, following(made / "ca.pem", None, address(server)) as here:
@@ -230,7 +244,7 @@ async def test_without_an_authority(made: Path) -> None:
     assert here.follower.status() | {"authority": "none", "kept": "no file", "number": 0} == here.follower.status()
 
 
-async def test_a_list_that_cant_be_kept_is_in_force(made: Path, tmp_path: Path, quick: None) -> None:
+async def test_a_list_that_cant_be_kept_is_in_force(made: Path, tmp_path: Path) -> None:
     """The folder is not there: said, and nothing else."""
     async with (
         authority(made) as server,
@@ -356,7 +370,7 @@ def test_files_that_cant_be_used(made: Path, tmp_path: Path) -> None:
 # --- from CA to CA ----------------------------------------------------------------------------------------------------
 
 
-async def test_through_a_whole_rotation(made: Path, tmp_path: Path, quick: None) -> None:
+async def test_through_a_whole_rotation(made: Path, tmp_path: Path) -> None:
     """A follower trusts the new CA before anything comes from it, and the old one until the end; it starts again with
     the CA file of before; and so does one that was away all the time."""
     ca, file = tmp_path / "ca.pem", tmp_path / "trust"
@@ -396,7 +410,7 @@ async def test_through_a_whole_rotation(made: Path, tmp_path: Path, quick: None)
         away.follower.trust_store.verify(new)
 
 
-async def test_it_finds_the_authority_of_the_new_ca(made: Path, quick: None) -> None:
+async def test_it_finds_the_authority_of_the_new_ca(made: Path) -> None:
     """Which starts again after the rotation: the anchor, which does not, trusts it for new connections."""
     reserved = socket.create_server(("127.0.0.1", 0))
     where = format_endpoint(*reserved.getsockname())
