@@ -186,7 +186,7 @@ def demo(arguments: tuple[str, ...]) -> None:
     try:
         module = import_module("rtunnel.demo")
     except ModuleNotFoundError as error:
-        raise Failure(f"the demo can't be loaded: {error}", EXIT_FAILED) from None
+        raise Failure(f"the demo can't be loaded: {error}: install rtunnel with all its roles", EXIT_FAILED) from None
     sys.exit(module.main(list(arguments)))
 
 
@@ -434,10 +434,12 @@ def resolve(target: str, namespace: str, config_file: Path | None, as_json: bool
         print_table(columns, [_tuple_row(item, now) for item in usable], keep=("ps", "node", "agent"))
     if not usable:
         where = config.format_endpoint(ip, port) if port else ip
-        reason = f"no agent answers for {ip} in namespace {namespace}"
+        reason = f"no agent answers for {ip} in namespace {namespace}: `rtunnel status` shows the agents"
         if tuples:
+            exposed = tuples[0].exposes or "nothing"
             reason = (
-                f"{_names_of(tuples)} has {ip}, but does not expose {port} (exposes: {tuples[0].exposes or 'nothing'})"
+                f"{_names_of(tuples)} has {ip}, but does not expose {port} (exposes: {exposed}): "
+                "add the port to agent.exposes"
             )
         raise Failure(f"{where}: {reason}", EXIT_FAILED)
 

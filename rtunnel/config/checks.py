@@ -42,7 +42,7 @@ def one_of(*words: str) -> Check:
         if value not in words:
             near = difflib.get_close_matches(value, words, 1)
             meant = f"did you mean {near[0]!r}?" if near else f"use {' or '.join(words)}"
-            raise BadValue(f"{value!r} is none of {', '.join(words)}", meant)
+            raise BadValue(f"{value!r} is not one of {', '.join(words)}", meant)
         return value
 
     return check
@@ -65,7 +65,7 @@ def each(check: Check, at_most: int) -> Callable[[list[Any]], list[Any]]:
 
     def check_all(values: list[Any]) -> list[Any]:
         if len(values) > at_most:
-            raise BadValue(f"{len(values)} entries", f"use at most {at_most}")
+            raise BadValue(f"has {len(values)} entries", f"use at most {at_most}")
         return [check(value) for value in values]
 
     return check_all
@@ -76,7 +76,7 @@ def check_listen(text: str) -> str:
     host, port = parse_endpoint(text)
     if not (":" in host or looks_like_ip(host)):
         raise BadValue(
-            f"{host!r} is a name; a socket listens on an address", f"write 127.0.0.1:{port} or 0.0.0.0:{port}"
+            f"{host!r} is a name, and a socket listens on an address", f"write 127.0.0.1:{port} or 0.0.0.0:{port}"
         )
     return format_endpoint(host, port)
 
@@ -94,7 +94,7 @@ def check_address(text: str) -> str:
     canonical = canonical_ip(text)
     address = ipaddress.ip_address(canonical)
     if address.is_unspecified or address.is_multicast:
-        raise BadValue(f"{text!r} is not the address of one host")
+        raise BadValue(f"{text!r} is not the address of one host", "use a unicast address, like 10.1.0.7")
     return canonical
 
 

@@ -19,8 +19,8 @@ def contradictions(config: Config) -> Iterator[Problem]:
         yield from check_ports(config, (section,))
     yield from _check_open_ports(config)
     if config.gateway.no_auth and not config.gateway.users:
-        fix = "give users, or leave no_auth out: without users nobody can log in"
-        yield config.problem("gateway.no_auth", "means nothing without users", fix)
+        fix = "give users, or leave no_auth out"
+        yield config.problem("gateway.no_auth", "has no effect without users, because then no client logs in", fix)
     yield from _check_workers(config)
     yield from _check_identity(config)
     if config.agent.addresses:
@@ -31,7 +31,9 @@ def contradictions(config: Config) -> Iterator[Problem]:
 def _check_registry(config: Config) -> Iterator[Problem]:
     registry = config.registry
     if registry.ttl < 2 * registry.heartbeat:
-        reason = f"{registry.ttl:g} s is less than 2 heartbeats of {registry.heartbeat:g} s: one late beat loses tuples"
+        reason = (
+            f"{registry.ttl:g} s is less than 2 heartbeats of {registry.heartbeat:g} s: one late heartbeat loses tuples"
+        )
         yield config.problem("registry.ttl", reason, f"use {2 * registry.heartbeat:g} or more", "registry.heartbeat")
     if registry.quarantine < registry.ttl:
         reason = f"{registry.quarantine:g} s is less than ttl, {registry.ttl:g} s: a tuple may outlive its port"
@@ -41,11 +43,13 @@ def _check_registry(config: Config) -> Iterator[Problem]:
 def _check_open_ports(config: Config) -> Iterator[Problem]:
     open_ports = config.broker.open_ports
     if open_ports.range and not open_ports.allow:
-        fix = 'say who may connect, like allow = ["10.0.0.0/8"]'
-        yield config.problem("broker.open_ports.allow", "open ports need a list of networks", fix)
+        fix = 'name the networks that may connect, like allow = ["10.0.0.0/8"]'
+        yield config.problem("broker.open_ports.allow", "is not given, and open ports need it", fix)
     if open_ports.allow and not open_ports.range:
-        fix = 'give the ports, like range = "30000-30999"'
-        yield config.problem("broker.open_ports.range", "open ports need a range", fix, "broker.open_ports.allow")
+        fix = 'give a range of ports, like range = "30000-30999"'
+        yield config.problem(
+            "broker.open_ports.range", "is not given, and open ports need it", fix, "broker.open_ports.allow"
+        )
 
 
 def _check_identity(config: Config) -> Iterator[Problem]:
@@ -53,15 +57,17 @@ def _check_identity(config: Config) -> Iterator[Problem]:
     for section in ("broker", "gateway"):
         for key in (f"{section}.trust", f"{section}.authority"):
             if config.get(key) and not config.get(f"{section}.ca"):
-                yield config.problem(key, f"means nothing without {section}.ca", "give the cluster's ca.pem file")
+                yield config.problem(
+                    key, f"has no effect without {section}.ca", f"give the cluster's ca.pem file as {section}.ca"
+                )
     agent = config.agent
     if bool(agent.certificate) != bool(agent.key):
         missing, given = ("key", "certificate") if agent.certificate else ("certificate", "key")
-        fix = "give both, or neither"
+        fix = "give both keys, or neither"
         yield config.problem(f"agent.{missing}", f"is not given, and agent.{given} is", fix, f"agent.{given}")
     if agent.identity and agent.certificate:
-        fix = "leave one out: identity is for certificates that the agent gets by itself"
-        yield config.problem("agent.identity", "and agent.certificate are both given", fix, "agent.certificate")
+        fix = "leave one of them out: with identity the agent gets and renews its certificate by itself"
+        yield config.problem("agent.identity", "is given, and agent.certificate is given too", fix, "agent.certificate")
 
 
 def _check_workers(config: Config) -> Iterator[Problem]:
@@ -71,16 +77,16 @@ def _check_workers(config: Config) -> Iterator[Problem]:
     for key in BROKER_RANGES:
         low, high = parse_range(text) if (text := config.get(key)) else (1, MAX_WORKERS)
         if high - low + 1 < broker.workers:
-            reason = f"{text} has {high - low + 1} ports, and {broker.workers} workers need some each"
-            yield config.problem(key, reason, "widen it, or lower broker.workers", "broker.workers")
+            reason = f"{text} has {high - low + 1} ports, and each of {broker.workers} workers needs one of its own"
+            yield config.problem(key, reason, "use a larger range, or fewer workers", "broker.workers")
     suffix = len(f".{broker.workers}")
     for unit, size, most in [
         ("characters", len(broker.node_id), MAX_WORD),
         ("bytes", len(broker.node_id.encode()), MAX_WORD_BYTES),
     ]:
         if size + suffix > most:
-            reason = f"is {size} {unit} long, and each worker's number comes behind it"
-            yield config.problem("broker.node_id", reason, f"use at most {most - suffix}")
+            reason = f"is {size} {unit} long, and each worker adds its number to it"
+            yield config.problem("broker.node_id", reason, f"use at most {most - suffix} {unit}")
             return
 
 
@@ -91,7 +97,7 @@ def check_ports(config: Config, sections: Sequence[str]) -> Iterator[Problem]:
         for other, other_host, other_low, other_high in taken:
             if low <= other_high and other_low <= high and _same_host(host, other_host):
                 reason = f"{span(low, high)} overlaps {other} ({span(other_low, other_high)})"
-                yield config.problem(key, reason, "give each its own ports", other)
+                yield config.problem(key, reason, "give each of them its own ports", other)
         taken.append((key, host, low, high))
 
 
@@ -118,7 +124,7 @@ def check_publish(config: Config, addresses: Sequence[str]) -> Iterator[Problem]
     for index, entry in enumerate(config.agent.publish):
         host, _ = parse_endpoint(entry.target)
         if host not in addresses:
-            reason = f"{host} is none of the agent's addresses ({', '.join(addresses)})"
+            reason = f"{host} is not one of the agent's addresses ({', '.join(addresses)})"
             key = f"agent.publish[{index}].target"
             yield Problem(config.source("agent.publish"), key, reason, "add it to agent.addresses")
 
@@ -151,5 +157,7 @@ def longest_hello(agent: AgentConfig) -> Hello:
 def _check_hello(config: Config) -> Iterator[Problem]:
     """Check the length of the Hello. Without networks even the longest one fits."""
     if (size := len(encode(longest_hello(config.agent))) - 4) > MAX_HELLO:
-        reason = f"with its networks (allow) the agent's Hello can take {size} bytes, and brokers read {MAX_HELLO}"
-        yield config.problem("agent.publish", reason, "allow fewer, or none: those that the broker allows")
+        reason = f"makes the agent's Hello up to {size} bytes long, and brokers read at most {MAX_HELLO}"
+        yield config.problem(
+            "agent.publish", reason, "give fewer networks in allow, or none: then the broker's list decides"
+        )

@@ -89,12 +89,12 @@ def _read_toml(path: Path) -> dict[str, Any]:
         reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
         raise ConfigError([Problem(source, "", f"can't be read: {reason}")]) from None
     if len(data) > MAX_FILE:
-        raise ConfigError([Problem(source, "", f"is larger than {MAX_FILE >> 20} MiB: the wrong file?")])
+        raise ConfigError([Problem(source, "", f"is larger than {MAX_FILE >> 20} MiB", "give the configuration file")])
     try:
         return tomllib.loads(data.decode())
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError([Problem(f"{source}:{line}", "", "is not UTF-8 text")]) from None
+        raise ConfigError([Problem(f"{source}:{line}", "", "is not UTF-8 text", "save it as UTF-8")]) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([_syntax_problem(source, data, str(error))]) from None
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, a tower of brackets
@@ -121,7 +121,7 @@ def _flatten(
         if key in KEYS:
             found[key] = _Given(value, str(path), path.parent)
         elif not any(known.startswith(key + ".") for known in KEYS):
-            problems.append(Problem(str(path), _shown(key), "unknown key", _nearest(key)))
+            problems.append(Problem(str(path), _shown(key), "is not a known key", _nearest(key)))
         elif isinstance(value, dict):
             _flatten(value, key + ".", path, found, problems)
         else:
@@ -158,7 +158,9 @@ def _from_environ(environ: Mapping[str, str], problems: list[Problem]) -> dict[s
             found[_ENVS[variable]] = _Given(value, f"${variable}")
         elif _is_section_variable(variable) and not _is_service_link(variable, value):
             near = difflib.get_close_matches(variable, _ENVS, 1)
-            problems.append(Problem(f"${variable}", "", "unknown key", f"did you mean ${near[0]}?" if near else ""))
+            problems.append(
+                Problem(f"${variable}", "", "is not a known key", f"did you mean ${near[0]}?" if near else "")
+            )
     return found
 
 
@@ -179,7 +181,7 @@ def _from_overrides(overrides: Mapping[str, object], problems: list[Problem]) ->
         if key in KEYS:
             found[key] = _Given(flag.value, flag.name)
         else:
-            problems.append(Problem(flag.name, _shown(key), "unknown key", _nearest(key)))
+            problems.append(Problem(flag.name, _shown(key), "is not a known key", _nearest(key)))
     return found
 
 
@@ -215,7 +217,7 @@ def _type_problem(leaf: Leaf, given: _Given, text: str) -> Problem:
         known = [field.name for field in msgspec.structs.fields(get_args(leaf.type)[0])]
         near = difflib.get_close_matches(match[1], known, 1)
         fix = f"did you mean {near[0]}?" if near else "known here: " + ", ".join(known)
-        return Problem(given.source, f"{key}.{_shown(match[1])}", "unknown key", fix)
+        return Problem(given.source, f"{key}.{_shown(match[1])}", "is not a known key", fix)
     default = msgspec.json.encode(leaf.default).decode()
     if given.base is None and leaf.type in (int, float):
         reason = f"{given.value!r} is not a {'whole ' if leaf.type is int else ''}number"

@@ -22,7 +22,7 @@ ROLES = ("broker", "agent", "gateway", "authority", "standalone")
 def role_sections(role: str) -> tuple[str, ...]:
     """Return the sections that a role reads, beside [log] and [registry]."""
     if role not in ROLES:
-        raise ValueError(f"no such role: {role!r} (known: {', '.join(ROLES)})")
+        raise ValueError(f"{role!r} is not a role (known: {', '.join(ROLES)})")
     return ("broker", "gateway") if role == "standalone" else (role,)
 
 
@@ -44,11 +44,11 @@ def _missing(config: Config, role: str) -> Iterator[Problem]:
     if role == "standalone":
         yield from _standalone_preflight(config)
     elif is_memory(config) and role == "gateway":
-        reason = f"{_ONE_PROCESS}: a gateway of its own would never see a tuple"
+        reason = f"{_ONE_PROCESS}: a gateway in another process than the broker sees no tuple"
         yield config.problem("registry.url", reason, _SHARE)
     elif is_memory(config) and role == "broker" and config.broker.workers > 1:
-        reason = f"{_ONE_PROCESS}, and several workers need one together"
-        yield config.problem("registry.url", reason, "use redis://...", "broker.workers")
+        reason = f"{_ONE_PROCESS}, and workers are several processes that need one registry"
+        yield config.problem("registry.url", reason, "use redis://..., or one worker", "broker.workers")
 
 
 def is_memory(config: Config) -> bool:
@@ -65,7 +65,7 @@ def _warnings(config: Config, role: str) -> Iterator[Problem]:
     sections = role_sections(role)
     for section in sections:
         if getattr(getattr(config, section), "security", "") == "plain":
-            yield config.problem(f"{section}.security", "links are not encrypted", "use tls")
+            yield config.problem(f"{section}.security", "is plain, so links are not encrypted", "use tls")
     for key in _role_files(config, role):
         if KEYS[key].key.secret:
             yield from _open_to_others(config, key, Path(config.get(key)))
@@ -79,10 +79,14 @@ def _warnings(config: Config, role: str) -> Iterator[Problem]:
         yield from _open_doors(config)
     yield from _descriptors(config, sections)
     if role == "broker" and is_memory(config):
-        reason = f"{_ONE_PROCESS}: no gateway and no other broker will see this node"
+        reason = f"{_ONE_PROCESS}: no gateway and no other broker sees this node"
         yield config.problem("registry.url", reason, _SHARE)
     if role == "agent" and not (config.agent.exposes or config.agent.publish):
-        yield config.problem("agent.exposes", "is empty: nothing can be reached through this agent")
+        yield config.problem(
+            "agent.exposes",
+            "is empty: clients can reach nothing through this agent",
+            'name ports, like exposes = ["22"]',
+        )
 
 
 #: A client holds its own socket and one to a broker. A session holds its link and the socket of its
@@ -112,18 +116,22 @@ def _descriptors(config: Config, sections: tuple[str, ...]) -> Iterator[Problem]
         count, room = config.get(key), client_room(limit)
         if count > room:
             need = count * _DESCRIPTORS_EACH + OTHER_DESCRIPTORS
-            reason = f"{count} need {need} descriptors, and this process may have {limit}: {room} fit"
-            yield config.problem(key, reason, f"LimitNOFILE={need} (ulimit -Hn), or {key.partition('.')[2]} = {room}")
+            reason = f"{count} needs {need} descriptors, and this process may have {limit}, enough for {room}"
+            yield config.problem(
+                key, reason, f"set LimitNOFILE={need} (ulimit -Hn), or {key.partition('.')[2]} = {room}"
+            )
 
 
 def _open_doors(config: Config) -> Iterator[Problem]:
     gateway = config.gateway
     host, _ = parse_endpoint(gateway.listen)
     if not gateway.policy and not ipaddress.ip_address(host).is_loopback:
-        reason = f"is not given, and {gateway.listen} listens for others: only clients on this machine will be served"
+        reason = (
+            f"is not given, so the gateway serves only clients on this machine, although it listens on {gateway.listen}"
+        )
         yield config.problem("gateway.policy", reason, "write rules (docs/policy.md)", "gateway.listen")
     if gateway.proof == "off":
-        reason = "agents need not prove that they have an address: registry and brokers are believed"
+        reason = "is off: the gateway believes registry and brokers, and agents prove no address"
         yield config.problem("gateway.proof", reason, 'write proof = "required"')
 
 
@@ -132,8 +140,8 @@ def _need(config: Config, key: str, why: str, fix: str) -> Iterator[Problem]:
         yield config.problem(key, f"is not given: {why}", fix)
 
 
-_PKI = "`rtunnel pki init DIR` makes one"
-_ONE_PROCESS = "the memory registry lives inside one process"
+_PKI = "`rtunnel pki init DIR` makes it"
+_ONE_PROCESS = "keeps tuples inside one process"
 _SHARE = "use redis://..., or run `rtunnel standalone`"
 
 
@@ -141,21 +149,21 @@ def _standalone_preflight(config: Config) -> Iterator[Problem]:
     yield from check_ports(config, role_sections("standalone"))
     if config.broker.dial_security != config.gateway.dial_security:
         reason = f"is {config.gateway.dial_security}, and broker.dial_security is {config.broker.dial_security}"
-        yield config.problem("gateway.dial_security", reason, "set both", "broker.dial_security")
+        yield config.problem("gateway.dial_security", reason, "give both the same value", "broker.dial_security")
     for key in ("broker.workers", "gateway.workers"):
         if config.get(key) > 1:
             fix = "use 1, or run `rtunnel broker` and `rtunnel gateway`"
-            yield config.problem(key, "`rtunnel standalone` is one process", fix)
+            yield config.problem(key, "is over 1, and `rtunnel standalone` is one process", fix)
 
 
 def _broker_preflight(config: Config) -> Iterator[Problem]:
     broker = config.broker
-    yield from _need(config, "broker.cluster_key", "Dials are checked with it", _PKI)
+    yield from _need(config, "broker.cluster_key", "the broker checks Dials with it", _PKI)
     if broker.security == "plain":
-        yield from _need(config, "broker.join_token", "a plain link carries no certificates", _PKI)
+        yield from _need(config, "broker.join_token", "agents on plain links can prove nothing else", _PKI)
     elif not broker.join_token:
-        fix = "give ca for agents with certificates, or join_token for shared tokens; " + _PKI
-        yield from _need(config, "broker.ca", "and neither is broker.join_token: no agent could join", fix)
+        fix = "give ca for agents with certificates, or join_token for shared tokens; `rtunnel pki init DIR` makes both"
+        yield from _need(config, "broker.ca", "without it and without broker.join_token no agent can join", fix)
     if "tls" in (broker.security, broker.dial_security):
         why = f"{'links' if broker.security == 'tls' else 'guarded ports'} use TLS"
         yield from _need(config, "broker.certificate", why, _PKI)
@@ -164,18 +172,20 @@ def _broker_preflight(config: Config) -> Iterator[Problem]:
 
 def _agent_preflight(config: Config) -> Iterator[Problem]:
     agent = config.agent
-    yield from _need(config, "agent.brokers", "there is nothing to dial", 'write brokers = ["vip.example:7000"]')
+    yield from _need(config, "agent.brokers", "the agent has no broker to dial", 'write brokers = ["vip.example:7000"]')
     if agent.security == "plain":
-        fix = "the cluster's join.token file"
-        yield from _need(config, "agent.join_token", "a plain link carries no certificates", fix)
+        fix = "give the cluster's join.token file"
+        yield from _need(config, "agent.join_token", "on a plain link the agent can prove nothing else", fix)
     elif agent.identity and _file_fault(str(Path(agent.identity, "agent.pem"))):
-        why = f"there is no certificate in {agent.identity}"
-        yield from _need(config, "agent.join_token", why, "`rtunnel pki token create` makes one")
+        why = f"there is no certificate in {agent.identity}, and the agent gets one for a token"
+        yield from _need(config, "agent.join_token", why, "`rtunnel pki token create` makes a token")
     elif not (agent.certificate or agent.identity):
-        fix = "give identity and, as join_token, a token of `rtunnel pki token create`"
-        yield from _need(config, "agent.join_token", "brokers ask for a certificate or a token", fix)
+        fix = "give identity, and a token of `rtunnel pki token create` as join_token"
+        yield from _need(
+            config, "agent.join_token", "the agent has neither a certificate nor a token to show brokers", fix
+        )
     if agent.security == "tls" or agent.identity:
-        yield from _need(config, "agent.ca", "brokers and certificates are known by it", "the cluster's ca.pem file")
+        yield from _need(config, "agent.ca", "the agent checks certificates with it", "give the cluster's ca.pem file")
     if not agent.addresses and (address := default_address()):
         yield from check_publish(config, [address])
 
@@ -183,13 +193,21 @@ def _agent_preflight(config: Config) -> Iterator[Problem]:
 def _gateway_preflight(config: Config) -> Iterator[Problem]:
     for address in config.gateway.source_addresses:
         if not _is_own(address):
-            yield config.problem("gateway.source_addresses", f"{address} is not an address of this machine")
-    yield from _need(config, "gateway.key", "Dials are signed with it", "`rtunnel pki issue gateway` makes one")
+            yield config.problem(
+                "gateway.source_addresses",
+                f"{address} is not an address of this machine",
+                "use addresses that `ip address` shows",
+            )
+    yield from _need(config, "gateway.key", "the gateway signs Dials with it", "`rtunnel pki issue gateway` makes it")
     if config.gateway.proof == "required":
         fix = 'give the cluster\'s ca.pem, or write proof = "off" to believe registry and brokers'
-        yield from _need(config, "gateway.ca", "agents' proofs are checked with it (gateway.proof = required)", fix)
+        yield from _need(
+            config, "gateway.ca", "the gateway checks agents' proofs with it (gateway.proof = required)", fix
+        )
     elif config.gateway.dial_security == "tls":
-        yield from _need(config, "gateway.ca", "brokers are known by it", "the cluster's ca.pem file")
+        yield from _need(
+            config, "gateway.ca", "the gateway checks brokers' certificates with it", "give the cluster's ca.pem file"
+        )
 
 
 def _is_own(address: str) -> bool:
@@ -202,7 +220,7 @@ def _is_own(address: str) -> bool:
 
 
 def _authority_preflight(config: Config) -> Iterator[Problem]:
-    yield from _need(config, "authority.directory", "certificates come from there", _PKI)
+    yield from _need(config, "authority.directory", "the authority reads its CA and its store there", _PKI)
 
 
 _NEEDS: dict[str, Callable[[Config], Iterator[Problem]]] = {
@@ -244,8 +262,8 @@ def _open_to_others(config: Config, key: str, path: Path) -> Iterator[Problem]:
     except (OSError, ValueError):
         return
     if mode & (stat.S_IROTH | stat.S_IWOTH):
-        reason = f"{path} has mode {mode:04o}: other users of this machine can use it"
-        yield config.problem(key, reason, "chmod 0600")
+        reason = f"{path} has mode {mode:04o}, so every user of this machine can use it"
+        yield config.problem(key, reason, f"chmod 0600 {path}")
 
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -261,5 +279,7 @@ def _ephemeral_overlaps(config: Config) -> Iterator[Problem]:
         text = config.get(key)
         low, high = parse_range(text) if text else (0, 0)
         if text and low <= kernel_high and kernel_low <= high:
-            reason = f"{text} overlaps net.ipv4.ip_local_port_range {kernel_low}-{kernel_high}: some will be in use"
-            yield config.problem(key, reason, "use ports outside of it, or net.ipv4.ip_local_reserved_ports")
+            reason = (
+                f"{text} overlaps the ports of outgoing connections, {kernel_low}-{kernel_high} (ip_local_port_range)"
+            )
+            yield config.problem(key, reason, "use other ports, or reserve these (net.ipv4.ip_local_reserved_ports)")

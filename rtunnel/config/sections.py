@@ -108,7 +108,7 @@ def _publish_one(entry: PublishConfig) -> PublishConfig:
         raise BadValue(f"target {entry.target!r} has no port", "use 1..65535")
     target = format_endpoint(check_address(host), port)
     if not 0 <= entry.port <= 65535:
-        raise BadValue(f"port {entry.port} of {target}", "use 1..65535, or 0 for a random one")
+        raise BadValue(f"port {entry.port} of {target} is out of bounds", "use 1..65535, or 0 for a random one")
     return PublishConfig(target=target, port=entry.port, allow=each(check_network, MAX_ALLOW)(entry.allow))
 
 
@@ -127,7 +127,7 @@ def _publish_table(text: str) -> dict[str, object]:
 
 def _admit_one(rule: AdmitConfig) -> AdmitConfig:
     if not 0 <= rule.streams <= 1_000_000:
-        raise BadValue(f"streams = {rule.streams}", "use 1..1000000, or 0 for no limit")
+        raise BadValue(f"streams = {rule.streams} is out of bounds", "use 1..1000000, or 0 for no limit")
     return AdmitConfig(
         namespaces=each(check_word, MAX_ALLOW)(rule.namespaces),
         networks=each(check_network, MAX_ALLOW)(rule.networks),

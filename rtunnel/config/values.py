@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import reprlib
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def parse_endpoint(text: str) -> tuple[str, int]:
     if host.startswith("[") and host.endswith("]"):
         return canonical_ip(host[1:-1], 6), number
     if ":" in host:
-        raise BadValue(f"{text!r} is ambiguous", f"an IPv6 address stands in brackets: [{text}]:port")
+        raise BadValue(f"{text!r} is ambiguous", f"write an IPv6 address in brackets: [{text}]:port")
     if looks_like_ip(host):
         return canonical_ip(host), number
     if not HOST_NAME.fullmatch(host):
@@ -148,7 +149,7 @@ def canonical_ip(text: str, version: int = 0) -> str:
     except (OSError, ValueError):
         raise _no_address(text) from None
     if version == 6:
-        raise BadValue(f"{text!r} in brackets is not an IPv6 address", "an IPv4 address stands without brackets")
+        raise BadValue(f"{text!r} in brackets is not an IPv6 address", "write an IPv4 address without brackets")
     return spelt
 
 
@@ -166,7 +167,7 @@ def _no_address(text: str) -> BadValue:
         ipaddress.IPv6Address(text)
     except ValueError:
         return BadValue(f"{text!r} is not an IP address")
-    return BadValue(f"{text!r} has a scope, which means nothing on another host")
+    return BadValue(f"{text!r} has a scope, which no other host understands")
 
 
 def check_word(text: str) -> str:
@@ -176,9 +177,9 @@ def check_word(text: str) -> str:
     Lease owners join the two with '/'. Raises ValueError.
     """
     if not 1 <= len(text) <= MAX_WORD:
-        raise BadValue(f"{len(text)} characters long", f"use 1 to {MAX_WORD}")
+        raise BadValue(f"{reprlib.repr(text)} is {len(text)} characters long", f"use 1 to {MAX_WORD}")
     if (size := len(text.encode(errors="replace"))) > MAX_WORD_BYTES:
-        raise BadValue(f"{size} bytes long in UTF-8", f"use at most {MAX_WORD_BYTES}")
+        raise BadValue(f"{reprlib.repr(text)} is {size} bytes long in UTF-8", f"use at most {MAX_WORD_BYTES}")
     if not text.isprintable() or " " in text or "/" in text:
         raise BadValue(f"{text!r} has a space, a slash or a control character", "use letters, digits, '-', '_', '.'")
     return text

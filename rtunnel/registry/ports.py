@@ -198,7 +198,7 @@ class PortAllocator:
                 continue
         counts = self.counts()
         raise PortsExhausted(
-            f"no free port of {self.ip} in {self.own[0]}-{self.own[-1]}: {counts.in_use} in use, "
+            f"no port of {self.ip} in {self.own[0]}-{self.own[-1]} is free: {counts.in_use} in use, "
             f"{counts.quarantined} in quarantine, {counts.foreign} taken by other programs; "
             "widen the port range, or wait for the quarantine to end"
         )

@@ -24,13 +24,13 @@ def pool_for(url: str, timeout: float) -> tuple[str, ConnectionPool, list[Any]]:
         return _parse(url, timeout)
     except ValueError as error:
         # `from None`: the cause could quote the URL, and the password in it.
-        raise ValueError(f"[registry] url: {error}; write it as redis://:password@host:6379/0") from None
+        raise ValueError(f"[registry] url can't be used: {error}; write it as redis://:password@host:6379/0") from None
 
 
 def _parse(url: str, timeout: float) -> tuple[str, ConnectionPool, list[Any]]:
     parts = urlsplit(url)
     if parts.scheme not in _SCHEMES:
-        raise ValueError(f"scheme {parts.scheme!r} is none of memory, {', '.join(_SCHEMES)}")
+        raise ValueError(f"scheme {parts.scheme!r} is not one of memory, {', '.join(_SCHEMES)}")
     options: dict[str, Any] = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
     common: dict[str, Any] = {
         "socket_timeout": timeout,
@@ -107,4 +107,4 @@ def _db(text: str) -> int:
 
 def _reject_rest(options: dict[str, Any]) -> None:
     if options:
-        raise ValueError(f"unknown option {', '.join(sorted(options))}")
+        raise ValueError(f"{', '.join(sorted(options))} is not a known option")

@@ -461,7 +461,7 @@ def load_pair(certificate: Path | str, key: Path | str) -> tuple[bytes, PrivateK
     except TrustError as error:
         raise TrustError(f"{certificate}: {error}") from None
     if private.public_key() != who.public_key:
-        raise TrustError(f"{key}: is not the key of the certificate in {certificate}")
+        raise TrustError(f"{key}: is not the key of the certificate in {certificate}: give the two files of one pair")
     return der, private, who
 
 
@@ -472,8 +472,8 @@ def check_directory(path: Path | str) -> None:
         if not directory.exists():
             directory = next(parent for parent in directory.absolute().parents if parent.exists())
         if not directory.is_dir():
-            raise TrustError(f"{directory}: is not a directory")
+            raise TrustError(f"{directory}: is not a directory: give a folder")
     except OSError as error:
         raise TrustError(f"{path}: can't be used: {error.strerror}") from None
     if not os.access(directory, os.W_OK | os.X_OK):
-        raise TrustError(f"{directory}: this user can't write there")
+        raise TrustError(f"{directory}: this user can't write there: give the folder to the user that runs the agent")

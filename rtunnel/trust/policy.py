@@ -357,7 +357,7 @@ def _tables(path: Path | str) -> list[Any]:
         raise TrustError(f"{path}: is not TOML: {error}") from None
     for key in content:
         if key != "rule":
-            raise TrustError(f"{path}: {key!r}: unknown key (rules are written [[rule]])")
+            raise TrustError(f"{path}: {key!r} is not a known key (rules are written [[rule]])")
     tables = content.get("rule", [])
     if not isinstance(tables, list):
         raise TrustError(f"{path}: rule is not a list (write [[rule]], with two brackets)")
@@ -425,7 +425,7 @@ def _type_fault(text: str) -> BadValue:
     if match := re.fullmatch(r"Object contains unknown field `(.*)`", reason):
         near = difflib.get_close_matches(match[1], _KEYS, 1)
         fix = f"did you mean {near[0]}?" if near else "known here: " + ", ".join(_KEYS)
-        return BadValue(f"{match[1]!r}: unknown key", fix)
+        return BadValue(f"{match[1]!r} is not a known key", fix)
     key = where.rstrip("`").lstrip(".")
     if key == "action" or "missing required field" in reason:  # `action` is the only required key
         return BadValue("action: must be given", 'write action = "allow" or action = "deny"')

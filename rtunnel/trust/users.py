@@ -147,7 +147,7 @@ def _lines(path: Path) -> list[str]:
         with path.open("rb") as file:
             data = file.read(_MAX_FILE + 1)
         if len(data) > _MAX_FILE:
-            raise TrustError(f"{path}: is far too long for a file of users")
+            raise TrustError(f"{path}: is far too long for a file of users: give the file that `rtunnel user` writes")
         return data.decode().splitlines()
     except OSError as error:
         raise TrustError(f"{path}: can't be read: {error.strerror or error}") from None

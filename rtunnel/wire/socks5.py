@@ -308,9 +308,9 @@ def host_of(text: str) -> tuple[str, bool]:
         try:
             address = IPv6Address(bare)
         except ValueError:
-            raise ValueError("neither a name nor an address") from None
+            raise ValueError("the host is neither a name nor an address") from None
         if address.scope_id is not None:
-            raise ValueError("an address with a zone means nothing to others than the one who wrote it")
+            raise ValueError("an address with a zone has a meaning on its own host only")
         return _ipv6_text(address), False
     if not _NAME_TEXT.fullmatch(text):
         raise ValueError("a name must be 1 to 255 printable ASCII characters")

@@ -749,7 +749,7 @@ async def test_a_rule_says_which_ports_may_be_published(tmp_path: Path, events: 
         assert granted.pop(81) == ports[1]
         assert set(granted.values()) == {ports[3], ports[4]} and 82 not in granted
         notices = " ".join(welcome_of(first).notices)
-        assert f"rule 1 of broker.admit does not allow port {ports[2]}" in notices and "no free port" in notices
+        assert f"rule 1 of broker.admit does not allow port {ports[2]}" in notices and "is free: " in notices
         (notice,) = welcome_of(second).notices
         assert not welcome_of(second).open_ports and "rule 2 of broker.admit does not allow any open port" in notice
 

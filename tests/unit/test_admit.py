@@ -72,7 +72,9 @@ def test_rules_in_a_file(tmp_path: Path) -> None:
     (rule,) = load(path, {}, {}).broker.admit
     assert (rule.namespaces, rule.open_ports, rule.streams) == (["a"], ["30000", "30005-30009"], 7)
     write(tmp_path, '[[broker.admit]]\nnamespace = ["a"]\n')
-    with pytest.raises(ConfigError, match=r"broker.admit\[0\].namespace: unknown key \(did you mean namespaces\?\)"):
+    with pytest.raises(
+        ConfigError, match=r"broker.admit\[0\].namespace: is not a known key \(did you mean namespaces\?\)"
+    ):
         load(path, {}, {})
 
 
@@ -85,11 +87,14 @@ def test_rules_in_a_file(tmp_path: Path) -> None:
         ({"broker__admit": [{"streams": -1}]}, "or 0 for no limit"),
         ({"broker__admit": "blue"}, "which only a file can give"),
         ({"broker__authority": "10.0.0.9:0"}, "port 0 can't be dialled"),
-        ({"broker__authority": "10.0.0.9:7443"}, "means nothing without broker.ca"),
-        ({"broker__trust": "trust.list"}, "means nothing without broker.ca"),
+        ({"broker__authority": "10.0.0.9:7443"}, "has no effect without broker.ca (give"),
+        ({"broker__trust": "trust.list"}, "has no effect without broker.ca (give"),
         ({"agent__certificate": "a.pem"}, "agent.key: is not given, and agent.certificate is"),
         ({"agent__key": "a.key"}, "agent.certificate: is not given, and agent.key is"),
-        ({"agent__key": "k", "agent__certificate": "c", "agent__identity": "d"}, "are both given"),
+        (
+            {"agent__key": "k", "agent__certificate": "c", "agent__identity": "d"},
+            "is given, and agent.certificate is given too",
+        ),
         ({"agent__exposes": "loopback:"}, "is not a port"),
         ({"agent__exposes": "loopback:0"}, "is not a port"),
         ({"agent__exposes": "lo:80"}, "is not a port"),

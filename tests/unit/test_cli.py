@@ -646,7 +646,7 @@ def test_a_bad_configuration_is_a_message() -> None:
     program = Program("serve", "broker", RTUNNEL_BROKER_LISTN="x")
     code, events, _ = program.end()
     assert (code, events) == (2, [])
-    assert program.err == "rtunnel: $RTUNNEL_BROKER_LISTN: unknown key (did you mean $RTUNNEL_BROKER_LISTEN?)\n"
+    assert program.err == "rtunnel: $RTUNNEL_BROKER_LISTN: is not a known key (did you mean $RTUNNEL_BROKER_LISTEN?)\n"
 
 
 def test_roles_get_a_registry_only_when_they_need_one() -> None:

@@ -165,16 +165,16 @@ def test_unknown_keys_suggest_the_nearest(tmp_path: Path) -> None:
     """A mistyped key, section or variable is refused with what was probably meant, all of them at once."""
     path = write(tmp_path, '[broker]\nlistn = "0.0.0.0:1"\n[brokr]\nx = 1\n[agent]\nhedge_delay = 1\n')
     told = fault(path, {"RTUNNEL_BROKER_LISTN": "x"})
-    assert f"{path}: broker.listn: unknown key (did you mean broker.listen?)" in told
-    assert f"{path}: brokr: unknown key (did you mean broker?)" in told
-    assert f"{path}: agent.hedge_delay: unknown key (did you mean gateway.hedge_delay?)" in told
-    assert "$RTUNNEL_BROKER_LISTN: unknown key (did you mean $RTUNNEL_BROKER_LISTEN?)" in told
+    assert f"{path}: broker.listn: is not a known key (did you mean broker.listen?)" in told
+    assert f"{path}: brokr: is not a known key (did you mean broker?)" in told
+    assert f"{path}: agent.hedge_delay: is not a known key (did you mean gateway.hedge_delay?)" in told
+    assert "$RTUNNEL_BROKER_LISTN: is not a known key (did you mean $RTUNNEL_BROKER_LISTEN?)" in told
     assert "did you mean broker.listen?" in fault(broker__listn="x")
 
 
 def test_a_broker_port_variable_by_hand_is_refused() -> None:
     """Only values that Kubernetes would set excuse a variable like RTUNNEL_BROKER_PORT."""
-    assert "$RTUNNEL_BROKER_PORT: unknown key" in fault(environ={"RTUNNEL_BROKER_PORT": "7000"})
+    assert "$RTUNNEL_BROKER_PORT: is not a known key" in fault(environ={"RTUNNEL_BROKER_PORT": "7000"})
 
 
 @pytest.mark.parametrize(
@@ -200,11 +200,11 @@ def test_files_that_cant_be_read(tmp_path: Path) -> None:
     assert "Is a directory" in fault(tmp_path)
     binary = tmp_path / "binary"
     binary.write_bytes(b"a = 1\nb = '\xff'\n")
-    assert fault(binary) == f"{binary}:2: is not UTF-8 text"
+    assert fault(binary) == f"{binary}:2: is not UTF-8 text (save it as UTF-8)"
     huge = tmp_path / "huge"
     with huge.open("wb") as file:
         file.truncate(config.MAX_FILE + 1)
-    assert "the wrong file?" in fault(huge)
+    assert "is larger than 1 MiB (give the configuration file)" in fault(huge)
 
 
 @pytest.mark.parametrize(
@@ -254,17 +254,17 @@ def test_files_that_cant_be_read(tmp_path: Path) -> None:
         (
             "agent.publish",
             [{"target": "10.1.0.7:80", "prot": 1}],
-            "agent.publish[0].prot: unknown key (did you mean port?)",
+            "agent.publish[0].prot: is not a known key (did you mean port?)",
         ),
         ("agent.publish", [{}], "missing required field `target`"),
         ("broker.open_ports.allow", ["10.0.0.1/8"], "write 10.0.0.0/8"),
         ("broker.open_ports.allow", ["ten"], "is not a network"),
-        ("registry.url", "http://x", "is none of memory, redis"),
+        ("registry.url", "http://x", "is not one of memory, redis"),
         ("registry.url", "redis:///0", "names no host"),
         ("registry.url", "redis://x:port/0", "is not a URL"),
         ("registry.url", "unix://", "names no socket"),
         ("registry.url", "redis+sentinel://h:1", "needs sentinels and a service"),
-        ("log.level", "verbose", "is none of debug, info, warning, error"),
+        ("log.level", "verbose", "is not one of debug, info, warning, error"),
         ("log.format", "jsn", "did you mean 'json'?"),
         ("log.level", 3, "expected `str`, got `int`"),
     ],
@@ -309,7 +309,7 @@ def test_types_in_a_file_are_strict(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        ({"registry__ttl": 5}, "registry.ttl: 5 s is less than 2 heartbeats of 3 s: one late beat loses tuples"),
+        ({"registry__ttl": 5}, "registry.ttl: 5 s is less than 2 heartbeats of 3 s: one late heartbeat loses tuples"),
         ({"registry__heartbeat": 8}, "override: registry.ttl: 8 s is less than 2 heartbeats"),
         ({"registry__quarantine": 7}, "registry.quarantine: 7 s is less than ttl"),
         ({"broker__port_range": "6000-8000"}, "6000-8000 overlaps broker.listen (7000)"),
@@ -320,11 +320,17 @@ def test_types_in_a_file_are_strict(tmp_path: Path) -> None:
             {"broker__open_ports__range": "29999-30001", "broker__open_ports__allow": "::/0"},
             "overlaps broker.port_range",
         ),
-        ({"broker__open_ports__range": "30000-30001"}, "broker.open_ports.allow: open ports need a list of networks"),
-        ({"broker__open_ports__allow": "10.0.0.0/8"}, "broker.open_ports.range: open ports need a range"),
+        (
+            {"broker__open_ports__range": "30000-30001"},
+            "broker.open_ports.allow: is not given, and open ports need it (name",
+        ),
+        (
+            {"broker__open_ports__allow": "10.0.0.0/8"},
+            "broker.open_ports.range: is not given, and open ports need it (give",
+        ),
         (
             {"agent__publish": "10.1.0.7:80", "agent__addresses": "10.1.0.8"},
-            "10.1.0.7 is none of the agent's addresses",
+            "10.1.0.7 is not one of the agent's addresses",
         ),
     ],
 )
@@ -363,7 +369,7 @@ def test_what_an_agent_tells_brokers_fits() -> None:
             agent = load(None, {}, much(networks)).agent
     (problem,) = caught.value.problems
     assert problem.key == "agent.publish"
-    assert re.search(r"Hello can take 32\d{3} bytes, and brokers read 32768 \(allow fewer", str(problem))
+    assert re.search(r"Hello up to 32\d{3} bytes long, and brokers read at most 32768 \(give fewer", str(problem))
     hello = consistency.longest_hello(agent)
     frame = encode(hello)
     assert networks > 64 and MAX_HELLO - 64 < len(frame) - 4 <= MAX_HELLO
@@ -604,7 +610,7 @@ def test_a_publish_target_of_the_default_address(tmp_path: Path, monkeypatch: py
     """Without addresses, a publish target must be the default address."""
     monkeypatch.setattr(preflight, "default_address", lambda: "10.1.0.7")
     config.check_role(configured(tmp_path, "agent", agent__publish="10.1.0.7:80"), "agent")
-    with pytest.raises(ConfigError, match=r"agent\.publish\[0\]\.target: 203\.0\.113\.9 is none of"):
+    with pytest.raises(ConfigError, match=r"agent\.publish\[0\]\.target: 203\.0\.113\.9 is not one of"):
         config.check_role(configured(tmp_path, "agent", agent__publish="203.0.113.9:80"), "agent")
 
 
@@ -629,7 +635,9 @@ def test_proofs_need_a_ca(tmp_path: Path) -> None:
 
 def test_dials_over_tls_need_certificates(tmp_path: Path) -> None:
     """A gateway needs the CA, even without proofs; a broker needs its certificate, even for plain links."""
-    with pytest.raises(ConfigError, match=r"gateway\.ca: is not given: brokers are known by it"):
+    with pytest.raises(
+        ConfigError, match=r"gateway\.ca: is not given: the gateway checks brokers' certificates with it"
+    ):
         loaded = configured(tmp_path, "gateway", gateway__ca="", gateway__proof="off", gateway__dial_security="tls")
         config.check_role(loaded, "gateway")
     loaded = configured(
@@ -666,8 +674,8 @@ def test_a_gateway_for_others_needs_rules(tmp_path: Path) -> None:
 
 
 def test_no_auth_needs_users(tmp_path: Path) -> None:
-    """Alone it means nothing."""
-    assert fault(gateway__no_auth="10.0.0.0/8").startswith("override: gateway.no_auth: means nothing without users")
+    """It has no effect alone."""
+    assert fault(gateway__no_auth="10.0.0.0/8").startswith("override: gateway.no_auth: has no effect without users")
     load(None, {}, {"gateway.no_auth": "10.0.0.0/8", "gateway.users": "users"})
 
 
@@ -728,8 +736,8 @@ def test_counts_that_need_more_descriptors_than_there_are_are_a_warning(monkeypa
     for role, key in (("gateway", "max_clients"), ("broker", "max_sessions")):
         config = load(None, {}, {f"{role}.{key}": 1000})
         (note,) = [note for note in preflight.warnings(config, role) if note.key == f"{role}.{key}"]
-        assert note.reason == "1000 need 2256 descriptors, and this process may have 1024: 384 fit"
-        assert note.fix == f"LimitNOFILE=2256 (ulimit -Hn), or {key} = 384"
+        assert note.reason == "1000 needs 2256 descriptors, and this process may have 1024, enough for 384"
+        assert note.fix == f"set LimitNOFILE=2256 (ulimit -Hn), or {key} = 384"
         config = load(None, {}, {f"{role}.{key}": 384})
         assert not [note for note in preflight.warnings(config, role) if note.key == f"{role}.{key}"]
 

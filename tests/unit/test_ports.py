@@ -128,7 +128,7 @@ def test_every_port_is_given_out_once_and_then_the_reason_is_told(host: Host) ->
     with pytest.raises(PortsExhausted) as caught:
         host.allocate("default/4")
     assert str(caught.value) == (
-        "no free port of 10.0.0.1 in 100-104: 3 in use, 1 in quarantine, 1 taken by other programs; "
+        "no port of 10.0.0.1 in 100-104 is free: 3 in use, 1 in quarantine, 1 taken by other programs; "
         "widen the port range, or wait for the quarantine to end"
     )
 

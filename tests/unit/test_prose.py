@@ -37,6 +37,19 @@ PARTICIPLES = frozenset(("lost", "found", "taken", "died", "held", "kept", "shut
 #: Log events that say a state: the word is also a refusal code, a metric or a term of the field.
 STATES = frozenset(("authority_unavailable", "config_warning", "on_one_host", "registry_unavailable"))
 
+#: Errors whose first argument (the third of a Problem, the second of `problem`) is for people.
+ERRORS = {
+    **dict.fromkeys(("BadValue", "DemoFailed", "Failure", "PortsExhausted", "PortTaken", "RegistryUnavailable"), 0),
+    **dict.fromkeys(("RoleMissing", "StoreFault", "TrustError", "ValueError"), 0),
+    "Problem": 2,
+    "problem": 1,
+}
+#: An error text says what failed, with one of these verbs.
+VERBS = re.compile(
+    r"\b(is|are|was|were|has|have|had|does|do|must|needs?|names|may|can|can't|cannot|matches|ends|overlaps"
+    r"|keeps|makes|expired|expires|answered|closed|got|did|exists|holds)\b"
+)
+
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -128,7 +141,31 @@ def faults_of_events(source: str) -> list[str]:
     return faults
 
 
-CHECKS = (faults_of_docstrings, faults_of_events, faults_of_sentences, long_lines)
+def wording(node: ast.expr) -> str | None:
+    """Return the text of a literal, with {} for each value in it; None for another expression."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr():
+            return "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+    return None
+
+
+def faults_of_errors(source: str) -> list[str]:
+    """Return a line for each literal error text without a verb; one that ends in {} is a prefix."""
+    faults = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        place = ERRORS.get(name, len(node.args))
+        text = wording(node.args[place]) if place < len(node.args) else None
+        if text and len(re.findall(r"[a-z]{2,}", text)) > 1 and not text.endswith("{}") and not VERBS.search(text):
+            faults.append(f"{node.lineno}: {name} without a verb: {text}")
+    return faults
+
+
+CHECKS = (faults_of_docstrings, faults_of_errors, faults_of_events, faults_of_sentences, long_lines)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -152,6 +189,9 @@ def test_prose_of_a_file(path: Path) -> None:
         ("# What the client sends.\nx = 1\n", 1),
         ("# It is passed on. Of two, the\n# first one counts.\nx = 1\n", 1),
         ("# --- what is there ---\n# It waits for the rest.\nx = 1\n", 0),
+        ('raise BadValue("unknown key", "use x")\n', 1),
+        ('raise TrustError(f"{path}: far too long")\n', 1),
+        ('yield config.problem(key, f"is {size} long")\nraise Failure(f"registry: {error}", 1)\n', 0),
         ('log.info("starting", pid=1)\n', 1),
         ('log.warning("session_up" if up else "session_ended")\n', 1),
         ('asked.log(gateway, "refused", code=1)\n', 1),

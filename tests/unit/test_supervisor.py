@@ -44,7 +44,7 @@ def fault(keys: dict[str, object], role: str = "") -> str:
 
 def test_a_range_too_small_for_all_workers_is_refused() -> None:
     text = fault({"broker.workers": 3, "broker.port_range": "20000-20001"})
-    assert "broker.port_range: 20000-20001 has 2 ports, and 3 workers need some each" in text
+    assert "broker.port_range: 20000-20001 has 2 ports, and each of 3 workers needs one of its own" in text
     open_ports = {"broker.open_ports.range": "30000-30000", "broker.open_ports.allow": ["10.0.0.0/8"]}
     text = fault({"broker.workers": 2, **open_ports})
     assert "broker.open_ports.range: 30000-30000 has 1 ports" in text
@@ -59,7 +59,7 @@ def test_the_number_of_workers_is_bounded(role: str, count: object) -> None:
 
 def test_what_workers_can_not_be_combined_with() -> None:
     """A registry that nobody can share, a process that has a broker and a gateway, a name without room."""
-    assert "several workers need one together" in fault({"broker.workers": 2}, "broker")
+    assert "workers are several processes that need one registry" in fault({"broker.workers": 2}, "broker")
     for key in ("broker.workers", "gateway.workers"):
         assert f"{key}: `rtunnel standalone` is one process" in fault({key: 2}, "standalone")
     assert "broker.node_id: is 127 characters long" in fault({"broker.workers": 2, "broker.node_id": "n" * 127})
