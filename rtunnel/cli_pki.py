@@ -180,11 +180,12 @@ def token_create(
             write_new(file.parent, [(file.name, SECRET, f"{token.line()}\n".encode(), "")])
     click.echo(f"{file}: token {token.id}" if file is not None else token.line())
     click.echo(
-        f"lets {plural(uses, 'agent')} of {namespace} in {', '.join(networks)} enrol until {utc(ends)}", err=True
+        f"The token lets {plural(uses, 'agent')} of {namespace} in {', '.join(networks)} enrol until {utc(ends)}.",
+        err=True,
     )
     if take_over:
         click.echo(
-            "takes over agent_ids and addresses of other agents: revoke the token when these agents have enrolled",
+            "It takes over agent_ids and addresses of other agents: revoke it when these agents have enrolled.",
             err=True,
         )
 
@@ -360,9 +361,9 @@ def request(kind: str, name: str, namespace: str, addresses: tuple[str, ...], in
             if kind == "agent"
             else certificates.broker_request(key, name)
         )
-        what = f"the request: for `rtunnel pki issue {kind} {name} --csr {name}.csr`"
+        what = f"the request, for `rtunnel pki issue {kind} {name} --csr {name}.csr`"
         files = [
-            (f"{name}.key", SECRET, certificates.key_pem(key), "the key: it stays here"),
+            (f"{name}.key", SECRET, certificates.key_pem(key), "the key, which stays on this host"),
             (f"{name}.csr", PUBLIC, certificates.pem(made), what),
         ]
         _show_made(write_new(into, files))
@@ -408,7 +409,7 @@ def _word(name: str) -> str:
 @pki_group.command("revoke")
 @_dir
 @click.argument("subject")
-@click.option("--force", is_flag=True, help="Also when no certificate of SUBJECT is known.")
+@click.option("--force", is_flag=True, help="Revoke SUBJECT even if no certificate of it is known.")
 def revoke(directory: Path, subject: str, force: bool) -> None:
     """Revoke the certificates or the key of SUBJECT.
 
@@ -425,10 +426,8 @@ def revoke(directory: Path, subject: str, force: bool) -> None:
     click.echo(f"{printable(subject)} is revoked: {what} (trust list {number})")
     now = time.time()
     for token in {t.id: t for t in tokens if t is not None and _state(t, now) == "good"}.values():
-        left = token.uses - token.used
-        click.echo(
-            f"token {token.id}, with which it enrolled, has {left} more uses: `rtunnel pki token revoke {token.id}`"
-        )
+        left, fix = plural(token.uses - token.used, "use"), f"`rtunnel pki token revoke {token.id}`"
+        click.echo(f"token {token.id}, with which it enrolled, has {left} left: {fix}")
 
 
 def _subject(text: str) -> str:
@@ -449,14 +448,14 @@ def _subject(text: str) -> str:
 def show(directory: Path) -> None:
     """Show the trust list that is in force."""
     with report_errors(), open_directory(directory) as opened:
-        click.echo(f"trust list {opened.number}, CAs of {opened.generation}, {len(opened.signed)} bytes")
+        click.echo(f"trust list {opened.number}, generation {opened.generation}, {len(opened.signed)} bytes")
         for record in opened.cas:
             ca = x509.load_der_x509_certificate(record.certificate)
             fingerprint = ca.fingerprint(hashes.SHA256()).hex()[:16]
             ends = int(ca.not_valid_after_utc.timestamp())
             click.echo(f"CA {record.number}: {_ROLES[record.role]}; until {utc(ends)}, SHA-256 {fingerprint}...")
         for subject, at in sorted(opened.trust_store.revoked.items()):
-            click.echo(f"revoked: {printable(subject)}, what was issued until {utc(at)}")
+            click.echo(f"revoked: {printable(subject)}, issued until {utc(at)}")
 
 
 _ROLES = {
@@ -495,8 +494,8 @@ def rotate_start(directory: Path) -> None:
     _say(
         "A new CA is in force beside the old one.",
         "Brokers and gateways that follow the authority know it in seconds, agents from their brokers.",
-        f"Others need {directory / pki.CA_FILE} (it has both now), or the list of `rtunnel pki export`.",
-        "Next: when all of them show this list's number in /statusz, `rtunnel pki rotate switch`.",
+        f"Other processes need {directory / pki.CA_FILE}, which has both CAs, or the list of `rtunnel pki export`.",
+        "Next: run `rtunnel pki rotate switch` when all of them show this list's number in /statusz.",
     )
 
 
@@ -508,38 +507,43 @@ def rotate_switch(directory: Path) -> None:
         opened.switch_rotation()
         left = plural(len(opened.waiting()), "certificate")
     _say(
-        f"Certificates come from the new CA. From the old one: {left} (`rtunnel pki list`).",
-        "Agents replace theirs when they renew. Now: a new certificate for each broker, `rtunnel pki issue broker`.",
-        f"Give {directory / pki.CA_FILE} to whatever starts with a copy of it.",
-        "Next: when no certificate of the old CA is needed any more, `rtunnel pki rotate finish`.",
+        f"The new CA issues certificates now. Still in use from the old CA: {left} (`rtunnel pki list`).",
+        "Agents replace theirs when they renew. Issue each broker a new one: `rtunnel pki issue broker`.",
+        f"Replace all copies of {directory / pki.CA_FILE}: processes start with them.",
+        "Next: run `rtunnel pki rotate finish` when no certificate of the old CA is needed any more.",
     )
 
 
 @rotate_group.command("finish")
 @_dir
-@click.option("--force", is_flag=True, help="Also while certificates of the old CA are in use; they become void.")
 @click.option(
-    "--stolen", is_flag=True, help="Like --force; all sessions and streams that its certificates opened end, too."
+    "--force", is_flag=True, help="Finish even while certificates of the old CA are in use; they become void."
+)
+@click.option(
+    "--stolen",
+    is_flag=True,
+    help="Like --force, and also end all sessions and streams that were opened by its certificates.",
 )
 def rotate_finish(directory: Path, force: bool, stolen: bool) -> None:
     """End the trust in the old CA. Refused while its certificates are in use, unless --force is
     given.
 
-    Sessions of agents that have no certificate of the new CA end within 5 seconds, and their
-    streams. With --stolen, for a CA whose key somebody else has, so does every stream that began
-    with a proof by the old CA, and every link to a broker that has shown its certificate, and all
-    join tokens are revoked. It may come later, too, when the rotation was finished before.
+    Sessions of agents without a certificate of the new CA end within 5 seconds, with their streams.
+
+    Use --stolen when somebody else has the old CA's key. Every stream that was proved by the old CA
+    then ends too, as does every link to a broker that has shown a certificate of it, and all join
+    tokens are revoked. The command accepts --stolen also after the rotation was finished.
     """
     with _changing(directory) as opened:
         left = opened.waiting()
         opened.finish_rotation(force=force, stolen=stolen)
     _say(
-        "The old CA is not in force any more.",
-        *([f"Void now: {plural(len(left), 'certificate')}, whose holders need new ones."] if left else []),
-        f"Give {directory / pki.CA_FILE} to whatever starts with a copy of it.",
+        "The old CA is no longer in force.",
+        *([f"{plural(len(left), 'certificate')} became void; the holders need new ones."] if left else []),
+        f"Replace all copies of {directory / pki.CA_FILE}: processes start with them.",
         *(["All join tokens are revoked: `rtunnel pki token create` makes new ones."] if stolen else []),
-        "The old key only signs trust lists now, for those who were away. "
-        + ("Delete its file." if stolen else "Delete its file when nobody is."),
+        "The old key now only signs trust lists, for processes that were away. "
+        + ("Delete its file." if stolen else "Delete its file when none is away."),
     )
 
 

@@ -406,7 +406,7 @@ class Agent:
                 await trio.sleep(random.uniform(0, QUICK_JITTER))  # noqa: S311
                 return
             if duplicate:
-                reason = f"the VIP leads to the same node again and again ({reason})"
+                reason = f"the VIP leads to the same node each time ({reason})"
             cap = min(SLOW_REDIAL, self.config.backoff_cap)
             pause = min(cap, QUICK_JITTER * 2.0 ** min(late, 16)) * random.uniform(0.5, 1.0)  # noqa: S311
         else:

@@ -351,7 +351,7 @@ def test_another_ca(made: Path, tmp_path: Path) -> None:
     run(made, "issue", "broker", "still-old")
     TrustStore(old).verify(certificate_der(made / "still-old.pem"))
 
-    assert "From the old one: 3 certificates" in run(made, "rotate", "switch").output
+    assert "from the old CA: 3 certificates" in run(made, "rotate", "switch").output
     for step, words in (
         ("start", "continue with `rtunnel pki rotate finish`"),
         ("switch", "continue with `rtunnel pki rotate finish`"),
@@ -392,7 +392,7 @@ def test_finishing_by_force(made: Path) -> None:
     run(made, "rotate", "start")
     run(made, "rotate", "switch")
     assert "1 of them (broker/broker)" in run(made, "rotate", "finish", code=2).stderr
-    assert "Void now: 1 certificate," in run(made, "rotate", "finish", "--force").output
+    assert "1 certificate became void" in run(made, "rotate", "finish", "--force").output
 
 
 def test_a_ca_whose_key_was_stolen(made: Path) -> None:

@@ -238,12 +238,12 @@ def test_nodes_of_one_ip_give_out_their_own_part_and_any_fixed_port(two: tuple[H
     assert {one.allocate(f"default/{n}").port for n in range(4)} <= set(range(100, 105))
     lease = one.allocate_fixed(107, "default/f")
     assert {other.allocate(f"default/{n}").port for n in range(4, 8)} == {105, 106, 108, 109}
-    with pytest.raises(PortsExhausted, match=r"in 105-109: 4 in use"):
+    with pytest.raises(PortsExhausted, match=r"in 105-109 is free: 4 in use"):
         other.allocate("default/8")
     one.release(lease)
     one.clock.now += QUARANTINE
     assert (one.ports.counts().free, one.allocate("default/9").port in range(100, 105)) == (1, True)
-    with pytest.raises(PortsExhausted, match=r"in 100-104: 5 in use"):
+    with pytest.raises(PortsExhausted, match=r"in 100-104 is free: 5 in use"):
         one.allocate("default/10")  # not even 107, which it had before
 
 

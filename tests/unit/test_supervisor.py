@@ -61,7 +61,7 @@ def test_what_workers_can_not_be_combined_with() -> None:
     """A registry that nobody can share, a process that has a broker and a gateway, a name without room."""
     assert "workers are several processes that need one registry" in fault({"broker.workers": 2}, "broker")
     for key in ("broker.workers", "gateway.workers"):
-        assert f"{key}: `rtunnel standalone` is one process" in fault({key: 2}, "standalone")
+        assert f"{key}: is over 1, and `rtunnel standalone` is one process" in fault({key: 2}, "standalone")
     assert "broker.node_id: is 127 characters long" in fault({"broker.workers": 2, "broker.node_id": "n" * 127})
 
 
