@@ -112,7 +112,7 @@ class Enroller:
 
         Raises TrustError.
         """
-        # The certificate first: after a crash between the two, `finish` finds the key.
+        # The certificate is written first: after a crash between the two, `finish` finds the key.
         replace(pair[0], SECRET, pem(load_der_x509_certificate(identity.certificate)))
         self._pending.rename(pair[1])
 

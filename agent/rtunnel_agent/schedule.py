@@ -1,4 +1,4 @@
-"""The times at which a certificate is renewed, and at which a warning is due. Without a clock."""
+"""The times at which a certificate is renewed, and at which a warning is due. Reads no clock."""
 
 from __future__ import annotations
 

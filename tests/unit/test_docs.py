@@ -125,6 +125,28 @@ def test_prose_is_narrow(path: Path) -> None:
     assert not wide
 
 
+def riddles(text: str) -> list[str]:
+    """Return the sentences of a page's paragraphs that begin with a relative pronoun or a fragment."""
+    paragraphs = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", text)
+    plain = [" ".join(part.split()) for part in paragraphs if not part.lstrip().startswith(("#", "|", "<!--"))]
+    found = [sentence for part in plain for sentence in re.split(r"(?<=[.:]) (?=[A-Z*`])", part)]
+    return [
+        sentence for sentence in found if re.match(r"(?:[-*] |\d+\. )?\**(Of|Who|Whose|What|Those)\b[^?]*$", sentence)
+    ]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_sentences_name_their_subject(path: Path) -> None:
+    """No sentence begins with Of, Who, Whose, What or Those, unless it is a question."""
+    assert not riddles(prose(path))
+
+
+def test_riddles_are_found() -> None:
+    """They are found in paragraphs and in lists, and not in headings and tables."""
+    text = "# What it is\n\nIt is. Who gets nothing\nwaits.\n\n- **What ends.** It ends.\n\n| What |\n\nOf it? No.\n"
+    assert [sentence.split()[0] for sentence in riddles(text)] == ["Who", "-"]
+
+
 @pytest.mark.parametrize("path", sorted((DOCS / "decisions").glob("0*.md")), ids=name_of)
 def test_a_decision_says_why_on_one_screen(path: Path) -> None:
     """Its number, date, context, decision and evidence, in at most 50 lines."""
