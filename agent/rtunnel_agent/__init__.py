@@ -1,7 +1,8 @@
 """The agent dials out to brokers, holds sessions on different nodes, and connects Dials to targets.
 
 - `agent`: keeps the wanted number of sessions. trio.
-- `brokers`: which broker address is dialled next. trio.
+- `hello`: the Hellos with which its sessions begin.
+- `dialler`: links to brokers, and requests over them; `brokers`: which address is next. trio.
 - `race`: links that are dialled beside each other. trio.
 - `addresses`: which of its addresses this host has.
 - `handshake`: one link and its control stream, in the relay's thread.

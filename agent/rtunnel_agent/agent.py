@@ -11,23 +11,19 @@ from __future__ import annotations
 
 import math
 import random
-import ssl
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import trio
 
-import rtunnel
 from rtunnel.bridge import Bridge
 from rtunnel.config import (
     AgentConfig,
     Config,
     ConfigError,
     changed,
-    format_endpoint,
     host_name,
     parse_endpoint,
     parse_exposes,
@@ -36,25 +32,21 @@ from rtunnel.config import (
 )
 from rtunnel.errors import TrustError
 from rtunnel.logs import get_logger
-from rtunnel.relay.ends import EndHandler, SocketEnd
-from rtunnel.relay.link import Handshake, Link, LinkOwner
+from rtunnel.relay.ends import EndHandler
 from rtunnel.relay.lost import Lost, LostKind
-from rtunnel.relay.memory import START_WINDOW
 from rtunnel.relay.relay import Relay
 from rtunnel.relay.stream import StreamEnd
-from rtunnel.trust.keys import Token, load_token
 from rtunnel.watch import Watched, watch
-from rtunnel.wire import messages
-from rtunnel.wire.messages import Enrol, Enrolled, Hello, Publish, Refuse
-from rtunnel.wire.refusal import Refusal, Refused
+from rtunnel.wire.messages import Enrol, Enrolled, Hello
+from rtunnel.wire.refusal import Refusal
 from rtunnel_agent.addresses import OwnAddresses
-from rtunnel_agent.brokers import Brokers
+from rtunnel_agent.dialler import Dialler
 from rtunnel_agent.enrolment import AgentIdentity
-from rtunnel_agent.handshake import AgentSession, Enrolment, new_nonce
-from rtunnel_agent.host import host_id
+from rtunnel_agent.handshake import AgentSession
+from rtunnel_agent.hello import Hellos
 from rtunnel_agent.identity import Credentials
 from rtunnel_agent.proof import Prover
-from rtunnel_agent.race import Asked, Outcome, Race, Watch
+from rtunnel_agent.race import Outcome, Race, Watch
 from rtunnel_agent.targets import Exposed, IncomingStream, Targets
 
 #: Dials that follow each other closely. The VIP chooses the node, so each may lead to a node that
@@ -108,27 +100,36 @@ class Agent:
     def __init__(self, config: Config) -> None:
         agent = config.agent
         self._whole = config
-        self.config: AgentConfig = agent
         self.agent_id = agent.agent_id or host_name()
         self._own = OwnAddresses(agent.addresses)
         self.slots = [Slot(number) for number in range(agent.redundancy)]
-        self.draining: dict[AgentSession, float] = {}  # since when (monotonic)
         self.relay = Relay(self.report, f"relay-{self.agent_id}", memory=agent.stream_memory << 20)
         self._log = get_logger("agent").bind()
         self.targets = Targets(
             self.relay, agent.namespace, frozenset(self._own.present), exposed(agent), agent.target_timeout, self._log
         )
-        self._publish = [_publish(entry.target, entry.port, entry.allow) for entry in agent.publish]
-        self._token: Token | None = load_token(Path(agent.join_token)) if agent.join_token else None
         self._watches: dict[AgentSession, Watch] = {}
         self.credentials = Credentials(agent, self.agent_id, self._own, ask=self._ask, put=self._put_identity)
-        self._instance = new_nonce()
-        self._host_id = host_id(agent.identity)
+        self._hellos = Hellos(agent, self.agent_id, self.targets, self.credentials)
         self._greeting = trio.Lock()  # from a Hello until its answer
-        self._brokers = Brokers(agent.brokers, self._log)
         self._stopping = False
         self._one_host = ""  # the host that was logged
         self.bridge = Bridge(self.relay)
+        self._dialler = Dialler(agent, self.bridge, self._log)
+
+    @property
+    def config(self) -> AgentConfig:
+        """The agent's section of the configuration."""
+        return self._whole.agent
+
+    @property
+    def draining(self) -> dict[AgentSession, float]:
+        """The sessions of draining nodes, with the time (monotonic) at which that was heard."""
+        return {
+            session: watch.draining_since
+            for session, watch in self._watches.items()
+            if watch.draining_since is not None
+        }
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -240,7 +241,6 @@ class Agent:
 
     def _gone(self, session: AgentSession, outcome: Outcome) -> None:
         watch = self._watches.pop(session, None)
-        self.draining.pop(session, None)
         if outcome.code is Refusal.REVOKED:
             self.credentials.revoked()
         if watch is not None:
@@ -254,7 +254,7 @@ class Agent:
     def _retire(self, session: AgentSession) -> None:
         watch = self._watches.get(session)
         if watch is not None:
-            self.draining[session] = trio.current_time()
+            watch.draining_since = trio.current_time()
             watch.retire.set()
 
     # Life.
@@ -262,7 +262,7 @@ class Agent:
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Agent] = trio.TASK_STATUS_IGNORED) -> None:
         """Run until `stop`, then drain. Calls `started` when the agent begins to dial."""
         async with self.bridge.running(), trio.open_nursery() as nursery:
-            await nursery.start(self._brokers.run)
+            await nursery.start(self._dialler.brokers.run)
             for slot in self.slots:
                 nursery.start_soon(self._keep, slot)
             nursery.start_soon(self._leave_draining_nodes)
@@ -463,22 +463,24 @@ class Agent:
         if self._stopping:
             return watch
         try:
-            host, port = await self._brokers.next()
+            address = await self._dialler.brokers.next()
         except OSError as error:
             watch.outcome = Outcome(lost=Lost(LostKind.NO_ADDRESS, str(error)))
             return watch
-        secret = b"" if self.credentials.by_certificate or self._token is None else self._token.secret
+        secret = b"" if self._hellos.token is None else self._hellos.token.secret
         session = watch.session = AgentSession(self, None, secret, self.config.handshake_timeout)
         self._watches[session] = watch
         watch.presented = self.identity
         race.add(watch, lambda: self.bridge.relay.call(lambda: session.end("another broker was faster")))
-        tls = self.credentials.tls.sessions
 
         def failed(lost: Lost) -> None:
             self.bridge.post(self._gone, session, Outcome(lost=lost))
 
-        self.bridge.relay.call(lambda: self._connect(session, host, port, tls, failed))
+        self._dialler.dial(session, address, self.credentials.tls.sessions, failed)
         return watch
+
+    async def _ask(self, request: Enrol) -> Enrolled:
+        return await self._dialler.ask(request, self.credentials.tls.enrolments)
 
     async def _greet(self, slot: Slot, watch: Watch) -> None:
         """Send the Hello and wait for its answer; other slots wait with theirs."""
@@ -496,86 +498,6 @@ class Agent:
             self.bridge.relay.call(lambda: session.end("the agent stops"))
             raise
 
-    def _connect(
-        self,
-        owner: AgentSession | Enrolment,
-        host: str,
-        port: int,
-        tls: ssl.SSLContext | None,
-        failed: Callable[[Lost], None],
-    ) -> None:
-        """Make a link for this owner; `failed` gets the reason when there is none.
-
-        In the relay's thread.
-        """
-
-        def connected(end: SocketEnd | None, code: Refusal, why: str) -> None:
-            owner.attempt = None
-            if end is None:
-                failed(Lost(LostKind.UNREACHED, f"broker: {why}"))
-            else:
-                owner.link = self._make_link(owner, end, tls)
-
-        owner.attempt = self.relay.connect(host, port, self.config.connect_timeout, connected)
-
-    def _make_link(self, owner: LinkOwner, end: SocketEnd, tls: ssl.SSLContext | None) -> Link:
-        handshake = Handshake(True, self.config.handshake_timeout, tls, self.config.server_name)
-        return self.relay.link(end.sock, owner, handshake, peer=end.peer, watched=True)
-
-    async def _ask(self, request: Enrol) -> Enrolled:
-        """Ask the first broker that takes a link for a certificate. Raises Refused, or OSError with
-        a text.
-
-        While an address is silent, the next one is dialled beside it.
-        """
-        race = Race[Asked]()
-        try:
-            asked = await self._begin_to_ask(race, request)
-            while race and isinstance(asked.answer, Lost):
-                if (news := await race.next()) is not None:
-                    asked = await self._answered(news)
-                elif not race.full:
-                    asked = await self._begin_to_ask(race, request)
-        finally:
-            race.end()
-        answer = asked.answer
-        if isinstance(answer, Refuse):
-            raise Refused(Refusal.parse(answer.code), answer.text)
-        if isinstance(answer, Lost):
-            raise OSError(f"broker {asked.broker}: {answer}")
-        return answer
-
-    async def _begin_to_ask(self, race: Race[Asked], request: Enrol) -> Asked:
-        """Dial the next address for this request. Raises OSError when none is known."""
-        host, port = await self._brokers.next()
-        asked = Asked(broker=format_endpoint(host, port))
-
-        def done(answer: Enrolled | Refuse | Lost) -> None:
-            self.bridge.post(self._put_answer, asked, answer)
-
-        enrolment = Enrolment(request, lambda: self.bridge.post(asked.tell), done, self.config.handshake_timeout)
-        asked.enrolment = enrolment
-        race.add(asked, lambda: self.bridge.relay.call(lambda: enrolment.end("another broker was faster")))
-        tls = self.credentials.tls.enrolments
-        self.bridge.relay.call(lambda: self._connect(enrolment, host, port, tls, done))
-        return asked
-
-    def _put_answer(self, asked: Asked, answer: Enrolled | Refuse | Lost) -> None:
-        asked.answer = answer
-        asked.settle()
-
-    async def _answered(self, asked: Asked) -> Asked:
-        """Send the request on a link that is up, and wait for the answer."""
-        enrolment = asked.enrolment
-        assert enrolment is not None
-        try:
-            self.bridge.relay.call(enrolment.ask)
-            await asked.settled.wait()
-        except BaseException:
-            self.bridge.relay.call(lambda: enrolment.end("the agent stops"))
-            raise
-        return asked
-
     def _hello(self, slot: Slot) -> Hello:
         nodes = {session.node for session in self._watches if session.welcome is not None}
         hosts: set[str] = set()
@@ -583,24 +505,7 @@ class Agent:
             # Only hosts of sessions that stay: a draining node's host may serve the next session.
             stays = [other.session.welcome for other in self.slots if other.session is not None]
             hosts = {welcome.host for welcome in stays if welcome is not None}
-        return Hello(
-            version=messages.VERSION,
-            agent_id=self.agent_id,
-            instance=self._instance,
-            namespace=self.config.namespace,
-            addresses=list(self.addresses),
-            nonce=new_nonce(),
-            token_id="" if self.credentials.by_certificate or self._token is None else self._token.id,
-            exposes=self.targets.exposed.ports,
-            publish=self._publish,
-            holds=sorted(nodes),
-            holds_hosts=sorted(hosts),
-            software=f"rtunnel {rtunnel.__version__}",
-            trust=self.credentials.generation,
-            start_window=START_WINDOW,
-            host_id=self._host_id,
-            host=host_name()[:128],
-        )
+        return self._hellos.make(self.addresses, nodes, hosts)
 
     # The configuration file: `agent.exposes` may change.
 
@@ -710,11 +615,6 @@ class Agent:
 def _say_goodbye(sessions: list[AgentSession], why: str = "the agent leaves") -> None:
     for session in sessions:
         session.leave(why)
-
-
-def _publish(target: str, port: int, allow: list[str]) -> Publish:
-    ip, target_port = parse_endpoint(target)
-    return Publish(ip=ip, target_port=target_port, port=port, allow=allow)
 
 
 def exposed(config: AgentConfig) -> Exposed:

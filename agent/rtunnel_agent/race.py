@@ -62,6 +62,7 @@ class Watch(Entrant):
     presented: AgentIdentity | None = None  # of the link's certificate
     retire: trio.Event = field(default_factory=trio.Event)  # down, or its node is draining
     down: trio.Event = field(default_factory=trio.Event)
+    draining_since: float | None = None  # by trio's clock, when its node said so
     retired: bool = False  # the slot has left it while its node drains
 
 

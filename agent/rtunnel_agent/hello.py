@@ -1,0 +1,67 @@
+"""The Hellos of one agent process, which begin its sessions. trio's side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import rtunnel
+from rtunnel.config import AgentConfig, host_name, parse_endpoint
+from rtunnel.relay.memory import START_WINDOW
+from rtunnel.trust.keys import Token, load_token
+from rtunnel.wire import messages
+from rtunnel.wire.messages import Hello, Publish
+from rtunnel_agent.handshake import new_nonce
+from rtunnel_agent.host import host_id
+from rtunnel_agent.identity import Credentials
+from rtunnel_agent.targets import Targets
+
+
+class Hellos:
+    """Makes the Hellos of one agent process; they share its instance and its host id."""
+
+    def __init__(self, config: AgentConfig, agent_id: str, targets: Targets, credentials: Credentials) -> None:
+        """Read the join token. Raises TrustError."""
+        self._config = config
+        self._agent_id = agent_id
+        self._targets = targets
+        self._credentials = credentials
+        self._token: Token | None = load_token(Path(config.join_token)) if config.join_token else None
+        self._publish = [_publish(entry.target, entry.port, entry.allow) for entry in config.publish]
+        self._instance = new_nonce()
+        self._host_id = host_id(config.identity)
+
+    @property
+    def token(self) -> Token | None:
+        """The join token that a Hello names; None when the link's certificate proves the agent."""
+        return None if self._credentials.by_certificate else self._token
+
+    def make(self, addresses: Iterable[str], nodes: Iterable[str], hosts: Iterable[str]) -> Hello:
+        """Return the next Hello.
+
+        `nodes`: those on which the agent has a session. `hosts`: those on which it wants no other.
+        """
+        token = self.token
+        return Hello(
+            version=messages.VERSION,
+            agent_id=self._agent_id,
+            instance=self._instance,
+            namespace=self._config.namespace,
+            addresses=list(addresses),
+            nonce=new_nonce(),
+            token_id="" if token is None else token.id,
+            exposes=self._targets.exposed.ports,
+            publish=self._publish,
+            holds=sorted(nodes),
+            holds_hosts=sorted(hosts),
+            software=f"rtunnel {rtunnel.__version__}",
+            trust=self._credentials.generation,
+            start_window=START_WINDOW,
+            host_id=self._host_id,
+            host=host_name()[:128],
+        )
+
+
+def _publish(target: str, port: int, allow: list[str]) -> Publish:
+    ip, target_port = parse_endpoint(target)
+    return Publish(ip=ip, target_port=target_port, port=port, allow=allow)
