@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from functools import cache
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import h11
 import msgspec
@@ -57,6 +57,8 @@ from rtunnel.wire.messages import ControlMessage, Dial, DialAnswer, Follow, Mess
 from rtunnel.wire.refusal import Refusal, Refused
 from support import hostile
 from support.messages import decoder_of
+
+_T = TypeVar("_T")
 
 _DER: Final = serialization.Encoding.DER
 #: Longer inputs find little more, and cost more.
@@ -752,6 +754,16 @@ def key_files(data: bytes) -> None:
             assert not any(word.decode("latin-1") in str(error) for word in long)
 
 
+def loaded(load: Callable[[Path], _T], data: bytes) -> _T | None:
+    """What a file with these bytes holds; None when it is refused, by its name."""
+    path = in_file(data)
+    try:
+        return load(path)
+    except TrustError as error:
+        assert str(path) in str(error)
+        return None
+
+
 def _user_seeds() -> list[bytes]:
     line = b"alice:$scrypt$ln=14,r=8,p=5$c2FsdHNhbHRzYWx0c2FsdA$aGFzaGhhc2hoYXNoaGFzaGhhc2hoYXNoaGFzaGhhc2g"
     return [line, b"# people\n\n" + line + b"\nbob" + line[5:] + b"\n", line.replace(b"14", b"31")]
@@ -760,13 +772,8 @@ def _user_seeds() -> list[bytes]:
 @target(_user_seeds)
 def user_file(data: bytes) -> None:
     """Names and hashes; no check of a password takes more than the bounds say."""
-    path = in_file(data)
-    try:
-        found = users.load_users(path)
-    except TrustError as error:
-        assert str(path) in str(error)
-        return
-    for name, entry in found.hashes.items():
+    found = loaded(users.load_users, data)
+    for name, entry in found.hashes.items() if found is not None else ():
         log_n, r, p = entry.cost
         assert name.isprintable() and ":" not in name
         assert 128 * r * ((1 << log_n) + p + 2) <= users._MAX_MEMORY and p <= users._MAX_P
@@ -785,11 +792,8 @@ def _policy_seeds() -> list[bytes]:
 @target(_policy_seeds)
 def policy_file(data: bytes) -> None:
     """Rules: they load or are refused, and answer every question."""
-    path = in_file(data)
-    try:
-        rules = policy.load_policy(path)
-    except TrustError as error:
-        assert str(path) in str(error)
+    rules = loaded(policy.load_policy, data)
+    if rules is None:
         return
     for question in (
         policy.Question(None, "127.0.0.1", "default", "10.1.0.7", 22),

@@ -17,7 +17,7 @@ import ctypes
 import random
 import ssl
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -246,6 +246,19 @@ class SimRelay(Relay):
         """It has something to do without waiting."""
         return bool(self.poller.edges or self.loop._ready or self.loop._slow)
 
+    def turn(self, now: float) -> None:
+        """One turn of its loop at this time, in which it reports no fault."""
+        self.loop.turn(self.poller.poll(), now)
+        assert not self.reports, self.reports
+
+
+def take_turns(relays: Iterable[SimRelay], now: float) -> bool:
+    """A turn of each relay that has something to do; False when none has."""
+    busy = [relay for relay in relays if relay.busy]
+    for relay in busy:
+        relay.turn(now)
+    return bool(busy)
+
 
 @dataclass(frozen=True)
 class TcpHop:
@@ -445,7 +458,7 @@ class World:
         choices = self.choices
         kind = choices.below(16)
         if kind < 5:
-            self._turn(self.relays[choices.below(len(self.relays))])
+            self.relays[choices.below(len(self.relays))].turn(self.now)
         elif kind < 10:
             sides = [side for side in self.kernel.sides if side.deliverable]
             if sides:
@@ -478,22 +491,10 @@ class World:
             for side in self.kernel.sides:
                 side.make_room()
 
-    def _turn(self, relay: SimRelay) -> None:
-        relay.loop.turn(relay.poller.poll(), self.now)
-        assert not relay.reports, relay.reports
-
     def _round(self) -> bool:
         """Everybody does all that can be done; False when nothing moved."""
-        moved = False
-        for relay in self.relays:
-            if relay.busy:
-                self._turn(relay)
-                moved = True
-        for side in self.kernel.sides:
-            if side.deliverable:
-                side.deliver()
-                moved = True
-            side.make_room()
+        moved = take_turns(self.relays, self.now)
+        moved |= self.kernel.deliver_all()
         for way in self.ways:
             for peer in (way.client, way.target):
                 moved |= peer.write(1 << 20)

@@ -270,6 +270,16 @@ class Kernel:
         self.fail_pipes = False
         self._next_pipe = _FIRST_PIPE
 
+    def deliver_all(self) -> bool:
+        """Deliver all that is under way, and make room; False when nothing was."""
+        moved = False
+        for side in self.sides:
+            if side.deliverable:
+                side.deliver()
+                moved = True
+            side.make_room()
+        return moved
+
     def connection(self, capacity: int) -> tuple[Side, Side]:
         """Two ends of a new one."""
         a, b = Side(self, capacity), Side(self, capacity)

@@ -318,11 +318,7 @@ class World:
             moved = self.relay.busy
             if moved:
                 self._turn()
-            for side in self.kernel.sides:
-                if side.deliverable:
-                    side.deliver()
-                    moved = True
-                side.make_room()
+            moved |= self.kernel.deliver_all()
             moved |= self._client_writes(1 << 20) | self._client_reads(1 << 20)
             for origin in self.origins:
                 moved |= origin.take(1 << 20) | origin.write(1 << 20)

@@ -21,7 +21,7 @@ from rtunnel.relay.link import LAST_WORDS_BYTES, Handshake, Link
 from rtunnel.relay.lost import Lost, closed
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.wire.yamux import GoAwayCode
-from support.hostile import SimRelay, contexts, fails_soon, tape_of
+from support.hostile import SimRelay, contexts, fails_soon, take_turns, tape_of
 from support.kernel import Choices, Kernel
 
 _CAPACITIES = (300, 4096, 70_000)
@@ -108,7 +108,7 @@ class World:
         """One thing happens, of the tape's choice."""
         kind = self.choices.below(8)
         if kind < 3:
-            self._turn(self.relays[self.choices.below(2)])
+            self.relays[self.choices.below(2)].turn(0.0)
         elif kind < 6:
             sides = [side for side in self.kernel.sides if side.deliverable]
             if sides:
@@ -128,22 +128,9 @@ class World:
             rounds += 1
             assert rounds < 10_000, "it never comes to rest"
 
-    def _turn(self, relay: SimRelay) -> None:
-        relay.loop.turn(relay.poller.poll(), 0.0)
-        assert not relay.reports, relay.reports
-
     def _round(self) -> bool:
-        moved = False
-        for relay in self.relays:
-            if relay.busy:
-                self._turn(relay)
-                moved = True
-        for side in self.kernel.sides:
-            if side.deliverable:
-                side.deliver()
-                moved = True
-            side.make_room()
-        return moved
+        moved = take_turns(self.relays, 0.0)
+        return self.kernel.deliver_all() or moved
 
     def check(self) -> None:
         """The agent has heard why, and nothing is left."""
@@ -239,7 +226,7 @@ def test_a_peer_that_reads_nothing_is_not_waited_for(world: World) -> None:
     world.near.write(bytes(70_000 + LAST_WORDS_BYTES))
     fd = world.near.sock.fileno()
     world.leave()
-    world._turn(world.relays[0])
+    world.relays[0].turn(0.0)
     assert fd not in world.kernel.by_fd
 
 
@@ -253,7 +240,7 @@ def test_a_peer_that_goes_on_for_ever_is_reset(world: World, monkeypatch: pytest
         side.sent += bytes(1 << 14)
         side.deliver()
         sent += 1 << 14
-        world._turn(world.relays[0])
+        world.relays[0].turn(0.0)
     assert 0 <= sent - ends.LINGER_BYTES <= ends.HANDLER_READ_BYTES
 
 
@@ -266,5 +253,5 @@ def test_of_many_ending_links_the_oldest_gives_way(world: World, monkeypatch: py
         leaving.append(SocketEnd(loop, world.kernel.socket(ours), "peer"))
         leaving[-1].close()
         world.relays[0].links.leave(leaving[-1])
-        world._turn(world.relays[0])
+        world.relays[0].turn(0.0)
     assert [end.closed for end in leaving] == [True, True, False, False]

@@ -525,20 +525,20 @@ class Updates:
         return self.said.read()
 
 
+def guarded_socket(made: Path, ours: socket.socket, loop: Any) -> TlsSocket:
+    """The broker's side of a connection to a guarded port, before its handshake."""
+    context = dial_server_context(made / "broker.pem", made / "broker.key")
+    server = TlsSocket(ours, context, loop, Scratch(), server_name=None, alpn=DIAL_ALPN)
+    server.full = lambda: None
+    return server
+
+
 def test_key_updates_without_end_take_nobody_elses_turn(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Anybody who reaches a guarded port may send them before the Dial: a read ends, and goes on in a later turn."""
     ours, theirs = map(kept, socket.socketpair())
     turns: list[Any] = []
     loop: Any = SimpleNamespace(soon=turns.append, handlers={}, stopped=False)
-    server = TlsSocket(
-        ours,
-        dial_server_context(made / "broker.pem", made / "broker.key"),
-        loop,
-        Scratch(),
-        server_name=None,
-        alpn=DIAL_ALPN,
-    )
-    server.full = lambda: None
+    server = guarded_socket(made, ours, loop)
     client = Updates.shaken(made, server, theirs)
     reads = 0
 
@@ -570,15 +570,7 @@ def test_answers_to_key_updates_that_nobody_reads_end_the_connection(made: Path)
     """Each costs the peer 27 bytes, and us 27 bytes of memory."""
     ours, theirs = map(kept, socket.socketpair())
     loop: Any = SimpleNamespace(soon=lambda call: None, handlers={}, stopped=False)
-    server = TlsSocket(
-        ours,
-        dial_server_context(made / "broker.pem", made / "broker.key"),
-        loop,
-        Scratch(),
-        server_name=None,
-        alpn=DIAL_ALPN,
-    )
-    server.full = lambda: None
+    server = guarded_socket(made, ours, loop)
     client = Updates.shaken(made, server, theirs)
     with pytest.raises(ConnectionResetError, match="takes no answer"):
         for _ in range(60):
