@@ -25,10 +25,7 @@ from rtunnel.config import (
     ConfigError,
     changed,
     host_name,
-    parse_endpoint,
-    parse_exposes,
     reread,
-    split_exposes,
 )
 from rtunnel.errors import TrustError
 from rtunnel.logs import get_logger
@@ -47,7 +44,7 @@ from rtunnel_agent.hello import Hellos
 from rtunnel_agent.identity import Credentials
 from rtunnel_agent.proof import Prover
 from rtunnel_agent.race import Outcome, Race, Watch
-from rtunnel_agent.targets import Exposed, IncomingStream, Targets
+from rtunnel_agent.targets import IncomingStream, Targets, exposed
 
 #: Dials that follow each other closely. The VIP chooses the node, so each may lead to a node that
 #: is held already (`duplicate_node`) or to one that is down and still behind the VIP (refused).
@@ -105,9 +102,7 @@ class Agent:
         self.slots = [Slot(number) for number in range(agent.redundancy)]
         self.relay = Relay(self.report, f"relay-{self.agent_id}", memory=agent.stream_memory << 20)
         self._log = get_logger("agent").bind()
-        self.targets = Targets(
-            self.relay, agent.namespace, frozenset(self._own.present), exposed(agent), agent.target_timeout, self._log
-        )
+        self.targets = Targets(self.relay, agent, frozenset(self._own.present), self._log)
         self._watches: dict[AgentSession, Watch] = {}
         self.credentials = Credentials(agent, self.agent_id, self._own, ask=self._ask, put=self._put_identity)
         self._hellos = Hellos(agent, self.agent_id, self.targets, self.credentials)
@@ -615,10 +610,3 @@ class Agent:
 def _say_goodbye(sessions: list[AgentSession], why: str = "the agent leaves") -> None:
     for session in sessions:
         session.leave(why)
-
-
-def exposed(config: AgentConfig) -> Exposed:
-    """Return what this configuration exposes and publishes."""
-    direct, loopback = split_exposes(config.exposes)
-    published = frozenset(parse_endpoint(entry.target) for entry in config.publish)
-    return Exposed([*direct, *loopback], parse_exposes(direct), parse_exposes(loopback), published)

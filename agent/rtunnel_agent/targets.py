@@ -7,7 +7,7 @@ from typing import Final
 
 from structlog.typing import FilteringBoundLogger
 
-from rtunnel.config import format_endpoint
+from rtunnel.config import AgentConfig, format_endpoint, parse_endpoint, parse_exposes, split_exposes
 from rtunnel.counts import StreamCounts, StreamPermit
 from rtunnel.logs import debugging
 from rtunnel.relay.ends import SocketEnd
@@ -47,6 +47,13 @@ class Exposed:
         return ip if _within(port, self.direct) or (ip, port) in self.published else None
 
 
+def exposed(config: AgentConfig) -> Exposed:
+    """Return what this configuration exposes and publishes."""
+    direct, loopback = split_exposes(config.exposes)
+    published = frozenset(parse_endpoint(entry.target) for entry in config.publish)
+    return Exposed([*direct, *loopback], parse_exposes(direct), parse_exposes(loopback), published)
+
+
 def _within(port: int, ranges: Ranges) -> bool:
     for first, last in ranges:  # noqa: SIM110 - any() over a generator takes twice as long
         if first <= port <= last:
@@ -60,19 +67,17 @@ class Targets:
     def __init__(
         self,
         relay: Relay,
-        namespace: str,
+        config: AgentConfig,
         addresses: frozenset[str],
-        exposed: Exposed,
-        timeout: float,
         log: FilteringBoundLogger,
     ) -> None:
-        """`timeout`: seconds for a connect to a target."""
+        """Answer for these addresses, and expose what the configuration says."""
         self.relay = relay
         self.log = log
-        self.namespace = namespace
+        self.namespace = config.namespace
         self.addresses = addresses
-        self.exposed = exposed
-        self.timeout = timeout
+        self.exposed = exposed(config)
+        self.timeout = config.target_timeout  # seconds for a connect to a target
         self._debugging = debugging()
         self.prover: Prover | None = None  # by the identity in force
         self.counts = StreamCounts()

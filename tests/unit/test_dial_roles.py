@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtunnel.clock import ClockWatch
-from rtunnel.config import GatewayConfig
+from rtunnel.config import AgentConfig, GatewayConfig
 from rtunnel.registry import Tuple
 from rtunnel.relay.join import Ending
 from rtunnel.relay.memory import START_WINDOW
@@ -366,10 +366,8 @@ class Agent:
     def __init__(self) -> None:
         self.relay, self.session = FakeRelay(), Session()
         log: Any = structlog.get_logger().bind()
-        exposed = Exposed(["80"], direct=((80, 80),))
-        self.targets = Targets(
-            self.relay, "default", frozenset({"10.1.0.7"}), exposed, 10.0, log,  # type: ignore[arg-type]
-        )  # fmt: skip
+        config = AgentConfig(exposes=["80"])
+        self.targets = Targets(self.relay, config, frozenset({"10.1.0.7"}), log)  # type: ignore[arg-type]
 
     def stream(self, dial: DialBody | None = None, behind: bytes = b"") -> FakeEnd:
         """A stream with a Dial in front, if one is given."""
