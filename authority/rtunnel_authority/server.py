@@ -25,7 +25,7 @@ from rtunnel.logs import Throttle, get_logger
 from rtunnel.net import listening_socket, source_of
 from rtunnel.strangers import Place, Strangers
 from rtunnel.trust.authority import Authority, Granted, claimed
-from rtunnel.trust.certificates import DAY, Ca, authority_certificate, key_pem, new_key, pem
+from rtunnel.trust.certificates import DAY, Ca, Term, key_pem, new_key, pem
 from rtunnel.trust.pki import Directory
 from rtunnel.trust.tls import server_context
 from rtunnel.wire.messages import VERSION, Decoder, Enrol, Follow, Message, MessageError, Refuse, Trust, encode
@@ -341,7 +341,7 @@ class _Tls:
     def __init__(self, ca: Ca) -> None:
         now = time.time()
         key = new_key()
-        certificate = authority_certificate(ca, key.public_key(), now, OWN_DAYS * DAY)
+        certificate = ca.certify_authority(key.public_key(), Term(now, OWN_DAYS * DAY))
         self._issuer = ca.fingerprint
         self.ca_ends = ca.certificate.not_valid_after_utc.timestamp()
         self._made = now

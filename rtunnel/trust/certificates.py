@@ -38,6 +38,14 @@ _ECDSA: Final = ec.ECDSA(hashes.SHA256())
 
 
 @dataclass(frozen=True, slots=True)
+class Term:
+    """The time for which a certificate is good."""
+
+    issued: float  # seconds since 1970
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Ca:
     """A CA's certificate with its private key."""
 
@@ -48,6 +56,45 @@ class Ca:
     def fingerprint(self) -> bytes:
         """SHA-256 of the certificate, which names the CA in signatures."""
         return self.certificate.fingerprint(hashes.SHA256())
+
+    def certify_agent(
+        self, key: PublicKey, agent_id: str, namespace: str, addresses: Sequence[str], term: Term
+    ) -> x509.Certificate:
+        """Return an agent's certificate: who it is, and which addresses it answers for.
+
+        Raises TrustError.
+        """
+        names = _agent_names(agent_id, namespace, addresses)
+        return self._certify(key, "rtunnel agent", names, ExtendedKeyUsageOID.CLIENT_AUTH, term)
+
+    def certify_broker(
+        self, key: PublicKey, name: str, names: Sequence[str], ips: Sequence[str], term: Term
+    ) -> x509.Certificate:
+        """Return a broker's certificate.
+
+        Agents connect to `broker.rtunnel`, or to `names` and `ips`.
+
+        `name` distinguishes brokers. Raises TrustError.
+        """
+        wanted = _alternatives((BROKER_NAME, *names), ips)
+        return self._certify(key, name, wanted, ExtendedKeyUsageOID.SERVER_AUTH, term)
+
+    def certify_authority(self, key: PublicKey, term: Term) -> x509.Certificate:
+        """Return the certificate of the authority itself, by which its clients know it."""
+        names = _alternatives((AUTHORITY_NAME,), ())
+        return self._certify(key, "authority", names, ExtendedKeyUsageOID.SERVER_AUTH, term)
+
+    def _certify(
+        self, key: PublicKey, common: str, names: Sequence[x509.GeneralName], usage: ObjectIdentifier, term: Term
+    ) -> x509.Certificate:
+        issuer = self.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+        builder = _builder(_name(common), self.certificate.subject, key, term)
+        builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        builder = builder.add_extension(_usage(signs_certificates=False), critical=True)
+        builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        authority = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer)
+        return builder.add_extension(authority, critical=False).sign(self.key, hashes.SHA256())
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,69 +141,19 @@ def new_ca(number: int, issued: float) -> Ca:
     """Return a new CA of the cluster. `number`: 1 for the first; `issued`: seconds since 1970."""
     key = new_key()
     name = _name("rtunnel cluster CA" + (f" {number}" if number > 1 else ""))
-    builder = _builder(name, name, key.public_key(), issued, CA_DAYS * DAY)
+    builder = _builder(name, name, key.public_key(), Term(issued, CA_DAYS * DAY))
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     builder = builder.add_extension(_usage(signs_certificates=True), critical=True)
     return Ca(builder.sign(key, hashes.SHA256()), key)
 
 
-def agent_certificate(
-    ca: Ca, key: PublicKey, agent_id: str, namespace: str, addresses: Sequence[str], issued: float, seconds: float
-) -> x509.Certificate:
-    """Return an agent's certificate: who it is, and which addresses it answers for.
-
-    `issued`: seconds since 1970; `seconds`: the lifetime. Raises TrustError.
-    """
-    names = _agent_names(agent_id, namespace, addresses)
-    return _leaf(ca, key, "rtunnel agent", names, ExtendedKeyUsageOID.CLIENT_AUTH, issued, seconds)
-
-
-def broker_certificate(
-    ca: Ca, key: PublicKey, name: str, names: Sequence[str], ips: Sequence[str], issued: float, seconds: float
-) -> x509.Certificate:
-    """Return a broker's certificate. Agents connect to `broker.rtunnel`, or to `names` and `ips`.
-
-    `name` distinguishes brokers; `issued`: seconds since 1970; `seconds`: the lifetime. Raises
-    TrustError.
-    """
-    wanted = _alternatives((BROKER_NAME, *names), ips)
-    return _leaf(ca, key, name, wanted, ExtendedKeyUsageOID.SERVER_AUTH, issued, seconds)
-
-
-def authority_certificate(ca: Ca, key: PublicKey, issued: float, seconds: float) -> x509.Certificate:
-    """Return the authority's certificate. `issued`: seconds since 1970; `seconds`: the lifetime."""
-    names = _alternatives((AUTHORITY_NAME,), ())
-    return _leaf(ca, key, "authority", names, ExtendedKeyUsageOID.SERVER_AUTH, issued, seconds)
-
-
-def _leaf(
-    ca: Ca,
-    key: PublicKey,
-    common: str,
-    names: Sequence[x509.GeneralName],
-    usage: ObjectIdentifier,
-    issued: float,
-    seconds: float,
-) -> x509.Certificate:
-    issuer = ca.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-    builder = _builder(_name(common), ca.certificate.subject, key, issued, seconds)
-    builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-    builder = builder.add_extension(_usage(signs_certificates=False), critical=True)
-    builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
-    builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-    authority = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer)
-    return builder.add_extension(authority, critical=False).sign(ca.key, hashes.SHA256())
-
-
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: PublicKey, issued: float, seconds: float
-) -> x509.CertificateBuilder:
-    begin = datetime.fromtimestamp(int(issued), UTC)
+def _builder(subject: x509.Name, issuer: x509.Name, key: PublicKey, term: Term) -> x509.CertificateBuilder:
+    begin = datetime.fromtimestamp(int(term.issued), UTC)
     return (
         x509.CertificateBuilder(subject_name=subject, issuer_name=issuer, public_key=key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(begin - BACKDATE)
-        .not_valid_after(begin + timedelta(seconds=int(seconds)))
+        .not_valid_after(begin + timedelta(seconds=int(term.seconds)))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
 

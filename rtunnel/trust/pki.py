@@ -20,8 +20,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from rtunnel.errors import TrustError
-from rtunnel.trust import certificates, keys
-from rtunnel.trust.certificates import DAY, Ca, key_hash, key_pem, new_ca, new_key, pem
+from rtunnel.trust import keys
+from rtunnel.trust.certificates import DAY, Ca, Term, key_hash, key_pem, new_ca, new_key, pem
 from rtunnel.trust.files import PUBLIC, SECRET, Made, replace, write_new
 from rtunnel.trust.identity import (
     MAX_SIGNATURES,
@@ -60,7 +60,7 @@ def init(directory: Path, *, names: Sequence[str] = (), ips: Sequence[str] = ())
     now = time.time()
     ca = new_ca(1, now)
     key = new_key()
-    broker = certificates.broker_certificate(ca, key.public_key(), "broker", names, ips, now, BROKER_DAYS * DAY)
+    broker = ca.certify_broker(key.public_key(), "broker", names, ips, Term(now, BROKER_DAYS * DAY))
     cluster_key = keys.new_cluster_key()
     return write_new(
         directory,
@@ -279,7 +279,7 @@ class Directory:
         if not take_over:
             self.check_addresses(f"agent/{namespace}/{agent_id}", namespace, addresses)
         issued = self._issue_time(f"agent/{namespace}/{agent_id}", key)
-        made = certificates.agent_certificate(self.issuing, key, agent_id, namespace, addresses, issued, seconds)
+        made = self.issuing.certify_agent(key, agent_id, namespace, addresses, Term(issued, seconds))
         if len(_der(made)) > MAX_CERTIFICATE:
             size = len(_der(made))
             raise TrustError(f"the certificate would have {size} bytes, over {MAX_CERTIFICATE}: use fewer addresses")
@@ -321,7 +321,7 @@ class Directory:
     def issue_broker(self, name: str, key: PublicKey, *, names: Sequence[str], ips: Sequence[str]) -> x509.Certificate:
         """Return a new broker certificate. Raises KeyRevoked."""
         issued = self._issue_time(f"broker/{name}", key)
-        made = certificates.broker_certificate(self.issuing, key, name, names, ips, issued, BROKER_DAYS * DAY)
+        made = self.issuing.certify_broker(key, name, names, ips, Term(issued, BROKER_DAYS * DAY))
         _record(self.store, made, self._issuing.number)
         return made
 
