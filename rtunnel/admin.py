@@ -1,8 +1,9 @@
 """Health over HTTP: a small HTTP/1.1 server for probes, with one request for each connection.
 
-It answers GET and HEAD of fixed paths. Its costs are bounded: a request's head has a maximum size,
-and a request and its answer have deadlines. When all places are taken, the server closes the oldest
-connection: a good probe takes milliseconds, so the oldest connection is the least likely to be one.
+It answers GET and HEAD of fixed paths, and passes requests for `/v1/` on to the API (`api`). Its
+costs are bounded: a request's head has a maximum size, and a request and its answer have deadlines.
+When all places are taken, the server closes the oldest connection: a good probe takes milliseconds,
+so the oldest connection is the least likely to be one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import h11
 import msgspec
 import trio
 
-from rtunnel import logs, metrics, pulse
+from rtunnel import api, logs, metrics, pulse
+from rtunnel.api import Api, error_answer
 from rtunnel.config import format_endpoint, parse_endpoint
 from rtunnel.errors import ListenError
 from rtunnel.net import listening_socket
@@ -106,6 +108,7 @@ async def run_beside(
     stop: trio.Event,
     task_status: trio.TaskStatus[Any],
     warnings: Callable[[], Sequence[str]] = tuple,
+    calls: Api | None = None,
 ) -> None:
     """Run a role, with its health endpoint unless `address` is empty.
 
@@ -114,7 +117,7 @@ async def run_beside(
     async with trio.open_nursery() as nursery:
         if address:
             routes = health_routes(part.reasons, status, part.answered, warnings)
-            await nursery.start(partial(serve, address, routes, key=key))
+            await nursery.start(partial(serve, address, routes, key=key, calls=calls))
         await part.run(stop, task_status)
         nursery.cancel_scope.cancel()
 
@@ -124,6 +127,7 @@ async def serve(
     routes: Mapping[str, Route],
     *,
     key: str = "admin",
+    calls: Api | None = None,
     task_status: trio.TaskStatus[tuple[str, int]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve `routes` on "host:port" until cancelled; `started` gives the bound (host, port).
@@ -135,7 +139,7 @@ async def serve(
         bound: tuple[str, int] = listener.socket.getsockname()[:2]
         log.info("admin_endpoint_opened", address=format_endpoint(*bound), paths=list(routes))
         task_status.started(bound)
-        await trio.serve_listeners(_Server(routes).connection, [listener])
+        await trio.serve_listeners(_Server(routes, calls).connection, [listener])
 
 
 def _listening(address: str, key: str) -> socket.socket:
@@ -149,8 +153,9 @@ def _listening(address: str, key: str) -> socket.socket:
 
 
 class _Server:
-    def __init__(self, routes: Mapping[str, Route]) -> None:
+    def __init__(self, routes: Mapping[str, Route], calls: Api | None) -> None:
         self._routes = routes
+        self._calls = calls
         self._scopes: dict[trio.CancelScope, None] = {}  # of connections, the oldest first
 
     async def connection(self, stream: trio.SocketStream) -> None:
@@ -161,7 +166,7 @@ class _Server:
         with trio.CancelScope() as scope:
             self._scopes[scope] = None
             try:
-                await _converse(stream, self._routes)
+                await _converse(stream, self._routes, self._calls)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 pass
             except Exception:
@@ -170,9 +175,12 @@ class _Server:
                 self._scopes.pop(scope, None)
 
 
-async def _converse(stream: trio.SocketStream, routes: Mapping[str, Route]) -> None:
+async def _converse(stream: trio.SocketStream, routes: Mapping[str, Route], calls: Api | None) -> None:
     http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
     request = await _request(http, stream)
+    if calls is not None and isinstance(request, h11.Request) and request.target.startswith(api.PREFIX.encode()):
+        await _converse_api(http, stream, request, calls)
+        return
     with trio.move_on_after(DEADLINE):
         if isinstance(request, h11.Request):
             answer, allow = await _answer(request, routes)
@@ -181,11 +189,43 @@ async def _converse(stream: trio.SocketStream, routes: Mapping[str, Route]) -> N
             await _send(http, stream, request, False, False)
         else:
             return
-        await stream.send_eof()
-        with trio.move_on_after(LINGER):
-            for _ in range(16):
-                if not await stream.receive_some(MAX_HEAD):
-                    break
+        await _linger(stream)
+
+
+async def _linger(stream: trio.SocketStream) -> None:
+    """Let the client close first."""
+    await stream.send_eof()
+    with trio.move_on_after(LINGER):
+        for _ in range(16):
+            if not await stream.receive_some(MAX_HEAD):
+                break
+
+
+async def _converse_api(http: h11.Connection, stream: trio.SocketStream, request: h11.Request, calls: Api) -> None:
+    local, peer = (str(address[0]) for address in (stream.socket.getsockname(), stream.socket.getpeername()))
+    with trio.move_on_after(api.DEADLINE):
+        body = await _body(http, stream)
+        answer = await calls.answer(request, body, local, peer) if isinstance(body, bytes) else body
+        await _send(http, stream, answer, request.method == b"HEAD", False)
+        await _linger(stream)
+
+
+async def _body(http: h11.Connection, stream: trio.SocketStream) -> bytes | Answer:
+    """Return the request's body, or the answer to one that is too long, broken or late."""
+    body = b""
+    with trio.move_on_after(DEADLINE):
+        try:
+            while not isinstance(event := http.next_event(), h11.EndOfMessage | h11.ConnectionClosed):
+                if isinstance(event, h11.Data):
+                    body += bytes(event.data)
+                    if len(body) > api.MAX_BODY:
+                        return error_answer(413, f"the body is over {api.MAX_BODY} bytes")
+                else:
+                    http.receive_data(await stream.receive_some(MAX_HEAD))
+        except h11.RemoteProtocolError as error:
+            return error_answer(error.error_status_hint, str(error))
+        return body
+    return error_answer(408, f"no whole request in {DEADLINE:g} s")
 
 
 async def _request(http: h11.Connection, stream: trio.SocketStream) -> h11.Request | Answer | None:

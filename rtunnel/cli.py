@@ -17,6 +17,7 @@ import msgspec
 
 from rtunnel import __version__, config, roles, workers
 from rtunnel.cli_pki import pki_group
+from rtunnel.cli_trace import trace
 from rtunnel.config import Config, Flag
 from rtunnel.console import Failure, plural, print_json, print_table, report_errors
 from rtunnel.errors import EXIT_FAILED, EXIT_USAGE, RoleMissing
@@ -43,6 +44,7 @@ Examples:
   rtunnel user add alice --file users
   rtunnel policy test --file policy.toml --user alice --from 10.9.0.4 10.1.0.7:22
   rtunnel resolve 10.1.0.7:9100                through which brokers is it reached?
+  rtunnel trace 10.1.0.7:9100                  why is it not reached?
   rtunnel config check /etc/rtunnel.toml --role broker
 
 \b
@@ -230,6 +232,7 @@ def _read_unit(path: Path, role: str | None) -> config.Unit:
 
 
 cli.add_command(pki_group)
+cli.add_command(trace)
 
 
 # --- rules and users of a gateway -----------------------------------------------------------------

@@ -144,6 +144,8 @@ def _materials(config: Config, role: str) -> Iterator[tuple[str, Callable[[], ob
             yield "gateway.ca", partial(identity.load_trust_store, gateway.ca)
         if gateway.policy:
             yield "gateway.policy", partial(policy.load_policy, gateway.policy)
+        if gateway.admin_token:
+            yield "gateway.admin_token", partial(keys.load_api_token, gateway.admin_token)
         if gateway.users:
             yield "gateway.users", partial(users.load_users, gateway.users)
     if "authority" in sections:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import time
 from dataclasses import dataclass
 from typing import Final
 
+from msgspec.structs import replace
 from structlog.typing import FilteringBoundLogger
 
-from rtunnel.config import AgentConfig, format_endpoint, parse_endpoint, parse_exposes, split_exposes
+from rtunnel import __version__
+from rtunnel.config import AgentConfig, format_endpoint, host_name, parse_endpoint, parse_exposes, split_exposes
 from rtunnel.counts import StreamCounts, StreamPermit
 from rtunnel.logs import debugging
 from rtunnel.relay.ends import SocketEnd
@@ -17,10 +21,11 @@ from rtunnel.relay.lost import Lost
 from rtunnel.relay.relay import Attempt, Relay
 from rtunnel.relay.stream import StreamEnd
 from rtunnel.wire.dial import DialReceiver
-from rtunnel.wire.messages import DialBody, MessageError
+from rtunnel.wire.messages import AgentHop, DialBody, MessageError
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_agent.handshake import AgentSession
 from rtunnel_agent.proof import Prover
+from rtunnel_agent.ways import interface_to, own_address
 
 #: Seconds of a connect after which the agent says Dialling, so that no gateway takes a slow target
 #: for a failed path.
@@ -75,6 +80,7 @@ class Targets:
         self.relay = relay
         self.log = log
         self.namespace = config.namespace
+        self.agent_id = config.agent_id or host_name()  # for traces
         self.addresses = addresses
         self.exposed = exposed(config)
         self.timeout = config.target_timeout  # seconds for a connect to a target
@@ -140,6 +146,7 @@ class Served:
     port: int
     way: str
     who: str  # the client, in the words of the gateway or the open port
+    began: float  # when the connect began, by the loop's clock
     permit: StreamPermit | None = None  # once the target is connected
 
     def review(self) -> Ending | None:
@@ -180,8 +187,8 @@ class IncomingStream:
 
     def _connect(self, body: DialBody, way: str) -> None:
         self._stream.pause()
-        self._served = Served(self._targets, self._session, body.ip, body.port, way, body.who)
         relay = self._targets.relay
+        self._served = Served(self._targets, self._session, body.ip, body.port, way, body.who, relay.loop.now)
         # From the target's own address: a host that has lost it must not dial the one that has it
         # now.
         source = way if way == body.ip else ""
@@ -193,9 +200,10 @@ class IncomingStream:
         self._stream.write(self._dial.dialling())
 
     def _connected(self, target: SocketEnd | None, code: Refusal, why: str) -> None:
+        failed = 0 if target is not None or self._attempt is None else self._attempt.errno
         self._stop()
         if target is None:
-            self._refuse(Refused(code, why))
+            self._refuse(Refused(code, why), failed)
             return
         served, targets = self._served, self._targets
         assert served is not None
@@ -205,7 +213,7 @@ class IncomingStream:
             self._refuse(Refused(Refusal.NOT_EXPOSED, text))
             return
         served.permit = StreamPermit(targets.counts, self._session)
-        self._stream.write(self._dial.accept(targets.prover))
+        self._stream.write(self._dial.accept(targets.prover, self._hop(target)))
         targets.relay.join(self._stream, target, up=self._dial.rest, owner=served)
 
     def finished(self) -> None:
@@ -216,15 +224,33 @@ class IncomingStream:
         """Cancel the connect: the stream is lost."""
         self._stop()
 
-    def _refuse(self, refused: Refused) -> None:
+    def _hop(self, target: SocketEnd | None = None, failed: int = 0) -> AgentHop | None:
+        """Return what the agent sees of a Dial that asks for a trace, else None.
+
+        `target`: the connected end; `failed`: the errno of the connect.
+        """
+        body, served, targets = self._dial.body, self._served, self._targets
+        if body is None or not body.trace:
+            return None
+        hop = AgentHop(targets.agent_id, int(time.time() * 1000), __version__)
+        if served is None:
+            return hop
+        interface, local = interface_to(served.way)
+        return replace(
+            hop, way=served.way, interface=interface, local=local, connect=targets.relay.loop.now - served.began,
+            source="" if target is None else own_address(target.sock), errno=errno.errorcode.get(failed, ""),
+        )  # fmt: skip
+
+    def _refuse(self, refused: Refused, failed: int = 0) -> None:
         self._stop()
+        hop = self._hop(failed=failed)
         self._targets.counts.refuse(refused.code)
         body = self._dial.body
         self._targets.log.info(
             "dial_refused", code=refused.code.value, reason=refused.text, who=body.who if body else "",
             target=format_endpoint(body.ip, body.port) if body else "", node=self._session.node,
         )  # fmt: skip
-        self._stream.write(self._dial.refuse(refused, self._targets.prover))
+        self._stream.write(self._dial.refuse(refused, self._targets.prover, hop=hop))
         self._stream.close()
 
     def _stop(self) -> None:

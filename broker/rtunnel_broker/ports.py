@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
+from rtunnel import __version__
 from rtunnel.clock import ClockWatch
 from rtunnel.config import format_endpoint
 from rtunnel.counts import StreamCounts, StreamPermit
@@ -32,7 +33,7 @@ from rtunnel.strangers import Loss, Strangers, made_room
 from rtunnel.trust.keys import DialKeys, NonceWindow
 from rtunnel.wire import messages
 from rtunnel.wire.dial import DialAccepted, DialReceiver, DialRefused, DialSender
-from rtunnel.wire.messages import Dial, DialBody, MessageError, Refuse, encode
+from rtunnel.wire.messages import Dial, DialBody, Hop, MessageError, Refuse, encode
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_broker.session import Session
 
@@ -101,7 +102,7 @@ class DialChecker:
 
         `is_revoked` gets the id of a gateway's key; `clock` hears of gateways whose clock differs.
         """
-        self._node = node
+        self.node = node
         self._keys = keys
         self._window = window
         self.is_revoked = is_revoked
@@ -125,8 +126,8 @@ class DialChecker:
             raise Refused(Refusal.EXPIRED, f"the Dial is {off} by this broker's clock: check both clocks")
         if self._clock.suspicious:
             self._clock.agrees(f"gateway {key}", time.monotonic())
-        if body.node != self._node:
-            raise Refused(Refusal.STALE_NODE, f"this is {self._node}, the Dial is for {body.node}")
+        if body.node != self.node:
+            raise Refused(Refusal.STALE_NODE, f"this is {self.node}, the Dial is for {body.node}")
         hello = session.hello
         if hello is None or not session.serves or not _takes_streams(session.link):
             raise Refused(Refusal.LINK_LOST)
@@ -191,6 +192,8 @@ class GuardedConnection:
         try:
             for event in self._dial.receive(data):
                 key, body = event.dial.key, event.body
+                if body.trace:
+                    self._end.write(self._dial.hop(port.hop()))
                 port.checker.check(body, port.session, key)
                 if full := port.session.full:
                     raise full
@@ -276,6 +279,18 @@ class GuardedPort:
         stream.write(first)
         permit = StreamPermit(self.counts, self.session)
         self.relay.join(end, stream, owner=Guarded(self, permit, key, body))
+
+    def hop(self) -> Hop:
+        """Return what the broker sees of a Dial to this port, for a trace."""
+        session = self.session
+        link, hello = session.link, session.hello
+        node, now = self.checker.node, int(time.time() * 1000)
+        if link is None or link.over or hello is None:
+            return Hop(node, now, __version__)
+        return Hop(
+            node, now, __version__, agent=hello.agent_id, peer=link.peer, rtt=link.rtt, silence=link.silence,
+            streams=session.streams,
+        )  # fmt: skip
 
     def refused(self, peer: str, refused: Refused, body: DialBody | None) -> None:
         """Count and log a refusal; `body` is the Dial's, when its MAC was good."""

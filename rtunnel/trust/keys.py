@@ -27,6 +27,8 @@ from typing import Final
 
 from rtunnel.errors import TrustError
 
+#: Characters of a token for the API, at least and at most.
+API_TOKEN_LENGTH: Final = (24, 256)
 KEY_BYTES = 32
 #: Prefix of the id in the text from which a gateway's key is derived.
 GATEWAY_LABEL: Final = b"rtunnel gateway 1\0"
@@ -163,6 +165,23 @@ def load_token(path: Path | str) -> Token:
     if len(tokens) > 1:
         raise TrustError(f"{path}: has {len(tokens)} tokens; an agent needs a file with its own only")
     return Token(*tokens.popitem())
+
+
+def load_api_token(path: Path | str) -> str:
+    """Return the token of an API token file: one line, which `openssl rand -base64 32` makes.
+
+    Raises TrustError.
+    """
+    lines = _lines(path)
+    if len(lines) > 1:
+        raise TrustError(f"{path}: has {len(lines)} lines; an API token file has one")
+    number, token = lines[0]
+    if not API_TOKEN_LENGTH[0] <= len(token) <= API_TOKEN_LENGTH[1] or " " in token:
+        raise TrustError(
+            f"{path}:{number}: is not an API token: {API_TOKEN_LENGTH[0]} to {API_TOKEN_LENGTH[1]} characters without "
+            "a space (`openssl rand -base64 32` makes one)"
+        )
+    return token
 
 
 def _lines(path: Path | str) -> list[tuple[int, str]]:

@@ -30,8 +30,11 @@ REFUSED: Final = b"rtunnel refused 1\0"
 
 
 def answer_bytes(answer: Accepted | Refuse) -> bytes:
-    """Return an answer as the proof covers it: accepted, or refused, code and text."""
-    return ACCEPTED if isinstance(answer, Accepted) else REFUSED + f"{answer.code}\0{answer.text}\0".encode()
+    """Return an answer as the proof covers it: accepted, or refused, code and text; then the
+    agent's report, if it has one.
+    """
+    said = ACCEPTED if isinstance(answer, Accepted) else REFUSED + f"{answer.code}\0{answer.text}\0".encode()
+    return said + len(answer.hop).to_bytes(2, "big") + answer.hop if answer.hop else said
 
 
 class PairKey:

@@ -23,18 +23,23 @@ import msgspec
 
 from rtunnel.wire.messages import (
     MAX_TEXT,
+    MAX_TRACED,
     MAX_UNAUTHENTICATED,
     VERSION,
     Accepted,
+    AgentHop,
     Dial,
     DialAnswer,
     DialBody,
     Dialling,
+    Hop,
     MessageError,
     Refuse,
     decode_body,
+    decode_hop,
     encode,
     encode_body,
+    encode_hop,
     split_frame,
 )
 from rtunnel.wire.refusal import Next, Refusal, Refused
@@ -70,6 +75,7 @@ class Action(StrEnum):
 
     DIAL = "dial"
     FORWARD = "forward"
+    HOP = "hop"
     DIALLING = "dialling"
     ACCEPT = "accept"
     REFUSE = "refuse"
@@ -80,6 +86,7 @@ DialTable = Table[DialState, Action]
 SENDER: Final[DialTable] = Table(
     {
         (DialState.IDLE, Action.DIAL): DialState.DIALLED,
+        (DialState.DIALLED, Hop): DialState.DIALLED,  # once, if the Dial asks for a trace
         (DialState.DIALLED, Dialling): DialState.DIALLING,
         (DialState.DIALLED, Accepted): DialState.ACCEPTED,
         (DialState.DIALLED, Refuse): DialState.REFUSED,
@@ -93,6 +100,7 @@ RECEIVER: Final[DialTable] = Table(
     {
         (DialState.IDLE, Dial): DialState.DIALLED,
         (DialState.IDLE, Action.REFUSE): DialState.REFUSED,  # no whole Dial came
+        (DialState.DIALLED, Action.HOP): DialState.DIALLED,
         (DialState.DIALLED, Action.FORWARD): DialState.FORWARDED,
         (DialState.DIALLED, Action.DIALLING): DialState.DIALLING,
         (DialState.DIALLED, Action.ACCEPT): DialState.ACCEPTED,
@@ -110,9 +118,14 @@ _RECEIVER_DROPS: Final = frozenset({DialState.REFUSED, DialState.BROKEN})
 
 
 class DialAccepted(msgspec.Struct, Generic[P], frozen=True):
-    """The target is connected. `proof`: what `verify` returned; None if nothing was to verify."""
+    """The target is connected. `proof`: what `verify` returned; None if nothing was to verify.
+
+    `hop`: the agent's report, covered by the proof; None if the Dial asks for no trace, or the
+    agent is older.
+    """
 
     proof: P | None
+    hop: AgentHop | None = None
 
 
 class DialRefused(msgspec.Struct, frozen=True):
@@ -124,6 +137,8 @@ class DialRefused(msgspec.Struct, frozen=True):
     code: Refusal
     text: str  # for people; the code's own sentence if the peer gave none
     time: int
+    hop: AgentHop | None = None  # as in DialAccepted
+    proven: bool = False  # `verify` has passed: the agent says no, and no broker
 
 
 class DialReceived(msgspec.Struct, frozen=True):
@@ -154,7 +169,7 @@ class Prover(Protocol):
 class DialSender(Generic[P]):
     """The end that dials. `state` follows SENDER."""
 
-    __slots__ = ("_body", "_buffer", "_verify", "diallings", "rest", "state")
+    __slots__ = ("_body", "_buffer", "_limit", "_verify", "diallings", "hop", "rest", "state")
 
     def __init__(self, verify: Callable[[Accepted | Refuse, bytes], P] | None = None) -> None:
         """Believe the answers that pass `verify(answer, body of the Dial)`, which raises Refused.
@@ -168,15 +183,19 @@ class DialSender(Generic[P]):
         self._buffer = b""
         self.state = DialState.IDLE
         self.diallings = 0  # how often the agent said that it connects the target
+        self.hop: Hop | None = None  # the broker's report
+        self._limit = MAX_UNAUTHENTICATED  # bytes of an answer
         self.rest = b""  # what came behind Accepted: it belongs to the raw stream
 
     def dial(self, body: DialBody, key: Signer | None = None) -> bytes:
         """Return the Dial, signed with `key`; an open port has none. Raises LocalError."""
         self.state = SENDER[self.state, Action.DIAL]
+        if body.trace:
+            self._limit = MAX_TRACED
         raw = self._body = encode_body(body)
         return encode(Dial(body=raw) if key is None else Dial(body=raw, mac=key.sign(raw), key=key.id))
 
-    def receive(self, data: bytes) -> list[Dialling | DialAccepted[P] | DialRefused]:
+    def receive(self, data: bytes) -> list[Hop | Dialling | DialAccepted[P] | DialRefused]:
         """Take bytes of the peer and return what they say.
 
         Raises MessageError if they break the protocol, and Refused if `verify` does. After that,
@@ -184,10 +203,10 @@ class DialSender(Generic[P]):
         `rest`: stop reading then, because nothing bounds it here.
         """
         data = self._buffer + data
-        events: list[Dialling | DialAccepted[P] | DialRefused] = []
+        events: list[Hop | Dialling | DialAccepted[P] | DialRefused] = []
         try:
             while self.state in _SENDER_READS:
-                found = split_frame(data, _DECODER, MAX_UNAUTHENTICATED)
+                found = split_frame(data, _DECODER, self._limit)
                 if found is None:
                     self._buffer = data
                     return events
@@ -202,21 +221,32 @@ class DialSender(Generic[P]):
             self.rest += data
         return events
 
-    def _take(self, message: Dial | DialAnswer) -> Dialling | DialAccepted[P] | DialRefused:
+    def _take(self, message: Dial | DialAnswer) -> Hop | Dialling | DialAccepted[P] | DialRefused:
         self.state = SENDER[self.state, type(message)]
         assert not isinstance(message, Dial)
         if isinstance(message, Accepted):
-            return DialAccepted(None if self._verify is None else self._verify(message, self._body))
+            proof = None if self._verify is None else self._verify(message, self._body)
+            return DialAccepted(proof, decode_hop(message.hop) if message.hop else None)
         if isinstance(message, Refuse):
-            code = Refusal.parse(message.code)
-            if self._verify is not None and code.reply.next is Next.STOP:
-                # Else a broken broker could keep clients from every agent that has a session there.
-                self._verify(message, self._body)
-            return DialRefused(code, message.text or code.reply.text, message.time)
+            return self._take_refusal(message)
+        if isinstance(message, Hop):
+            if self.hop is not None or self._limit != MAX_TRACED:
+                raise MessageError("a report came that was not asked for")
+            self.hop = message
+            return message
         self.diallings += 1
         if self.diallings > MAX_DIALLINGS:
             raise MessageError(f"more than {MAX_DIALLINGS} times Dialling")
         return message
+
+    def _take_refusal(self, message: Refuse) -> DialRefused:
+        code = Refusal.parse(message.code)
+        # Else a broken broker could keep clients from every agent that has a session there.
+        verified = self._verify is not None and code.reply.next is Next.STOP
+        if self._verify is not None and verified:
+            self._verify(message, self._body)
+        hop = decode_hop(message.hop) if message.hop else None
+        return DialRefused(code, message.text or code.reply.text, message.time, hop, verified)
 
 
 class DialReceiver:
@@ -282,28 +312,41 @@ class DialReceiver:
         self.state = RECEIVER[self.state, Action.FORWARD]
         return self._frame + self.rest
 
+    def hop(self, hop: Hop) -> bytes:
+        """Return the broker's report, for a Dial that asks for a trace. Raises LocalError."""
+        self.state = RECEIVER[self.state, Action.HOP]
+        return encode(hop)
+
     def dialling(self) -> bytes:
         """Return Dialling: the agent still connects the target. Raises LocalError."""
         self.state = RECEIVER[self.state, Action.DIALLING]
         return _DIALLING
 
-    def accept(self, prover: Prover | None = None) -> bytes:
+    def accept(self, prover: Prover | None = None, hop: AgentHop | None = None) -> bytes:
         """Return Accepted, proved if the Dial asks for a proof and there is a `prover`.
 
-        Raises LocalError.
+        `hop`: the agent's report. Raises LocalError.
         """
         self.state = RECEIVER[self.state, Action.ACCEPT]
-        return encode(_ACCEPTED if prover is None else self._proved(_ACCEPTED, prover))
+        answer = _ACCEPTED if hop is None else Accepted(hop=encode_hop(hop))
+        return encode(answer if prover is None else self._proved(answer, prover))
 
-    def refuse(self, refused: Refused, prover: Prover | None = None, time: int = 0) -> bytes:
+    def refuse(
+        self, refused: Refused, prover: Prover | None = None, time: int = 0, hop: AgentHop | None = None
+    ) -> bytes:
         """Return Refused, proved if no other path is tried after it (Next.STOP).
 
-        `time`: milliseconds since 1970 by this end's clock; it is sent with `expired` only. Raises
-        LocalError.
+        `time`: milliseconds since 1970 by this end's clock; it is sent with `expired` only. `hop`:
+        the agent's report. Raises LocalError.
         """
         self.state = RECEIVER[self.state, Action.REFUSE]
         code = refused.code
-        answer = Refuse(code.value, refused.text[:MAX_TEXT], time=time if code is Refusal.EXPIRED else 0)
+        answer = Refuse(
+            code.value,
+            refused.text[:MAX_TEXT],
+            time=time if code is Refusal.EXPIRED else 0,
+            hop=b"" if hop is None else encode_hop(hop),
+        )
         if prover is not None and code.reply.next is Next.STOP:
             answer = self._proved(answer, prover)
         return encode(answer)

@@ -2,7 +2,8 @@
 
 Control stream: Hello -> [Challenge -> Proof ->] Welcome | Refused, then Update, Trust, Drain, Bye;
 on a link of its own Enrol -> Enrolled | Refused. With the authority: Enrol, and Follow -> Trust.
-Proxied streams (and guarded ports): Dial -> [Dialling ->] Accepted | Refused, then raw bytes.
+Proxied streams (and guarded ports): Dial -> [Hop ->] [Dialling ->] Accepted | Refused, then raw
+bytes.
 
 Each map carries its type under the key ``t``. Unknown keys are ignored; an unknown type, a missing
 key, a value of a wrong type or size, and a frame over the limit are each a `MessageError` whose
@@ -38,6 +39,10 @@ MAX_CERTIFICATE = 3072
 #: The body of a Dial: ordinary names take 250 bytes.
 MAX_BODY = 1024
 
+#: The body of an answer to a Dial that asks for a trace, and the agent's report in it.
+MAX_TRACED = 8 * 1024
+MAX_HOP = 512
+
 #: Code points of a sentence for people.
 MAX_TEXT = 512
 #: Nodes, and hosts, that a Hello names.
@@ -61,6 +66,7 @@ Exchange = Annotated[bytes, msgspec.Meta(max_length=EXCHANGE_BYTES)]
 PairId = Annotated[bytes, msgspec.Meta(max_length=PAIR_ID_BYTES)]
 Id = Annotated[str, msgspec.Meta(max_length=128)]
 Certificate = Annotated[bytes, msgspec.Meta(max_length=MAX_CERTIFICATE)]
+HopBytes = Annotated[bytes, msgspec.Meta(max_length=MAX_HOP)]
 Signature = Annotated[bytes, msgspec.Meta(max_length=128)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 PortOrAny = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -197,7 +203,7 @@ class Welcome(Message, tag="welcome", frozen=True):
     start_window: StartWindow = INITIAL_WINDOW  # with which the session's streams begin, both ways
 
 
-class Refuse(Message, tag="refused", frozen=True):
+class Refuse(Message, tag="refused", frozen=True, omit_defaults=True):
     """The answer no, to a Hello or a Dial; `code` is a word of `refusal.Refusal`.
 
     An agent proves a refusal of a Dial as it proves Accepted, when the refusal is about the target.
@@ -210,6 +216,7 @@ class Refuse(Message, tag="refused", frozen=True):
     exchange: Exchange = b""
     signature: Signature = b""
     time: Unsigned64 = 0  # with `expired`: ms since 1970 by the broker's clock
+    hop: HopBytes = b""  # an encoded AgentHop, if the Dial asks for a trace
 
 
 class Update(Message, tag="update", frozen=True):
@@ -246,7 +253,7 @@ class Dial(Message, tag="dial", frozen=True):
     key: Id = ""  # the id of the gateway's key
 
 
-class DialBody(msgspec.Struct, frozen=True):
+class DialBody(msgspec.Struct, frozen=True, omit_defaults=True):
     """The target that a Dial asks for, and by whom."""
 
     version: int
@@ -260,6 +267,7 @@ class DialBody(msgspec.Struct, frozen=True):
     who: Text = ""
     exchange: Exchange = b""  # the gateway's part of keys of pairs; empty: it asks for no proof
     pair: PairId = b""  # the id of the key that it has with this target's agent
+    trace: bool = False  # broker and agent shall say what they see (Hop, AgentHop)
 
 
 class Dialling(Message, tag="dialling", frozen=True):
@@ -268,7 +276,36 @@ class Dialling(Message, tag="dialling", frozen=True):
     """
 
 
-class Accepted(Message, tag="accepted", frozen=True):
+class Hop(Message, tag="hop", frozen=True):
+    """Broker -> gateway: the broker's report on a Dial that asks for a trace. It comes once, before
+    the broker passes the Dial on or refuses it.
+    """
+
+    node: Word
+    time: Unsigned64  # ms since 1970 by the broker's clock
+    software: Text = ""
+    agent: Id = ""  # the agent_id of the port's session; empty: it has no session now
+    peer: Text = ""  # the address from which the agent's link comes
+    rtt: float = 0.0  # seconds of the link's last ping; 0: none yet
+    silence: float = 0.0  # seconds since the agent's last byte
+    streams: Unsigned64 = 0  # open streams of the session
+
+
+class AgentHop(msgspec.Struct, frozen=True):
+    """The agent's report on a Dial that asks for a trace, in its answer and under the proof."""
+
+    agent: Id
+    time: Unsigned64  # ms since 1970 by the agent's clock
+    software: Id = ""
+    way: Id = ""  # the address to which it connects; empty: the Dial was refused before
+    source: Id = ""  # its own address of that connection; empty: not connected
+    interface: Id = ""  # through which packets to `way` leave; empty: not known
+    local: bool = False  # `way` is an address of the agent's own host
+    connect: float = 0.0  # seconds from the Dial to the connection, or to its failure
+    errno: Id = ""  # of the connect, as "ECONNREFUSED"
+
+
+class Accepted(Message, tag="accepted", frozen=True, omit_defaults=True):
     """Agent -> gateway: the target is connected; raw bytes follow.
 
     Proved by MAC under the key of the pair, or for the first time by a signature with the key of
@@ -279,14 +316,16 @@ class Accepted(Message, tag="accepted", frozen=True):
     certificate: Certificate = b""
     exchange: Exchange = b""
     signature: Signature = b""
+    hop: HopBytes = b""  # as in Refuse
 
 
 ControlMessage = Hello | Enrol | Enrolled | Trust | Challenge | Proof | Welcome | Refuse | Update | Drain | Bye
-DialAnswer = Dialling | Accepted | Refuse
-DIAL_ANSWERS: Final[tuple[type[DialAnswer], ...]] = (Dialling, Accepted, Refuse)
+DialAnswer = Hop | Dialling | Accepted | Refuse
+DIAL_ANSWERS: Final[tuple[type[DialAnswer], ...]] = (Hop, Dialling, Accepted, Refuse)
 
 _encoder = msgspec.msgpack.Encoder()
 _body_decoder = msgspec.msgpack.Decoder(DialBody)
+_hop_decoder = msgspec.msgpack.Decoder(AgentHop)
 M = TypeVar("M", bound=Message)
 
 
@@ -314,6 +353,20 @@ def decode_body(body: bytes) -> DialBody:
         return _body_decoder.decode(body)
     except (msgspec.DecodeError, RecursionError, ValueError) as error:
         raise MessageError(f"bad Dial body: {error}") from None
+
+
+def encode_hop(hop: AgentHop) -> bytes:
+    """Return an agent's report as its answer carries it; empty when it would be over MAX_HOP."""
+    raw = _encoder.encode(hop)
+    return raw if len(raw) <= MAX_HOP else b""
+
+
+def decode_hop(raw: bytes) -> AgentHop:
+    """The inverse of `encode_hop`, of bytes that are not empty. Raises MessageError."""
+    try:
+        return _hop_decoder.decode(raw)
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        raise MessageError(f"bad report of an agent: {error}") from None
 
 
 @cache

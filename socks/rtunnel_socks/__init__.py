@@ -7,6 +7,8 @@
   relay's thread.
 - `dial`: dials one target by its tuples, with several attempts at once where needed. Relay's
   thread.
+- `trace`: dials one target by every path, and collects what each hop sees. Relay's thread.
+- `diagnosis`: from the facts of a trace to its cause. Pure.
 - `hedge`: decides when a silent attempt gets a second one beside it. Relay's thread.
 - `trust`, `proof`: check brokers and agents. Relay's thread.
 - `forward`: HTTP requests in absolute form, one after the other. Relay's thread.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from rtunnel.config import format_endpoint
 from rtunnel.counts import StreamCounts, StreamPermit
@@ -12,9 +15,14 @@ from rtunnel.relay.relay import Relay
 from rtunnel.trust.policy import Question
 from rtunnel.trust.users import Hash
 from rtunnel_socks.access import Access
-from rtunnel_socks.dial import Paths, Reached, Target
+from rtunnel_socks.dial import Paths, Reached, Target, Tried
 from rtunnel_socks.limits import Limits, Permit
 from rtunnel_socks.trust import GatewayTrust
+
+
+def told(tried: Sequence[Tried]) -> list[dict[str, object]]:
+    """Return attempts as a log line has them."""
+    return [msgspec.to_builtins(attempt) for attempt in tried]
 
 
 class Auditor(Protocol):
@@ -73,13 +81,18 @@ class Asked:
 class Joined:
     """The owner of a client's pair, with the request and the path that serves it."""
 
-    __slots__ = ("asked", "attempts", "auditor", "certificate", "identity", "permit", "requests", "setup", "used")
+    __slots__ = (
+        "asked", "attempts", "auditor", "certificate", "identity", "permit", "requests", "setup", "times", "tried",
+        "used",
+    )  # fmt: skip
 
     def __init__(self, auditor: Auditor, asked: Asked, reached: Reached) -> None:
         self.auditor = auditor
         self.asked = asked
         self.used = reached.used
         self.attempts = reached.attempts
+        self.times = reached.connected, reached.answered
+        self.tried = reached.tried
         self.identity = reached.identity  # of the agent that proved it
         self.certificate = reached.certificate  # of the broker
         self.setup = auditor.relay.loop.now - asked.started
@@ -103,10 +116,14 @@ class Joined:
         self.permit.release(account)
         if asked.permit is not None:
             asked.permit.release(auditor.relay.loop.now)
-        requests = {"requests": self.requests} if self.requests else {}
+        more: dict[str, object] = {"requests": self.requests} if self.requests else {}
+        if self.tried:
+            more["tried"] = told(self.tried)
+        connected, answered = self.times
         asked.log(
             auditor, "stream_ended", reason=str(account.ending), bytes_up=account.up, bytes_down=account.down,
             seconds=round(account.seconds, 3), setup_ms=round(self.setup * 1000, 2), attempts=self.attempts,
+            connect_ms=round(connected * 1000, 2), answer_ms=round(answered * 1000, 2),
             node=used.node, epoch=str(used.epoch), ps=format_endpoint(used.ps_ip, used.ps_port), agent=used.agent_id,
-            proof="ok" if identity else "off", certificate=identity.subject if identity else "", **requests,
+            proof="ok" if identity else "off", certificate=identity.subject if identity else "", **more,
         )  # fmt: skip

@@ -6,6 +6,7 @@ A client that sends requests in absolute form comes back after each answer, for 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -18,8 +19,8 @@ from rtunnel.relay.lost import Lost
 from rtunnel.trust.users import Hash
 from rtunnel.wire import http, socks5
 from rtunnel.wire.refusal import Refusal, Refused
-from rtunnel_socks.audit import Asked, Auditor, Joined
-from rtunnel_socks.dial import Reached, Target, TargetDial
+from rtunnel_socks.audit import Asked, Auditor, Joined, told
+from rtunnel_socks.dial import Reached, Target, TargetDial, Tried
 from rtunnel_socks.forward import Forwarding
 from rtunnel_socks.limits import Permit
 from rtunnel_socks.resolver import Resolver
@@ -139,7 +140,7 @@ class Client:
             self.close_waiting()
         else:
             text = "the client ended before its request was whole"
-            self._turn_away(Refused(Refusal.BAD_REQUEST, text), told=False)
+            self._turn_away(Refused(Refusal.BAD_REQUEST, text), answered=False)
 
     def lost(self, lost: Lost) -> None:
         """Cancel the dial, and log the loss: the client has gone before it was joined."""
@@ -287,12 +288,12 @@ class Client:
 
     def dialled(self, reached: Reached | None, refused: Refused | None) -> None:
         """Take the outcome of the dial: what it reached, or the refusal."""
-        if self._dial is not None:
-            self._unproven = self._dial.unproven
-        self._dial = None
+        dial, self._dial = self._dial, None
+        if dial is not None:
+            self._unproven = dial.unproven
         if reached is None:
             assert refused is not None
-            self._turn_away(refused)
+            self._turn_away(refused, tried=[] if dial is None else dial.tried())
         elif self._end.closed:
             reached.end.abort()
             self._leave()
@@ -432,10 +433,12 @@ class Client:
     # Ends. Each stream (`Joined`) and each refusal is logged once: client, user, target, and why it
     # ended.
 
-    def _turn_away(self, refused: Refused, *, told: bool = True) -> None:
-        reply = self._answer(refused) if told or self.asked.target is not None else b""
+    def _turn_away(self, refused: Refused, *, answered: bool = True, tried: Sequence[Tried] = ()) -> None:
+        reply = self._answer(refused) if answered or self.asked.target is not None else b""
         self._gateway.counts.refuse(refused.code)
-        more = {"claims": self._claims} if self._claims else {}
+        more: dict[str, object] = {"claims": self._claims} if self._claims else {}
+        if tried:
+            more["tried"] = told(tried)
         if self._unproven:
             more["proof"] = self._unproven
         self.asked.log(self._gateway, "request_refused", code=refused.code.value, reason=refused.text, **more)

@@ -15,10 +15,13 @@ import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Final, Protocol
 
+import msgspec
+
 from rtunnel.clock import ClockWatch
-from rtunnel.config import GatewayConfig
+from rtunnel.config import GatewayConfig, format_endpoint
 from rtunnel.registry import NodeRecord, Tuple
 from rtunnel.registry.routes import RouteTable
 from rtunnel.relay.ends import SocketEnd
@@ -32,7 +35,7 @@ from rtunnel.trust.identity import Identity
 from rtunnel.trust.keys import GatewayKey
 from rtunnel.wire import messages
 from rtunnel.wire.dial import DialAccepted, DialRefused, DialSender
-from rtunnel.wire.messages import Accepted, DialBody, MessageError, Refuse
+from rtunnel.wire.messages import Accepted, AgentHop, DialBody, Hop, MessageError, Refuse
 from rtunnel.wire.refusal import Next, Refusal, Refused
 from rtunnel_socks.hedge import Hedging, Path
 from rtunnel_socks.proof import Known
@@ -59,6 +62,45 @@ class Target:
 
     def __str__(self) -> str:
         return f"[{self.ip}]:{self.port}" if ":" in self.ip else f"{self.ip}:{self.port}"
+
+
+class Phase(StrEnum):
+    """How far an attempt came."""
+
+    CONNECTING = "connecting"  # the broker has not taken the connection
+    DIALLED = "dialled"  # the Dial was sent, and nobody has answered it
+    DIALLING = "dialling"  # the agent has said that it connects the target
+    ANSWERED = "answered"
+
+
+#: The word of an attempt that had no answer when another one won, or when its dial ended.
+NO_ANSWER: Final = "no_answer"
+ACCEPTED: Final = "accepted"
+
+_SILENCE: Final = {
+    Phase.CONNECTING: "does not take the TCP connection",
+    Phase.DIALLED: "took the connection, and no answer to the Dial came",
+    Phase.DIALLING: "the agent was still connecting the target",
+    Phase.ANSWERED: "answered",
+}
+
+
+class Tried(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One attempt of a dial, for log lines and traces."""
+
+    node: str
+    ps: str
+    agent: str
+    epoch: str
+    phase: str
+    code: str  # ACCEPTED, NO_ANSWER or the code of its refusal
+    ms: float  # from its begin to its end
+    text: str = ""
+    connect_ms: float | None = None  # until the broker had taken the connection
+    answer_ms: float | None = None  # until the first answer, Dialling included
+    broker: Hop | None = None  # in a trace: what the broker said
+    at_agent: AgentHop | None = None  # in a trace: what the agent said
+    proof: str = ""  # "ok": the agent has proved its answer
 
 
 def code_for_client(codes: Collection[Refusal]) -> Refusal:
@@ -122,6 +164,10 @@ class Paths:
             self._open.pop(session, None)
 
 
+def _ms(begin: float, end: float) -> float:
+    return round((end - begin) * 1000, 2)
+
+
 class DialOwner(Protocol):
     """The gateway, as a dial sees it."""
 
@@ -142,6 +188,9 @@ class DialOwner(Protocol):
     def log(self, event: str, **fields: object) -> None:
         """Write a log line."""
 
+    def count_attempt(self, node: str, word: str) -> None:
+        """Count an attempt by a node: ACCEPTED, NO_ANSWER or the code of its refusal."""
+
     def connect_failed_here(self, code: int) -> None:
         """Count a connect to a broker that failed with this errno because this gateway lacks
         something.
@@ -155,6 +204,9 @@ class DialOwner(Protocol):
 class Reached:
     """An accepted dial: the socket to the broker, bytes that came behind Accepted, and the tuple
     that it used.
+
+    `connected`, `answered`: seconds from the begin of that attempt until the broker had taken the
+    connection, and until the first answer. `tried`: all attempts, if there was more than one.
     """
 
     end: SocketEnd
@@ -163,6 +215,9 @@ class Reached:
     attempts: int
     identity: Identity | None  # of the agent that proved it; None without proofs
     certificate: bytes | None  # the broker's; None without TLS
+    connected: float = 0.0
+    answered: float = 0.0
+    tried: Sequence[Tried] = ()
 
 
 Done = Callable[[Reached | None, Refused | None], None]
@@ -176,7 +231,8 @@ class TargetDial:
     target: Target
     who: str
     done: Done | None
-    tried: int = 0  # attempts
+    trace: bool = False  # each hop shall say what it sees
+    _tried: list[Attempt] = field(default_factory=list)
     _left: list[Tuple] = field(default_factory=list)
     _alive: list[Attempt] = field(default_factory=list)
     _failures: list[str] = field(default_factory=list)
@@ -201,12 +257,22 @@ class TargetDial:
         self.done = None
         self._clear()
 
+    @property
+    def attempts(self) -> int:
+        """How many attempts have begun."""
+        return len(self._tried)
+
+    def tried(self) -> list[Tried]:
+        """Return what was tried, in the order in which it began."""
+        now = self.owner.relay.loop.now
+        return [attempt.record(now) for attempt in self._tried]
+
     def _next(self) -> None:
         """Try the next candidate beside the running attempts; fail when there are neither."""
         self._stop_hedge()
         if self._left:
             attempt = Attempt(self, self._left.pop(0))
-            self.tried += 1
+            self._tried.append(attempt)
             self._alive.append(attempt)
             if self._left:
                 self._hedge_after(self.owner.hedging.delay(attempt.path))
@@ -268,6 +334,7 @@ class TargetDial:
     def failed(self, attempt: Attempt, code: Refusal, text: str) -> None:
         """Take the failure of an attempt: end the dial, or try the next candidate."""
         self._alive.remove(attempt)
+        attempt.close(code.value, text)
         told = code.reply.next
         if told is Next.STOP:
             self._fail(Refused(code, text))
@@ -311,7 +378,7 @@ class TargetDial:
         if any(attempt.is_dialling for attempt in self._alive):
             self._fail(Refused(Refusal.TARGET_TIMEOUT, "the agent was still connecting the target"))
             return
-        tried = "; ".join([*self._failures, *(f"{a.used.node}: no answer" for a in self._alive)])
+        tried = "; ".join([*self._failures, *(attempt.silence() for attempt in self._alive)])
         self._fail(Refused(Refusal.DIAL_TIMEOUT, f"no answer within {self.owner.config.dial_timeout:g} s: {tried}"))
 
     def _fail(self, refused: Refused) -> None:
@@ -327,6 +394,7 @@ class TargetDial:
             self._deadline = None
         alive, self._alive = self._alive, []
         for attempt in alive:
+            attempt.close(NO_ANSWER)
             if not attempt.heard:
                 self.owner.hedging.given_up(attempt.path, self.owner.relay.loop.now - attempt.began)
             attempt.cancel()
@@ -340,13 +408,21 @@ class TargetDial:
 class Attempt:
     """One candidate, from the connect to the answer: the handler of its socket."""
 
-    __slots__ = ("_connecting", "_dial", "_end", "_known", "began", "dial", "heard", "used")
+    __slots__ = (
+        "_connecting", "_dial", "_end", "_known", "agent_hop", "answered", "began", "code", "connected", "dial",
+        "ended", "heard", "proof", "text", "used",
+    )  # fmt: skip
 
     def __init__(self, dial: TargetDial, used: Tuple) -> None:
         self.dial = dial
         self.used = used
-        self.began = 0.0  # by the loop's clock
+        # Moments by the loop's clock; 0: not yet.
+        self.began = self.connected = self.answered = self.ended = 0.0
         self.heard = False  # the node has answered something
+        self.code = ""  # as of `Tried`; empty while it runs
+        self.text = ""
+        self.agent_hop: AgentHop | None = None
+        self.proof = ""
         self._dial: DialSender[Identity] = DialSender(None if dial.owner.trust.proofs is None else self._verify)
         self._known: Known | None = None  # the agent that may prove its answer by MAC
         self._connecting: Connecting | None = None
@@ -356,6 +432,38 @@ class Attempt:
     def path(self) -> Path:
         """The node and epoch by which `Hedging` knows the attempt's answer times."""
         return self.used.node, self.used.epoch
+
+    @property
+    def phase(self) -> Phase:
+        """How far the attempt is, or came."""
+        if not self.connected:
+            return Phase.CONNECTING
+        if self.answered and (not self.is_dialling or self.code not in ("", NO_ANSWER)):
+            return Phase.ANSWERED
+        return Phase.DIALLING if self.is_dialling else Phase.DIALLED
+
+    def record(self, now: float) -> Tried:
+        """Return what is known of the attempt at this moment of the loop's clock."""
+        used, began = self.used, self.began
+        return Tried(
+            used.node, format_endpoint(used.ps_ip, used.ps_port), used.agent_id, str(used.epoch), self.phase.value,
+            self.code or NO_ANSWER, _ms(began, self.ended or now), self.text,
+            _ms(began, self.connected) if self.connected else None,
+            _ms(began, self.answered) if self.answered else None,
+            self._dial.hop, self.agent_hop, self.proof,
+        )  # fmt: skip
+
+    def silence(self) -> str:
+        """Return what the attempt still waits for, as a sentence."""
+        used, waited = self.used, self.dial.owner.relay.loop.now - self.began
+        where = format_endpoint(used.ps_ip, used.ps_port)
+        return f"{used.node} ({where}): {_SILENCE[self.phase]} in {waited:.1f} s"
+
+    def close(self, code: str, text: str = "") -> None:
+        """Note how the attempt ended, and count it."""
+        self.code, self.text = code, text
+        self.ended = self.dial.owner.relay.loop.now
+        self.dial.owner.count_attempt(self.used.node, code)
 
     @property
     def is_dialling(self) -> bool:
@@ -392,6 +500,7 @@ class Attempt:
         if owner.trust.dial_tls is not None:
             end = owner.relay.secure(end, owner.trust.dial_tls, alpn=messages.DIAL_ALPN, server_name=BROKER_NAME)
         self._end = end
+        self.connected = owner.relay.loop.now
         end.set_handler(self)
         end.write(self._dial.dial(self._body(), owner.key))
 
@@ -410,6 +519,7 @@ class Attempt:
             who=self.dial.who,
             exchange=b"" if proofs is None else proofs.exchange,
             pair=b"" if known is None else known.pair.id,
+            trace=self.dial.trace,
         )
 
     def _verify(self, answer: Accepted | Refuse, body: bytes) -> Identity:
@@ -431,6 +541,8 @@ class Attempt:
             self.heard = True
             self.dial.heard(self)
         for event in events:
+            if not isinstance(event, Hop) and not self.answered:
+                self.answered = self.dial.owner.relay.loop.now
             if isinstance(event, DialAccepted):
                 self._accepted(event)
             elif isinstance(event, DialRefused):
@@ -447,6 +559,7 @@ class Attempt:
     def _refused(self, event: DialRefused) -> None:
         owner = self.dial.owner
         owner.paths.answered(self.used.node)
+        self.agent_hop, self.proof = event.hop, "ok" if event.proven else ""
         if event.code is Refusal.EXPIRED:
             offset = time.time() - event.time / 1000 if event.time else None
             owner.clock.differs(f"broker {self.used.node}", offset, time.monotonic())
@@ -464,7 +577,17 @@ class Attempt:
             owner.clock.agrees(f"broker {self.used.node}", time.monotonic())
         self._end = None
         end.pause()
-        self.dial.won(self, Reached(end, self._dial.rest, self.used, self.dial.tried, event.proof, certificate))
+        self.agent_hop, self.proof = event.hop, "ok" if event.proof else "off"
+        self.close(ACCEPTED)
+        dial, began = self.dial, self.began
+        attempts = dial.attempts
+        dial.won(
+            self,
+            Reached(
+                end, self._dial.rest, self.used, attempts, event.proof, certificate, self.connected - began,
+                self.answered - began, dial.tried() if attempts > 1 or dial.trace else (),
+            ),
+        )  # fmt: skip
 
     def finished(self) -> None:
         self._fail(Refusal.LINK_LOST, "the broker closed the connection without an answer")

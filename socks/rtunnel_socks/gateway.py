@@ -24,13 +24,17 @@ from rtunnel.wire import http
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_socks.access import Access
 from rtunnel_socks.client import Client, ClientPermit
+from rtunnel_socks.diagnosis import Report
 from rtunnel_socks.dial import Paths, Target, TargetDial
 from rtunnel_socks.hedge import Hedging
 from rtunnel_socks.limits import Limits
 from rtunnel_socks.resolver import Resolver
 from rtunnel_socks.resources import Room, Sources, shortage
+from rtunnel_socks.trace import Trace
 from rtunnel_socks.trust import GatewayTrust
 
+#: Pairs of node and word whose attempts are counted: nodes come and go for years.
+MAX_COUNTED: Final = 4096
 #: Bytes of a load balancer's probe, head and all.
 PROBE_BYTES: Final = 4096
 
@@ -40,6 +44,8 @@ class GatewayCounts(StreamCounts):
     """The counts of a gateway since its start."""
 
     clients: int = 0  # that negotiate now
+    # attempts of dials, by node and word (`dial.Tried.code`)
+    attempts: dict[tuple[str, str], int] = field(default_factory=dict)
     unproven: dict[str, int] = field(default_factory=dict)  # answers without a good proof, by code
     # connects that failed by a lack, by resource
     shortages: dict[str, int] = field(default_factory=dict)
@@ -120,6 +126,11 @@ class Gateway:
         end = self.relay.end(sock, peer, spoken=True)
         end.set_handler(Client(self, end, permit), self.config.handshake_timeout)
         self._room.check()
+
+    def count_attempt(self, node: str, word: str) -> None:
+        attempts, key = self.counts.attempts, (node, word)
+        if key in attempts or len(attempts) < MAX_COUNTED:
+            attempts[key] = attempts.get(key, 0) + 1
 
     def connect_failed_here(self, code: int) -> None:
         what = shortage(code)
@@ -218,6 +229,19 @@ class Gateway:
         """Return the faults with which the gateway still serves the tuples that it knows."""
         fault = self.resolver.fault
         return [f"registry: {fault}"] if fault else []
+
+    async def trace(self, target: Target, source: str, user: str | None) -> Report:
+        """Trace a target as for this client, and return what was found. In trio's thread."""
+        done = trio.Event()
+        reports: list[Report] = []
+
+        def ended(report: Report) -> None:
+            reports.append(report)
+            self.bridge.post(done.set)
+
+        await self.bridge.run(lambda: Trace(self, target, source, user, ended).start())
+        await done.wait()
+        return reports[0]
 
     async def answered(self) -> None:
         await self.bridge.answered()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 
+import msgspec
 import trio
 
 import rtunnel
 from rtunnel import admin
-from rtunnel.config import Config
+from rtunnel.api import Api, ApiRequest, BadRequest, Call
+from rtunnel.config import Config, canonical_ip, parse_endpoint
 from rtunnel.registry import Registry
 from rtunnel.roles import Role
+from rtunnel_socks.diagnosis import Report
+from rtunnel_socks.dial import Target
 from rtunnel_socks.gateway import Gateway
 
 
@@ -30,9 +34,46 @@ async def serve(
         key="gateway.admin",
         status=lambda: status(gateway),
         warnings=gateway.warnings,
+        calls=Api(calls(gateway), config.gateway.admin_token, "gateway.admin_token"),
         stop=stop,
         task_status=task_status,
     )
+
+
+class TraceRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of POST /v1/trace. `target`: IP:port; `user`: "": nobody has logged in."""
+
+    target: str
+    user: str = ""
+    source: str = "127.0.0.1"
+    namespace: str = ""
+
+
+def calls(gateway: Gateway) -> dict[tuple[str, str], Call]:
+    """Return the gateway's calls of the API."""
+
+    async def trace(request: ApiRequest) -> Report:
+        return await gateway.trace(*_trace_arguments(request.body, gateway.namespace))
+
+    return {("POST", "/v1/trace"): trace}
+
+
+def _trace_arguments(body: bytes, namespace: str) -> tuple[Target, str, str | None]:
+    """Return target, source and user of a request. Raises BadRequest."""
+    try:
+        asked = msgspec.json.decode(body, type=TraceRequest)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BadRequest(f"the body is not what /v1/trace takes: {error}") from None
+    if asked.namespace not in ("", namespace):
+        raise BadRequest(f"this gateway serves the namespace {namespace}, and not {asked.namespace}")
+    try:
+        host, port = parse_endpoint(asked.target)
+        target, source = Target(namespace, canonical_ip(host), port), canonical_ip(asked.source)
+    except ValueError as error:
+        raise BadRequest(f"target is IP:port, and source an IP: {error}") from None
+    if not port:
+        raise BadRequest(f"the target {asked.target} has no port")
+    return target, source, asked.user or None
 
 
 def status(gateway: Gateway) -> dict[str, object]:
@@ -54,6 +95,7 @@ def status(gateway: Gateway) -> dict[str, object]:
         "clock": gateway.clock.status(time.monotonic()),
         "shortages": dict(gateway.counts.shortages),
         "hedges": {"sent": gateway.hedging.sent, "held": gateway.hedging.held},
+        "attempts": [{"node": node, "code": word, "count": n} for (node, word), n in counts.attempts.items()],
         "proof_failures": dict(counts.unproven),
         "pairs": len(gateway.relay.pairs),
         "held": gateway.relay.memory.held,

@@ -536,7 +536,7 @@ async def _ask_admin(parts: Sequence[bytes]) -> bytes:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(ask)
-        await admin._converse(theirs, _ROUTES)  # type: ignore[arg-type] # a stream of a test
+        await admin._converse(theirs, _ROUTES, None)  # type: ignore[arg-type] # a stream of a test
         await theirs.aclose()
         return b"".join([part async for part in ours])
 

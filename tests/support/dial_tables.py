@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import Final
 
 from rtunnel.wire.dial import RECEIVER, SENDER, Action, DialTable
-from rtunnel.wire.messages import Accepted, Dial, Dialling, Refuse
+from rtunnel.wire.messages import Accepted, Dial, Dialling, Hop, Refuse
 from support.state_tables import put
 
 NAME: Final = "states of a Dial"
 _WORDS: Final = {
-    Action.DIAL: "sends Dial", Action.FORWARD: "passes the Dial on, to the agent", Action.DIALLING: "sends Dialling",
-    Action.ACCEPT: "sends Accepted", Action.REFUSE: "sends Refused",
-    Dial: "gets Dial", Dialling: "gets Dialling", Accepted: "gets Accepted", Refuse: "gets Refused",
+    Action.DIAL: "sends Dial", Action.FORWARD: "passes the Dial on, to the agent", Action.HOP: "sends Hop",
+    Action.DIALLING: "sends Dialling", Action.ACCEPT: "sends Accepted", Action.REFUSE: "sends Refused",
+    Dial: "gets Dial", Hop: "gets Hop", Dialling: "gets Dialling", Accepted: "gets Accepted", Refuse: "gets Refused",
 }  # fmt: skip
 
 

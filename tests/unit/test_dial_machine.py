@@ -31,14 +31,17 @@ from rtunnel.wire.messages import (
     MAX_TEXT,
     MAX_UNAUTHENTICATED,
     Accepted,
+    AgentHop,
     Bye,
     Dial,
     DialBody,
     Dialling,
+    Hop,
     MessageError,
     Refuse,
     encode,
     encode_body,
+    encode_hop,
 )
 from rtunnel.wire.refusal import Next, Refusal, Refused
 from rtunnel.wire.states import LocalError, word_of
@@ -49,6 +52,9 @@ BODY = DialBody(
     version=1, namespace="default", ip="10.1.0.7", port=9100, node="b1", epoch=7, nonce=bytes(16), time=0, who="alice"
 )
 ASKS_PROOF = msgspec.structs.replace(BODY, exchange=bytes(32))
+TRACED = msgspec.structs.replace(BODY, trace=True)
+HOP = Hop("b1", 1000, agent="host-7", peer="10.9.0.4", rtt=0.25)
+AGENT_HOP = AgentHop("host-7", 1001, way="10.1.0.7", local=True)
 KEY = SimpleNamespace(id="g1", sign=lambda body: bytes(32))
 DIAL = Dial(body=encode_body(BODY), mac=bytes(32), key="g1")
 EARLY, LATER = b"GET / HTTP/1.1\r\n\r\n", b"220 ready\r\n"
@@ -238,7 +244,7 @@ def test_a_refusal_is_proved_and_verified_if_no_other_path_is_tried(code: Refusa
     pair, prover = ConnectionPair(0, DialSender(believes)), Prover()
     pair.to_receiver(pair.sender.dial(ASKS_PROOF, KEY))
     answer = pair.receiver.refuse(Refused(code), prover)
-    assert pair.to_sender(answer) == [DialRefused(code, code.reply.text, 0)]
+    assert pair.to_sender(answer) == [DialRefused(code, code.reply.text, 0, proven=final)]
     assert len(prover.proved) == final
     other: DialSender[str] = DialSender(believes)
     other.dial(ASKS_PROOF, KEY)
@@ -247,6 +253,58 @@ def test_a_refusal_is_proved_and_verified_if_no_other_path_is_tried(code: Refusa
             other.receive(encode(Refuse(code.value)))
     else:
         assert other.receive(encode(Refuse(code.value))) == [DialRefused(code, code.reply.text, 0)]
+
+
+# Traces.
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_each_hop_of_a_traced_dial_says_what_it_sees(size: int, accepted: bool) -> None:
+    """The broker before the agent's answer, the agent in it."""
+    broker = ConnectionPair(size)
+    agent = ConnectionPair(size, broker.sender)
+    broker.to_receiver(broker.sender.dial(TRACED, KEY))
+    assert broker.to_sender(broker.receiver.hop(HOP)) == [HOP]
+    agent.to_receiver(broker.receiver.forward())
+    if accepted:
+        said = agent.receiver.accept(hop=AGENT_HOP)
+        assert agent.to_sender(said) == [DialAccepted(None, AGENT_HOP)]
+    else:
+        said = agent.receiver.refuse(Refused(Refusal.TARGET_REFUSED, "no"), hop=AGENT_HOP)
+        assert agent.to_sender(said) == [DialRefused(Refusal.TARGET_REFUSED, "no", 0, AGENT_HOP)]
+    assert broker.sender.hop == HOP
+
+
+def test_a_report_is_taken_once_and_only_if_it_was_asked_for(size: int) -> None:
+    """A broker that sends reports without end keeps no client waiting."""
+    for body, wanted in ((BODY, 0), (TRACED, 1)):
+        pair = ConnectionPair(size)
+        pair.sender.dial(body)
+        for _ in range(wanted):
+            assert pair.to_sender(encode(HOP)) == [HOP]
+        with pytest.raises(MessageError, match="a report came that was not asked for"):
+            pair.to_sender(encode(HOP))
+        assert pair.sender.state is DialState.BROKEN
+
+
+def test_a_report_that_is_none_is_an_error(size: int) -> None:
+    """In Accepted and in Refused."""
+    for answer in (Accepted(hop=b"\xc1"), Refuse("target_refused", hop=b"\xc1")):
+        pair = ConnectionPair(size)
+        pair.sender.dial(TRACED)
+        with pytest.raises(MessageError, match="bad report of an agent"):
+            pair.to_sender(encode(answer))
+
+
+def test_the_longest_answer_to_a_traced_dial_fits(size: int) -> None:
+    """With a certificate, a signature, a text and a report of their greatest sizes."""
+    pair = ConnectionPair(size)
+    pair.sender.dial(TRACED)
+    longest = Refuse(
+        "target_refused", "\U0001f600" * MAX_TEXT, b"", b"c" * 3072, b"x" * 32, b"s" * 128,
+        hop=encode_hop(AGENT_HOP),
+    )  # fmt: skip
+    assert [event.hop for event in pair.to_sender(encode(longest))] == [AGENT_HOP]
 
 
 # Bounds.
@@ -319,6 +377,7 @@ class AnyOrder(RuleBasedStateMachine):
             if dial.key != "g1":
                 raise Refused(Refusal.BAD_MAC)
 
+        self.traced = False
         self.sender: DialSender[str] = DialSender(believes if proofs else None)
         self.receiver = DialReceiver(verify if checks else None)
         self.accepted = False
@@ -331,7 +390,8 @@ class AnyOrder(RuleBasedStateMachine):
             events = machine.receive(data)
         except MessageError:
             assert reads and machine.state is DialState.BROKEN
-            assert expected is None or (machine is self.sender and self.sender.diallings > MAX_DIALLINGS)
+            again = isinstance(message, Hop) and (self.sender.hop is not None or not self.traced)
+            assert expected is None or (machine is self.sender and (self.sender.diallings > MAX_DIALLINGS or again))
         except Refused as error:
             assert reads and expected is not None and machine.state is DialState.BROKEN
             assert error.code in (Refusal.NOT_PROVEN, Refusal.BAD_MAC)
@@ -359,14 +419,15 @@ class AnyOrder(RuleBasedStateMachine):
         for machine in (self.sender, self.receiver):
             self._feed(machine, DialTable(), None, message)
 
-    @rule(action=st.sampled_from(sorted(Action)))
-    def act(self, action: Action) -> None:
+    @rule(action=st.sampled_from(sorted(Action)), traced=st.booleans())
+    def act(self, action: Action, traced: bool) -> None:
         """Any action, of the end that has it."""
         receiver = self.receiver
         machine: Any = self.sender if action is Action.DIAL else receiver
         acts: dict[Action, Any] = {
-            Action.DIAL: lambda: self.sender.dial(BODY, KEY),
+            Action.DIAL: lambda: self.sender.dial(TRACED if traced else BODY, KEY),
             Action.FORWARD: receiver.forward,
+            Action.HOP: lambda: receiver.hop(HOP),
             Action.DIALLING: receiver.dialling,
             Action.ACCEPT: receiver.accept,
             Action.REFUSE: lambda: receiver.refuse(Refused(Refusal.INTERNAL)),
@@ -380,6 +441,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert str(error) == f"{action} is not allowed in the state {before}"
         else:
             assert machine.state is expected
+            self.traced |= traced and action is Action.DIAL
 
     @precondition(lambda self: hasattr(self, "sender"))
     @invariant()

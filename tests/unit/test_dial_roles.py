@@ -505,7 +505,8 @@ class Dialled:
 
     def __init__(self, proofs: Any = None, fault: str = "") -> None:
         self.relay = FakeRelay()
-        self.target, self.who, self.tried = Target("default", "10.1.0.7", 80), "g:alice", 1
+        self.target, self.who, self.attempts, self.trace = Target("default", "10.1.0.7", 80), "g:alice", 1, False
+        self.counted: list[tuple[str, str]] = []
         self.events: list[tuple[Any, ...]] = []
         say = self.events.append
         self.owner: Any = SimpleNamespace(
@@ -517,6 +518,7 @@ class Dialled:
             clock=SimpleNamespace(suspicious=False, differs=lambda *words: say(("clock", *words[:1]))),
             paths=SimpleNamespace(answered=lambda node: say(("answered", node))),
             connect_failed_here=lambda number: say(("here", number)),
+            count_attempt=lambda node, word: self.counted.append((node, word)),
         )
         self.attempt = Attempt(self, USED)  # type: ignore[arg-type]
         self.attempt.start()

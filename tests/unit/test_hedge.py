@@ -187,6 +187,9 @@ class Scene:
     def log(self, *_: Any, **__: Any) -> None:
         pass
 
+    def count_attempt(self, node: str, word: str) -> None:
+        pass
+
     def connect(self, host: str, port: int, timeout: float, done: Callable[..., None], source: str) -> Connecting:
         self.attempts += 1
         node = host

@@ -29,6 +29,7 @@ from rtunnel.wire.messages import (
     MAX_MESSAGE,
     MAX_UNAUTHENTICATED,
     Accepted,
+    AgentHop,
     Bye,
     Challenge,
     ControlMessage,
@@ -42,6 +43,7 @@ from rtunnel.wire.messages import (
     Enrolled,
     Follow,
     Hello,
+    Hop,
     Message,
     MessageError,
     OpenPort,
@@ -52,15 +54,17 @@ from rtunnel.wire.messages import (
     Update,
     Welcome,
     decode_body,
+    decode_hop,
     encode,
     encode_body,
+    encode_hop,
 )
 from support.effort import times
 from support.messages import decoder_of
 
 NONCE = bytes(range(16))
 MAC = bytes(range(32))
-UNPROVEN = {"mac": b"", "certificate": b"", "exchange": b"", "signature": b""}
+UNPROVEN = {"mac": b"", "certificate": b"", "exchange": b"", "signature": b"", "hop": b""}
 ANY = ControlMessage | Follow | Dial | DialAnswer
 
 #: Every message with every field given, as the peer would pack it, and as it should arrive.
@@ -119,10 +123,20 @@ EXAMPLES: list[tuple[dict[str, Any], Message]] = [
     ({"t": "drain", "deadline": 30.0}, Drain(deadline=30.0)),
     ({"t": "bye", "reason": "so long"}, Bye(reason="so long")),
     ({"t": "dial", "body": b"\x80", "mac": MAC, "key": "g1"}, Dial(body=b"\x80", mac=MAC, key="g1")),
+    (
+        {
+            "t": "hop", "node": "b1", "time": 1_800_000_000_000, "software": "s", "agent": "host-7",
+            "peer": "10.9.0.4", "rtt": 0.25, "silence": 1.5, "streams": 3,
+        },
+        Hop("b1", 1_800_000_000_000, "s", "host-7", "10.9.0.4", 0.25, 1.5, 3),
+    ),
     ({"t": "dialling"}, Dialling()),
     (
-        {"t": "accepted", "mac": b"", "certificate": b"\x30\x03", "exchange": b"x" * 32, "signature": b"p"},
-        Accepted(certificate=b"\x30\x03", exchange=b"x" * 32, signature=b"p"),
+        {
+            "t": "accepted", "mac": b"", "certificate": b"\x30\x03", "exchange": b"x" * 32, "signature": b"p",
+            "hop": b"h",
+        },
+        Accepted(certificate=b"\x30\x03", exchange=b"x" * 32, signature=b"p", hop=b"h"),
     ),
 ]  # fmt: skip
 IDS = [str(example["t"]) for example, _ in EXAMPLES]
@@ -143,12 +157,18 @@ OPTIONAL: dict[str, dict[str, Any]] = {
     "update": {"certificate": b"", "signature": b"", "addresses": []},
     "bye": {"reason": ""},
     "dial": {"mac": b"", "key": ""},
+    "hop": {"software": "", "agent": "", "peer": "", "rtt": 0.0, "silence": 0.0, "streams": 0},
     "accepted": UNPROVEN,
 }  # fmt: skip
 BODY: dict[str, Any] = {
     "version": 1, "namespace": "default", "ip": "10.1.0.7", "port": 9100, "node": "b1", "epoch": 4294967297,
     "nonce": NONCE, "time": 1_800_000_000_000, "who": "alice@10.2.0.3",
-    "exchange": b"x" * 32, "pair": b"p" * 8,
+    "exchange": b"x" * 32, "pair": b"p" * 8, "trace": True,
+}  # fmt: skip
+#: What the agent says of a traced Dial.
+HOP: dict[str, Any] = {
+    "agent": "host-7", "time": 1_800_000_000_000, "software": "s", "way": "10.1.0.7", "source": "10.1.0.7",
+    "interface": "eth0", "local": True, "connect": 0.25, "errno": "ECONNREFUSED",
 }  # fmt: skip
 
 
@@ -177,6 +197,12 @@ def example_of(kind: str) -> dict[str, Any]:
     return dict(next(example for example, _ in EXAMPLES if example["t"] == kind))
 
 
+def plain(message: Message) -> dict[str, Any]:
+    """A message as a whole map: an encoded one may lack keys that have their defaults."""
+    fields = {name: getattr(message, name) for name in message.__struct_fields__}
+    return {"t": message.__struct_config__.tag, **msgspec.to_builtins(fields, builtin_types=(bytes,))}
+
+
 def decoded_by_msgpack(frame: bytes) -> Any:
     """What the independent decoder finds in a frame."""
     assert int.from_bytes(frame[:4], "big") == len(frame) - 4
@@ -201,8 +227,13 @@ def test_what_another_encoder_packs_is_understood(example: dict[str, Any], messa
 
 @pytest.mark.parametrize(("example", "message"), EXAMPLES, ids=IDS)
 def test_another_decoder_understands_what_is_encoded(example: dict[str, Any], message: Message) -> None:
-    """One map behind its length, defaults included, strings and bytes kept apart."""
-    assert decoded_by_msgpack(encode(message)) == example
+    """One map behind its length, strings and bytes kept apart; the keys of a Dial's answer that have their
+    defaults may be left out.
+    """
+    found = decoded_by_msgpack(encode(message))
+    left_out = {key: value for key, value in OPTIONAL.get(example["t"], {}).items() if key not in found}
+    assert found | left_out == example
+    assert not left_out or example["t"] in ("accepted", "refused")
 
 
 @pytest.mark.parametrize("kind", OPTIONAL)
@@ -211,7 +242,7 @@ def test_optional_keys_have_defaults(kind: str) -> None:
     example = example_of(kind)
     for key in OPTIONAL[kind]:
         del example[key]
-    assert decoded_by_msgpack(encode(decode(packed(example)))) == example | OPTIONAL[kind]
+    assert plain(decode(packed(example))) == example | OPTIONAL[kind]
 
 
 def test_a_dial_body_goes_round() -> None:
@@ -219,9 +250,23 @@ def test_a_dial_body_goes_round() -> None:
     body = DialBody(**BODY)
     assert msgpack.unpackb(encode_body(body)) == BODY
     assert decode_body(msgpack.packb(BODY)) == body
-    optional = ("who", "exchange", "pair")
+    optional = ("who", "exchange", "pair", "trace")
     least = decode_body(msgpack.packb({key: BODY[key] for key in BODY if key not in optional}))
-    assert (least.who, least.exchange, least.pair) == ("", b"", b"")
+    assert (least.who, least.exchange, least.pair, least.trace) == ("", b"", b"", False)
+
+
+def test_the_report_of_an_agent_goes_round() -> None:
+    """It is a map without a type; one that is no such map, or too long to send, harms nobody."""
+    hop = AgentHop(**HOP)
+    assert msgpack.unpackb(encode_hop(hop)) == HOP
+    assert decode_hop(msgpack.packb(HOP)) == hop
+    least = decode_hop(msgpack.packb({"agent": "host-7", "time": 1}))
+    assert least == AgentHop("host-7", 1)
+    long = "x" * 128
+    assert encode_hop(AgentHop(long, 1, long, way=long, source=long, interface=long)) == b""
+    for bad in (b"\xc1", b"\x80", msgpack.packb(HOP | {"way": "x" * 129}), msgpack.packb(HOP | {"local": 1})):
+        with pytest.raises(MessageError, match="bad report of an agent"):
+            decode_hop(bad)
 
 
 def test_unknown_keys_are_ignored() -> None:
@@ -281,7 +326,7 @@ def test_a_missing_key_is_named(kind: str, key: str) -> None:
     assert f"missing required field `{key}`" in refused(packed(example))
 
 
-@pytest.mark.parametrize("key", [key for key in BODY if key not in ("who", "exchange", "pair")])
+@pytest.mark.parametrize("key", [key for key in BODY if key not in ("who", "exchange", "pair", "trace")])
 def test_a_missing_key_of_a_dial_body_is_named(key: str) -> None:
     """Each required key of what a Dial asks for."""
     with pytest.raises(MessageError, match=f"missing required field `{key}`"):
@@ -294,6 +339,7 @@ WRONG: dict[type, list[Any]] = {
     int: ["1", 1.5, None, True, 2**64 - 1 + 0.0],
     float: ["1", None, b"", True],
     list: ["a", {}, 1, None],
+    bool: [1, "true", None, 0.0],
 }
 
 
@@ -386,6 +432,13 @@ CAPS: list[tuple[str, str, tuple[Any, ...], tuple[Any, ...]]] = [
     *((answer, "certificate", *CERTIFICATES) for answer in ("accepted", "refused")),
     *((answer, "exchange", *EXCHANGES) for answer in ("accepted", "refused")),
     *((answer, "signature", *SIGNATURES) for answer in ("accepted", "refused")),
+    *((answer, "hop", (b"h" * 513,), (b"", b"h" * 512)) for answer in ("accepted", "refused")),
+    ("hop", "node", *WORDS),
+    ("hop", "time", *UNSIGNED),
+    ("hop", "software", *TEXTS),
+    ("hop", "agent", *IDENTIFIERS),
+    ("hop", "peer", *TEXTS),
+    ("hop", "streams", *UNSIGNED),
 ]  # fmt: skip
 
 
@@ -397,13 +450,15 @@ def test_every_cap_of_a_field_holds(kind: str, key: str, over: tuple[Any, ...], 
     for value in over:
         assert f"$.{key}" in refused(packed(example_of(kind) | {key: value}))
     for value in within:
-        assert decoded_by_msgpack(encode(decode(packed(example_of(kind) | {key: value}))))[key] == value
+        message = decode(packed(example_of(kind) | {key: value}))
+        assert decode(encode(message)) == message
+        assert plain(message)[key] == value
 
 
 def test_every_field_with_a_limit_is_attacked() -> None:
     """The table above has all keys that hold more than a plain number."""
     versions = {(kind, "version") for kind in ("hello", "enrol", "follow", "challenge")}
-    plain = versions | {("welcome", "heartbeat"), ("drain", "deadline")}
+    plain = versions | {("welcome", "heartbeat"), ("drain", "deadline"), ("hop", "rtt"), ("hop", "silence")}
     every = {(kind, key) for kind in IDS for key in example_of(kind) if key != "t"}
     assert {(kind, key) for kind, key, _, _ in CAPS} == every - plain
 
@@ -420,6 +475,7 @@ BODY_CAPS: list[tuple[str, tuple[Any, ...], tuple[Any, ...]]] = [
     ("who", *TEXTS),
     ("exchange", *EXCHANGES),
     ("pair", (b"p" * 9,), (b"", b"p" * 8)),
+    ("trace", (1, "yes"), (True, False)),
 ]
 
 

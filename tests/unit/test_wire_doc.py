@@ -214,6 +214,8 @@ def test_the_example_of_a_pair_is_right() -> None:
         assert f'"{label.rstrip(bytes(1)).decode()}" 00' in section("Proofs")
     refused = proofs.answer_bytes(messages.Refuse(code="not_exposed", text="no"))
     assert refused == b"rtunnel refused 1\0not_exposed\0no\0"
+    assert proofs.answer_bytes(messages.Accepted(hop=b"seen")) == b"rtunnel accepted 1\0\0\4seen"
+    assert proofs.answer_bytes(messages.Refuse("a", "b", hop=b"h")) == b"rtunnel refused 1\0a\0b\0\0\1h"
 
 
 # The fields of messages.
@@ -222,6 +224,7 @@ PARTS = {
     "publish": messages.Publish,
     "open_port": messages.OpenPort,
     "dial body": messages.DialBody,
+    "agent hop": messages.AgentHop,
 }
 MESSAGES = {str(kind.__struct_config__.tag): kind for kind in Message.__subclasses__()}
 
@@ -240,6 +243,8 @@ def spelled(kind: Any) -> str:
         return "str" + bounds(kind.min_length, kind.max_length)
     if isinstance(kind, msgspec.inspect.BytesType):
         return "bin" + bounds(kind.min_length, kind.max_length)
+    if isinstance(kind, msgspec.inspect.BoolType):
+        return "bool"
     if isinstance(kind, msgspec.inspect.IntType):
         return "int" + (f" {kind.ge}..{kind.le}" if kind.le is not None else bounds(kind.ge, None))
     if isinstance(kind, msgspec.inspect.FloatType):
