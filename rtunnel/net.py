@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final
 
 from rtunnel.config import canonical_ip, format_endpoint
@@ -75,3 +77,13 @@ def source_of(peer: str) -> str:
     if ":" not in peer:
         return peer
     return socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, peer)[:8] + bytes(8)) + "/64"
+
+
+def descriptors() -> tuple[int, int]:
+    """Return how many descriptors this process has open, and how many it may have."""
+    own, limit = Path("/proc/self/fd"), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    try:
+        # From Linux 6.2 on the size is the number of entries; before, it is 0.
+        return own.stat().st_size or sum(1 for _ in own.iterdir()), limit
+    except OSError:  # no /proc in this container
+        return 0, limit

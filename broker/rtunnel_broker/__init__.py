@@ -5,6 +5,7 @@
 - `linkport`: the port that agents dial: links until they are proved. Relay's thread.
 - `session`: one link and its control stream, in the relay's thread.
 - `greeting`: what the broker decides on a Hello.
+- `notes`: departures and refusals that the registry has not been told yet.
 - `registrar`: ports and tuples for sessions, before Welcome and at the end. trio.
 - `admit`: which agents may register, and what (`[[broker.admit]]`).
 - `duplicates`: two hosts with one agent_id: which session stays.

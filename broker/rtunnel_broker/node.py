@@ -26,8 +26,9 @@ from rtunnel.config import (
     parse_endpoint,
 )
 from rtunnel.logs import get_logger
-from rtunnel.net import bound_socket, listen
-from rtunnel.registry import NodeRecord, Registry
+from rtunnel.net import bound_socket, descriptors, listen
+from rtunnel.registry import NodeFacts, NodeRecord, Registry
+from rtunnel.registry.history import MAX_SENTENCE
 from rtunnel.relay.join import Ending
 from rtunnel.relay.lost import Lost, LostKind
 from rtunnel.relay.relay import Relay
@@ -37,6 +38,7 @@ from rtunnel_broker.admit import Admission
 from rtunnel_broker.duplicates import MAX_RECORDED
 from rtunnel_broker.linkport import LinkPort
 from rtunnel_broker.log import NodeLog
+from rtunnel_broker.notes import Notes
 from rtunnel_broker.ports import FIRST_BYTES, DialChecker, PortCounts
 from rtunnel_broker.presence import Presence
 from rtunnel_broker.registrar import Registrar
@@ -71,13 +73,14 @@ class Node:
         self.bridge = Bridge(self.relay)
         log = get_logger("broker").bind()
         self.log = NodeLog(log, self.node, self.relay.loop)
+        self.notes = Notes(self.node)
         dial_keys = DialKeys(load_cluster_keys(broker.cluster_key))
         self.clock = ClockWatch("this broker", self._report, lambda: self.presence.clock_offset)
         self.trust = BrokerTrust(self, broker, log)
         checker = DialChecker(self.node, dial_keys, broker.dial_window, self.trust.is_revoked, self.clock)
         self._registrar = Registrar(self, registry, config.registry.quarantine, checker, log)
         self.presence: Presence = Presence(
-            registry, config.registry, self.bridge, self._registrar, self.clock, self.log, self.record
+            registry, config.registry, self.bridge, self._registrar, self.clock, self.log, self
         )
         self.sessions = self._registrar.sessions  # those in the registry, by owner
         self.duplicates = self._registrar.duplicates  # refused second hosts of an agent_id
@@ -98,6 +101,11 @@ class Node:
 
     def lost(self, session: Session, lost: Lost) -> None:
         self.trust.discard(session)
+        if session.welcomed and session.hello is not None:
+            self.notes.departed(
+                session.hello, session.addresses, peer=session.peer, epoch=session.epoch,
+                cause=session.way_out or lost.kind.value, text=lost.detail,
+            )  # fmt: skip
         for listener in session.listeners:
             self.relay.unlisten(listener)
         session.listeners.clear()
@@ -122,8 +130,13 @@ class Node:
         session.rule = rule
         return True
 
-    def refused(self, code: Refusal) -> None:
+    def refused(self, session: Session, code: Refusal, text: str) -> None:
         self.session_refusals[code.value] += 1
+        if session.hello is not None:
+            self.notes.refused(
+                code, text, namespace=session.hello.namespace, agent_id=session.hello.agent_id,
+                addresses=session.addresses or session.hello.addresses, peer=session.peer, proved=session.place is None,
+            )  # fmt: skip
 
     def _report(self, event: str, fields: dict[str, object]) -> None:
         self.log.report(event, fields)
@@ -192,6 +205,34 @@ class Node:
             streams=self.counts.streams,
             started=self.started,
             duplicates=self.duplicates.current()[:MAX_RECORDED],
+        )
+
+    def facts(self, beat_seconds: float) -> NodeFacts:
+        """Return what the node tells of itself after a heartbeat, which took so long.
+
+        For any thread.
+        """
+        guarded, open_ports = self._registrar.port_counts()
+        used, limit = descriptors()
+        return NodeFacts(
+            node=self.node,
+            host=self.host,
+            ip=self.ip,
+            version=rtunnel.__version__,
+            sessions=len(self.sessions),
+            port_range=self.config.port_range,
+            ports_free=guarded.free,
+            ports_used=guarded.in_use,
+            ports_resting=guarded.quarantined,
+            open_range=self.config.open_ports.own or self.config.open_ports.range,
+            open_used=open_ports.in_use if open_ports is not None else 0,
+            open_resting=open_ports.quarantined if open_ports is not None else 0,
+            descriptors=used,
+            descriptor_limit=limit,
+            clock_offset=self.presence.measured_offset,
+            beat_seconds=round(beat_seconds, 3),
+            notes_dropped=self.notes.dropped,
+            reasons=tuple(reason[:MAX_SENTENCE] for reason in self.reasons()),
         )
 
     def reasons(self) -> list[str]:

@@ -6,8 +6,7 @@ In trio's thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 import trio
 
@@ -15,13 +14,26 @@ from rtunnel.bridge import Bridge
 from rtunnel.clock import ClockWatch, registry_offset
 from rtunnel.config import RegistryConfig
 from rtunnel.errors import RegistryUnavailable, Superseded
-from rtunnel.registry import NodeRecord, Registration, Registry
+from rtunnel.registry import NodeFacts, NodeRecord, Registration, Registry
 from rtunnel_broker.log import NodeLog
+from rtunnel_broker.notes import Notes
 from rtunnel_broker.registrar import Registrar
 
 #: Seconds between two questions for the registry's clock, so that it is known when a gateway's
 #: clock differs.
 MEASURE_SECONDS: Final = 60.0
+
+
+class PresentNode(Protocol):
+    """The node, as its presence sees it."""
+
+    notes: Notes
+
+    def record(self) -> NodeRecord:
+        """Return the node as the registry is to know it now."""
+
+    def facts(self, beat_seconds: float) -> NodeFacts:
+        """Return what the node tells of itself after a heartbeat; for any thread."""
 
 
 class Presence:
@@ -35,20 +47,21 @@ class Presence:
         registrar: Registrar,
         clock: ClockWatch,
         log: NodeLog,
-        record: Callable[[], NodeRecord],
+        node: PresentNode,
     ) -> None:
-        """`record` returns the node as the registry is to know it now."""
         self.heartbeat = config.heartbeat  # seconds
         self.incarnation = 0  # 0: the registry has not given one yet
         # seconds that this machine's clock is ahead of the registry's
         self.clock_offset: float | None = None
+        # the same, measured by a call instead of by heartbeats; the last one that was answered
+        self.measured_offset: float | None = None
         self._ttl = config.ttl
         self._registry = registry
         self._bridge = bridge
         self._registrar = registrar
         self._clock = clock
         self._log = log
-        self._record = record
+        self._node = node
         self._fault: RegistryUnavailable | None = None  # of the last call; None: it was answered
         self._beating = trio.Lock()
         self._measured_at = -MEASURE_SECONDS
@@ -66,7 +79,7 @@ class Presence:
         """
         while not stop.is_set():
             try:
-                self.incarnation = await self._bridge.registry(self._registry.start_node, self._record())
+                self.incarnation = await self._bridge.registry(self._registry.start_node, self._node.record())
             except RegistryUnavailable as error:
                 self._is_down(error)
                 with trio.move_on_after(min(1.0, self.heartbeat)):
@@ -95,14 +108,16 @@ class Presence:
         Never beside a heartbeat, which would bring them back.
         """
         async with self._beating:
-            await self._bridge.registry_tries(self._registry.stop_node, self._record().node, self.incarnation)
+            await self._bridge.registry_tries(self._report, 0.0)
+            await self._bridge.registry_tries(self._registry.stop_node, self._node.record().node, self.incarnation)
 
     async def _beat(self) -> None:
         registrations = self._registrar.registrations()
         left: list[Registration] = []
         self._registrar.left_during_beat = left
+        began = trio.current_time()
         try:
-            beat = await self._bridge.registry(self._registry.beat, self._record(), registrations)
+            beat = await self._bridge.registry(self._registry.beat, self._node.record(), registrations)
         except RegistryUnavailable as error:
             self._is_down(error)
             self.clock_offset = None
@@ -123,7 +138,21 @@ class Presence:
             await self._bridge.registry_tries(self._registry.unregister, registration)
         for session in self._registrar.moved():
             self._bridge.spawn(self._registrar.republish, session)
+        await self._bridge.registry_tries(self._report, trio.current_time() - began)
         await self._measure_clock()
+
+    def _report(self, beat_seconds: float) -> None:
+        """Write the node's facts and notes; on a worker thread. Raises RegistryUnavailable."""
+        notes = self._node.notes.take()
+        facts = self._node.facts(beat_seconds)
+        before = time.time()
+        try:
+            now = self._registry.report(facts, notes)
+        except BaseException:
+            self._node.notes.put_back(notes)
+            raise
+        if not notes:  # one call of one round trip
+            self.measured_offset = round((before + time.time()) / 2 - now, 3)
 
     async def _measure_clock(self) -> None:
         """Compare this clock with the registry's: seldom, and at each beat while Dials are refused

@@ -24,12 +24,14 @@ from rtunnel.errors import AddressTaken, RegistryUnavailable
 from rtunnel.net import listening_socket
 from rtunnel.registry import COUNTER_BITS, DuplicateAgent, PortLease, Registration, Registry, Tuple
 from rtunnel.registry.ports import PortAllocator, PortsExhausted, PortTaken
+from rtunnel.registry.ports import PortCounts as RangeCounts
 from rtunnel.relay.relay import Relay
 from rtunnel.wire.control import BrokerState
 from rtunnel.wire.messages import OpenPort, Publish, Welcome
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_broker.duplicates import PROBE_SECONDS, Duplicates, is_restart, place, replaced_by
 from rtunnel_broker.log import NodeLog
+from rtunnel_broker.notes import Notes
 from rtunnel_broker.ports import DialChecker, GuardedPort, Networks, OpenPortServer, PortCounts
 from rtunnel_broker.session import REGISTERED, Session
 
@@ -48,7 +50,7 @@ class RegistrarNode(Protocol):
     counts: PortCounts
     relay: Relay
     bridge: Bridge
-
+    notes: Notes
     log: NodeLog
 
 
@@ -134,6 +136,10 @@ class Registrar:
         first, last = parse_range(ports)
         part = parse_range(own) if own else None
         return PortAllocator(self._registry, self._node.ip, first, last, quarantine=self._quarantine, own=part)
+
+    def port_counts(self) -> tuple[RangeCounts, RangeCounts | None]:
+        """Return the counts of the guarded ports and of the open ones; for any thread."""
+        return self._guarded.counts(), self._open.counts() if self._open is not None else None
 
     # Registering.
 
@@ -344,7 +350,7 @@ class Registrar:
             if before is None or self.sessions.get(session.owner) is not session:
                 return
             now = session.registration = self._registration(session, before.leases)
-            await self._give_addresses_back(before, now)
+            await self._give_addresses_back(session, before, now)
             try:
                 await self._node.bridge.registry_tries(self._registry.register, now)
             except AddressTaken as error:
@@ -352,7 +358,7 @@ class Registrar:
                     lost = {session.epoch: error}
                     await self._node.bridge.run(lambda: self.end_lost(lost))
 
-    async def _give_addresses_back(self, before: Registration, now: Registration) -> None:
+    async def _give_addresses_back(self, session: Session, before: Registration, now: Registration) -> None:
         """Remove the tuples of addresses that the agent has lost; the ports stay the session's."""
         stay = {(entry.agent_ip, entry.agent_port) for entry in now.tuples}
         gone = tuple(entry for entry in before.tuples if (entry.agent_ip, entry.agent_port) not in stay)
@@ -362,6 +368,11 @@ class Registrar:
         if self.left_during_beat is not None:
             self.left_during_beat.append(left)
         await self._node.bridge.registry_tries(self._registry.unregister, left)
+        if session.hello is not None:
+            self._node.notes.departed(
+                session.hello, {entry.agent_ip for entry in gone}, peer=session.peer, epoch=before.epoch,
+                cause="given_back", text="the agent does not have this address any more",
+            )  # fmt: skip
         self._log.info(
             "addresses_given_back", node=self._node.node, agent=gone[0].agent_id, namespace=gone[0].namespace,
             epoch=str(before.epoch), addresses=sorted({entry.agent_ip for entry in gone}),
@@ -388,6 +399,11 @@ class Registrar:
 
         await self._node.bridge.run(keep)
         await self._node.bridge.registry_tries(self._registry.register, session.registration)
+        if session.hello is not None:
+            self._node.notes.refused(
+                _refusal_of(taken), str(taken), namespace=taken.namespace, agent_id=session.hello.agent_id,
+                addresses=(taken.ip,), peer=session.peer, proved=True,
+            )  # fmt: skip
         self._log.warning(
             "address_not_taken_up", node=self._node.node, agent=session.hello.agent_id if session.hello else "",
             address=taken.ip, reason=str(taken), hint="the agent asks again for a while",
@@ -452,7 +468,12 @@ class Registrar:
             peer=newer.peer, older_peer=older.peer,
             reason="the agent was started again" if is_restart(older, newer) else "its link was dead",
         )  # fmt: skip
-        await self._node.bridge.run(lambda: older.end("replaced: the agent has a new session here"))
+
+        def end() -> None:
+            older.way_out = "replaced"
+            older.end("replaced: the agent has a new session here")
+
+        await self._node.bridge.run(end)
         await self._leave(older)
 
     async def unregister(self, session: Session) -> None:

@@ -103,8 +103,8 @@ class SessionKeeper(Protocol):
         The next heartbeat tells the registry.
         """
 
-    def refused(self, code: Refusal) -> None:
-        """Count a refused session."""
+    def refused(self, session: Session, code: Refusal, text: str) -> None:
+        """Count a refused session, and note it."""
 
 
 class Session:
@@ -122,6 +122,7 @@ class Session:
         self.place: Place[Link] | None = None
         self.link: Link | None = None
         self.lost_by: Lost | None = None  # why it ends, once that is known
+        self.way_out = ""  # the word of a `Departure`, if it is no `LostKind`
         # From the agent's messages.
         self.hello: Hello | None = None
         self.identity: Identity | None = None  # the agent's, by certificate; None: by token
@@ -235,6 +236,7 @@ class Session:
             case Updated(update):
                 self._take_update(update)
             case Left(reason):
+                self.way_out = "left"
                 self.end(f"agent said goodbye: {reason}" if reason else "agent said goodbye")
             case _:
                 assert_never(event)
@@ -372,7 +374,8 @@ class Session:
             self._say(self._control.drain(deadline))
 
     def leave(self, why: str) -> None:
-        """Send Bye with this reason, and end the link."""
+        """Send Bye with this reason, and end the link: the broker stops."""
+        self.way_out = "drained"
         if self._control.allows(Action.BYE):
             self._say(self._control.bye(why))
         self.end(why)
@@ -385,7 +388,7 @@ class Session:
         if not self._control.allows(Action.REFUSE):
             return
         text = text or code.reply.text
-        self.keeper.refused(code)
+        self.keeper.refused(self, code, text)
         fields = {
             "code": code.value, "reason": text, "peer": self.peer, "agent": self.hello.agent_id if self.hello else "",
         }  # fmt: skip

@@ -19,13 +19,14 @@ from rtunnel.bridge import Bridge
 from rtunnel.config import BrokerConfig
 from rtunnel.errors import TrustError
 from rtunnel.relay.relay import Relay
-from rtunnel.trust.certificates import DAY
+from rtunnel.trust.certificates import DAY, load_request, read_request
 from rtunnel.trust.follower import TrustFollower
 from rtunnel.trust.identity import TrustStore
 from rtunnel.trust.tls import certificate_der, certificate_fingerprint, days_left, dial_server_context, server_context
 from rtunnel.watch import Watched, watch
 from rtunnel.wire.messages import Enrol
 from rtunnel.wire.refusal import Refusal, Refused
+from rtunnel_broker.notes import Notes
 from rtunnel_broker.session import Session
 
 _T = TypeVar("_T")
@@ -51,6 +52,7 @@ class TrustNode(Protocol):
     node: str
     relay: Relay
     bridge: Bridge
+    notes: Notes
 
     @property
     def sessions(self) -> dict[str, Session]:
@@ -169,6 +171,7 @@ class BrokerTrust:
             answer = await follower.enrol(request)
         except Refused as error:
             code, text = error.code, error.text
+            self._note_refused(session, request, error)
 
             def refuse() -> None:
                 if code is not Refusal.AUTHORITY_UNAVAILABLE:
@@ -178,6 +181,17 @@ class BrokerTrust:
             await self._node.bridge.run(lambda: self._enrolled(refuse))
         else:
             await self._node.bridge.run(lambda: self._enrolled(lambda: session.enrolled(answer)))
+
+    def _note_refused(self, session: Session, request: Enrol, refused: Refused) -> None:
+        """Note who was refused a certificate, as the request claims it."""
+        try:
+            who = read_request(load_request(request.request))
+        except TrustError:
+            return  # it names no agent
+        self._node.notes.refused(
+            refused.code, refused.text, namespace=who.namespace, agent_id=who.agent_id, addresses=who.addresses,
+            peer=session.peer, proved=False,
+        )  # fmt: skip
 
     def _enrolled(self, tell: Callable[[], None]) -> None:
         self._enrolling -= 1

@@ -1,6 +1,7 @@
 """The registry of tuples: the `Registry` protocol, its implementations, and the route table.
 
 - `base`: the protocol and its records.
+- `history`: entries about agents that have left or were refused.
 - `memory`: a registry inside one process.
 - `redis`: a registry in Redis, by the scripts in `lua`; `redis_client` sends commands, `redis_rows`
   reads and writes rows, `redis_unanswered` records writes without an answer, `redis_url` parses
@@ -20,6 +21,8 @@ from rtunnel.registry.base import (
     CursorLost,
     Duplicate,
     DuplicateAgent,
+    GatewayRecord,
+    NodeFacts,
     NodeRecord,
     PortLease,
     Registration,
@@ -28,6 +31,7 @@ from rtunnel.registry.base import (
     Tuple,
     incarnation_of,
 )
+from rtunnel.registry.history import Departure, History, RefusedAgent
 
 if TYPE_CHECKING:
     from rtunnel.config import RegistryConfig
@@ -37,10 +41,15 @@ __all__ = [
     "Beat",
     "Change",
     "CursorLost",
+    "Departure",
     "Duplicate",
     "DuplicateAgent",
+    "GatewayRecord",
+    "History",
+    "NodeFacts",
     "NodeRecord",
     "PortLease",
+    "RefusedAgent",
     "Registration",
     "Registry",
     "Snapshot",

@@ -18,11 +18,14 @@ from typing import Annotated, Protocol
 import msgspec
 
 from rtunnel.errors import AddressTaken
+from rtunnel.registry.history import Departure, History, RefusedAgent
 from rtunnel.wire.messages import Id, Port, PortOrAny
 
 # An epoch is (incarnation << 32 | counter). Its 64 bits do not fit a JSON or Lua number without
 # rounding (docs/registry.md).
 COUNTER_BITS = 32
+# Seconds for which a node that has died is shown: as long as somebody may still look for its cause.
+SHOWN_SECONDS = 3600
 
 
 def incarnation_of(epoch: int) -> int:
@@ -67,6 +70,53 @@ class NodeRecord(msgspec.Struct, frozen=True, gc=False):
     started: float = 0.0
     beat: float = 0.0  # set by the registry
     duplicates: tuple[Duplicate, ...] = ()  # the latest ones
+
+
+class NodeFacts(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """A node's own figures, which it tells after each complete heartbeat, for `rtunnel status`.
+
+    It is kept for SHOWN_SECONDS, also when the node has died. Gateways do not read it.
+    """
+
+    node: str
+    host: str = ""
+    ip: str = ""
+    version: str = ""
+    sessions: int = 0
+    port_range: str = ""
+    ports_free: int = 0
+    ports_used: int = 0
+    ports_resting: int = 0  # in quarantine
+    open_range: str = ""  # of open ports; empty without any
+    open_used: int = 0
+    open_resting: int = 0
+    descriptors: int = 0
+    descriptor_limit: int = 0
+    #: Seconds that the node's clock is ahead of the registry's; None when not measured yet.
+    clock_offset: float | None = None
+    beat_seconds: float = 0.0  # time that the heartbeat took
+    notes_dropped: int = 0  # departures and refusals that could not be written, since the start
+    reasons: tuple[str, ...] = ()  # why the node is not ready
+    at: float = 0.0  # end of the last complete heartbeat, set by the registry
+
+
+class GatewayRecord(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """One gateway process, as it tells of itself with each heartbeat."""
+
+    name: str  # unique: a worker's has its number
+    host: str
+    namespace: str
+    version: str = ""
+    state: str = "live"  # or "draining"
+    listen: str = ""
+    started: float = 0.0
+    clients: int = 0  # that negotiate
+    streams: int = 0
+    tuples: int = 0
+    routes_age: float | None = None  # seconds since its route table was true; None: never yet
+    fault: str = ""  # what keeps the route table from being true
+    suspects: tuple[str, ...] = ()  # nodes that did not answer it lately
+    at: float = 0.0  # set by the registry
 
 
 class Tuple(msgspec.Struct, frozen=True, gc=False):
@@ -237,6 +287,36 @@ class Registry(Protocol):
         Waits up to `wait` seconds (at most 1) for the first change. A call may return a part of the
         changes: continue with the returned cursor. Expiry is not a change. Raises CursorLost.
         """
+
+    def now(self) -> float:
+        """Return the registry's time, in seconds since 1970."""
+
+    def report(self, facts: NodeFacts, notes: Sequence[Departure | RefusedAgent]) -> float:
+        """Write a node's facts and what it tells of agents; return the registry's time.
+
+        For each address, and for each agent that was refused, the newest note is kept. A note of a
+        departure gets `other_node` here. Writing a note twice changes nothing.
+        """
+
+    def history(self, namespace: str, ip: str) -> History:
+        """Return what is remembered of an address: at most one departure, one refusal of a proved
+        agent and one of an unproved agent.
+        """
+
+    def agent_history(self, namespace: str, agent_id: str) -> History:
+        """Return what is remembered of an agent: its refusals, one proved and one unproved."""
+
+    def node_facts(self) -> list[NodeFacts]:
+        """Return the facts of all nodes that had a heartbeat within SHOWN_SECONDS.
+
+        A node that was stopped in order has none.
+        """
+
+    def report_gateway(self, record: GatewayRecord) -> None:
+        """Write a gateway's record, for `ttl` seconds."""
+
+    def gateways(self) -> list[GatewayRecord]:
+        """Return the gateways that have reported within `ttl` seconds."""
 
     def close(self) -> None:
         """Release connections and threads."""

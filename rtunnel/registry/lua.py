@@ -19,11 +19,14 @@ Each script returns `{answer, {key, ...}}`: its answer, and the keys that it ign
 
 from __future__ import annotations
 
+from rtunnel.registry.base import SHOWN_SECONDS
+
 HEAD = """
 local P = ARGV[1] .. ':'
 local TOKEN, FEED_LENGTH, FEED_BYTES = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local TTL, LEASE, QUARANTINE, LAST = ARGV[5], ARGV[6], ARGV[7], ARGV[8]  -- milliseconds
 local NOT_AFTER = ARGV[9]  -- seconds by this server's clock; '' for no limit
+local SHOWN = $SHOWN  -- seconds for which a dead node is shown
 local at = 9
 local function arg() at = at + 1; return ARGV[at] end
 
@@ -221,7 +224,7 @@ end
 local function in_the_way(row)
   return row.agent_id, row.node, type(row.agent_host) == 'string' and row.agent_host or ''
 end
-"""
+""".replace("$SHOWN", str(SHOWN_SECONDS))
 
 # Write leases, then tuples, of one node's sessions, except tuples whose address another agent has.
 # A registration ('keep') is then refused as a whole, a beat ('back') for that tuple only. Returns
@@ -352,7 +355,7 @@ local incarnation = string.format('%d', math.max(before + 1, tonumber(time[1])))
 redis.call('SET', key, incarnation, 'PX', LAST)
 record = '{"beat":' .. now .. ',"incarnation":' .. incarnation .. ',' .. string.sub(record, 2)
 redis.call('SET', P .. 'node:' .. node, record, 'PX', TTL)
-call('ZREMRANGEBYSCORE', P .. 'nodes', '-inf', now - LEASE / 1000)
+call('ZREMRANGEBYSCORE', P .. 'nodes', '-inf', now - SHOWN)
 call('ZREMRANGEBYSCORE', P .. 'nodes', now + LEASE / 1000, '+inf')
 call('ZADD', P .. 'nodes', now, node)
 ensure_feed()
@@ -365,7 +368,7 @@ STOP = (
     + """
 local node, incarnation = arg(), arg()
 if superseded(node, incarnation) then return answered(0) end
-redis.call('DEL', P .. 'node:' .. node)
+redis.call('DEL', P .. 'node:' .. node, P .. 'facts:' .. node)
 call('ZREM', P .. 'nodes', node)
 return answered(1)
 """
@@ -493,5 +496,79 @@ for _, member in ipairs(page[2]) do
   end
 end
 return answered({page[1], table.concat(found, '\\n')})
+"""
+)
+
+# Write a node's facts, and notes of departures and refusals. Of each key the newest note stays, by
+# its own time, so that a call may run late or twice. A note of a departure says on which node the
+# agent has another session: this is for people, and no script concludes anything from it. Returns
+# the time.
+REPORT = (
+    HEAD
+    + """
+local node, facts = arg(), arg()
+redis.call('SET', P .. 'facts:' .. node, '{"at":' .. now .. ',' .. string.sub(facts, 2), 'EX', SHOWN)
+
+local function session_beside(target, agent, node, epoch)
+  local all = call('HGETALL', P .. 'target:' .. target) or {}
+  local found = {}
+  for i = 1, #all, 2 do found[all[i]] = all[i + 1] end
+  for beat, last in pairs(found) do
+    local field, at, of = string.match(beat, '^(([^/@]*)/%d+)@(%d+)$')
+    local json = field and found[field]
+    local means = json and epoch_of(json) == of and not (at == node and of == epoch)
+    if means and alive(last) and string.find(json, agent, 1, true) then
+      local read, row = pcall(cjson.decode, json)
+      if read and type(row) == 'table' and type(row.node) == 'string' then return row.node end
+    end
+  end
+end
+
+-- A time from the future (the clock has stepped back) must not keep newer notes away.
+local function time_of(json)
+  local seconds = tonumber(string.match(json or '', '^{"at":([%d.]+)') or '') or 0
+  return seconds <= newest and seconds or 0
+end
+
+for _ = 1, tonumber(arg()) do
+  local at, life, target, agent, epoch, json = arg(), arg(), arg(), arg(), arg(), arg()
+  local other = target ~= '' and session_beside(target, agent, node, epoch)
+  local head = '{"at":' .. at .. (other and ',"other_node":' .. cjson.encode(other) or '')
+  json = head .. ',' .. string.sub(json, 2)
+  for _ = 1, tonumber(arg()) do
+    local key = P .. arg()
+    local stored = call('GET', key)
+    if not faulty[key] and time_of(stored or '') <= tonumber(at) then redis.call('SET', key, json, 'EX', life) end
+  end
+end
+return answered(now)
+"""
+)
+
+# Write a gateway's record.
+GATEWAY = (
+    HEAD
+    + """
+local name, record = arg(), arg()
+redis.call('SET', P .. 'gateway:' .. name, '{"at":' .. now .. ',' .. string.sub(record, 2), 'PX', TTL)
+call('ZREMRANGEBYSCORE', P .. 'gateways', '-inf', now - TTL / 1000)
+call('ZREMRANGEBYSCORE', P .. 'gateways', now + TTL / 1000, '+inf')
+call('ZADD', P .. 'gateways', now, name)
+return answered(1)
+"""
+)
+
+# Return the rows KIND:NAME for the names of a sorted set that had a sign of life in so many
+# seconds. A row tells its own time; the set only serves to find its name.
+ROWS = (
+    HEAD
+    + """
+local set, kind, seconds = arg(), arg(), arg()
+local found = {}
+for _, name in ipairs(call('ZRANGEBYSCORE', P .. set, now - seconds, '+inf') or {}) do
+  local row = call('GET', P .. kind .. ':' .. name)
+  if row then found[#found + 1] = row end
+end
+return answered(table.concat(found, '\\n'))
 """
 )

@@ -18,10 +18,13 @@ import msgspec
 from rtunnel.errors import AddressTaken, Superseded
 from rtunnel.registry.base import (
     COUNTER_BITS,
+    SHOWN_SECONDS,
     Beat,
     Change,
     CursorLost,
     DuplicateAgent,
+    GatewayRecord,
+    NodeFacts,
     NodeRecord,
     PortLease,
     Registration,
@@ -29,10 +32,13 @@ from rtunnel.registry.base import (
     Tuple,
     incarnation_of,
 )
+from rtunnel.registry.history import CLAIM_SECONDS, KEPT_SECONDS, Departure, History, RefusedAgent
 
 FEED_LENGTH = 100_000  # changes kept, as in the Redis feed
 LAST_PORTS = 200_000  # remembered (node, owner) pairs; the oldest is dropped first
 CHANGES_AT_ONCE = 1000  # changes that one call of `changes` returns at most
+# Departures and refusals remembered, and as many of agents by name; the oldest is dropped first.
+MAX_NOTES = 20_000
 
 _Target = tuple[str, str]  # (namespace, agent_ip)
 _Field = tuple[str, int]  # (node, agent_port)
@@ -89,6 +95,10 @@ class MemoryRegistry:
             self._targets: dict[_Target, dict[_Field, _Live]] = {}
             self._ports: dict[tuple[str, int], _Port] = {}
             self._last: dict[tuple[str, str], int] = {}
+            # By kind, namespace and address (or agent_id).
+            self._notes: dict[tuple[str, str, str], Departure | RefusedAgent] = {}
+            self._facts: dict[str, NodeFacts] = {}
+            self._gateways: dict[str, GatewayRecord] = {}
             self._changed.notify_all()
 
     def ping(self) -> None:
@@ -114,6 +124,7 @@ class MemoryRegistry:
                 return
             self._purge(node, (incarnation + 1) << COUNTER_BITS, self._clock())
             self._nodes.pop(node, None)
+            self._facts.pop(node, None)
 
     def nodes(self) -> list[NodeRecord]:
         with self._changed:
@@ -293,6 +304,70 @@ class MemoryRegistry:
             self._targets.pop(target, None)
         self._emit(entry, None)
 
+    # ------------------------------------------------------------------ reports
+
+    def now(self) -> float:
+        return self._clock()
+
+    def report(self, facts: NodeFacts, notes: Sequence[Departure | RefusedAgent]) -> float:
+        with self._changed:
+            now = self._clock()
+            self._facts[facts.node] = msgspec.structs.replace(facts, at=now)
+            for note in notes:
+                self._remember(facts.node, msgspec.structs.replace(note, at=now - note.ago, ago=0.0), now)
+            return now
+
+    def _remember(self, node: str, note: Departure | RefusedAgent, now: float) -> None:
+        if isinstance(note, Departure):
+            note = msgspec.structs.replace(note, other_node=self._session_beside(node, note, now))
+        for key in _note_keys(note):
+            stored = self._notes.get(key)
+            # A time from the future (the clock has stepped back) must not keep newer notes away.
+            if stored is None or stored.at <= note.at or stored.at > now + self.ttl:
+                self._notes.pop(key, None)
+                self._notes[key] = note
+                if len(self._notes) > MAX_NOTES:
+                    del self._notes[next(iter(self._notes))]
+
+    def _session_beside(self, node: str, note: Departure, now: float) -> str:
+        """Return a node on which the agent of a departure has another session, or ""."""
+        for live in self._targets.get((note.namespace, note.addresses[0]), {}).values() if note.addresses else ():
+            there = live.tuple
+            same = (there.node, there.epoch) == (node, note.epoch)
+            if not same and there.agent_id == note.agent_id and self._alive(live.beat, now):
+                return there.node
+        return ""
+
+    def history(self, namespace: str, ip: str) -> History:
+        return self._history(namespace, ip, "gone", "refused-at", "claimed-at")
+
+    def agent_history(self, namespace: str, agent_id: str) -> History:
+        return self._history(namespace, agent_id, "refused", "claimed")
+
+    def _history(self, namespace: str, name: str, *kinds: str) -> History:
+        with self._changed:
+            now = self._clock()
+            notes = [self._notes.get((kind, namespace, name)) for kind in kinds]
+            kept = [note for note in notes if note is not None and now - note.at < _life(note)]
+            departures = tuple(note for note in kept if isinstance(note, Departure))
+            return History(now, departures, tuple(note for note in kept if isinstance(note, RefusedAgent)))
+
+    def node_facts(self) -> list[NodeFacts]:
+        with self._changed:
+            oldest = self._clock() - SHOWN_SECONDS
+            self._facts = {node: facts for node, facts in self._facts.items() if facts.at > oldest}
+            return list(self._facts.values())
+
+    def report_gateway(self, record: GatewayRecord) -> None:
+        with self._changed:
+            self._gateways[record.name] = msgspec.structs.replace(record, at=self._clock())
+
+    def gateways(self) -> list[GatewayRecord]:
+        with self._changed:
+            now = self._clock()
+            self._gateways = {name: record for name, record in self._gateways.items() if self._alive(record.at, now)}
+            return list(self._gateways.values())
+
     # ------------------------------------------------------------------ readers
 
     def lookup(self, namespace: str, ip: str) -> list[Tuple]:
@@ -344,3 +419,16 @@ def _are_two_hosts(one: Tuple, other: Tuple) -> bool:
 def _parts(registration: Registration) -> Iterator[Tuple | PortLease]:
     yield from registration.tuples
     yield from registration.leases
+
+
+def _note_keys(note: Departure | RefusedAgent) -> Iterator[tuple[str, str, str]]:
+    """Yield the keys of a note, as docs/registry.md names them."""
+    kind = "refused" if isinstance(note, RefusedAgent) and note.proved else "claimed"
+    if isinstance(note, RefusedAgent):
+        yield kind, note.namespace, note.agent_id
+    for ip in note.addresses:
+        yield "gone" if isinstance(note, Departure) else f"{kind}-at", note.namespace, ip
+
+
+def _life(note: Departure | RefusedAgent) -> float:
+    return CLAIM_SECONDS if isinstance(note, RefusedAgent) and not note.proved else KEPT_SECONDS

@@ -18,10 +18,13 @@ from rtunnel.errors import AddressTaken, RegistryUnavailable
 from rtunnel.registry import lua
 from rtunnel.registry.base import (
     COUNTER_BITS,
+    SHOWN_SECONDS,
     Beat,
     Change,
     CursorLost,
     DuplicateAgent,
+    GatewayRecord,
+    NodeFacts,
     NodeRecord,
     PortLease,
     Registration,
@@ -29,26 +32,36 @@ from rtunnel.registry.base import (
     Tuple,
     incarnation_of,
 )
+from rtunnel.registry.history import Departure, History, RefusedAgent
 from rtunnel.registry.redis_client import RedisClient, Script, WrongType, seconds_of
 from rtunnel.registry.redis_rows import (
     NONSENSE,
+    agent_key,
     agent_mark,
     field_name,
     last_port_name,
     lease_args,
     leases_with_exposes,
     node_of,
+    note_args,
+    note_keys,
     port_name,
     quoted,
     quoted_ip,
     read_change,
+    read_departure,
+    read_facts,
+    read_gateway,
     read_page,
     read_record,
+    read_refused,
     read_tuple,
     readable,
     sequence_of,
     stored_record,
+    stored_report,
     stored_tuple,
+    target_key,
     target_name,
 )
 from rtunnel.registry.redis_unanswered import Unanswered, place_of
@@ -62,6 +75,7 @@ FEED_BYTES = 32 * 1024 * 1024
 # Sessions in one call of the quiet beat: 3 to 5 ms of Redis, 100 calls for 50,000 sessions.
 BATCH = 500
 WRITE_BATCH = 250  # sessions in one call that writes them in full: 5 ms of Redis
+NOTE_KEYS = 250  # keys of notes in one call that writes them: 3 ms of Redis
 PAGE = 250  # tuples in one page of a snapshot or purge: 2 to 4 ms of Redis
 CHANGES_AT_ONCE = 1000  # changes in one reply, or tuples in one exchange of `with_exposes`
 # Each session is written in full once in this many beats (five minutes at 5 s). It removes dead
@@ -96,6 +110,7 @@ def _reject_nonsense(
 _PUT, _REFRESH, _START, _STOP = map(Script, (lua.PUT, lua.REFRESH, lua.START, lua.STOP))
 _PURGE, _LEASE, _REMOVE = map(Script, (lua.PURGE, lua.LEASE, lua.REMOVE))
 _CURSOR, _NODES, _PAGE = map(Script, (lua.CURSOR, lua.NODES, lua.PAGE))
+_REPORT, _GATEWAY, _ROWS = map(Script, (lua.REPORT, lua.GATEWAY, lua.ROWS))
 
 
 class RedisRegistry(RedisClient):
@@ -275,6 +290,53 @@ class RedisRegistry(RedisClient):
             args += (target_name(entry), field_name(entry), entry.epoch, stored_tuple(entry))
         self._run(_REMOVE, *args)
 
+    # ------------------------------------------------------------------ reports
+
+    def now(self) -> float:
+        return float(seconds_of(self._command("TIME")))
+
+    @_reject_nonsense
+    def report(self, facts: NodeFacts, notes: Sequence[Departure | RefusedAgent]) -> float:
+        row = stored_report(facts)
+        now = 0.0
+        for batch in _note_batches(notes):
+            # By the server's time before the call, so that a call that runs twice says the same.
+            args = [part for note in batch for part in note_args(note, self._server_time())]
+            now = float(self._write(_REPORT, quoted(facts.node), row, len(batch), *args))
+        return now
+
+    @_reject_nonsense
+    def history(self, namespace: str, ip: str) -> History:
+        gone, *refused = (target_key(kind, namespace, ip) for kind in ("gone", "refused-at", "claimed-at"))
+        return self._history([gone], refused)
+
+    @_reject_nonsense
+    def agent_history(self, namespace: str, agent_id: str) -> History:
+        return self._history([], [agent_key(kind, namespace, agent_id) for kind in ("refused", "claimed")])
+
+    def _history(self, departures: list[str], refusals: list[str]) -> History:
+        """Read the notes with these names of keys. A key of another type reads as missing."""
+        names = [f"{self._prefix}:{name}" for name in (*departures, *refusals)]
+        clock, rows = self._exchange(("TIME",), ("MGET", *names))
+        gone, refused = rows[: len(departures)], rows[len(departures) :]
+        return History(
+            float(seconds_of(clock)),
+            tuple(readable(filter(None, gone), read_departure)),
+            tuple(readable(filter(None, refused), read_refused)),
+        )
+
+    @_reject_nonsense
+    def node_facts(self) -> list[NodeFacts]:
+        return list(readable(self._run(_ROWS, "nodes", "facts", SHOWN_SECONDS).splitlines(), read_facts))
+
+    @_reject_nonsense
+    def report_gateway(self, record: GatewayRecord) -> None:
+        self._write(_GATEWAY, quoted(record.name), stored_report(record))
+
+    @_reject_nonsense
+    def gateways(self) -> list[GatewayRecord]:
+        return list(readable(self._run(_ROWS, "gateways", "gateway", self.ttl).splitlines(), read_gateway))
+
     # ------------------------------------------------------------------ readers
 
     @_reject_nonsense
@@ -354,4 +416,17 @@ def _batches(registrations: Iterable[Registration], most: int) -> Iterator[list[
             batch, size = [], 0
         batch.append(registration)
         size += max(1, len(registration.tuples), len(registration.leases))
+    yield batch
+
+
+def _note_batches(notes: Sequence[Departure | RefusedAgent]) -> Iterator[list[Departure | RefusedAgent]]:
+    """Yield batches of about NOTE_KEYS keys; at least one, for the node's facts."""
+    batch: list[Departure | RefusedAgent] = []
+    size = 0
+    for note in notes:
+        if size >= NOTE_KEYS:
+            yield batch
+            batch, size = [], 0
+        batch.append(note)
+        size += len(note_keys(note))
     yield batch

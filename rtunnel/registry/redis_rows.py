@@ -15,12 +15,17 @@ import msgspec
 
 from rtunnel.config import canonical_ip
 from rtunnel.logs import get_logger
-from rtunnel.registry.base import Change, NodeRecord, PortLease, Registration, Tuple
+from rtunnel.registry.base import Change, GatewayRecord, NodeFacts, NodeRecord, PortLease, Registration, Tuple
+from rtunnel.registry.history import CLAIM_SECONDS, KEPT_SECONDS, Departure, RefusedAgent
 
 _PLAIN = re.compile(r"[A-Za-z0-9._~-]+").fullmatch
 
 _tuple = msgspec.json.Decoder(Tuple, strict=False)  # not strict: an epoch is a string in JSON
 read_record = msgspec.json.Decoder(NodeRecord, strict=False).decode
+read_facts = msgspec.json.Decoder(NodeFacts, strict=False).decode
+read_gateway = msgspec.json.Decoder(GatewayRecord, strict=False).decode
+read_departure = msgspec.json.Decoder(Departure, strict=False).decode
+read_refused = msgspec.json.Decoder(RefusedAgent, strict=False).decode
 _encode = msgspec.json.Encoder().encode
 # Errors that reading a reply can raise when another program has written it.
 NONSENSE = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, msgspec.MsgspecError)
@@ -89,7 +94,7 @@ def stored_tuple(entry: Tuple) -> bytes:
     return _encode({"epoch": str(fields.pop("epoch")), **fields})
 
 
-def agent_mark(entry: Tuple) -> bytes:
+def agent_mark(entry: Tuple | Departure) -> bytes:
     """Return a piece of JSON that is in every stored tuple of this agent, and of no other agent.
 
     No value can contain it: JSON puts a backslash before a quote inside a value.
@@ -103,6 +108,48 @@ def stored_record(record: NodeRecord, *, incarnation: bool) -> bytes:
     if not incarnation:
         del fields["incarnation"]
     return _encode(fields)
+
+
+def stored_report(report: NodeFacts | GatewayRecord) -> bytes:
+    """Return facts or a gateway's record as stored JSON, without the time, which a script adds."""
+    fields = msgspec.structs.asdict(report)
+    del fields["at"]
+    return _encode(fields)
+
+
+def target_key(kind: str, namespace: str, ip: str) -> str:
+    """Return the key of what is known about an address, without the prefix."""
+    return f"{kind}:{quoted(namespace)}:{quoted_ip(ip)}"
+
+
+def agent_key(kind: str, namespace: str, agent_id: str) -> str:
+    """Return the key of what is known about an agent, without the prefix."""
+    return f"{kind}:{quoted(namespace)}:{quoted(agent_id)}"
+
+
+def note_keys(note: Departure | RefusedAgent) -> list[str]:
+    """Return the keys under which a note is stored, without the prefix."""
+    if isinstance(note, Departure):
+        return [target_key("gone", note.namespace, ip) for ip in note.addresses]
+    kind = "refused" if note.proved else "claimed"
+    keys = [target_key(f"{kind}-at", note.namespace, ip) for ip in note.addresses]
+    return [agent_key(kind, note.namespace, note.agent_id), *keys]
+
+
+def note_args(note: Departure | RefusedAgent, now: float) -> list[Any]:
+    """Return the arguments of a script for one note; `now` is the registry's time."""
+    fields = msgspec.structs.asdict(note)
+    for set_by_registry in ("at", "ago", "other_node"):
+        fields.pop(set_by_registry, None)
+    target, mark, epoch, life = "", b"", "", KEPT_SECONDS
+    if isinstance(note, Departure):
+        epoch = fields["epoch"] = str(note.epoch)
+        mark = agent_mark(note)
+        target = f"{quoted(note.namespace)}:{quoted_ip(note.addresses[0])}" if note.addresses else ""
+    elif not note.proved:
+        life = CLAIM_SECONDS
+    keys = note_keys(note)
+    return [f"{now - note.ago:.3f}", life, target, mark, epoch, _encode(fields), len(keys), *keys]
 
 
 def sequence_of(entry: list[Any]) -> int:

@@ -165,7 +165,7 @@ class Node:
     def updated(self, session: Session) -> None:
         self.calls.append(("updated", session.exposes))
 
-    def refused(self, code: Refusal) -> None:
+    def refused(self, session: Session, code: Refusal, text: str) -> None:
         self.calls.append(("refused", code))
 
     # As its log.
