@@ -57,6 +57,7 @@ class RouteTable:
         # replaces values. One control-plane call runs at a time; the relay never takes this lock.
         self._control = threading.RLock()
         self._routes: dict[_Key, tuple[Tuple, ...]] = {}
+        self._namespaces: dict[str, int] = {}  # the number of keys of each
         self._tuples = 0
         self._nodes: dict[str, NodeRecord] = {}
         self._written = -inf  # when a node's heartbeat was last seen to change
@@ -80,6 +81,10 @@ class RouteTable:
         O(1), without a lock; for any thread.
         """
         return self._routes.get((namespace, ip), ())
+
+    def namespaces_with(self, ip: str) -> list[str]:
+        """Return the namespaces in which the table has a tuple for this address; for any thread."""
+        return sorted(name for name in list(self._namespaces) if self._routes.get((name, ip)))
 
     def forget(self, stale: Tuple) -> None:
         """Drop a tuple that a broker or agent called stale; for any thread.
@@ -274,8 +279,18 @@ class RouteTable:
                 self._replace(key, old, tuple(have for have in old if keep(have)))
                 if not self._routes[key]:
                     del self._routes[key]
+                    self._count(key, -1)
+
+    def _count(self, key: _Key, change: int) -> None:
+        keys = self._namespaces.get(key[0], 0) + change
+        if keys:
+            self._namespaces[key[0]] = keys
+        else:
+            del self._namespaces[key[0]]
 
     def _replace(self, key: _Key, old: tuple[Tuple, ...], new: tuple[Tuple, ...]) -> None:
+        if key not in self._routes:
+            self._count(key, 1)
         self._routes[key] = tuple(sorted(new, key=self._rank)) if len(new) > 1 else new
         self._tuples += len(new) - len(old)
 

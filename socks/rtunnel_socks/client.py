@@ -266,19 +266,13 @@ class Client:
             self._start(target, tuples)
 
     def found(self, tuples: tuple[Tuple, ...]) -> None:
-        """Take the registry's tuples for a target that the route table does not have; there may be
-        none.
-        """
+        """Take the registry's tuples for a target that the route table does not have."""
         target = self.asked.target
-        if self.over or target is None:
-            return
-        if tuples:
+        if not self.over and target is not None:
             self._start(target, tuples)
-        else:
-            self._turn_away(Refused(Refusal.UNKNOWN_TARGET, f"no agent answers for {target.ip}"))
 
     def failed(self, refused: Refused) -> None:
-        """Refuse the request, because the registry could not be asked."""
+        """Refuse the request: the target has no tuple, or the registry could not be asked."""
         if not self.over:
             self._turn_away(refused)
 

@@ -15,7 +15,9 @@ from rtunnel.clock import registry_offset
 from rtunnel.config import RegistryConfig
 from rtunnel.errors import RegistryUnavailable
 from rtunnel.registry import Registry, Tuple
+from rtunnel.registry.history import unknown_target
 from rtunnel.registry.routes import Mirror, RouteTable
+from rtunnel.wire.messages import MAX_TEXT
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_socks.dial import Target
 
@@ -35,10 +37,10 @@ class Asker(Protocol):
     """A client that waits for a lookup. Its methods are called in the relay's thread."""
 
     def found(self, tuples: tuple[Tuple, ...]) -> None:
-        """Take the tuples; there may be none."""
+        """Take the tuples, at least one."""
 
     def failed(self, refused: Refused) -> None:
-        """Hear why there is no answer."""
+        """Hear that there is no tuple, or why there is no answer."""
 
 
 class Resolver:
@@ -58,7 +60,8 @@ class Resolver:
         # when the table had the registry's state last (monotonic)
         self._followed: float | None = None
         self._silent = False  # no broker has a heartbeat, and it was logged
-        self._misses: dict[_Key, float] = {}  # until when they are not asked for again
+        # Targets without a tuple: until when they are not asked for again, and what is known.
+        self._misses: dict[_Key, tuple[float, str]] = {}
         self._asking: dict[_Key, list[Asker]] = {}
 
     # In the relay's thread.
@@ -73,8 +76,9 @@ class Resolver:
         if tuples:
             return tuples
         loop = self._bridge.relay.loop
-        if self._misses.get(key, 0.0) > loop.now:
-            loop.soon(lambda: asker.found(()))
+        until, text = self._misses.get(key, (0.0, ""))
+        if until > loop.now:
+            loop.soon(lambda: asker.failed(Refused(Refusal.UNKNOWN_TARGET, text)))
         elif refused := self._unaskable(key):
             loop.soon(lambda: asker.failed(refused))
         elif key in self._asking:
@@ -89,7 +93,8 @@ class Resolver:
         answer.
         """
         if self.down is not None:
-            return Refused(Refusal.REGISTRY_UNAVAILABLE, f"no tuple is known here for {key[1]}, and: {self.down.text}")
+            text = f"no tuple is known here for {key[1]}, and {self._staleness(self.down.text)}"
+            return Refused(Refusal.REGISTRY_UNAVAILABLE, text)
         if silence := self.table.silence():
             return Refused(Refusal.REGISTRY_UNAVAILABLE, f"no tuple is known here for {key[1]}, and {silence}")
         if len(self._asking) >= MAX_MISSES and key not in self._asking:
@@ -98,10 +103,10 @@ class Resolver:
 
     def _answer(self, key: _Key, tuples: tuple[Tuple, ...], refused: Refused | None) -> None:
         askers = self._asking.pop(key, [])
-        if not tuples and refused is None:
+        if refused is not None and refused.code is Refusal.UNKNOWN_TARGET:
             if len(self._misses) >= MAX_MISSES:
                 self._misses.clear()
-            self._misses[key] = self._bridge.relay.loop.now + MISS_SECONDS
+            self._misses[key] = self._bridge.relay.loop.now + MISS_SECONDS, refused.text
         for asker in askers:
             if refused is not None:
                 asker.failed(refused)
@@ -115,9 +120,30 @@ class Resolver:
         refused: Refused | None = None
         try:
             tuples = _guarded(tuple(await self._bridge.registry(self._registry.lookup, *key)))
+            if not tuples:
+                refused = await self._unknown(*key)
         except RegistryUnavailable as error:
-            refused = Refused(Refusal.REGISTRY_UNAVAILABLE, f"no tuple is known here for {key[1]}, and: {error}")
+            text = f"no tuple is known here for {key[1]}, and {self._staleness(str(error))}"
+            refused = Refused(Refusal.REGISTRY_UNAVAILABLE, text)
         self._bridge.relay.call(lambda: self._answer(key, tuples, refused))
+
+    async def _unknown(self, namespace: str, ip: str) -> Refused:
+        """Return the refusal of a target without a tuple, with what the registry remembers of it.
+
+        Raises RegistryUnavailable.
+        """
+        history = await self._bridge.registry(self._registry.history, namespace, ip)
+        elsewhere = [name for name in self.table.namespaces_with(ip) if name != namespace]
+        known = [self._staleness(self.fault)] if self.fault else []
+        text = unknown_target(
+            ip, [*known, *history.sentences()], namespace=namespace, elsewhere=elsewhere, asker="this gateway serves"
+        )
+        return Refused(Refusal.UNKNOWN_TARGET, text[:MAX_TEXT])
+
+    def _staleness(self, fault: str) -> str:
+        """Return a sentence about the age of the route table, and why it is not newer."""
+        age = self.age
+        return f"this gateway's table {'was never filled' if age is None else f'is {age:.1f} s old'}: {fault}"
 
     async def follow(self) -> None:
         """Keep the route table up to date until cancelled, through any outage of the registry."""
