@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -15,7 +14,7 @@ from typing import Any
 import click
 import msgspec
 
-from rtunnel import __version__, config, roles, workers
+from rtunnel import __version__, cli_cluster, config, roles, workers
 from rtunnel.cli_pki import pki_group
 from rtunnel.cli_trace import trace
 from rtunnel.config import Config, Flag
@@ -413,7 +412,7 @@ def _open_registry(config_file: Path | None, values: Mapping[str, Any]) -> Itera
 @click.argument("target", metavar="IP[:PORT]")
 @click.option("--namespace", default="default", show_default=True, help="The agent's namespace.")
 def resolve(target: str, namespace: str, config_file: Path | None, as_json: bool, **values: Any) -> None:
-    """Show the tuples through which IP[:PORT] is reached.
+    """Show the tuples through which IP[:PORT] is reached, or why there are none.
 
     Exit code 1 when there are none.
     """
@@ -423,28 +422,31 @@ def resolve(target: str, namespace: str, config_file: Path | None, as_json: bool
         found = registry.with_exposes(registry.lookup(namespace, ip))
         tuples = [_as_it_is(item, states) for item in found]
         tuples.sort(key=lambda item: (item.state != "live", item.node))
-    # A lookup does not return the registry's clock, so that an age is as exact as this machine's
-    # clock.
-    now = time.time()
+        now = registry.now()
+        missing = None if tuples else cli_cluster.missing(registry, namespace, ip)
     usable = [item for item in tuples if port == 0 or _serves(item, port)]
+    reason = "" if usable else _why_none(ip, port, tuples, missing)
     if as_json:
         # An epoch has 64 bits, which jq and JavaScript would round.
-        print_json(
-            [{**msgspec.to_builtins(item), "epoch": str(item.epoch), "age": _age(now, item.beat)} for item in usable]
-        )
+        rows = [{**msgspec.to_builtins(item), "epoch": str(item.epoch), "age": _age(now, item.beat)} for item in usable]
+        found_json = {"namespace": namespace, "ip": ip, "port": port, "now": now, "tuples": rows, "reason": reason}
+        print_json(found_json | (missing.as_json() if missing is not None else {}))
     elif usable:
         columns = ("ps", "agent port", "node", "epoch", "state", "agent", "exposes", "heartbeat")
         print_table(columns, [_tuple_row(item, now) for item in usable], keep=("ps", "node", "agent"))
     if not usable:
-        where = config.format_endpoint(ip, port) if port else ip
-        reason = f"no agent answers for {ip} in namespace {namespace}: `rtunnel status` shows the agents"
-        if tuples:
-            exposed = tuples[0].exposes or "nothing"
-            reason = (
-                f"{_names_of(tuples)} has {ip}, but does not expose {port} (exposes: {exposed}): "
-                "add the port to agent.exposes"
-            )
-        raise Failure(f"{where}: {reason}", EXIT_FAILED)
+        raise Failure(f"{config.format_endpoint(ip, port) if port else ip}: {reason}", EXIT_FAILED)
+
+
+def _why_none(ip: str, port: int, tuples: Sequence[Tuple], missing: cli_cluster.Missing | None) -> str:
+    """Return why no tuple serves the address and port, and what to do."""
+    if missing is not None:
+        return missing.text()
+    exposed = tuples[0].exposes or "nothing"
+    return (
+        f"{_names_of(tuples)} has {ip}, but does not expose {port} (exposes: {exposed}): "
+        "add the port to agent.exposes"
+    )
 
 
 def _as_it_is(item: Tuple, states: Mapping[str, str]) -> Tuple:
@@ -490,8 +492,7 @@ def _tuple_row(item: Tuple, now: float) -> tuple[str, ...]:
     )
 
 
-def _age(now: float, then: float) -> float:
-    return round(max(0.0, now - then), 3)
+_age = cli_cluster.age
 
 
 #: Printed by `rtunnel status` with an empty list of nodes.
@@ -518,23 +519,26 @@ class _Agent(msgspec.Struct):
 @_registry_options
 @click.option("--all", "everything", is_flag=True, help=f"Show all agents, not only {SHOWN_AGENTS}.")
 def status(everything: bool, config_file: Path | None, as_json: bool, **values: Any) -> None:
-    """Show the nodes, and the agents with their sessions.
+    """Show the nodes and gateways, and the agents with their sessions.
 
-    Agents with the fewest nodes and hosts come first.
+    A node that has died is shown for an hour. Agents with the fewest nodes and hosts come first.
     """
     with _open_registry(config_file, values) as registry:
         snapshot = registry.snapshot()
+        nodes = cli_cluster.Nodes(snapshot.nodes, registry.node_facts(), snapshot.now, registry.ttl)
+        gateways = registry.gateways()
         url = registry.url
     agents = _agents(snapshot)
+    warnings = [] if snapshot.nodes else [NO_HEARTBEAT]
     if as_json:
-        nodes = [{**msgspec.to_builtins(node), "age": _age(snapshot.now, node.beat)} for node in snapshot.nodes]
-        warnings = [] if nodes else [NO_HEARTBEAT]
-        summary = _summary(snapshot, agents)
-        print_json({"registry": url, "nodes": nodes, "agents": agents, "summary": summary, "warnings": warnings})
+        rest = {"registry": url, "agents": agents, "summary": _summary(snapshot, agents)}
+        print_json(cli_cluster.status_json(nodes, gateways, snapshot.now, rest, warnings))
         return
-    columns = ("node", "host", "ps ip", "state", "sessions", "streams", "heartbeat", "version")
-    records = sorted(snapshot.nodes, key=lambda node: node.node)
-    print_table(columns, [_node_row(node, snapshot.now) for node in records], keep=("node", "ps ip"))
+    print_table(cli_cluster.NODE_COLUMNS, nodes.rows(), keep=("node", "ps ip"))
+    if gateways:
+        click.echo()
+        rows = cli_cluster.gateway_rows(gateways, snapshot.now)
+        print_table(cli_cluster.GATEWAY_COLUMNS, rows, keep=("gateway", "listen"))
     shown = agents if everything else agents[:SHOWN_AGENTS]
     click.echo()
     print_table(
@@ -549,8 +553,8 @@ def status(everything: bool, config_file: Path | None, as_json: bool, **values: 
         for claim in node.duplicates:
             click.echo(_duplicate_line(node, claim))
     click.echo(_summary_line(url, _summary(snapshot, agents)))
-    if not snapshot.nodes:
-        click.echo(f"warning: {NO_HEARTBEAT}")
+    for text in [*warnings, *nodes.warnings(), *cli_cluster.gateway_warnings(gateways, snapshot.now)]:
+        click.echo(f"warning: {text}")
 
 
 def _agents(snapshot: Snapshot) -> list[_Agent]:
@@ -588,11 +592,6 @@ def _duplicate_line(node: NodeRecord, claim: Duplicate) -> str:
         f"two hosts are agent {agent}: {claim.holder} has the sessions, {claim.refused} was refused by {node.node}"
         f" (last at {at}, tries: {claim.tries}); stop one of them, or give it an agent_id of its own"
     )
-
-
-def _node_row(node: NodeRecord, now: float) -> tuple[str, ...]:
-    beat = f"{_age(now, node.beat):.1f} s ago"
-    return node.node, node.host, node.ip, node.state, str(node.sessions), str(node.streams), beat, node.version
 
 
 def _agent_row(agent: _Agent) -> tuple[str, ...]:

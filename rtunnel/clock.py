@@ -18,6 +18,7 @@ from typing import Final
 EVIDENCE_SECONDS: Final = 60.0
 #: Seconds in which differences share one log line.
 TELL_AGAIN: Final = 10.0
+DAY: Final = 86400  # seconds
 #: Seconds assumed for a peer of an older version, which does not send its time: half of the default
 #: `broker.dial_window`.
 UNKNOWN_OFFSET: Final = 15.0
@@ -33,6 +34,15 @@ CHECK_CLOCK: Final = "if that is not so, set this machine's clock"
 def utc(moment: float) -> str:
     """Return a time in UTC for display; `moment`: seconds since 1970."""
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(moment))
+
+
+def lasting(seconds: float) -> str:
+    """Return a number of seconds for people, in one unit: "42 s", "2 min", "3 h", "5 days"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds // 60:.0f} min"
+    return f"{seconds // 3600:.0f} h" if seconds < 2 * DAY else f"{seconds // DAY:.0f} days"
 
 
 def registry_offset(beats: Iterable[float], ttl: float, now: float) -> float | None:

@@ -33,7 +33,7 @@ import msgspec
 import trio
 
 from rtunnel import admin, logs, pulse, roles
-from rtunnel.config import BrokerConfig, Config, format_endpoint, host_name, parse_endpoint, slice_of
+from rtunnel.config import BrokerConfig, Config, GatewayConfig, format_endpoint, host_name, parse_endpoint, slice_of
 from rtunnel.errors import EXIT_FAILED, EXIT_LISTEN, EXIT_OK, EXIT_USAGE
 from rtunnel.net import bound_socket
 from rtunnel.pulse import Watcher
@@ -377,6 +377,8 @@ def worker_config(config: Config, role: str, number: int, listen: str, admin_add
     """Return the configuration of worker `number`, with its own addresses, name and port ranges."""
     section = getattr(config, role)
     own: dict[str, Any] = {"listen": listen, "admin": admin_address}
+    if isinstance(section, GatewayConfig):
+        own["name"] = f"{section.name or host_name()}.{number}"
     if isinstance(section, BrokerConfig):
         open_ports = section.open_ports
         part = slice_of(open_ports.range, number, section.workers) if open_ports.range else ""

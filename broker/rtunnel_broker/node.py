@@ -210,7 +210,7 @@ class Node:
     def facts(self, beat_seconds: float) -> NodeFacts:
         """Return what the node tells of itself after a heartbeat, which took so long.
 
-        For any thread.
+        Any thread may call it.
         """
         guarded, open_ports = self._registrar.port_counts()
         used, limit = descriptors()

@@ -294,8 +294,8 @@ class Registry(Protocol):
     def report(self, facts: NodeFacts, notes: Sequence[Departure | RefusedAgent]) -> float:
         """Write a node's facts and what it tells of agents; return the registry's time.
 
-        For each address, and for each agent that was refused, the newest note is kept. A note of a
-        departure gets `other_node` here. Writing a note twice changes nothing.
+        The newest note about each address, and each refused agent, is kept. A note of a departure
+        gets `other_node` here. A note that is written twice changes nothing.
         """
 
     def history(self, namespace: str, ip: str) -> History:

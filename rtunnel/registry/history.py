@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from rtunnel.clock import utc
+from rtunnel.clock import DAY, lasting, utc
 
 #: Seconds for which a departure, or the refusal of a proved agent, is remembered: the question
 #: "since when?" is often asked after a holiday.
@@ -25,11 +25,9 @@ MAX_NOTED_ADDRESSES: Final = 16
 #: Namespaces that one sentence names.
 MAX_NAMESPACES: Final = 3
 
-_DAY: Final = 86400
-
 
 class Note(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """One entry about one agent, told by a broker. `at` is by the clock of the registry, which sets it."""
+    """One entry about one agent, told by a broker; the registry sets `at`, by its own clock."""
 
     namespace: str
     agent_id: str
@@ -122,13 +120,4 @@ def _when(at: float, now: float) -> str:
     """Return a time for people: "20:09:59 UTC (2 min ago)", with the date unless it is today."""
     ago = max(0.0, now - at)
     whole = utc(at)
-    return f"{whole if ago >= _DAY or utc(now)[:10] != whole[:10] else whole[11:]} ({lasting(ago)} ago)"
-
-
-def lasting(seconds: float) -> str:
-    """Return a number of seconds for people, in one unit: "42 s", "2 min", "3 h", "5 days"."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds // 60:.0f} min"
-    return f"{seconds // 3600:.0f} h" if seconds < 2 * _DAY else f"{seconds // _DAY:.0f} days"
+    return f"{whole if ago >= DAY or utc(now)[:10] != whole[:10] else whole[11:]} ({lasting(ago)} ago)"

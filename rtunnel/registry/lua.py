@@ -499,8 +499,8 @@ return answered({page[1], table.concat(found, '\\n')})
 """
 )
 
-# Write a node's facts, and notes of departures and refusals. Of each key the newest note stays, by
-# its own time, so that a call may run late or twice. A note of a departure says on which node the
+# Write a node's facts, and notes of departures and refusals. The note with the newest time stays
+# under each key, so that a call may run late or twice. A note of a departure says on which node the
 # agent has another session: this is for people, and no script concludes anything from it. Returns
 # the time.
 REPORT = (

@@ -95,7 +95,7 @@ class MemoryRegistry:
             self._targets: dict[_Target, dict[_Field, _Live]] = {}
             self._ports: dict[tuple[str, int], _Port] = {}
             self._last: dict[tuple[str, str], int] = {}
-            # By kind, namespace and address (or agent_id).
+            # The keys are kind, namespace and address (or agent_id).
             self._notes: dict[tuple[str, str, str], Departure | RefusedAgent] = {}
             self._facts: dict[str, NodeFacts] = {}
             self._gateways: dict[str, GatewayRecord] = {}

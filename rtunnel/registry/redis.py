@@ -300,7 +300,7 @@ class RedisRegistry(RedisClient):
         row = stored_report(facts)
         now = 0.0
         for batch in _note_batches(notes):
-            # By the server's time before the call, so that a call that runs twice says the same.
+            # The server's time before the call: a call that runs twice says the same.
             args = [part for note in batch for part in note_args(note, self._server_time())]
             now = float(self._write(_REPORT, quoted(facts.node), row, len(batch), *args))
         return now

@@ -11,13 +11,15 @@ from typing import Final
 
 import trio
 
+import rtunnel
 from rtunnel.bridge import Bridge
 from rtunnel.clock import ClockWatch
 from rtunnel.config import Config, GatewayConfig, canonical_ip, format_endpoint, host_name, parse_endpoint
 from rtunnel.counts import StreamCounts
 from rtunnel.logs import Throttle, get_logger
 from rtunnel.net import listening_socket
-from rtunnel.registry import Registry, Tuple
+from rtunnel.registry import GatewayRecord, Registry, Tuple
+from rtunnel.registry.history import MAX_SENTENCE
 from rtunnel.relay.relay import Listener, Relay
 from rtunnel.trust.keys import load_gateway_key
 from rtunnel.wire import http
@@ -37,6 +39,8 @@ from rtunnel_socks.trust import GatewayTrust
 MAX_COUNTED: Final = 4096
 #: Bytes of a load balancer's probe, head and all.
 PROBE_BYTES: Final = 4096
+#: Nodes that a gateway's record names as suspect: some are enough to see which network fails.
+MAX_SUSPECTS: Final = 16
 
 
 @dataclass
@@ -59,6 +63,9 @@ class Gateway:
         self.config: GatewayConfig = gateway
         self.name = gateway.name or host_name()
         self.namespace = gateway.namespace
+        self.started = time.time()
+        self._registry = registry
+        self._heartbeat = config.registry.heartbeat
         self.hedging = Hedging(gateway.hedge_delay)
         self.key = load_gateway_key(gateway.key)
         self.paths = Paths()
@@ -200,10 +207,37 @@ class Gateway:
                     proof=self.config.proof,
                     key=self.key.id,
                 )
+                nursery.start_soon(self._report_often)
                 task_status.started(self)
                 await stop.wait()
                 await self._drain()
                 nursery.cancel_scope.cancel()
+
+    async def _report_often(self) -> None:
+        """Tell the registry of this gateway with each heartbeat, until cancelled."""
+        while True:
+            await self.bridge.registry_tries(self._registry.report_gateway, self.record())
+            await trio.sleep(self._heartbeat)
+
+    def record(self) -> GatewayRecord:
+        """Return the gateway's record for the registry."""
+        now = self.relay.loop.now
+        suspects = [node for node in sorted(self.table.nodes) if self.paths.is_suspect(node, now)]
+        return GatewayRecord(
+            name=self.name,
+            host=host_name(),
+            namespace=self.namespace,
+            version=rtunnel.__version__,
+            state="draining" if self.draining else "live",
+            listen=format_endpoint(*self.bound),
+            started=self.started,
+            clients=self.counts.clients,
+            streams=self.counts.streams,
+            tuples=self.table.counts().tuples,
+            routes_age=self.resolver.age,
+            fault=self.resolver.fault[:MAX_SENTENCE],
+            suspects=tuple(suspects[:MAX_SUSPECTS]),
+        )
 
     @property
     def bound(self) -> tuple[str, int]:

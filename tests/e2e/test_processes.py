@@ -94,7 +94,7 @@ sys.stdout.write(data.partition(b"\\r\\n\\r\\n")[2].decode())
 def check_resolve(here: Site, port: int) -> None:
     """The tuples are those that the agents were given, fresh, on both nodes."""
     told = {line["broker"]: line for line in here.processes["a1"].lines("session_opened")}
-    tuples = json.loads(here.ask_registry("resolve", f"{IP1}:{port}", "--json"))
+    tuples = json.loads(here.ask_registry("resolve", f"{IP1}:{port}", "--json"))["tuples"]
     assert {t["node"] for t in tuples} == {"b1", "b2"}
     for item in tuples:
         line = told[item["node"]]
@@ -111,6 +111,7 @@ def check_resolve(here: Site, port: int) -> None:
 
 def check_status(here: Site) -> None:
     """Nodes, agents, redundancy: in JSON and for people."""
+    until(lambda: all(n["facts"] and n["facts"]["clock_offset"] is not None for n in here.status()["nodes"]))
     status = here.status()
     assert {n["node"]: (n["state"], n["host"]) for n in status["nodes"]} == {"b1": ("live", "b1"), "b2": ("live", "b2")}
     assert all(0 <= n["age"] < TTL for n in status["nodes"])
@@ -119,6 +120,11 @@ def check_status(here: Site) -> None:
         ("a2", 2, ["b1", "b2"]),
     ]
     assert status["summary"]["agents_on_one_node"] == 0 and status["summary"]["tuples"] == 4
+    assert all(n["facts"]["ports_used"] == 2 and abs(n["facts"]["clock_offset"]) < 5 for n in status["nodes"])
+    assert all(0 < n["facts"]["descriptors"] < n["facts"]["descriptor_limit"] for n in status["nodes"])
+    [gateway] = status["gateways"]
+    assert (gateway["namespace"], gateway["tuples"], gateway["fault"]) == ("default", 4, "")
+    assert status["gone"] == status["warnings"] == []
     table = here.ask_registry("status")
     assert re.search(r"^b1 +b1 +127\.0\.0\.1 +live .* s ago", table, re.MULTILINE)
     assert re.search(rf"^a2 +default +{re.escape(IP2)} +2 ", table, re.MULTILINE)

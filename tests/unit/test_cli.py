@@ -23,7 +23,18 @@ from click.testing import CliRunner, Result
 from rtunnel import __version__, cli, config, errors, roles
 from rtunnel.console import plural
 from rtunnel.errors import RegistryUnavailable
-from rtunnel.registry import COUNTER_BITS, NodeRecord, PortLease, Registration, Registry, Tuple
+from rtunnel.registry import (
+    COUNTER_BITS,
+    Departure,
+    GatewayRecord,
+    NodeFacts,
+    NodeRecord,
+    PortLease,
+    RefusedAgent,
+    Registration,
+    Registry,
+    Tuple,
+)
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.roles import Role
 from rtunnel.trust import pki
@@ -362,20 +373,109 @@ def test_one_is_singular(registry: Registry, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_resolve_nothing(registry: Registry) -> None:
-    """No tuples: exit code 1, and it says where it looked; JSON is an empty list."""
+    """No tuples: exit code 1, and it says where it looked; JSON has no tuples, and the reason."""
     result = rtunnel("resolve", "10.9.9.9:1", "--namespace", "x")
     assert result.exit_code == 1
     assert "no agent answers for 10.9.9.9 in namespace x" in result.stderr
     result = rtunnel("resolve", "fd00::1", "--json")
-    assert result.exit_code == 1 and json.loads(result.stdout) == []
+    told = json.loads(result.stdout)
+    assert (
+        result.exit_code == 1 and told["tuples"] == told["departures"] == told["refusals"] == told["namespaces"] == []
+    )
+    assert told["reason"] == "no agent answers for fd00::1 in namespace default: `rtunnel status` shows the agents"
     assert rtunnel("resolve", "name:80").exit_code == 2
 
 
 def test_resolve_as_json(registry: Registry) -> None:
     """--json prints whole tuples with the age of their heartbeat."""
-    found = json.loads(rtunnel("resolve", "[::ffff:10.1.0.7]:22", "--json").stdout)
-    assert [item["node"] for item in found] == ["b1", "b2"]
-    assert 0 <= found[0]["age"] < 15
+    told = json.loads(rtunnel("resolve", "[::ffff:10.1.0.7]:22", "--json").stdout)
+    assert (told["ip"], told["port"], told["namespace"], told["reason"]) == ("10.1.0.7", 22, "default", "")
+    assert [item["node"] for item in told["tuples"]] == ["b1", "b2"]
+    assert 0 <= told["tuples"][0]["age"] < 15
+    told = json.loads(rtunnel("resolve", "10.1.0.7:23", "--json").stdout)
+    assert told["tuples"] == [] and "does not expose 23" in told["reason"]
+
+
+def test_resolve_says_what_is_known_of_an_address_without_a_tuple(registry: Registry) -> None:
+    """Who left from where, who was refused, and which other namespace has it; the same in JSON."""
+    left = Departure(
+        namespace="blue", agent_id="h7", addresses=("10.1.0.7",), node="b2", peer="192.0.2.7", cause="closed",
+        text="closed by peer", epoch=(1 << 63) + 1, ago=130.0,
+    )  # fmt: skip
+    refused = RefusedAgent(
+        namespace="blue", agent_id="h7", addresses=("10.1.0.7",), node="b1", peer="192.0.2.7", cause="bad_token",
+        text="not known\x1b[2J", proved=False,
+    )  # fmt: skip
+    registry.report(NodeFacts(node="b2"), [left, refused])
+    text = rtunnel("resolve", "10.1.0.7", "--namespace", "blue").stderr
+    assert "no agent answers for 10.1.0.7 in namespace blue: it exists in namespace default (--namespace); " in text
+    assert "; an agent that calls itself h7 (link from 192.0.2.7) was refused at " in text and "\x1b" not in text
+    assert "(2 min ago) on broker b2 (link from 192.0.2.7), left with: closed by peer" in text
+    told = json.loads(rtunnel("resolve", "10.1.0.7", "--namespace", "blue", "--json").stdout)
+    assert told["namespaces"] == ["default"] and told["refusals"][0]["cause"] == "bad_token"
+    [gone] = told["departures"]
+    assert (gone["epoch"], gone["text"]) == (str((1 << 63) + 1), "closed by peer")
+    assert 129 < told["now"] - gone["at"] < 140
+
+
+def facts(node: str, **changes: Any) -> NodeFacts:
+    fields: dict[str, Any] = {"port_range": "20000-20009", "ports_free": 7, "ports_used": 2, "ports_resting": 1}
+    return NodeFacts(node=node, host=f"host-{node}", ip="10.0.0.1", **fields | changes)
+
+
+def test_status_shows_facts_gateways_and_dead_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ages are by the registry's clock; a dead node is there for an hour."""
+    now = [1_800_000_000.0]
+    store = MemoryRegistry(ttl=15, quarantine=60, clock=lambda: now[0])
+    for node in ("b1", "b2"):
+        store.start_node(NodeRecord(node=node, host="h", ip="10.0.0.1", incarnation=0))
+    store.report(facts("b1", version="1.2"), [])
+    now[0] += 42.0
+    store.start_node(NodeRecord(node="b2", host="h", ip="10.0.0.1", incarnation=0))
+    store.report(facts("b2", descriptors=10, descriptor_limit=1024), [])
+    store.report_gateway(GatewayRecord(name="g1", host="h", namespace="blue", listen="0.0.0.0:1080", routes_age=0.5))
+    now[0] += 2.0
+    monkeypatch.setattr(cli, "connect", lambda _: store)
+    monkeypatch.setenv("RTUNNEL_REGISTRY_URL", "redis://10.0.0.5/0")
+    lines = rtunnel("status").output.splitlines()
+    assert re.match(r"b2 +h +10\.0\.0\.1 +live +0 +0 +2/10 \(\+1 resting\) +10/1024 +2\.0 s ago", lines[1])
+    assert re.match(r"b1 +host-b1 +10\.0\.0\.1 +gone 44 s +2/10", lines[2])
+    assert re.match(r"g1 +h +blue +live +0\.0\.0\.0:1080 +0 +0 +0 +2\.5 s +2\.0 s ago", lines[5])
+    assert not any("warning" in line for line in lines)
+    told = json.loads(rtunnel("status", "--json").stdout)
+    assert [(node["node"], node["age"], node["facts"]["ports_used"]) for node in told["nodes"]] == [("b2", 2.0, 2)]
+    assert [(node["node"], node["age"]) for node in told["gone"]] == [("b1", 44.0)]
+    assert [(known["name"], known["age"]) for known in told["gateways"]] == [("g1", 2.0)]
+    assert told["warnings"] == []
+    now[0] += 3600.0
+    assert json.loads(rtunnel("status", "--json").stdout)["gone"] == []
+
+
+def test_status_warns_of_what_is_wrong_at_a_node_or_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1_800_000_000.0]
+    store = MemoryRegistry(ttl=15, quarantine=60, clock=lambda: now[0])
+    wrong: dict[str, Any] = {
+        "reasons": ("draining",), "clock_offset": -60.04, "ports_free": 0, "descriptors": 1000,
+        "descriptor_limit": 1024, "notes_dropped": 3,
+    }  # fmt: skip
+    store.report(facts("b1", **wrong), [])
+    now[0] += 20.0
+    store.start_node(NodeRecord(node="b1", host="h", ip="10.0.0.1", incarnation=0))
+    gateway = GatewayRecord(name="g1", host="h", namespace="blue", routes_age=6.6, fault="no answer", suspects=("b1",))
+    store.report_gateway(gateway)
+    monkeypatch.setattr(cli, "connect", lambda _: store)
+    monkeypatch.setenv("RTUNNEL_REGISTRY_URL", "redis://10.0.0.5/0")
+    assert json.loads(rtunnel("status", "--json").stdout)["warnings"] == [
+        "b1 is not ready: draining",
+        "b1 has completed no heartbeat for 20 s, though it sends some: see its log",
+        "the clock of b1 is 60.0 s behind the registry's: set it (NTP)",
+        "the ports of b1 (20000-20009) are nearly used up: 2/3 (+1 resting)",
+        "the descriptors of b1 are nearly used up: 1000/1024 (LimitNOFILE)",
+        "b1 could not write 3 departures and refusals: see docs/registry.md",
+        "the table of gateway g1 is 6.6 s old: no answer",
+        "gateway g1 had no answer lately from b1",
+    ]
+    assert "warning: gateway g1 had no answer lately from b1" in rtunnel("status").output
 
 
 def test_status(registry: Registry) -> None:

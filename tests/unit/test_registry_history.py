@@ -11,9 +11,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from rtunnel.clock import lasting
 from rtunnel.registry import Departure, GatewayRecord, History, NodeFacts, RefusedAgent, Registry
 from rtunnel.registry.base import SHOWN_SECONDS
-from rtunnel.registry.history import CLAIM_SECONDS, KEPT_SECONDS, lasting, unknown_target
+from rtunnel.registry.history import CLAIM_SECONDS, KEPT_SECONDS, unknown_target
 from rtunnel.registry.memory import MAX_NOTES, MemoryRegistry
 from rtunnel.registry.redis import RedisRegistry
 from rtunnel.registry.redis_rows import read_departure, read_refused
