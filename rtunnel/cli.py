@@ -444,8 +444,7 @@ def _why_none(ip: str, port: int, tuples: Sequence[Tuple], missing: cli_cluster.
         return missing.text()
     exposed = tuples[0].exposes or "nothing"
     return (
-        f"{_names_of(tuples)} has {ip}, but does not expose {port} (exposes: {exposed}): "
-        "add the port to agent.exposes"
+        f"{_names_of(tuples)} has {ip}, but does not expose {port} (exposes: {exposed}): add the port to agent.exposes"
     )
 
 

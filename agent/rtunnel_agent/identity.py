@@ -28,7 +28,7 @@ from typing import Final
 
 import trio
 
-from rtunnel.clock import CHECK_CLOCK, utc
+from rtunnel.clock import CHECK_CLOCK, lasting, utc
 from rtunnel.config import AgentConfig
 from rtunnel.errors import TrustError
 from rtunnel.logs import get_logger
@@ -421,15 +421,18 @@ class Credentials:
         )
 
     async def _warn_in_time(self) -> None:
-        """Log one warning for each certificate of which WARN_AT is over and that has
-        no successor.
-        """
+        """Log warnings about a certificate that ends or has ended, and has no successor."""
         schedule = self._schedule
         while True:
             identity, now = self.identity, time.time()
             if identity is not None and schedule.warns(now):
-                reason = self.failure or "it is not renewed by itself"
-                self._log.warning("certificate_not_renewed", ends=_day(identity.who.ends), reason=reason)
+                ends, reason = identity.who.ends, self.failure or "it is not renewed by itself"
+                if now < ends:
+                    left = lasting(ends - now)
+                    self._log.warning("certificate_not_renewed", ends=_day(ends), left=left, reason=reason)
+                else:
+                    hint = f"no broker takes it: give the agent a new one ({CHECK_CLOCK})"
+                    self._log.error("certificate_expired", ends=_day(ends), reason=reason, hint=hint)
             await self.changed(min(max(schedule.warn_at - now, 1.0), LOOK_SECONDS))
 
 

@@ -8,11 +8,12 @@ from typing import Any, cast
 import pytest
 import structlog
 
+from rtunnel.clock import DAY
 from rtunnel.errors import TrustError
 from rtunnel.trust.identity import Identity
 from rtunnel.trust.keys import Token
 from rtunnel_agent.enrolment import AgentIdentity
-from rtunnel_agent.schedule import CA_SPREAD, RENEW_AT, RENEW_JITTER, WARN_AT, Schedule
+from rtunnel_agent.schedule import CA_SPREAD, HOUR, RENEW_AT, RENEW_JITTER, WARN_AT, Schedule
 from rtunnel_agent.token import JoinToken
 
 ONE, TWO = Token("one", b"1" * 32), Token("two", b"2" * 32)
@@ -54,21 +55,42 @@ def test_without_a_token_the_message_says_how_to_get_one() -> None:
         join.for_request()
 
 
-def identity() -> AgentIdentity:
+def identity(life: int = ENDS - ISSUED) -> AgentIdentity:
     """An identity of one day, of which only the times are looked at."""
-    who = Identity("agent", "default", "a1", frozenset(), ISSUED, ENDS, cast(Any, None))
+    who = Identity("agent", "default", "a1", frozenset(), ISSUED, ISSUED + life, cast(Any, None))
     return AgentIdentity(b"", cast(Any, None), who)
 
 
-def test_a_certificate_is_renewed_in_time_and_a_warning_is_due_once() -> None:
-    """At two thirds of its life, with jitter; each new certificate has a warning of its own."""
+def test_a_certificate_is_renewed_in_time_and_warned_of_later() -> None:
+    """At two thirds of its life, with jitter; each new certificate has warnings of its own."""
     schedule, life = Schedule(), ENDS - ISSUED
     assert not schedule.warns(ENDS)
     for _ in range(2):
         schedule.begin(identity())
         assert RENEW_AT - RENEW_JITTER <= (schedule.renew_at - ISSUED) / life <= RENEW_AT + RENEW_JITTER
         assert not schedule.warns(ISSUED + WARN_AT * life - 1)
-        assert schedule.warns(ISSUED + WARN_AT * life) and not schedule.warns(ENDS)
+        assert schedule.warns(ISSUED + WARN_AT * life) and not schedule.warns(ISSUED + WARN_AT * life + 1)
+
+
+def test_warnings_come_more_often_towards_the_end_and_daily_after_it() -> None:
+    """Of a certificate of a year: at five sixths, a week and a day before the end, then each hour; bounded."""
+    schedule, year = Schedule(), 365 * DAY
+    schedule.begin(identity(year))
+    ends = ISSUED + year
+    due = []
+    while schedule.warn_at < ends + 3 * DAY:
+        due.append(schedule.warn_at)
+        assert schedule.warns(schedule.warn_at)
+    assert due[0] == ISSUED + year * WARN_AT
+    assert [round(ends - at) for at in due[1:]] == [7 * DAY, *range(DAY, 0, -HOUR), 0, -DAY, -2 * DAY]
+
+
+def test_a_certificate_that_ended_while_the_agent_was_down_is_warned_of_at_once() -> None:
+    """Once, and again at the end of the next whole day after the end."""
+    schedule = Schedule()
+    schedule.begin(identity())
+    assert schedule.warns(ENDS + 5 * DAY + 1) and not schedule.warns(ENDS + 6 * DAY - 1)
+    assert schedule.warns(ENDS + 6 * DAY)
 
 
 def test_other_cas_bring_the_renewal_forward() -> None:
