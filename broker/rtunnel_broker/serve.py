@@ -56,6 +56,7 @@ def status(node: Node) -> dict[str, object]:
         "duplicate_agents": [msgspec.to_builtins(entry) for entry in node.duplicates.current()],
         "certificate_ends": node.trust.presented.ends,
         "trust": node.trust.follower.status() if node.trust.follower is not None else None,
+        "notes": {"waiting": len(node.notes), "dropped": node.notes.dropped},
         "waiting": counts.waiting,
         "window_budget": node.relay.memory.left,
         "held": node.relay.memory.held,

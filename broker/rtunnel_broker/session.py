@@ -213,6 +213,7 @@ class Session:
                 for event in events:
                     self._hear(event)
         except RemoteProtocolError as error:
+            self.hello = self.hello or self._control.refused_hello
             self.refuse(error.code, error.text)
 
     def finished(self) -> None:

@@ -445,6 +445,8 @@ class BrokerControl(_Control[BrokerState, FromAgent, BrokerEvent]):
         self._expected = b""  # the Proof's MAC
         self._token_id = ""
         self._start_window = INITIAL_WINDOW
+        #: A Hello of another version: it was refused, and names the agent.
+        self.refused_hello: Hello | None = None
         self._updates_until = 0.0  # when none of the agent's Updates counts against it any more
 
     @override
@@ -465,6 +467,8 @@ class BrokerControl(_Control[BrokerState, FromAgent, BrokerEvent]):
                 assert_never(message)
 
     def _take_hello(self, hello: Hello, frame: bytes) -> Greeted:
+        if hello.version != messages.VERSION:
+            self.refused_hello = hello
         _check_version(hello.version, "the agent", "this broker")
         self._hello = frame
         self._token_id = hello.token_id

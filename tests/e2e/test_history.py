@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+from rtunnel.errors import RegistryUnavailable
 from rtunnel.registry import Departure
+from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.registry.redis import RedisRegistry
 from support.cluster import Cluster, running_cluster
 from support.redis_server import RedisServer
@@ -81,3 +84,29 @@ async def test_gateway_asks_the_history_once_for_many_clients(tmp_path: Path) ->
         cluster.registry.history = lambda *at: asked.append(at) or history(*at)  # type: ignore[method-assign,func-returns-value]
         told = {await answer(cluster, "127.1.0.9") for _ in range(5)}
         assert told == {"no agent answers for 127.1.0.9"} and asked == [("default", "127.1.0.9")]
+
+
+class Forgetful(MemoryRegistry):
+    """A registry that takes no reports while `away`."""
+
+    away = False
+
+    def report(self, *args: Any) -> float:
+        if self.away:
+            raise RegistryUnavailable("away")
+        return super().report(*args)
+
+
+async def test_report_that_fails_makes_no_beat_fail_and_its_notes_come_later(tmp_path: Path) -> None:
+    registry = Forgetful(ttl=3.0, quarantine=5.0)
+    async with running_cluster(tmp_path, registry) as cluster:
+        await cluster.start(brokers=1)
+        node = cluster.brokers["b1"].node
+        registry.away = True
+        cluster.agents.pop("a1").kill()
+        await cluster.until(lambda: len(node.notes) == 1)
+        await node.presence.beat()
+        assert (len(node.notes), node.notes.dropped, node.presence.down, node.reasons()) == (1, 0, "", [])
+        registry.away = False
+        assert (await departure_of(cluster, "127.1.0.1")).agent_id == "a1"
+        assert len(node.notes) == 0

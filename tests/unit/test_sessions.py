@@ -148,6 +148,7 @@ class Node:
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     debugging: bool = False
     lines: list[dict[str, object]] = field(default_factory=list)
+    refused_agents: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.trust: Any = self
@@ -167,6 +168,7 @@ class Node:
 
     def refused(self, session: Session, code: Refusal, text: str) -> None:
         self.calls.append(("refused", code))
+        self.refused_agents.append((session.owner, text))
 
     # As its log.
 
@@ -244,10 +246,11 @@ def test_a_session_by_token() -> None:
 def test_a_hello_is_refused_with_the_first_code_that_applies(
     changes: dict[str, Any], node: dict[str, Any], code: Refusal
 ) -> None:
-    """In the order of docs/wire.md; the link ends behind the answer."""
+    """In the order of docs/wire.md; the link ends behind the answer. The node learns which agent it was."""
     at = AtBroker(**node)
     (answer,) = at.hear(hello(**changes))
     assert isinstance(answer, Refuse) and answer.code == code
+    assert at.node.refused_agents == [(f"default/{changes.get('agent_id', 'a1')}", answer.text)]
     assert at.session.state is BrokerState.CLOSED
     assert at.node.calls[0] == ("refused", code) and at.node.calls[-1][:2] == ("lost", LostKind.REFUSED)
 
