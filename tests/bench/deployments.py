@@ -271,9 +271,13 @@ def _start_agent(site: Site, name: str, security: str, links: int, code: Code) -
     return process, _open_port(process)
 
 
+#: The event of a new session; 0.1 called it session_up, and `--against` measures older revisions.
+_OPENED: Final = ("session_opened", "session_up")
+
+
 def _open_port(agent: Process) -> int:
     for line in agent.log.read_text().splitlines():
-        if line.startswith("{") and (event := json.loads(line)).get("event") == "session_opened":
+        if line.startswith("{") and (event := json.loads(line)).get("event") in _OPENED:
             for granted in event["open_ports"]:
                 return int(granted.partition("->")[0])
     return 0
