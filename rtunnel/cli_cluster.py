@@ -9,7 +9,7 @@ import msgspec
 
 from rtunnel.clock import lasting
 from rtunnel.logs import printable
-from rtunnel.registry import GatewayRecord, History, NodeFacts, NodeRecord, Registry
+from rtunnel.registry import Departure, GatewayRecord, History, NodeFacts, NodeRecord, RefusedAgent, Registry
 from rtunnel.registry.history import unknown_target
 
 #: Seconds by which a node's clock may differ from the registry's without a warning. Dials are
@@ -74,7 +74,10 @@ class Nodes:
 
     def warnings(self) -> list[str]:
         """Return a sentence for each thing that is not as it should be on a node."""
-        found: list[str] = []
+        found = [
+            f"{told.node} has had no heartbeat for {lasting(self._now - told.at)} and was not stopped: see that host"
+            for told in self._gone
+        ]
         for record in self._records:
             told = self._facts.get(record.node)
             if told is not None:
@@ -161,10 +164,11 @@ class Missing(msgspec.Struct, frozen=True):
     ip: str
     history: History
     elsewhere: list[str]  # other namespaces in which it has tuples
+    living: frozenset[str]  # nodes with a heartbeat
 
     def text(self) -> str:
         """Return a sentence about it, with the facts that only operators are told."""
-        known = self.history.sentences(for_operator=True)
+        known = self.history.sentences(self.living, for_operator=True)
         if self.elsewhere:
             known.insert(0, f"it exists in namespace {', '.join(self.elsewhere)} (--namespace)")
         known = known or ["`rtunnel status` shows the agents"]
@@ -172,10 +176,20 @@ class Missing(msgspec.Struct, frozen=True):
         return printable(unknown_target(where, known))
 
     def as_json(self) -> dict[str, Any]:
-        """Return the same for machines; an epoch, which has 64 bits, is a string."""
-        gone = [{**msgspec.to_builtins(entry), "epoch": str(entry.epoch)} for entry in self.history.departures]
-        refused = msgspec.to_builtins(self.history.refusals)
-        return {"namespaces": self.elsewhere, "departures": gone, "refusals": refused}
+        """Return the same for machines."""
+        return {
+            "namespaces": self.elsewhere,
+            "departures": [_note_json(entry) for entry in self.history.departures],
+            "refusals": [_note_json(entry) for entry in self.history.refusals],
+        }
+
+
+def _note_json(entry: Departure | RefusedAgent) -> dict[str, Any]:
+    fields: dict[str, Any] = msgspec.to_builtins(entry)
+    del fields["ago"]
+    if isinstance(entry, Departure):
+        fields["epoch"] = str(entry.epoch)  # it has 64 bits, which jq and JavaScript would round
+    return fields
 
 
 def missing(registry: Registry, namespace: str, ip: str) -> Missing:
@@ -184,8 +198,10 @@ def missing(registry: Registry, namespace: str, ip: str) -> Missing:
     Reads all tuples, to find other namespaces that have it.
     """
     history = registry.history(namespace, ip)
-    elsewhere = {entry.namespace for entry in registry.snapshot().tuples if entry.agent_ip == ip}
-    return Missing(namespace, ip, history, sorted(elsewhere - {namespace}))
+    snapshot = registry.snapshot()
+    elsewhere = {entry.namespace for entry in snapshot.tuples if entry.agent_ip == ip}
+    living = frozenset(node.node for node in snapshot.nodes)
+    return Missing(namespace, ip, history, sorted(elsewhere - {namespace}), living)
 
 
 def age(now: float, then: float) -> float:

@@ -7,7 +7,7 @@ tuple always wins over it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -52,14 +52,17 @@ class Departure(Note, frozen=True, gc=False, kw_only=True):
     #: The registry finds it when the note is written; empty when there was none.
     other_node: str = ""
 
-    def sentence(self, now: float, *, for_operator: bool = False) -> str:
+    def sentence(self, now: float, living: Collection[str], *, for_operator: bool = False) -> str:
         """Return a sentence about this entry at the time `now` of the registry's clock.
 
-        `for_operator`: with the address of the link, which a gateway's client is not told.
+        `living`: the nodes with a heartbeat. `for_operator`: with the address of the link, which a
+        gateway's client is not told.
         """
         peer = f" (link from {self.peer})" if for_operator and self.peer else ""
         how = _DEPARTURES.get(self.cause, "left with: {text}").format(text=self.text)
         moved = f"; it had another session then, on {self.other_node}" if self.other_node else ""
+        if moved and self.other_node not in living:
+            moved += ", which has no heartbeat now"
         return f"{self.agent_id} was here until {_when(self.at, now)} on broker {self.node}{peer}, {how}{moved}"
 
 
@@ -69,7 +72,7 @@ class RefusedAgent(Note, frozen=True, gc=False, kw_only=True):
     #: Whether the agent had proved its agent_id. If not, agent_id and addresses are only claimed.
     proved: bool
 
-    def sentence(self, now: float, *, for_operator: bool = False) -> str:
+    def sentence(self, now: float, living: Collection[str], *, for_operator: bool = False) -> str:
         """Return a sentence about this entry; see `Departure.sentence`."""
         peer = f" (link from {self.peer})" if for_operator and self.peer else ""
         who = f"agent {self.agent_id}" if self.proved else f"an agent that calls itself {self.agent_id}"
@@ -90,11 +93,11 @@ class History(msgspec.Struct, frozen=True):
     departures: tuple[Departure, ...] = ()
     refusals: tuple[RefusedAgent, ...] = ()
 
-    def sentences(self, *, for_operator: bool = False) -> list[str]:
-        """Return one sentence for each entry, the newest first."""
+    def sentences(self, living: Collection[str], *, for_operator: bool = False) -> list[str]:
+        """Return one sentence for each entry, the newest first; see `Departure.sentence`."""
         entries: list[Departure | RefusedAgent] = [*self.departures, *self.refusals]
         entries.sort(key=lambda entry: -entry.at)
-        return [entry.sentence(self.now, for_operator=for_operator) for entry in entries]
+        return [entry.sentence(self.now, living, for_operator=for_operator) for entry in entries]
 
 
 def unknown_target(

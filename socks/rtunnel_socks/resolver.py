@@ -136,7 +136,11 @@ class Resolver:
         elsewhere = [name for name in self.table.namespaces_with(ip) if name != namespace]
         known = [self._staleness(self.fault)] if self.fault else []
         text = unknown_target(
-            ip, [*known, *history.sentences()], namespace=namespace, elsewhere=elsewhere, asker="this gateway serves"
+            ip,
+            [*known, *history.sentences(self.table.nodes)],
+            namespace=namespace,
+            elsewhere=elsewhere,
+            asker="this gateway serves",
         )
         return Refused(Refusal.UNKNOWN_TARGET, text[:MAX_TEXT])
 

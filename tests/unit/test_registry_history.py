@@ -264,25 +264,27 @@ NOON = 1_795_262_400.0  # 2026-11-21 12:00:00 UTC
 def test_sentence_of_a_departure() -> None:
     gone = departure(agent_id="host-a1", node="b2", at=NOON - 130)
     sentence = "host-a1 was here until 11:57:50 UTC (2 min ago) on broker b2, left with: closed by peer"
-    assert gone.sentence(NOON) == sentence
-    assert "on broker b2 (link from 10.9.9.9), left" in gone.sentence(NOON, for_operator=True)
+    assert gone.sentence(NOON, ()) == sentence
+    assert "on broker b2 (link from 10.9.9.9), left" in gone.sentence(NOON, (), for_operator=True)
     moved = msgspec.structs.replace(gone, cause="left", text="bye", other_node="b3", at=NOON - 3 * 86400)
-    assert moved.sentence(NOON) == (
+    text = (
         "host-a1 was here until 2026-11-18 12:00:00 UTC (3 days ago) on broker b2, left by itself: bye; "
         "it had another session then, on b3"
     )
+    assert moved.sentence(NOON, {"b3"}) == text
+    assert moved.sentence(NOON, {"b2"}) == f"{text}, which has no heartbeat now"
 
 
 def test_sentence_of_a_refusal() -> None:
     refused = refusal(node="b1", at=NOON - 5)
-    assert refused.sentence(NOON) == "agent a was refused at 11:59:55 UTC (5 s ago) by b1: address_taken: h9 has it"
+    assert refused.sentence(NOON, ()) == "agent a was refused at 11:59:55 UTC (5 s ago) by b1: address_taken: h9 has it"
     claimed = msgspec.structs.replace(refused, proved=False)
-    assert claimed.sentence(NOON).startswith("an agent that calls itself a was refused at")
+    assert claimed.sentence(NOON, ()).startswith("an agent that calls itself a was refused at")
 
 
 def test_text_of_an_unknown_target_says_the_newest_first() -> None:
     history = History(NOON, (departure(at=NOON - 100),), (refusal(at=NOON - 10),))
-    refused, gone = history.sentences()
+    refused, gone = history.sentences(())
     assert refused.startswith("agent a was refused") and gone.startswith("a was here until")
     assert unknown_target(IP, []) == f"no agent answers for {IP}"
     assert unknown_target(IP, [refused, gone]) == f"no agent answers for {IP}: {refused}; {gone}"
