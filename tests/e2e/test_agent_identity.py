@@ -331,6 +331,10 @@ async def test_a_token_that_is_used_up_is_told(tmp_path: Path, events: Events) -
         await cluster.until(lambda: "used up" in second.reasons()[0])
         assert "bad_token" in named(events, "enrolment_failed")[0]["reason"]
         assert list(cluster.brokers["b1"].node.sessions) == ["default/a1"]
+        await cluster.until(lambda: bool(cluster.registry.agent_history("default", "a2").refusals))
+        [noted] = cluster.registry.agent_history("default", "a2").refusals
+        assert (noted.cause, noted.addresses, noted.proved) == ("bad_token", ("127.1.0.2",), False)
+        assert "used up" in noted.text
 
 
 async def test_an_address_of_an_agent_that_is_away_is_kept_for_it(tmp_path: Path, events: Events) -> None:

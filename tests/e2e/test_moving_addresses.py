@@ -64,6 +64,8 @@ async def test_a_lost_address_is_given_back_and_taken_up_again(tmp_path: Path, h
             assert says(stays) == b"127.1.0.1:still\n"
             await cluster.brokers["b1"].node.presence.beat()
             assert not cluster.registry.lookup("default", TWO), "a beat brought it back"
+            [gone] = cluster.registry.history("default", TWO).departures
+            assert (gone.cause, gone.agent_id, gone.addresses) == ("given_back", "a1", (TWO,))
             host.lost = set()
             await cluster.until(lambda: bool(table.lookup("default", TWO)))
             assert await cluster.ask(TWO, two.port) == b"127.1.0.2:hello"
@@ -91,6 +93,9 @@ async def test_an_address_that_another_agent_still_has_is_asked_for_again(
         session = agent.slots[0].session
         agent._own._has = host.has
         await cluster.until(lambda: bool(named(events, "address_not_taken_up")))
+        await cluster.brokers["b1"].node.presence.beat()
+        [noted] = cluster.registry.history("default", TWO).refusals
+        assert (noted.cause, noted.agent_id, noted.proved) == ("address_taken", "a1", True)
         await other.shut()
         await cluster.until(lambda: {found.agent_id for found in cluster.registry.lookup("default", TWO)} == {"a1"})
         assert agent.slots[0].session is session

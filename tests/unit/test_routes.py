@@ -88,6 +88,21 @@ def test_changes_come_and_go(table: RouteTable) -> None:
     assert (table.counts().targets, table.counts().tuples) == (0, 0)
 
 
+def test_namespaces_with_an_address_are_those_that_have_a_tuple_for_it(table: RouteTable) -> None:
+    """By each way in which tuples come and go."""
+    blue = msgspec.structs.replace(entry(1, "n1"), namespace="blue")
+    red = msgspec.structs.replace(entry(1, "n2"), namespace="red")
+    table.apply([put(entry(1)), put(entry(2, "n2")), put(blue), put(red)])
+    assert table.namespaces_with("10.1.0.7") == ["blue", "default", "red"]
+    assert table.namespaces_with("10.1.0.8") == []
+    table.forget(red)
+    assert table.namespaces_with("10.1.0.7") == ["blue", "default"]
+    table.apply([gone(blue), gone(red), gone(entry(1)), put(entry(3))])
+    assert table.namespaces_with("10.1.0.7") == ["default"]
+    table.apply([gone(entry(3)), gone(entry(2, "n2"))])
+    assert table.namespaces_with("10.1.0.7") == [] and table._namespaces == {}
+
+
 def test_older_epochs_neither_overwrite_nor_remove(table: RouteTable) -> None:
     table.apply([put(entry(5)), put(entry(4)), gone(entry(4))])
     assert found(table) == [("n1", 5)]

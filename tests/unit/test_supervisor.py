@@ -83,6 +83,7 @@ def test_each_worker_is_a_node_with_its_part() -> None:
     assert config.broker.node_id == "b"
     gateway = worker_config(load(None, {}, {"gateway.workers": 2}), "gateway", 2, "127.0.0.1:7", "")
     assert (gateway.gateway.listen, gateway.gateway.admin, gateway.broker) == ("127.0.0.1:7", "", Config().broker)
+    assert gateway.gateway.name == f"{host_name()}.2"  # each worker has a record of its own in the registry
 
 
 # --- the supervisor, over processes of our own ------------------------------------------------------------
