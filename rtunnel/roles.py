@@ -123,6 +123,8 @@ def _materials(config: Config, role: str) -> Iterator[tuple[str, Callable[[], ob
         yield "broker.cluster_key", partial(keys.load_cluster_keys, broker.cluster_key)
         if broker.join_token:
             yield "broker.join_token", partial(keys.load_tokens, broker.join_token)
+        if broker.admin_token:
+            yield "broker.admin_token", partial(keys.load_api_token, broker.admin_token)
         if broker.ca:
             yield "broker.ca", partial(identity.load_trust_store, broker.ca)
         if "tls" in (broker.security, broker.dial_security):

@@ -500,7 +500,7 @@ class Agent:
             # Only hosts of sessions that stay: a draining node's host may serve the next session.
             stays = [other.session.welcome for other in self.slots if other.session is not None]
             hosts = {welcome.host for welcome in stays if welcome is not None}
-        return self._hellos.make(self.addresses, nodes, hosts)
+        return self._hellos.make(self.addresses, self.lost_addresses, nodes, hosts)
 
     # The configuration file: `agent.exposes` may change.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rtunnel_agent.handshake import new_nonce
 from rtunnel_agent.host import host_id
 from rtunnel_agent.identity import Credentials
 from rtunnel_agent.targets import Targets
+from rtunnel_agent.ways import interface_of
 
 
 class Hellos:
@@ -36,18 +38,20 @@ class Hellos:
         """The join token that a Hello names; None when the link's certificate proves the agent."""
         return None if self._credentials.by_certificate else self._token
 
-    def make(self, addresses: Iterable[str], nodes: Iterable[str], hosts: Iterable[str]) -> Hello:
+    def make(self, addresses: Iterable[str], lost: Iterable[str], nodes: Iterable[str], hosts: Iterable[str]) -> Hello:
         """Return the next Hello.
 
-        `nodes`: those on which the agent has a session. `hosts`: those on which it wants no other.
+        `lost`: addresses that the host should have and has not. `nodes`: those on which the agent
+        has a session. `hosts`: those on which it wants no other.
         """
-        token = self.token
+        token, addresses = self.token, list(addresses)
+        identity = self._credentials.identity
         return Hello(
             version=messages.VERSION,
             agent_id=self._agent_id,
             instance=self._instance,
             namespace=self._config.namespace,
-            addresses=list(addresses),
+            addresses=addresses,
             nonce=new_nonce(),
             token_id="" if token is None else token.id,
             exposes=self._targets.exposed.ports,
@@ -59,6 +63,10 @@ class Hellos:
             start_window=START_WINDOW,
             host_id=self._host_id,
             host=host_name()[:128],
+            time=int(time.time() * 1000),
+            interfaces=[interface_of(address) for address in addresses],
+            lost=list(lost)[: messages.MAX_LOST],
+            certificate_end=0 if identity is None else int(identity.who.ends),
         )
 
 

@@ -1,6 +1,6 @@
-"""Finds the interface through which this host's packets to an address leave.
+"""Finds the interface of an address, by the kernel's tables in /proc, which takes a millisecond.
 
-Only traces use it, because it reads the kernel's tables in /proc, which takes a millisecond.
+It is for Hellos and traces, and not for each stream.
 """
 
 from __future__ import annotations
@@ -34,14 +34,32 @@ def interface_to(ip: str, root: Path = Path("/")) -> tuple[str, bool]:
     """
     if host_has(ip):
         return LOOPBACK, True
+    return _by_route(ip, root), False
+
+
+def interface_of(ip: str, root: Path = Path("/")) -> str:
+    """Return the interface whose network has this address of the host ("": not known).
+
+    An address that is alone in its network (a /32 on lo) has none.
+    """
+    if ipaddress.ip_address(ip).is_loopback:
+        return LOOPBACK
+    found = _by_route(ip, root, default=False)
+    return found[:15]
+
+
+def _by_route(ip: str, root: Path, *, default: bool = True) -> str:
+    """Return the interface of the best route to an IP; "" when there is none. `default`: whether
+    the default route counts.
+    """
     address = ipaddress.ip_address(ip)
     try:
         routes = _routes_6(root) if address.version == 6 else _routes_4(root)
-        found = [route for route in routes if address in route[0]]
+        found = [route for route in routes if address in route[0] and (default or route[0].prefixlen)]
     except (OSError, ValueError):
-        return "", False
+        return ""
     best = max(found, key=lambda route: (route[0].prefixlen, -route[1]), default=None)
-    return ("", False) if best is None else (best[2], False)
+    return "" if best is None else best[2]
 
 
 def _lines(path: Path) -> Iterator[list[str]]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Final, Protocol
 
 from rtunnel.config import canonical_ip, check_word, parse_exposes
 from rtunnel.errors import TrustError
 from rtunnel.trust.identity import Identity, Revoked, TrustStore
 from rtunnel.wire.messages import Hello
 from rtunnel.wire.refusal import Refusal, Refused
+
+#: Interfaces of container engines and hypervisors: they give each host the same networks.
+VIRTUAL: Final = ("docker", "br-", "virbr", "cni", "veth", "podman", "lxcbr", "flannel", "cali")
+#: Seconds that an agent's clock may differ, the time of a Hello on its way included.
+CLOCK_SECONDS: Final = 10.0
 
 
 class GreetedNode(Protocol):
@@ -70,6 +75,28 @@ def addresses_fault(addresses: frozenset[str], identity: Identity | None) -> Ref
     if identity is not None and (foreign := addresses - identity.addresses):
         return Refused(Refusal.BAD_CERTIFICATE, f"{min(foreign)} is not in the certificate of {identity.subject}")
     return None
+
+
+def doubts(hello: Hello, now: float) -> list[str]:
+    """Return what is odd in the facts that an agent tells of its host, a sentence for each.
+
+    The agent gets them as notices, and the broker logs them: they explain failures that come later.
+    `now`: seconds since 1970 by this broker's clock.
+    """
+    found = [
+        f"{address} is on {interface}, whose addresses are alike on many hosts: write the address at which clients "
+        "know the host (agent.addresses)"
+        for address, interface in zip(hello.addresses, hello.interfaces, strict=False)
+        if interface.startswith(VIRTUAL)
+    ]
+    found += [
+        f"{address} is not on the agent's host: add it there, or change agent.addresses" for address in hello.lost
+    ]
+    off = hello.time / 1000 - now
+    if hello.time and abs(off) > CLOCK_SECONDS:
+        way = "ahead of" if off > 0 else "behind"
+        found.append(f"the agent's clock is {abs(off):.0f} s {way} this broker's: set both (NTP)")
+    return found
 
 
 def _secret(node: GreetedNode, hello: Hello) -> bytes:

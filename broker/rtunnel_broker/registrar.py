@@ -26,10 +26,12 @@ from rtunnel.registry import COUNTER_BITS, DuplicateAgent, PortLease, Registrati
 from rtunnel.registry.ports import PortAllocator, PortsExhausted, PortTaken
 from rtunnel.registry.ports import PortCounts as RangeCounts
 from rtunnel.relay.relay import Relay
+from rtunnel.wire import messages
 from rtunnel.wire.control import BrokerState
 from rtunnel.wire.messages import OpenPort, Publish, Welcome
 from rtunnel.wire.refusal import Refusal, Refused
 from rtunnel_broker.duplicates import PROBE_SECONDS, Duplicates, is_restart, place, replaced_by
+from rtunnel_broker.greeting import doubts
 from rtunnel_broker.log import NodeLog
 from rtunnel_broker.notes import Notes
 from rtunnel_broker.ports import DialChecker, GuardedPort, Networks, OpenPortServer, PortCounts
@@ -222,11 +224,24 @@ class Registrar:
                 port=guarded.number,
                 heartbeat=self._node.presence.heartbeat,
                 open_ports=[OpenPort(port=n, ip=p.ip, target_port=p.target_port) for p, n in ports.granted],
-                notices=ports.notices,
+                notices=[*ports.notices, *self._doubts(session)],
                 software=f"rtunnel {rtunnel.__version__}",
             )
         )
         return True
+
+    def _doubts(self, session: Session) -> tuple[str, ...]:
+        """Log what is odd in the facts of a session's agent, and return it as notices."""
+        hello = session.hello
+        assert hello is not None
+        found = doubts(hello, time.time())
+        for reason in found:
+            self._node.log.warning(
+                "agent_doubted", agent=hello.agent_id, namespace=hello.namespace, peer=session.peer, host=hello.host,
+                reason=reason,
+            )  # fmt: skip
+        session.doubts = tuple(reason[: messages.MAX_TEXT] for reason in found)
+        return session.doubts
 
     async def _take_port(self, session: Session) -> Leased:
         def allocate() -> Leased:

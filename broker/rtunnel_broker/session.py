@@ -125,6 +125,7 @@ class Session:
         self.way_out = ""  # the word of a `Departure`, if it is no `LostKind`
         # From the agent's messages.
         self.hello: Hello | None = None
+        self.doubts: tuple[str, ...] = ()  # what is odd in the facts of its Hello
         self.identity: Identity | None = None  # the agent's, by certificate; None: by token
         self.exposes: tuple[str, ...] = ()
         self.addresses: frozenset[str] = frozenset()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from rtunnel.config.sections import MAX_WORKERS, AgentConfig, Config
 from rtunnel.config.values import MAX_WORD, MAX_WORD_BYTES, Problem, parse_endpoint, parse_range, span, split_exposes
-from rtunnel.wire.messages import MAX_HELLO, MAX_HOLDS, VERSION, Hello, Publish, encode
+from rtunnel.wire.messages import MAX_HELLO, MAX_HOLDS, MAX_LOST, VERSION, Hello, Publish, encode
 
 #: Keys with ranges of ports that a broker allocates; "" for no range.
 BROKER_RANGES = ("broker.port_range", "broker.open_ports.range")
@@ -151,6 +151,11 @@ def longest_hello(agent: AgentConfig) -> Hello:
         holds_hosts=[longest] * MAX_HOLDS,
         software="x" * 64,
         trust=2**63,
+        host="x" * 64,
+        time=2**63,
+        interfaces=["x" * 15] * max(1, len(agent.addresses)),
+        lost=["x" * 39] * min(MAX_LOST, len(agent.addresses)),
+        certificate_end=2**63,
     )
 
 

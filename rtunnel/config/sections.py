@@ -151,7 +151,7 @@ def _numbers_too(value: Any) -> Any:
     return [str(item) if type(item) is int else item for item in value]
 
 
-_ADMIN_TOKEN = _file("the token of the API at `admin` (`rtunnel trace`); without it the API is off", secret=True)
+_ADMIN_TOKEN = _file("the token of the API at `admin`; without it the API is off", secret=True)
 _ADMIN = Key('health over HTTP; "" for none', optional(check_listen), "host:port")
 _SECURITY = _choice("of links: tls, or plain for no encryption at all", "tls", "plain")
 _NAMESPACE = Key("distinguishes VPCs that use the same addresses", check_word, "word")
@@ -289,6 +289,7 @@ class BrokerConfig(Section):
     drain: A[float, _DRAIN] = 30.0
     workers: A[int, _WORKERS] = 1
     admin: A[str, _ADMIN] = "127.0.0.1:7070"
+    admin_token: A[str, _ADMIN_TOKEN] = ""
 
 
 class PublishConfig(Section):

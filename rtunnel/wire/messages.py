@@ -47,6 +47,8 @@ MAX_HOP = 512
 MAX_TEXT = 512
 #: Nodes, and hosts, that a Hello names.
 MAX_HOLDS = 16
+#: Lost addresses that a Hello names.
+MAX_LOST = 16
 
 NONCE_BYTES = 16
 MAC_BYTES = 32
@@ -68,6 +70,7 @@ Id = Annotated[str, msgspec.Meta(max_length=128)]
 Certificate = Annotated[bytes, msgspec.Meta(max_length=MAX_CERTIFICATE)]
 HopBytes = Annotated[bytes, msgspec.Meta(max_length=MAX_HOP)]
 Signature = Annotated[bytes, msgspec.Meta(max_length=128)]
+Interface = Annotated[str, msgspec.Meta(max_length=16)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 PortOrAny = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 StartWindow = Annotated[int, msgspec.Meta(ge=4096, le=INITIAL_WINDOW)]
@@ -134,6 +137,12 @@ class Hello(Message, tag="hello", frozen=True):
     # tells a restart from a second host; opaque
     host_id: Annotated[bytes, msgspec.Meta(max_length=NONCE_BYTES)] = b""
     host: Id = ""  # the agent's machine, for people
+    time: Unsigned64 = 0  # ms since 1970 by the agent's clock; 0: not told
+    # the network interface of each address, in their order; empty: not known
+    interfaces: Annotated[list[Interface], msgspec.Meta(max_length=64)] = []
+    # addresses that the agent should have, and its host has not
+    lost: Annotated[list[Address], msgspec.Meta(max_length=MAX_LOST)] = []
+    certificate_end: Unsigned64 = 0  # seconds since 1970; 0: it has none
 
 
 class Enrol(Message, tag="enrol", frozen=True):

@@ -15,6 +15,7 @@ import pytest
 
 from rtunnel.trust import users
 from rtunnel.trust.users import new_hash, put_user
+from rtunnel_agent import hello as hello_module
 from support.cluster import Cluster, Target, in_thread, running_cluster
 from support.files import put
 from support.logs import Events, named
@@ -211,3 +212,30 @@ async def test_the_command_prints_hops_cause_and_next_step(tmp_path: Path, admin
     assert code == 2 and "can't be asked" in text
     code, text = await command("127.1.0.1:22", "--gateway", admin)
     assert code == 2 and "no token is given" in text
+
+
+async def test_a_broker_tells_what_agents_know_of_their_hosts(
+    tmp_path: Path, admin: str, token_file: Path, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent that has registered docker0's address is doubted at both ends, and found in the broker's API."""
+    monkeypatch.setattr(hello_module, "interface_of", lambda ip: "docker0" if ip == "127.1.0.2" else "eth0")
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.start_broker("b1", admin=admin, admin_token=str(token_file))
+        await cluster.start_gateway()
+        await cluster.start_agent("a1", "127.1.0.1", redundancy=1)
+        await cluster.start_agent("a2", "127.1.0.2", redundancy=1)
+        await cluster.whole()
+        status, answer = await in_thread(lambda: call(admin, None, method="GET", path="/v1/sessions"))
+        assert status == 200 and (answer["node"], answer["next"]) == ("b1", "")
+        good, odd = answer["sessions"]
+        assert (good["agent"], good["state"], good["peer"]) == ("a1", "live", "127.0.0.1")
+        assert (good["addresses"], good["interfaces"], good["lost"]) == (["127.1.0.1"], ["eth0"], [])
+        assert good["doubts"] == [] and good["certificate_end"] > 1_700_000_000
+        assert odd["agent"] == "a2" and odd["doubts"][0].startswith("127.1.0.2 is on docker0")
+        status, one = await in_thread(lambda: call(admin, None, method="GET", path="/v1/sessions?agent=a2"))
+        assert [session["agent"] for session in one["sessions"]] == ["a2"]
+        status, rest = await in_thread(lambda: call(admin, None, method="GET", path="/v1/sessions?after=default/a1"))
+        assert [session["agent"] for session in rest["sessions"]] == ["a2"]
+        (line,) = named(events, "agent_doubted")
+        assert (line["agent"], line["peer"]) == ("a2", "127.0.0.1")
+        await cluster.until(lambda: bool(named(events, "broker_notice_received")))
