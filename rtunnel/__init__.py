@@ -7,7 +7,8 @@
 - `admin`: health over HTTP; `api`: the paths under `/v1/`, which need a token; `metrics`: the
   series of `/metrics`.
 - `bridge`: calls between trio and the relay's thread.
-- `counts`: counts of streams, and permits; `strangers`: places for connections without proof.
+- `counts`: counts of streams, and permits; `histogram`: counts of durations; `strangers`: places
+  for connections without proof.
 - `net`: listening sockets.
 - `pulse`: signs of life for systemd and the supervisor; `watch`: files that are read again.
 - `logs`: log lines; `clock`: finds clocks that differ.

@@ -5,13 +5,15 @@ They cost a wake-up of a thread, so they are not made per stream.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TypeVar, TypeVarTuple, Unpack
+from typing import Generic, TypeVar, TypeVarTuple, Unpack
 
 import trio
 
 from rtunnel.errors import RegistryUnavailable
+from rtunnel.histogram import Histograms
 from rtunnel.relay.relay import Relay
 
 _T = TypeVar("_T")
@@ -26,6 +28,35 @@ RELAY_PATIENCE = 30.0
 RELAY_LOOK = 0.1
 
 
+class Called(Generic[*_A, _T]):
+    """One registry call: its name, result and seconds, without the wait for a thread.
+
+    `result` is "ok", "unavailable", or "refused" for every other exception; empty until it has
+    ended.
+    """
+
+    __slots__ = ("_call", "name", "result", "seconds")
+
+    def __init__(self, call: Callable[[Unpack[_A]], _T]) -> None:
+        self._call = call
+        self.name = getattr(call, "__name__", "other").strip("_")
+        self.result = ""
+        self.seconds = 0.0
+
+    def __call__(self, *args: *_A) -> _T:
+        """Make the call, on a worker thread."""
+        began, result = time.perf_counter(), "refused"
+        try:
+            answer = self._call(*args)
+            result = "ok"
+            return answer
+        except RegistryUnavailable:
+            result = "unavailable"
+            raise
+        finally:
+            self.seconds, self.result = time.perf_counter() - began, result
+
+
 class Bridge:
     """Carries calls between trio's thread and the relay's.
 
@@ -38,6 +69,8 @@ class Bridge:
         self._token: trio.lowlevel.TrioToken | None = None
         self._limiter = trio.CapacityLimiter(REGISTRY_THREADS)
         self._nursery: trio.Nursery | None = None
+        # Seconds of registry calls, by call and result (`Called`); written by trio's thread.
+        self.registry_calls: Histograms[tuple[str, str]] = Histograms()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -127,7 +160,12 @@ class Bridge:
 
         Raises RegistryUnavailable.
         """
-        return await trio.to_thread.run_sync(call, *args, limiter=self._limiter)
+        called = Called(call)
+        try:
+            return await trio.to_thread.run_sync(called, *args, limiter=self._limiter)
+        finally:
+            if called.result:
+                self.registry_calls.observe((called.name, called.result), called.seconds)
 
     async def registry_tries(self, call: Callable[[Unpack[_A]], _T], *args: *_A) -> _T | None:
         """Run a registry call.

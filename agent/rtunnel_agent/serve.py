@@ -7,6 +7,7 @@ import trio
 import rtunnel
 from rtunnel import admin
 from rtunnel.config import Config
+from rtunnel.net import descriptors
 from rtunnel.registry import Registry
 from rtunnel.roles import Role
 from rtunnel_agent.agent import Agent
@@ -35,7 +36,8 @@ async def serve(
 
 def status(agent: Agent) -> dict[str, object]:
     """Return what `/statusz` shows of an agent."""
-    counts = agent.targets.counts
+    counts, links = agent.targets.counts, agent.relay.links
+    used, limit = descriptors()
     return {
         "role": "agent",
         "version": rtunnel.__version__,
@@ -65,6 +67,10 @@ def status(agent: Agent) -> dict[str, object]:
             for slot in agent.slots
             if (session := slot.session) is not None and session.welcome is not None
         ],
+        "pings": links.pings,
+        "pings_lost": links.pings_lost,
+        "descriptors": used,
+        "descriptor_limit": limit,
         "draining": [session.node for session in agent.draining],
         "held": agent.relay.memory.held,
         **counts.status(),

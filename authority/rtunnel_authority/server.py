@@ -123,6 +123,7 @@ class Server:
             "version": rtunnel.__version__,
             "trust": {"number": self._number, "generation": self._generation},
             "ca_ends": self._tls.ca_ends,
+            "reasons": self.reasons(),
             "store": self._fault or "ok",
             "connections": self.connections,
             **{name: self.counts[name] for name in ("enrolled", "renewed")},

@@ -29,6 +29,7 @@ from rtunnel.logs import get_logger
 from rtunnel.net import bound_socket, descriptors, listen
 from rtunnel.registry import NodeFacts, NodeRecord, Registry
 from rtunnel.registry.history import MAX_SENTENCE
+from rtunnel.registry.ports import PortCounts as RangeCounts
 from rtunnel.relay.join import Ending
 from rtunnel.relay.lost import Lost, LostKind
 from rtunnel.relay.relay import Relay
@@ -68,6 +69,7 @@ class Node:
         self.started = time.time()
         self.counts = PortCounts(broker.max_handshakes)
         self.session_refusals: Counter[str] = Counter()  # refused sessions, by code
+        self.session_endings: Counter[str] = Counter()  # of welcomed sessions, by cause
         self._admission = Admission(broker.admit)
         self.relay = Relay(self._report, f"relay-{self.node}", memory=broker.stream_memory << 20)
         self.bridge = Bridge(self.relay)
@@ -102,9 +104,10 @@ class Node:
     def lost(self, session: Session, lost: Lost) -> None:
         self.trust.discard(session)
         if session.welcomed and session.hello is not None:
+            cause = session.way_out or lost.kind.value
+            self.session_endings[cause] += 1
             self.notes.departed(
-                session.hello, session.addresses, peer=session.peer, epoch=session.epoch,
-                cause=session.way_out or lost.kind.value, text=lost.detail,
+                session.hello, session.addresses, peer=session.peer, epoch=session.epoch, cause=cause, text=lost.detail,
             )  # fmt: skip
         for listener in session.listeners:
             self.relay.unlisten(listener)
@@ -234,6 +237,11 @@ class Node:
             notes_dropped=self.notes.dropped,
             reasons=tuple(reason[:MAX_SENTENCE] for reason in self.reasons()),
         )
+
+    def port_counts(self) -> dict[str, RangeCounts]:
+        """Return the counts of each port range: "guarded", and "open" where there is one."""
+        guarded, open_ports = self._registrar.port_counts()
+        return {"guarded": guarded} | ({} if open_ports is None else {"open": open_ports})
 
     def reasons(self) -> list[str]:
         """Return why this node is not ready; empty when it is."""

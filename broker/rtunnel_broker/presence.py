@@ -65,6 +65,9 @@ class Presence:
         self._fault: RegistryUnavailable | None = None  # of the last call; None: it was answered
         self._beating = trio.Lock()
         self._measured_at = -MEASURE_SECONDS
+        self._complete_at: float | None = None  # end of the last complete beat (monotonic)
+        self.tuples = 0  # that the last complete beat kept alive
+        self.tuples_put_back = 0  # that beats found missing, since the start
 
     @property
     def down(self) -> str:
@@ -72,6 +75,11 @@ class Presence:
         if self._fault is not None:
             return str(self._fault)
         return "" if self.incarnation else "not contacted yet"
+
+    @property
+    def beat_age(self) -> float | None:
+        """Seconds since the last complete heartbeat; None before the first one."""
+        return None if self._complete_at is None else round(time.monotonic() - self._complete_at, 1)
 
     async def join(self, stop: trio.Event) -> bool:
         """Wait for an incarnation, without which this node can't fence. Return False when `stop`
@@ -127,6 +135,9 @@ class Presence:
             raise
         finally:
             self._registrar.left_during_beat = None
+        self._complete_at = time.monotonic()
+        self.tuples = sum(len(registration.tuples) for registration in registrations)
+        self.tuples_put_back += beat.put_back
         if self._fault is not None:
             self._log.info("registry_reached", tuples_put_back=beat.put_back)
             self._fault = None

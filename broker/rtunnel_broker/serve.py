@@ -12,6 +12,7 @@ import rtunnel
 from rtunnel import admin
 from rtunnel.api import Api, ApiRequest, Call
 from rtunnel.config import Config
+from rtunnel.net import descriptors
 from rtunnel.registry import Registry
 from rtunnel.roles import Role
 from rtunnel_broker.node import Node
@@ -94,19 +95,30 @@ def _facts(session: Session) -> SessionFacts:
 
 def status(node: Node) -> dict[str, object]:
     """Return what `/statusz` shows of a node."""
-    counts = node.counts
+    counts, links, presence = node.counts, node.relay.links, node.presence
+    used, limit = descriptors()
     return {
         "role": "broker",
         "version": rtunnel.__version__,
         "node": node.node,
         "host": node.host,
         "ip": node.ip,
-        "incarnation": node.presence.incarnation,
+        "incarnation": presence.incarnation,
         "state": "draining" if node.draining else "live",
-        "registry": node.presence.down or "ok",
+        "reasons": node.reasons(),
+        "registry": presence.down or "ok",
+        "registry_calls": [
+            {"call": call, "result": result, **times.status()}
+            for (call, result), times in node.bridge.registry_calls.items()
+        ],
+        "registry_clock_offset": presence.measured_offset,
+        "beat_age": presence.beat_age,
+        "tuples_registered": presence.tuples,
+        "tuples_put_back": presence.tuples_put_back,
         "sessions": len(node.sessions),
         "handshakes": node.links.handshakes,
         "session_refusals": dict(node.session_refusals),
+        "session_endings": dict(node.session_endings),
         "links_lost": dict(node.links.lost),
         "dials_lost": dict(counts.lost),
         "clock": node.clock.status(time.monotonic()),
@@ -115,11 +127,17 @@ def status(node: Node) -> dict[str, object]:
         "trust": node.trust.follower.status() if node.trust.follower is not None else None,
         "notes": {"waiting": len(node.notes), "dropped": node.notes.dropped},
         "waiting": counts.waiting,
+        "ports": {name: msgspec.to_builtins(ports) for name, ports in node.port_counts().items()},
+        "descriptors": used,
+        "descriptor_limit": limit,
         "window_budget": node.relay.memory.left,
         "held": node.relay.memory.held,
         **counts.status(),
         "pairs": len(node.relay.pairs),
-        "links": len(node.relay.links),
+        "links": len(links),
+        "pings": links.pings,
+        "pings_lost": links.pings_lost,
+        "round_trips": [links.round_trips.status()],
     }
 
 

@@ -79,6 +79,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from rtunnel.compat import override
+from rtunnel.histogram import Histogram
 from rtunnel.relay.ends import EndHandler, SocketEnd, reset_on_close
 from rtunnel.relay.loop import HUP, IN, LOST, OUT, Loop, Timer
 from rtunnel.relay.lost import Lost, LostKind, closed, lost_by
@@ -128,6 +129,9 @@ FIRST_PINGS: Final = 5
 #: Seconds. A round trip that takes longer found a busy process (a storm of handshakes) or a far
 #: one: the next ping waits for the next look.
 BUSY_RTT: Final = 0.02
+#: Seconds. A ping that had no answer for so long, when the next one is sent or the link ends,
+#: counts as lost. TCP loses no bytes: its answer may come later.
+PING_PATIENCE: Final = 2.0
 #: Unsent bytes that the kernel may queue (TCP_NOTSENT_LOWAT): a small frame waits behind them.
 NOTSENT_LOWAT: Final = 128 * 1024
 
@@ -483,9 +487,16 @@ class Link(WindowedSession):
         return self._pings < FIRST_PINGS and not 0 < self._least_rtt < LEAST_RTT
 
     def _measure(self) -> None:
+        self._count_lost_ping()
         self._pings += 1
+        self._live.pings += 1
         self._ping_sent = self.loop.now
         self.ping(self._pings & 0xFFFFFFFF)
+
+    def _count_lost_ping(self) -> None:
+        """Count the last ping as lost if it waits for its answer for too long."""
+        if self._ping_sent and self.loop.now - self._ping_sent >= PING_PATIENCE:
+            self._live.pings_lost += 1
 
     def probe(self, patience: float, done: Callable[[bool], None]) -> None:
         """Ping the peer now, and call `done(lives)` once.
@@ -511,8 +522,10 @@ class Link(WindowedSession):
     @override
     def on_pong(self, value: int) -> None:
         self._probed(value, True)
-        if value == self._pings & 0xFFFFFFFF:
+        if value == self._pings & 0xFFFFFFFF and self._ping_sent:
             self.rtt = self.loop.now - self._ping_sent
+            self._ping_sent = 0.0
+            self._live.round_trips.observe(self.rtt)
             self.measured(self.rtt)
             if self.rtt < BUSY_RTT and self._measures_on():
                 self._measure()
@@ -557,6 +570,7 @@ class Link(WindowedSession):
             return
         if self._timer is not None:
             self._timer.cancel()
+        self._count_lost_ping()
         self._live.discard(self)
         if linger:
             self._linger()
@@ -588,13 +602,20 @@ class Link(WindowedSession):
 
 
 class Links(set[Link]):
-    """The links of one relay, and the closing ends of those that have ended (`leave`)."""
+    """The links of one relay, the closing ends of those that have ended (`leave`), and the counts
+    of their pings.
+
+    The counts have no label for the peer: a broker has up to 50,000.
+    """
 
     def __init__(self, loop: Loop, scratch: Scratch) -> None:
         super().__init__()
         self.loop = loop
         self.scratch = scratch
         self._leaving: deque[SocketEnd] = deque()
+        self.pings = 0
+        self.pings_lost = 0  # without an answer within PING_PATIENCE
+        self.round_trips = Histogram()
 
     def leave(self, end: SocketEnd) -> None:
         """Keep a closing end; with MAX_LEAVING of them the oldest is closed at once."""

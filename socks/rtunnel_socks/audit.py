@@ -10,12 +10,13 @@ import msgspec
 
 from rtunnel.config import format_endpoint
 from rtunnel.counts import StreamCounts, StreamPermit
+from rtunnel.histogram import Histograms
 from rtunnel.relay.join import Account, Ending
 from rtunnel.relay.relay import Relay
 from rtunnel.trust.policy import Question
 from rtunnel.trust.users import Hash
 from rtunnel_socks.access import Access
-from rtunnel_socks.dial import Paths, Reached, Target, Tried
+from rtunnel_socks.dial import ACCEPTED, Paths, Reached, Target, Tried
 from rtunnel_socks.limits import Limits, Permit
 from rtunnel_socks.trust import GatewayTrust
 
@@ -34,6 +35,7 @@ class Auditor(Protocol):
     limits: Limits
     namespace: str
     trust: GatewayTrust
+    setup_times: Histograms[str]  # seconds from a request to its answer, by code
 
     @property
     def counts(self) -> StreamCounts:
@@ -96,6 +98,7 @@ class Joined:
         self.identity = reached.identity  # of the agent that proved it
         self.certificate = reached.certificate  # of the broker
         self.setup = auditor.relay.loop.now - asked.started
+        auditor.setup_times.observe(ACCEPTED, self.setup)
         self.requests = 0  # that were forwarded; 0: it is a tunnel
         auditor.paths.opened(reached.used)
         self.permit = StreamPermit(auditor.counts)

@@ -429,13 +429,15 @@ class Client:
 
     def _turn_away(self, refused: Refused, *, answered: bool = True, tried: Sequence[Tried] = ()) -> None:
         reply = self._answer(refused) if answered or self.asked.target is not None else b""
-        self._gateway.counts.refuse(refused.code)
+        gateway = self._gateway
+        gateway.counts.refuse(refused.code)
+        gateway.setup_times.observe(refused.code.value, gateway.relay.loop.now - self.asked.started)
         more: dict[str, object] = {"claims": self._claims} if self._claims else {}
         if tried:
             more["tried"] = told(tried)
         if self._unproven:
             more["proof"] = self._unproven
-        self.asked.log(self._gateway, "request_refused", code=refused.code.value, reason=refused.text, **more)
+        self.asked.log(gateway, "request_refused", code=refused.code.value, reason=refused.text, **more)
         if reply:
             self._end.write(reply)
         self._end.close()

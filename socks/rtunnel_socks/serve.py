@@ -11,6 +11,7 @@ import rtunnel
 from rtunnel import admin
 from rtunnel.api import Api, ApiRequest, BadRequest, Call
 from rtunnel.config import Config, canonical_ip, parse_endpoint
+from rtunnel.net import descriptors
 from rtunnel.registry import Registry
 from rtunnel.roles import Role
 from rtunnel_socks.diagnosis import Report
@@ -79,6 +80,7 @@ def _trace_arguments(body: bytes, namespace: str) -> tuple[Target, str, str | No
 def status(gateway: Gateway) -> dict[str, object]:
     """Return what `/statusz` shows of a gateway."""
     counts, routes = gateway.counts, gateway.table.counts()
+    used, limit = descriptors()
     return {
         "role": "gateway",
         "version": rtunnel.__version__,
@@ -89,16 +91,25 @@ def status(gateway: Gateway) -> dict[str, object]:
         "forgotten": routes.forgotten,
         "routes_age": gateway.resolver.age,
         "nodes": [{"node": n.node, "state": n.state} for n in gateway.table.nodes.values()],
+        "reasons": gateway.reasons(),
         "registry": gateway.resolver.state,
+        "registry_calls": [
+            {"call": call, "result": result, **times.status()}
+            for (call, result), times in gateway.bridge.registry_calls.items()
+        ],
+        "registry_clock_offset": gateway.resolver.clock_offset(),
         "clients": counts.clients,
         **counts.status(),
         "clock": gateway.clock.status(time.monotonic()),
         "shortages": dict(gateway.counts.shortages),
         "hedges": {"sent": gateway.hedging.sent, "held": gateway.hedging.held},
         "attempts": [{"node": node, "code": word, "count": n} for (node, word), n in counts.attempts.items()],
+        "setup_times": [{"code": code, **times.status()} for code, times in gateway.setup_times.items()],
         "proof_failures": dict(counts.unproven),
         "pairs": len(gateway.relay.pairs),
         "held": gateway.relay.memory.held,
+        "descriptors": used,
+        "descriptor_limit": limit,
         "access": gateway.access.status(),
         "proof": gateway.config.proof,
         "trust": gateway.trust.follower.status() if gateway.trust.follower is not None else None,

@@ -114,6 +114,45 @@ async def test_a_refusal_is_counted_by_who_made_it_and_who_told_it(tmp_path: Pat
         assert now.value("rtunnel_streams_accepted_total") == 2, "the agent's no went through it as a stream"
 
 
+async def test_times_and_attempts_of_requests(tmp_path: Path, events: Events) -> None:
+    """One that is joined, one that the target refuses, one without a tuple: by code, and by node what was tried."""
+    async with running_cluster(tmp_path) as cluster:
+        looks = await started(cluster, events)
+        now = await looks.at("gateway")
+        assert now.value("rtunnel_setup_seconds_count", code="accepted") == 0, "the first one is a step from 0"
+        await cluster.socks(IP, Target(IP).port)
+        await refused(cluster, IP, free_port())
+        await refused(cluster, "127.1.0.9", 80)
+        now = await looks.at("gateway")
+        told = {"accepted": 1, "target_refused": 1, "unknown_target": 1}
+        assert now.counted("rtunnel_setup_seconds_count", "code") == told
+        assert now.values("rtunnel_setup_seconds_bucket", code="accepted")[-1] == 1
+        assert now.value("rtunnel_setup_seconds_sum", code="accepted") > 0
+        assert now.counted("rtunnel_attempts_total", "code") == {"accepted": 1, "target_refused": 1}
+        assert now.counted("rtunnel_attempts_total", "node") == {"b1": 1}
+        assert now.value("rtunnel_registry_call_seconds_count", call="lookup", result="ok") == 1
+
+
+async def test_a_nodes_own_figures(tmp_path: Path, events: Events) -> None:
+    """Ports, descriptors, heartbeats and links; a restarted agent's session replaces the older one."""
+    async with running_cluster(tmp_path) as cluster:
+        looks = await started(cluster, events)
+        now = await looks.until("broker", lambda now: now.values("rtunnel_tuples_registered") == [1])
+        assert now.value("rtunnel_ready") == 1
+        assert now.value("rtunnel_beat_age_seconds") < 5
+        assert now.value("rtunnel_ports", range="guarded", state="used") == 1
+        assert now.value("rtunnel_ports", range="guarded", state="free") > 0
+        assert 0 < now.value("rtunnel_descriptors") < now.value("rtunnel_descriptor_limit")
+        assert abs(now.value("rtunnel_registry_clock_offset_seconds")) < 5
+        assert now.value("rtunnel_pings_total") >= now.value("rtunnel_path_round_trip_seconds_count") >= 1
+        assert now.value("rtunnel_pings_lost_total") == 0
+        agent = await looks.until("agent", lambda now: bool(now.values("rtunnel_session_round_trip_seconds")))
+        assert agent.value("rtunnel_session_round_trip_seconds", node="b1") < 5
+        cluster.parts[-1].kill()
+        now = await looks.until("broker", lambda now: bool(now.counted("rtunnel_session_endings_total", "cause")))
+        assert now.counted("rtunnel_session_endings_total", "cause") in ({"closed": 1}, {"reset": 1})
+
+
 @pytest.mark.parametrize(
     ("limit", "code"),
     [
@@ -277,7 +316,10 @@ async def enrolling(cluster: Cluster, agent_id: str, ip: str, by: Token) -> None
 
 async def test_every_series_of_the_page_is_there_and_no_other(tmp_path: Path, events: Events) -> None:
     """docs/metrics.md against what broker, gateway, agent and authority answer: name, type, label, meaning, role."""
-    async with full_site(tmp_path, events) as (_, looks, _stop):
+    async with full_site(tmp_path, events) as (cluster, looks, _stop):
+        await cluster.socks(IP, Target(IP).port)
+        await looks.until("broker", lambda now: bool(now.values("rtunnel_beat_age_seconds")))
+        await looks.until("gateway", lambda now: bool(now.values("rtunnel_registry_clock_offset_seconds")))
         for role in ("broker", "gateway", "agent", "authority"):
             answer = await looks.at(role)
             # An agent has no line for what has not happened yet.

@@ -14,13 +14,13 @@ PAGE: Final = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
 def _rows() -> list[tuple[str, str, str, str, str]]:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| `rt")]
     return [
-        (name.strip("`"), kind, label.strip("`"), meaning, role)
+        (name.strip("`"), kind, ", ".join(sorted(re.findall(r"\w+", label))), meaning, role)
         for name, kind, label, meaning, roles in rows
         for role in roles.split(", ")
     ]
 
 
-#: (name, type, label, meaning, role), one for each role that gives it.
+#: (name, type, labels in alphabetical order, meaning, role), one for each role that gives it.
 TABLE: Final = _rows()
 #: The rules file that the page has, and what is in it.
 RULES_FILE: Final = re.findall(r"```yaml\n(groups:\n.*?)```", PAGE, re.DOTALL)[0]

@@ -9,8 +9,8 @@ from typing import Any
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-#: Labels of every series: whose it is.
-WHOSE = {"role", "worker"}
+#: Labels that docs/metrics.md has not in its table: whose a series is, and a histogram's bounds.
+WHOSE = {"role", "worker", "le"}
 
 
 @dataclass
@@ -39,9 +39,9 @@ class Scrape:
         """(name, type, label, meaning, role) of all that is there."""
         return {
             (
-                sample.name,
+                family.name if family.type == "histogram" else sample.name,
                 family.type,
-                "".join(sample.labels.keys() - WHOSE),
+                ", ".join(sorted(sample.labels.keys() - WHOSE)),
                 family.documentation,
                 sample.labels["role"],
             )

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from rtunnel.config import GatewayConfig, LimitsConfig
 from rtunnel.counts import StreamCounts
+from rtunnel.histogram import Histograms
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Ending
 from rtunnel.trust.policy import Verdict
@@ -185,6 +186,7 @@ class World:
             version=0, users=None, anonymous=lambda peer: True, judge=lambda question, entry: Verdict(True, 1, "1")
         )
         self.namespace = "default"
+        self.setup_times: Histograms[str] = Histograms()
         self.config = GatewayConfig(idle_timeout=0.0, handshake_timeout=1000.0, max_head=65536)
         self.resolver = self
         self.waiting: set[Client] = set()

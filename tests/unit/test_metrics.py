@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from rtunnel import metrics
 from rtunnel.cli import cli
+from rtunnel.histogram import Histogram
 from rtunnel.relay.join import Ending
 from rtunnel.wire.refusal import Refusal
 from support.metrics_page import RULES, RULES_FILE, TABLE
@@ -46,7 +47,7 @@ def test_an_alert_names_what_there_is(rule: dict[str, Any]) -> None:
     """Series, their labels, and the words in these; and it says what it means and what to do."""
     used = names_in(rule["expr"])
     assert used and used <= {series.name for series in metrics.SERIES}
-    labels = {series.name: {series.label, "role", "worker"} for series in metrics.SERIES}
+    labels = {series.name: {*series.labels, "role", "worker"} for series in metrics.SERIES}
     for name, matchers in re.findall(r"(rtunnel_\w+)\{([^}]*)\}", rule["expr"]):
         for label, words in re.findall(r'(\w+)=~?"([^"]*)"', matchers):
             assert label in labels[name] and set(words.split("|")) <= WORDS[label], (name, label, words)
@@ -196,6 +197,26 @@ def test_of_an_authority_that_is_not_configured_nothing_is_said() -> None:
     assert not parsed(metrics.text({"role": "gateway", "trust": trust})).values("rtunnel_authority_up")
     trust["authority"] = "connection refused"
     assert parsed(metrics.text({"role": "gateway", "trust": trust})).value("rtunnel_authority_up") == 0
+
+
+def test_buckets_are_cumulative() -> None:
+    """As Prometheus wants them: each has all that is not longer, and the last one has all."""
+    times = Histogram()
+    for seconds in (0.0005, 0.0006, 0.3, 60.0):
+        times.observe(seconds)
+    now = parsed(metrics.text({"role": "gateway", "setup_times": [{"code": "accepted", **times.status()}]}))
+    assert now.value("rtunnel_setup_seconds_bucket", code="accepted", le="0.0005") == 1, "a bound is in its bucket"
+    assert now.value("rtunnel_setup_seconds_bucket", code="accepted", le="0.001") == 2
+    assert now.value("rtunnel_setup_seconds_bucket", code="accepted", le="10.0") == 3
+    assert now.value("rtunnel_setup_seconds_bucket", code="accepted", le="+Inf") == 4
+    assert now.value("rtunnel_setup_seconds_count", code="accepted") == 4
+    assert now.value("rtunnel_setup_seconds_sum", code="accepted") == pytest.approx(60.3011)
+
+
+def test_a_process_with_a_reason_is_not_ready() -> None:
+    assert parsed(metrics.text({"role": "broker", "reasons": ["draining"]})).value("rtunnel_ready") == 0
+    agent = {"role": "agent", "reason": "", "sessions": [], "draining": []}
+    assert parsed(metrics.text(agent)).value("rtunnel_ready") == 1
 
 
 def test_rules_with_a_fault() -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from rtunnel.relay.ends import HANDLER_READ_BYTES, READS_A_TURN, SocketEnd
 from rtunnel.relay.join import Account, Ending
-from rtunnel.relay.link import FIRST_PINGS, FRAMES_A_TURN, UNPROVEN_FRAMES_A_TURN, Link
+from rtunnel.relay.link import FIRST_PINGS, FRAMES_A_TURN, PING_PATIENCE, UNPROVEN_FRAMES_A_TURN, Link
 from rtunnel.relay.loop import SLOW_A_TURN, Loop
 from rtunnel.relay.lost import closed
 from rtunnel.relay.memory import START_WINDOW
@@ -851,6 +851,27 @@ class TestWindows:
             sent, least = far.do(measure)
             assert sent == pings
             assert least == pytest.approx(min(round_trips))
+
+    @pytest.mark.parametrize(("waited", "lost"), [(PING_PATIENCE + 1, 1), (PING_PATIENCE - 1, 0)])
+    def test_a_ping_without_an_answer_is_counted_once(self, waited: float, lost: int) -> None:
+        """The next ping, or the link's end, finds that it waits for too long; a late answer is one after all."""
+        with running_relay() as near, running_relay() as far:
+            tunnel = Tunnel(near, far)
+            far.settle(lambda: tunnel.far_link.rtt > 0)
+
+            def measure() -> tuple[int, int, int]:
+                link, live = tunnel.far_link, far.links
+                link._pings = FIRST_PINGS + 1
+                before, answers = live.pings, sum(live.round_trips.counts)
+                link._ping_sent = link.loop.now - waited
+                link._measure()
+                link.on_pong(link._pings)
+                link.on_pong(link._pings)  # the same answer twice counts once
+                link._ping_sent = link.loop.now - waited
+                link.close(closed("over"))
+                return live.pings - before, live.pings_lost, sum(live.round_trips.counts) - answers
+
+            assert far.do(measure) == (1, 2 * lost, 1)
 
     def test_a_neighbour_makes_a_grown_window_small_again(self) -> None:
         """On a near path a window that grew while its stream was alone shrinks when another one speaks as well."""
