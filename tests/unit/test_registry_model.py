@@ -17,7 +17,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from rtunnel.errors import RegistryUnavailable
-from rtunnel.registry import COUNTER_BITS, NodeRecord, PortLease, Registration, Registry, Snapshot, Tuple
+from rtunnel.registry import (
+    COUNTER_BITS,
+    Departure,
+    NodeFacts,
+    NodeRecord,
+    PortLease,
+    Registration,
+    Registry,
+    Snapshot,
+    Tuple,
+)
 from rtunnel.registry.memory import MemoryRegistry
 from rtunnel.registry.redis import RedisRegistry
 from rtunnel.registry.redis_client import Script
@@ -159,7 +169,7 @@ spans = st.sampled_from((1.0, HEARTBEAT, TTL / 2, TTL, TTL + QUARANTINE))
 
 
 class RegistryMachine(RuleBasedStateMachine):
-    """Two nodes, two agents, one reader. Subclasses say where the registry is."""
+    """Two nodes, two agents, one reader, and notes of departures. Subclasses say where the registry is."""
 
     #: Calls may have run without their caller knowing: what they left is given until the next `ttl` to die.
     late_calls_run: ClassVar[bool] = False
@@ -181,6 +191,8 @@ class RegistryMachine(RuleBasedStateMachine):
         self.reader = self.connect()
         self.table = RouteTable(HEARTBEAT + 1, self.clock)
         self.mirror = Mirror(self.reader, self.table, reconcile=2 * HEARTBEAT, clock=self.clock)
+        self.told = 0
+        self.noted: dict[str, int] = {}  # by address: the newest note that was written for sure
         self.brokers = {name: Broker(name, self.connect()) for name in NODES}
         for broker in self.brokers.values():
             self._take_node_id(broker)
@@ -248,6 +260,25 @@ class RegistryMachine(RuleBasedStateMachine):
     def _beat(self, broker: Broker) -> None:
         assert broker.registry.beat(broker.record, list(broker.sessions.values())).lost == {}
 
+    @rule(name=nodes, agent=agents, plan=faults)
+    def tell(self, name: str, agent: str, plan: list[str]) -> None:
+        """A departure is noted; a second later than anything before, by the registry's clock."""
+        self.advance(1.0)
+        broker, ip = self.brokers[name], f"10.1.0.{agent[1:]}"
+        self.told += 1
+        note = Departure(
+            namespace="default", agent_id=agent, addresses=(ip,), node=name, peer="", cause="left", text=str(self.told),
+            epoch=0,
+        )  # fmt: skip
+        self.plan(broker, plan)
+        try:
+            broker.registry.report(NodeFacts(node=name), [note])
+        except RegistryUnavailable:
+            pass
+        else:
+            self.noted[ip] = self.told
+        self.plan(broker, [])
+
     @rule(name=nodes, fault=st.sampled_from((LOST, UNHEARD, LATE, TWICE, ECHO)), written=st.integers(0, 1))
     def freeze(self, name: str, fault: str, written: int) -> None:
         """Redis stops for longer than a tuple lives, and a beat is the first that comes when it goes on."""
@@ -310,6 +341,9 @@ class RegistryMachine(RuleBasedStateMachine):
             assert wanted <= found
             assert found == wanted or not strict
         assert {record.node for record in self.reader.nodes()} == set(NODES)
+        for ip, told in self.noted.items():
+            [departure] = self.reader.history("default", ip).departures
+            assert told <= int(departure.text) <= self.told, "an older note has replaced a newer one"
         thief = Broker("b9", self.reader)
         for session in self._sessions():
             for lease in session.leases:
@@ -350,7 +384,10 @@ class RedisMachine(RegistryMachine):
         """It expired, or was evicted, between any two commands."""
         keys = self.store.names()
         assume(keys)
-        self.store.lose(data.draw(st.sampled_from(keys)))
+        key = data.draw(st.sampled_from(keys))
+        self.store.lose(key)
+        if key.startswith("rtunnel:gone:"):
+            self.noted.pop(key.rpartition(":")[2], None)
 
     @precondition(lambda self: self.store.late)
     @rule(data=st.data())
@@ -407,6 +444,7 @@ class MemoryMachine(RegistryMachine):
     @rule()
     def wipe(self) -> None:
         self.registry.wipe()
+        self.noted.clear()
 
 
 @pytest.mark.parametrize("machine", [RedisMachine, LateRedisMachine])
