@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-lowest test-pythons coverage lint lock fuzz lab soak bench bench-quick docs pages clean
+.PHONY: help demo test test-lowest test-pythons coverage lint lock fuzz lab night soak bench bench-quick docs pages clean
 .DEFAULT_GOAL := test
 
 help: ## this list
@@ -91,6 +91,9 @@ fuzz: .venv/.ready ## coverage-guided, FUZZ_SECONDS (30) a target; SCHEDULES (10
 
 lab: .venv/.ready ## isolated VPCs in network namespaces (root)
 	$(BIN)/python -m pytest tests/lab -v --timeout 300
+
+night: .venv/.ready ## known faults in network namespaces, each found by one command (root); PAGE=1 writes docs/faults.md
+	$(if $(PAGE),RTUNNEL_NIGHT_PAGE=1) $(BIN)/python -m pytest tests/night -v --timeout 120
 
 soak: .venv/.ready ## a long life in minutes, then everything as before; RTUNNEL_SOAK_SHORT=1 for under one
 	$(BIN)/python -m pytest tests/soak -s --timeout 1200

@@ -50,6 +50,7 @@ class Lab:
         self.label = label  # in front of the parts' names, so that two systems have logs of their own
         self.parts: dict[str, Process] = {}
         self.notes: list[tuple[str, str]] = []
+        self.registry: dict[str, object] = {}  # more keys of [registry]
         self._pki = directory / "pki"
         self._redis_url = f"redis://{net['redis'].ip}:{REDIS_PORT}/0"
 
@@ -75,13 +76,14 @@ class Lab:
             self.wait_ready(host)
         self.wait_whole()
 
-    def start_redis(self) -> None:
+    def start_redis(self, *options: str) -> None:
         """An empty Redis that keeps nothing on disk; returns when it answers."""
         host = self.net["redis"]
         self.parts["redis"] = host.spawn(
             redis_server(),
             *("--bind", host.ip, "--port", str(REDIS_PORT), "--protected-mode", "no"),
             *("--save", "", "--appendonly", "no", "--dir", str(self.directory)),
+            *options,
             name=f"{self.label}redis",
         )
         wait_for("redis answers", self._redis_answers, 10, every=0.02)
@@ -117,13 +119,13 @@ class Lab:
             },
         )
 
-    def start_gateway(self, **keys: object) -> None:
-        """The gateway, for the clients of all VPCs, with these keys of [gateway] changed; `wait_ready` tells when it
+    def start_gateway(self, place: str = "gateway", /, **keys: object) -> None:
+        """A gateway, for the clients of all VPCs, with these keys of [gateway] changed; `wait_ready` tells when it
         serves."""
         policy = self.directory / "policy.toml"
         policy.write_text('[[rule]]\naction = "allow"\n')
         self._start(
-            self.net["gateway"],
+            self.net[place],
             "gateway",
             {
                 "gateway": {
@@ -131,7 +133,7 @@ class Lab:
                     "key": self._secret("gateway.key"),
                     "lame_duck": 0,
                     "ca": self._secret("ca.pem"),
-                    "trust": str(self.directory / "gateway.trust"),
+                    "trust": str(self.directory / f"{place}.trust"),
                     "authority": self._authority,
                     "policy": str(policy),
                     "admin": f"127.0.0.1:{ADMIN_PORT}",
@@ -140,8 +142,9 @@ class Lab:
             },
         )
 
-    def start_agent(self, name: str) -> None:
-        """A host's agent, which answers for the host's IPv4 and IPv6 address. The first time it enrols."""
+    def start_agent(self, name: str, **keys: object) -> None:
+        """A host's agent, which answers for the host's IPv4 and IPv6 address, with these keys of [agent] changed. The
+        first time it enrols."""
         host = self.net[name]
         token = self.directory / f"{name}.token"
         if not token.exists():
@@ -157,6 +160,7 @@ class Lab:
                 "identity": str(self.identity(name)),
                 "join_token": str(token),
                 "admin": f"127.0.0.1:{ADMIN_PORT}",
+                **keys,
             }
         }
         if name == OPEN_PORT_AGENT:
@@ -199,7 +203,7 @@ class Lab:
             self.start_agent(name)
 
     def _start(self, host: Host, role: str, sections: dict[str, Any]) -> None:
-        registry = {"registry": {"url": self._redis_url}} if role in ("broker", "gateway") else {}
+        registry = {"registry": {"url": self._redis_url, **self.registry}} if role in ("broker", "gateway") else {}
         path = self.config(host.name)
         path.write_text(_toml({"log": {"format": "json"}, **registry, **sections}))
         self.parts[host.name] = host.spawn(

@@ -49,6 +49,7 @@ PLACES = {
     "broker3": ("centre", 13),
     "redis": ("centre", 20),
     "gateway": ("centre", 30),
+    "gateway2": ("centre", 31),  # only in `make night`
     "controller": ("centre", 40),
     "authority": ("centre", 50),
 }

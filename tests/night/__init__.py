@@ -1,0 +1,1 @@
+"""Known faults, one after the other, and the one command that names each: `make night`."""
