@@ -81,9 +81,7 @@ class Node:
         self.trust = BrokerTrust(self, broker, log)
         checker = DialChecker(self.node, dial_keys, broker.dial_window, self.trust.is_revoked, self.clock)
         self._registrar = Registrar(self, registry, config.registry.quarantine, checker, log)
-        self.presence: Presence = Presence(
-            registry, config.registry, self.bridge, self._registrar, self.clock, self.log, self
-        )
+        self.presence: Presence = Presence(registry, config.registry, self.bridge, self._registrar, self.log, self)
         self.sessions = self._registrar.sessions  # those in the registry, by owner
         self.duplicates = self._registrar.duplicates  # refused second hosts of an agent_id
         self.links = LinkPort(self.relay, broker, self.trust, self.log, self.session_refusals)
@@ -232,7 +230,7 @@ class Node:
             open_resting=open_ports.quarantined if open_ports is not None else 0,
             descriptors=used,
             descriptor_limit=limit,
-            clock_offset=self.presence.measured_offset,
+            clock_offset=self.presence.clock_offset,
             beat_seconds=round(beat_seconds, 3),
             notes_dropped=self.notes.dropped,
             reasons=tuple(reason[:MAX_SENTENCE] for reason in self.reasons()),

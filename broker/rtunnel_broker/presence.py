@@ -6,22 +6,17 @@ In trio's thread.
 from __future__ import annotations
 
 import time
-from typing import Final, Protocol
+from typing import Protocol
 
 import trio
 
 from rtunnel.bridge import Bridge
-from rtunnel.clock import ClockWatch, registry_offset
 from rtunnel.config import RegistryConfig
 from rtunnel.errors import RegistryUnavailable, Superseded
 from rtunnel.registry import NodeFacts, NodeRecord, Registration, Registry
 from rtunnel_broker.log import NodeLog
 from rtunnel_broker.notes import Notes
 from rtunnel_broker.registrar import Registrar
-
-#: Seconds between two questions for the registry's clock, so that it is known when a gateway's
-#: clock differs.
-MEASURE_SECONDS: Final = 60.0
 
 
 class PresentNode(Protocol):
@@ -45,7 +40,6 @@ class Presence:
         config: RegistryConfig,
         bridge: Bridge,
         registrar: Registrar,
-        clock: ClockWatch,
         log: NodeLog,
         node: PresentNode,
     ) -> None:
@@ -53,18 +47,13 @@ class Presence:
         self.incarnation = 0  # 0: the registry has not given one yet
         # seconds that this machine's clock is ahead of the registry's
         self.clock_offset: float | None = None
-        # the same, measured by a call instead of by heartbeats; the last one that was answered
-        self.measured_offset: float | None = None
-        self._ttl = config.ttl
         self._registry = registry
         self._bridge = bridge
         self._registrar = registrar
-        self._clock = clock
         self._log = log
         self._node = node
         self._fault: RegistryUnavailable | None = None  # of the last call; None: it was answered
         self._beating = trio.Lock()
-        self._measured_at = -MEASURE_SECONDS
         self._complete_at: float | None = None  # end of the last complete beat (monotonic)
         self.tuples = 0  # that the last complete beat kept alive
         self.tuples_put_back = 0  # that beats found missing, since the start
@@ -150,7 +139,6 @@ class Presence:
         for session in self._registrar.moved():
             self._bridge.spawn(self._registrar.republish, session)
         await self._bridge.registry_tries(self._report, trio.current_time() - began)
-        await self._measure_clock()
 
     def _report(self, beat_seconds: float) -> None:
         """Write the node's facts and notes; on a worker thread. Raises RegistryUnavailable."""
@@ -162,19 +150,8 @@ class Presence:
         except BaseException:
             self._node.notes.put_back(notes)
             raise
-        if not notes:  # one call of one round trip
-            self.measured_offset = round((before + time.time()) / 2 - now, 3)
-
-    async def _measure_clock(self) -> None:
-        """Compare this clock with the registry's: seldom, and at each beat while Dials are refused
-        as expired.
-        """
-        now = time.monotonic()
-        if not self._clock.suspicious and now < self._measured_at + MEASURE_SECONDS:
-            return
-        self._measured_at = now
-        nodes = await self._bridge.registry_tries(self._registry.nodes) or []
-        self.clock_offset = registry_offset((node.beat for node in nodes), self._ttl, time.time())
+        if not notes:  # then the report is one round trip
+            self.clock_offset = round((before + time.time()) / 2 - now, 3)
 
     def _is_down(self, error: RegistryUnavailable) -> None:
         if self._fault is None:

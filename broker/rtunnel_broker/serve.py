@@ -111,7 +111,7 @@ def status(node: Node) -> dict[str, object]:
             {"call": call, "result": result, **times.status()}
             for (call, result), times in node.bridge.registry_calls.items()
         ],
-        "registry_clock_offset": presence.measured_offset,
+        "registry_clock_offset": presence.clock_offset,
         "beat_age": presence.beat_age,
         "tuples_registered": presence.tuples,
         "tuples_put_back": presence.tuples_put_back,
