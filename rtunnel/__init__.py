@@ -1,8 +1,9 @@
 """The core of rtunnel, which all roles share and which imports no role.
 
-- `wire`, `relay`, `registry`, `trust`, `config`: packages, whose first lines name their modules.
-- `cli`, `cli_cluster`, `cli_pki`, `cli_trace`: the command `rtunnel`; `console`: its output;
-  `demo`: its demo.
+- `wire`, `relay`, `registry`, `trust`, `config`, `doctor`: packages, whose first lines name their
+  modules.
+- `cli`, `cli_cluster`, `cli_doctor`, `cli_pki`, `cli_trace`: the command `rtunnel`; `console`: its
+  output; `demo`: its demo.
 - `roles`: finds, checks and runs roles; `workers`: runs one role in several processes.
 - `admin`: health over HTTP; `api`: the paths under `/v1/`, which need a token; `metrics`: the
   series of `/metrics`.

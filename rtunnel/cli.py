@@ -15,6 +15,7 @@ import click
 import msgspec
 
 from rtunnel import __version__, cli_cluster, config, roles, workers
+from rtunnel.cli_doctor import doctor
 from rtunnel.cli_pki import pki_group
 from rtunnel.cli_trace import trace
 from rtunnel.config import Config, Flag
@@ -44,6 +45,7 @@ Examples:
   rtunnel policy test --file policy.toml --user alice --from 10.9.0.4 10.1.0.7:22
   rtunnel resolve 10.1.0.7:9100                through which brokers is it reached?
   rtunnel trace 10.1.0.7:9100                  why is it not reached?
+  rtunnel doctor --config /etc/rtunnel.toml    what is wrong with this machine?
   rtunnel config check /etc/rtunnel.toml --role broker
 
 \b
@@ -232,6 +234,7 @@ def _read_unit(path: Path, role: str | None) -> config.Unit:
 
 cli.add_command(pki_group)
 cli.add_command(trace)
+cli.add_command(doctor)
 
 
 # --- rules and users of a gateway -----------------------------------------------------------------

@@ -1,0 +1,82 @@
+"""The command `rtunnel doctor`: finds what is wrong with a machine or with the whole cluster."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rtunnel import config
+from rtunnel.config import Config
+from rtunnel.console import Failure, print_json, report_errors
+from rtunnel.doctor import checks, machine
+from rtunnel.doctor.facts import Machine
+from rtunnel.doctor.findings import Finding, Level, in_order
+from rtunnel.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE
+
+_EXAMPLES = """
+\b
+Examples:
+  rtunnel doctor --config /etc/rtunnel.toml                 the roles that the file configures
+  rtunnel doctor --role agent --config /etc/rtunnel.toml    one of them, also with variables only
+  rtunnel doctor --json | jq -r '.findings[] | select(.level == "FAIL") | .text'
+
+\b
+Run it as the role's user, on the role's machine: it reads the same files, and connects as the role.
+Exit codes: 0 no FAIL, 1 at least one FAIL, 2 wrong usage or configuration.
+"""
+
+
+@click.command(epilog=_EXAMPLES)
+@click.option("--role", type=click.Choice(config.ROLES), help="The role to look at; default: those in the file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    envvar="RTUNNEL_CONFIG",
+    help="Configuration file (TOML) of the role; also $RTUNNEL_CONFIG.",
+)
+def doctor(role: str | None, as_json: bool, config_file: Path | None) -> None:
+    """Find out what is wrong with this machine.
+
+    The doctor looks at addresses, routes, the way to the brokers, the clock, ports, descriptors,
+    certificates, Redis and the running role, and prints one line for each finding: FAIL, WARN or
+    OK, with the fix. It changes nothing and registers nothing.
+    """
+    with report_errors():
+        loaded = config.load(config_file, os.environ, {})
+        facts = [machine.collect(loaded, name) for name in _roles(role, loaded)]
+    findings = in_order(finding for each in facts for finding in checks.judge(each))
+    _print(findings, {"roles": [_as_json(each) for each in facts]}, as_json)
+    sys.exit(_exit_code(findings))
+
+
+def _roles(role: str | None, loaded: Config) -> list[str]:
+    found = [role] if role else machine.roles_of(loaded)
+    if not found:
+        raise Failure("no role is given: give --role, or --config with the file of a role", EXIT_USAGE)
+    return found
+
+
+def _print(findings: list[Finding], facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json({"findings": findings, **facts})
+        return
+    for finding in findings:
+        click.echo(finding.line)
+    counts = {level: sum(finding.level is level for finding in findings) for level in Level}
+    click.echo(", ".join(f"{count} {level}" for level, count in counts.items()))
+
+
+def _as_json(facts: Machine) -> dict[str, Any]:
+    """Return the facts without the configuration, which `rtunnel config check` reads."""
+    names = [name for name in facts.__dataclass_fields__ if name != "config"]
+    return {name: getattr(facts, name) for name in names}
+
+
+def _exit_code(findings: list[Finding]) -> int:
+    return EXIT_FAILED if any(finding.level is Level.FAIL for finding in findings) else EXIT_OK

@@ -1,0 +1,153 @@
+"""The facts about one machine and one role on it, which `checks` judges. Plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rtunnel.config import Config, Problem, format_endpoint, parse_endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """One interface of this machine."""
+
+    name: str
+    kind: str = ""  # as the kernel says: "bridge", "veth", "dummy"; empty for hardware
+    addresses: tuple[str, ...] = ()  # with the size of the network: "10.1.0.7/24"
+    mtu: int = 0
+    #: Whether hardware is a port of this bridge, which then is the machine's own network.
+    has_hardware: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One route of the main table."""
+
+    network: str
+    interface: str
+
+
+@dataclass(frozen=True, slots=True)
+class OwnAddress:
+    """One address for which an agent answers."""
+
+    ip: str
+    here: bool  # the kernel lets a socket be bound to it
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """The TCP_INFO of a connection on which some KiB were sent."""
+
+    mss: int  # bytes of one segment, as the kernel sends it
+    pmtu: int
+    sent: int  # bytes
+    acknowledged: bool  # all of them, or the peer has answered
+    retransmits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One address that the role dials, and what came of some connects to it."""
+
+    key: str  # the key of the configuration that names it, or "registry"
+    name: str  # host:port as it is configured
+    ip: str = ""  # what the name was resolved to
+    interface: str = ""  # through which packets to it leave
+    local: bool = False  # it is an address of this machine
+    source: str = ""  # the own address of the connection
+    connects: int = 0  # that were tried
+    connected: int = 0
+    error: str = ""  # of the last failed connect or of the name
+    connect_ms: float = 0.0
+    secure: bool = False  # TLS was tried
+    tls_error: str = ""
+    not_tls: bool = False  # the answer was no TLS
+    alpn: bool = True  # the answer was TLS for rtunnel
+    certificates: tuple[str, ...] = ()  # different ones, by fingerprint
+    path: Path | None = None
+
+    @property
+    def at(self) -> str:
+        """The endpoint for display: its name, and the IP where that is another text."""
+        host, port = parse_endpoint(self.name)
+        if not self.ip or self.ip == host:
+            return self.name
+        return f"{self.name} ({format_endpoint(self.ip, port)})"
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """One certificate of the configuration."""
+
+    key: str
+    path: str
+    error: str = ""
+    subject: str = ""
+    addresses: tuple[str, ...] = ()
+    issued: float = 0.0  # seconds since 1970
+    ends: float = 0.0
+    issuer_error: str = ""  # why none of the cluster's CAs has signed it, or ""
+
+
+@dataclass(frozen=True, slots=True)
+class RedisFacts:
+    """The figures of a Redis server; `error`: why it can't be asked."""
+
+    url: str  # without the password
+    error: str = ""
+    version: str = ""
+    latency_ms: tuple[float, ...] = ()  # of some PINGs
+    offset: float = 0.0  # seconds that this machine's clock is ahead
+    role: str = ""  # "master" or "slave"
+    replicas: int = 0
+    policy: str = ""  # maxmemory-policy; empty: not allowed to know
+    used: int = 0  # bytes
+    most: int = 0  # maxmemory, bytes; 0: no limit
+    denied: tuple[str, ...] = ()  # commands that the user's ACL denies
+
+
+@dataclass(frozen=True, slots=True)
+class OwnRole:
+    """The answers of the role's admin address."""
+
+    address: str
+    error: str = ""  # why nobody answered
+    ready: bool = False
+    reasons: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    status: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """Settings of the kernel and limits of this process."""
+
+    ephemeral: tuple[int, int] = (0, 0)  # ip_local_port_range; (0, 0): not known
+    reserved: str = ""  # ip_local_reserved_ports
+    nonlocal_bind: bool = False
+    #: Whether the kernel believes that its clock is synchronised; None: not known.
+    clock_synchronised: bool | None = None
+    soft_descriptors: int = 0
+    hard_descriptors: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """All facts about one role on this machine."""
+
+    role: str
+    config: Config
+    now: float  # seconds since 1970
+    problems: tuple[Problem, ...] = ()  # with which the role does not start
+    warnings: tuple[Problem, ...] = ()
+    kernel: Kernel = Kernel()
+    interfaces: tuple[Interface, ...] | None = None  # None: they can't be read
+    routes: tuple[Route, ...] = ()
+    addresses: tuple[OwnAddress, ...] = ()
+    endpoints: tuple[Endpoint, ...] = ()
+    certificates: tuple[Certificate, ...] = ()
+    registry: RedisFacts | None = None
+    own: OwnRole | None = None

@@ -1,0 +1,241 @@
+"""Collects the facts about one role on this machine."""
+
+from __future__ import annotations
+
+import ctypes
+import http.client
+import resource
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from rtunnel import config as configuration
+from rtunnel import roles
+from rtunnel.config import Config, ConfigError, Problem, default_address, parse_endpoint, role_sections
+from rtunnel.doctor import netlink, redis_facts
+from rtunnel.doctor.facts import Certificate, Endpoint, Interface, Kernel, Machine, OwnAddress, OwnRole, Route
+from rtunnel.doctor.probes import CONNECTS, PATIENCE, Plan, probe
+from rtunnel.errors import TrustError
+from rtunnel.trust import tls
+from rtunnel.trust.identity import TrustStore, load_trust_store, read_certificate
+
+#: Bytes of an answer of the role's admin address: /statusz has some KiB.
+MAX_ANSWER: Final = 1 << 20
+_IPV4: Final = Path("/proc/sys/net/ipv4")
+#: The return value of adjtimex(2) for a clock that nothing synchronises.
+_TIME_ERROR: Final = 5
+#: Bytes of struct timex: 208 on 64-bit Linux.
+_TIMEX_BYTES: Final = 256
+
+
+def collect(config: Config, role: str) -> Machine:
+    """Return the facts about this role on this machine. Blocks for some seconds.
+
+    `config` may have faults with which the role does not start; they are facts too.
+    """
+    problems, warnings = _checked(config, role)
+    interfaces, routes = _network()
+    sections = role_sections(role)
+    return Machine(
+        role=role,
+        config=config,
+        now=time.time(),
+        problems=problems,
+        warnings=warnings,
+        kernel=_kernel(),
+        interfaces=interfaces,
+        routes=routes,
+        addresses=_own_addresses(config) if "agent" in sections else (),
+        endpoints=tuple(endpoint for plan in _plans(config, sections) for endpoint in probe(plan)),
+        certificates=tuple(_certificates(config, sections)),
+        registry=redis_facts.collect(config.registry) if _uses_redis(config, sections) else None,
+        own=_own_role(config, role),
+    )
+
+
+def roles_of(config: Config) -> list[str]:
+    """Return the roles that have keys of their own in the configuration."""
+    given = {key.partition(".")[0] for key in config.sources}
+    return [role for role in configuration.ROLES if role in given]
+
+
+def _checked(config: Config, role: str) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
+    try:
+        return (), tuple(roles.check(config, role))
+    except ConfigError as error:
+        return error.problems, ()
+    except TrustError as error:  # a certificate that can't be read for its end
+        return (Problem(config.file or "configuration", "", str(error)),), ()
+
+
+def _network() -> tuple[tuple[Interface, ...] | None, tuple[Route, ...]]:
+    try:
+        return netlink.interfaces(), netlink.routes()
+    except OSError:
+        return None, ()
+
+
+def _own_addresses(config: Config) -> tuple[OwnAddress, ...]:
+    wanted = config.agent.addresses or [address for address in [default_address()] if address]
+    return tuple(OwnAddress(ip, _can_bind(ip)) for ip in wanted)
+
+
+def _can_bind(ip: str) -> bool:
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.bind((ip, 0))
+    except OSError:
+        return False
+    return True
+
+
+# --- the kernel -----------------------------------------------------------------------------------
+
+
+def _kernel() -> Kernel:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    words = _setting("ip_local_port_range").split()
+    low, high = (int(words[0]), int(words[1])) if len(words) == 2 else (0, 0)
+    return Kernel(
+        ephemeral=(low, high),
+        reserved=_setting("ip_local_reserved_ports"),
+        nonlocal_bind=_setting("ip_nonlocal_bind") == "1",
+        clock_synchronised=_clock_synchronised(),
+        soft_descriptors=soft,
+        hard_descriptors=hard,
+    )
+
+
+def _setting(name: str) -> str:
+    try:
+        return (_IPV4 / name).read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _clock_synchronised() -> bool | None:
+    """Ask adjtimex(2), which needs no rights when it changes nothing."""
+    try:
+        state = ctypes.CDLL(None, use_errno=True).adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES))
+    except (OSError, AttributeError):
+        return None
+    return None if state < 0 else bool(state != _TIME_ERROR)
+
+
+# --- what the role dials --------------------------------------------------------------------------
+
+
+def _plans(config: Config, sections: tuple[str, ...]) -> Iterator[Plan]:
+    if "agent" in sections:
+        yield from _broker_plans(config)
+    for section in ("broker", "gateway"):
+        if section in sections and (name := str(config.get(f"{section}.authority"))):
+            yield Plan(f"{section}.authority", name)
+
+
+def _broker_plans(config: Config) -> Iterator[Plan]:
+    agent = config.agent
+    context: ssl.SSLContext | None = None
+    if agent.security == "tls":
+        store = trust_store(config, "agent")
+        if store is None:  # its fault is among the problems
+            yield from (Plan("agent.brokers", name) for name in agent.brokers)
+            return
+        context = tls.client_context_of(store.pem)
+    for name in agent.brokers:
+        yield Plan("agent.brokers", name, context, agent.server_name, CONNECTS if context else 1, push=True)
+
+
+def trust_store(config: Config, section: str) -> TrustStore | None:
+    """Return the CAs in force by the section's files; None without a file that can be used."""
+    path = str(config.get(f"{section}.ca"))
+    if not path:
+        return None
+    try:
+        store = load_trust_store(path)
+    except TrustError:
+        return None
+    kept = Path(config.agent.identity, "trust.list") if section == "agent" else Path(config.get(f"{section}.trust"))
+    if str(kept) not in ("", ".") and (section != "agent" or config.agent.identity):
+        with suppress(OSError, TrustError):
+            store.take(kept.read_bytes())
+    return store
+
+
+def _uses_redis(config: Config, sections: tuple[str, ...]) -> bool:
+    return bool({"broker", "gateway"} & set(sections)) and not configuration.is_memory(config)
+
+
+# --- certificates ---------------------------------------------------------------------------------
+
+
+def _certificates(config: Config, sections: tuple[str, ...]) -> Iterator[Certificate]:
+    if "broker" in sections and config.broker.certificate:
+        yield _certificate("broker.certificate", config.broker.certificate, trust_store(config, "broker"))
+    if "agent" in sections:
+        store = trust_store(config, "agent")
+        if config.agent.certificate:
+            yield _certificate("agent.certificate", config.agent.certificate, store)
+        enrolled = Path(config.agent.identity, "agent.pem")
+        if config.agent.identity and enrolled.exists():
+            yield _certificate("agent.identity", str(enrolled), store)
+
+
+def _certificate(key: str, path: str, store: TrustStore | None) -> Certificate:
+    try:
+        der = tls.certificate_der(path)
+        who = read_certificate(der)
+    except (TrustError, ValueError) as error:
+        return Certificate(key, path, error=str(error))
+    issuer_error = ""
+    if store is not None:
+        try:
+            # The term is a check of its own: here only the CA and the revocations count.
+            store.verify(der, now=lambda: (who.issued + who.ends) / 2)
+        except TrustError as error:
+            issuer_error = str(error)
+    addresses = tuple(sorted(who.addresses))
+    return Certificate(key, path, "", who.subject, addresses, who.issued, who.ends, issuer_error)
+
+
+# --- the role itself ------------------------------------------------------------------------------
+
+
+def _own_role(config: Config, role: str) -> OwnRole | None:
+    section = "broker" if role == "standalone" else role
+    address = str(config.get(f"{section}.admin"))
+    if not address or parse_endpoint(address)[1] == 0:
+        return None
+    try:
+        _, ready = _get(address, "/readyz")
+        _, status = _get(address, "/statusz")
+    except (OSError, http.client.HTTPException, msgspec.DecodeError) as error:
+        return OwnRole(address, error=str(error) or type(error).__name__)
+    if not isinstance(ready, dict) or not isinstance(status, dict):
+        return OwnRole(address, error="the answer is not one of rtunnel")
+    reasons, warnings = ready.get("reasons", ()), ready.get("warnings", ())
+    return OwnRole(address, "", bool(ready.get("ready")), tuple(map(str, reasons)), tuple(map(str, warnings)), status)
+
+
+def _get(address: str, path: str) -> tuple[int, Any]:
+    host, port = parse_endpoint(address)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - replaced, not bound
+    connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, msgspec.json.decode(answer.read(MAX_ANSWER))
+    finally:
+        connection.close()
+
+
+def guarded_ports(config: Config, ports: dict[str, str]) -> tuple[Endpoint, ...]:
+    """Return the facts about one guarded port of each node; `ports`: host:port by node."""
+    plans = [Plan(node, name, push=True) for node, name in ports.items()]
+    return tuple(endpoint for plan in plans for endpoint in probe(plan))

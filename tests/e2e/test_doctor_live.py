@@ -1,0 +1,103 @@
+"""`rtunnel doctor` beside real roles: a healthy machine has no FAIL, and faults of the way to the brokers have one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from rtunnel.cli import cli
+from support.plumbing import free_port
+from support.polling import until
+from support.redis_server import RedisServer
+from support.secrecy import heard
+from support.site import Process, Site, health, in_process, ready, site
+
+
+def doctor(*arguments: str, code: int = 0, **variables: Any) -> dict[str, Any]:
+    """The findings and facts of the command, run with these variables."""
+    done = CliRunner().invoke(cli, ["doctor", "--json", *arguments], env=variables)
+    heard(done.output)
+    assert done.exit_code == code, done.output
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def of(found: dict[str, Any], level: str, check: str = "") -> list[str]:
+    return [f["text"] for f in found["findings"] if f["level"] == level and check in ("", f["check"])]
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Site, dict[str, Process]]]:
+    """Redis, two brokers, a gateway and an agent, all ready."""
+    directory = tmp_path_factory.mktemp("site")
+    server = RedisServer(tmp_path_factory.mktemp("redis"), tcp=True, password="d0ctor-pa55word").start()
+    try:
+        with site(directory, server.url) as here:
+            brokers = [here.broker(f"b{number}", number) for number in (1, 2)]
+            gateway = here.gateway()
+            agent = here.agent("a1", "127.3.0.1", [broker.address("broker_started") for broker in brokers])
+            for process in (*brokers, gateway, agent):
+                until(lambda process=process: ready(process.admin()), what=process.name)  # type: ignore[misc]
+            until(lambda: health(gateway.admin(), "/statusz")[1]["tuples"] == 2, what="the gateway to know all")
+            yield here, here.processes
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize("role", ["broker", "gateway", "agent"])
+def test_a_healthy_machine_has_no_fail(cluster: tuple[Site, dict[str, Process]], role: str) -> None:
+    """Each check looks at the real thing, and the role still serves afterwards."""
+    here, processes = cluster
+    process = processes[{"broker": "b1", "gateway": "gateway", "agent": "a1"}[role]]
+    variables: dict[str, Any] = {f"RTUNNEL_{role.upper()}_ADMIN": process.admin()}
+    found = doctor("--config", str(here.directory / f"{process.name}.toml"), **variables)
+    assert not of(found, "FAIL")
+    assert "is ready" in of(found, "OK", "role")[0]
+    if role == "agent":
+        assert len(of(found, "OK", "brokers")) == len(of(found, "OK", "path")) == 2
+        assert "agent/default/a1, good for" in of(found, "OK", "certificates")[0]
+    else:
+        assert of(found, "OK", "clock") and "noeviction" in of(found, "OK", "registry")[0]
+    assert "d0ctor-pa55word" not in json.dumps(found)
+    assert ready(process.admin())
+    assert not any(broker.lines("session_down") for broker in (processes["b1"], processes["b2"]))
+
+
+def test_faults_on_the_way_to_the_brokers(cluster: tuple[Site, dict[str, Process]]) -> None:
+    """Nobody there, a port of something else (the health port), another CA, and an address that is not here."""
+    here, processes = cluster
+    agent = here.directory / "a1.toml"
+    brokers = f"127.0.0.1:{free_port()}"
+    found = doctor("--config", str(agent), code=1, RTUNNEL_AGENT_BROKERS=brokers)
+    assert "connection refused" in of(found, "FAIL", "brokers")[0]
+    found = doctor("--config", str(agent), code=1, RTUNNEL_AGENT_BROKERS=processes["b1"].admin())
+    assert "no rtunnel broker answers" in of(found, "FAIL", "brokers")[0]
+    in_process("pki", "init", str(here.directory / "other"))
+    found = doctor("--config", str(agent), code=1, RTUNNEL_AGENT_CA=str(here.directory / "other" / "ca.pem"))
+    assert "the certificate is not accepted" in of(found, "FAIL", "brokers")[0]
+    assert "not accepted by the CAs of agent.ca" in of(found, "FAIL", "certificates")[0]
+    found = doctor("--config", str(agent), code=1, RTUNNEL_AGENT_ADDRESSES="192.0.2.77")
+    assert of(found, "FAIL", "addresses") == ["192.0.2.77 is on no interface of this host"]
+
+
+def test_the_command_prints_lines_and_exit_codes(
+    cluster: tuple[Site, dict[str, Process]], make_redis: Callable[..., RedisServer], tmp_path: Path
+) -> None:
+    """A line for each finding, the worst first; 2 without a role, or with a file that can't be used."""
+    here, _ = cluster
+    out = in_process("doctor", "--config", str(here.directory / "b1.toml"))
+    assert "OK    registry      redis://127.0.0.1:" in out and out.splitlines()[-1].startswith("0 FAIL, ")
+    (tmp_path / "dead.toml").write_text(f'[registry]\nurl = "redis://127.0.0.1:{free_port()}/0"\n[gateway]\n')
+    out = in_process("doctor", "--role", "gateway", "--config", str(tmp_path / "dead.toml"), code=1)
+    assert out.startswith("FAIL  config        gateway.key: is not given")
+    assert "\nFAIL  registry      redis://127.0.0.1:" in out
+    assert "no role is given" in in_process("doctor", code=2)
+    (tmp_path / "bad.toml").write_text("[agent]\nbroker = 1\n")
+    assert "is not a known key" in in_process("doctor", "--config", str(tmp_path / "bad.toml"), code=2)
