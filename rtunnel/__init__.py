@@ -12,6 +12,7 @@
   for connections without proof.
 - `net`: listening sockets.
 - `pulse`: signs of life for systemd and the supervisor; `watch`: files that are read again.
+- `events`: what happens to the cluster, published to the registry; `cli_events` shows it.
 - `logs`: log lines; `clock`: finds clocks that differ.
 - `errors`: errors that several modules share, and exit codes; `compat`: for older Pythons.
 

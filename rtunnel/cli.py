@@ -14,7 +14,7 @@ from typing import Any
 import click
 import msgspec
 
-from rtunnel import __version__, cli_cluster, config, roles, workers
+from rtunnel import __version__, cli_cluster, cli_events, config, roles, workers
 from rtunnel.cli_doctor import doctor
 from rtunnel.cli_pki import pki_group
 from rtunnel.cli_trace import trace
@@ -557,6 +557,25 @@ def status(everything: bool, config_file: Path | None, as_json: bool, **values: 
     click.echo(_summary_line(url, _summary(snapshot, agents)))
     for text in [*warnings, *nodes.warnings(), *cli_cluster.gateway_warnings(gateways, snapshot.now)]:
         click.echo(f"warning: {text}")
+
+
+@_registry_options
+@click.option("--follow", "-f", is_flag=True, help="Go on with new events until interrupted.")
+@click.option("--since", metavar="DURATION", default="", help="How far back: 30s, 10m, 24h, 7d; default: all kept.")
+@click.option("--event", metavar="NAME", help="Events with this name, such as session_ended.")
+@click.option("--agent", metavar="ID", help="Events about this agent.")
+@click.option("--node", metavar="NAME", help="Events of this node or gateway, or about this node.")
+@click.option("--target", metavar="IP[:PORT]", help="Events about this target.")
+@click.option("--code", metavar="WORD", help="Events with this refusal code or cause.")
+def events(follow: bool, since: str, config_file: Path | None, as_json: bool, **values: Any) -> None:
+    """Show what happened in the cluster: sessions, nodes, refusals, trust, clocks.
+
+    Brokers and gateways publish these events to the registry, which keeps the newest 100,000. With
+    --json each line is one event.
+    """
+    wanted = {option: str(values.pop(option)) for option in cli_events.FIELDS if values.get(option)}
+    with _open_registry(config_file, values) as registry:
+        cli_events.show(registry, wanted, since, follow=follow, as_json=as_json)
 
 
 def _agents(snapshot: Snapshot) -> list[_Agent]:

@@ -248,7 +248,7 @@ _SIMPLE = (str, int, float, bytes, NoneType)
 _SIMPLE_TYPES = frozenset((*_SIMPLE, bool))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return the value in types of JSON.
 
     An object becomes its text, not its fields, which may hold a key.
@@ -256,9 +256,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, _SIMPLE):
         return value
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, BaseException):
         return f"{type(value).__name__}: {value}"
     return str(value)
@@ -273,7 +273,7 @@ def render_json(fields: dict[str, Any]) -> bytes:
     try:
         # Most lines have only these types.
         if not _SIMPLE_TYPES.issuperset(map(type, fields.values())):
-            fields = {name: _plain(value) for name, value in fields.items()}
+            fields = {name: plain(value) for name, value in fields.items()}
         line = _encode(fields)
     except Exception:
         line = _encode(_tamed(fields))
@@ -310,6 +310,33 @@ def _short(value: Any, limit: int) -> str:
         # The end of a traceback is more useful than its beginning.
         text = f"{text[: limit // 2]}... {len(text) - limit} characters ...{text[-(limit // 2) :]}"
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+#: Names of the Elastic Common Schema for fields that have one; others become `rtunnel.<name>`.
+ECS_NAMES = {
+    "time": "@timestamp", "level": "log.level", "event": "event.action", "component": "log.logger",
+    "text": "message", "reason": "event.reason", "code": "event.code", "exception": "error.stack_trace",
+    "client": "source.ip", "peer": "source.ip", "user": "user.name", "target": "destination.address",
+    "host": "host.name", "pid": "process.pid", "version": "service.version",
+    "bytes_up": "source.bytes", "bytes_down": "destination.bytes",
+}  # fmt: skip
+_ECS_COMMON = {"ecs.version": "8.11.0", "service.name": "rtunnel"}
+
+
+def render_ecs(fields: dict[str, Any]) -> bytes:
+    """Return the line of `render_json` with the names of the Elastic Common Schema.
+
+    `seconds` becomes `event.duration`, in nanoseconds. The names have dots and no objects: Elastic
+    takes both.
+    """
+    line: dict[str, Any] = dict(_ECS_COMMON)
+    for name, value in fields.items():
+        if name == "seconds" and isinstance(value, int | float):
+            line["event.duration"] = int(value * 1e9)
+        else:
+            known = ECS_NAMES.get(name, "")
+            line[known if known and known not in line else f"rtunnel.{name}"] = value
+    return render_json(line)
 
 
 _COLOURS = {"debug": "\x1b[2m", "info": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[31m"}
@@ -361,12 +388,36 @@ def event_line(render: Render, **common: Any) -> structlog.typing.Processor:
         if len(line) != len(head) + len(fields):
             line = dict(head)
             line.update({name if name not in line else f"{name}_": value for name, value in fields.items()})
+        if line["event"] in _tapped:
+            _tell(line)
         try:
             return render(line)
         except Exception as error:
             return render({**dict(list(line.items())[:2]), "event": "log_failed", "error": type(error).__name__})
 
     return cast("structlog.typing.Processor", process)
+
+
+#: Lines with these names are also given to the function of `tap`.
+_tapped: frozenset[str] = frozenset()
+_tap: Callable[[Mapping[str, Any]], None] | None = None
+
+
+def tap(names: frozenset[str], take: Callable[[Mapping[str, Any]], None]) -> None:
+    """Give the fields of all further lines with these names to `take`, in the thread that logs.
+
+    One function takes them: a later call replaces it. It must be quick, and must not log.
+    """
+    global _tapped, _tap
+    _tap, _tapped = take, names
+
+
+def _tell(line: Mapping[str, Any]) -> None:
+    try:
+        if _tap is not None:
+            _tap(line)
+    except Exception:  # noqa: S110 - the line itself is written all the same
+        pass
 
 
 class _Output:
@@ -410,7 +461,8 @@ def setup(config: LogConfig, *, fd: int = 2, **common: Any) -> None:
     _without_debug = None if config.level == "debug" else wrapper
     console = config.format == "console" or (config.format == "auto" and os.isatty(fd))
     colour = console and os.isatty(fd) and not os.environ.get("NO_COLOR")
-    render = (lambda fields: render_console(fields, colour)) if console else render_json
+    json_form = render_ecs if config.format == "ecs" else render_json
+    render = (lambda fields: render_console(fields, colour)) if console else json_form
     output = _Output(_open_writer(fd, render).put)
     _processors[:] = [event_line(render, **common)]
     structlog.configure(

@@ -21,8 +21,8 @@ from typing import Any, Protocol
 
 import trio
 
-from rtunnel import __version__, logs, pulse
-from rtunnel.config import Config, ConfigError, Problem, check_role, role_sections, warnings
+from rtunnel import __version__, events, logs, pulse
+from rtunnel.config import Config, ConfigError, Problem, check_role, host_name, is_memory, role_sections, warnings
 from rtunnel.errors import (
     EXIT_FAILED,
     EXIT_LISTEN,
@@ -265,6 +265,10 @@ async def _serve_all(
         if watcher is not None:
             nursery.start_soon(pulse.pulse, watcher, parts)
             nursery.start_soon(_tell_stop, watcher, stop)
+        if registry is not None and not is_memory(config):
+            outbox = events.Outbox(roles[0].name, _name_of(config, roles[0].name))
+            logs.tap(events.PUBLISHED, outbox.add)
+            nursery.start_soon(events.publish, outbox, registry)
         async with trio.open_nursery() as serving:
             for role in roles:
                 part = await serving.start(_serve_one, role, config, registry, stop)
@@ -276,6 +280,12 @@ async def _serve_all(
         nursery.cancel_scope.cancel()
         return EXIT_OK
     return EXIT_FAILED  # reached after a second signal only, which cancelled the drain
+
+
+def _name_of(config: Config, role: str) -> str:
+    """Return the name of a process of this role in events."""
+    names = {"broker": config.broker.node_id, "gateway": config.gateway.name}
+    return names.get(role, "") or host_name()
 
 
 async def _tell_stop(watcher: Watcher, stop: trio.Event) -> None:

@@ -178,7 +178,10 @@ _LAME_DUCK = _seconds(
     "time after SIGTERM in which /readyz is 503 and new clients are still served, before the drain", low=0
 )
 _LEVEL = _choice("lowest level that is written: debug, info, warning or error", "debug", "info", "warning", "error")
-_FORMAT = _choice("json, console, or auto: console on a terminal", "auto", "json", "console")
+_FORMAT = _choice(
+    "json, ecs (JSON with the names of the Elastic Common Schema), console, or auto: console on a terminal",
+    "auto", "json", "ecs", "console",
+)  # fmt: skip
 _URL = Key("memory://, redis://, rediss://, unix://, redis+sentinel://host,host/service/db", check_registry_url, "URL")
 _ADVERTISE = "the PS IP, where gateways reach this node's ports; default: the address of the default route"
 _WORKERS = _count("processes on one port, each a node of its own with its part of the ranges", MAX_WORKERS)

@@ -193,6 +193,10 @@ class CursorLost(Exception):
     """The change feed was trimmed or wiped, and no longer holds this cursor: take a snapshot."""
 
 
+#: Events that a registry keeps, some 50 MB at most; Redis may keep a few more.
+EVENTS_LENGTH = 100_000
+
+
 class Registry(Protocol):
     """A store of tuples, leases and nodes; the module says what holds for every method.
 
@@ -317,6 +321,18 @@ class Registry(Protocol):
 
     def gateways(self) -> list[GatewayRecord]:
         """Return the gateways that have reported within `ttl` seconds."""
+
+    def publish(self, events: Sequence[bytes]) -> None:
+        """Append events (JSON objects) to the stream of events, which keeps the newest ones.
+
+        A call that was repeated after a lost reply may append them twice.
+        """
+
+    def events(self, cursor: str, most: int) -> tuple[str, list[bytes]]:
+        """Return the next cursor, and up to `most` events after `cursor`, the oldest first.
+
+        A cursor is "milliseconds-number"; "0-0" is before the first event that is kept.
+        """
 
     def close(self) -> None:
         """Release connections and threads."""

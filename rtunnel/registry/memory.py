@@ -18,6 +18,7 @@ import msgspec
 from rtunnel.errors import AddressTaken, Superseded
 from rtunnel.registry.base import (
     COUNTER_BITS,
+    EVENTS_LENGTH,
     SHOWN_SECONDS,
     Beat,
     Change,
@@ -96,6 +97,7 @@ class MemoryRegistry:
             self._ports: dict[tuple[str, int], _Port] = {}
             self._last: dict[tuple[str, str], int] = {}
             # The keys are kind, namespace and address (or agent_id).
+            self._events: deque[tuple[str, bytes]] = deque(maxlen=EVENTS_LENGTH)
             self._notes: dict[tuple[str, str, str], Departure | RefusedAgent] = {}
             self._facts: dict[str, NodeFacts] = {}
             self._gateways: dict[str, GatewayRecord] = {}
@@ -370,6 +372,20 @@ class MemoryRegistry:
 
     # ------------------------------------------------------------------ readers
 
+    def publish(self, events: Sequence[bytes]) -> None:
+        with self._changed:
+            now = int(self._clock() * 1000)
+            last = _place(self._events[-1][0]) if self._events else (0, 0)
+            for event in events:
+                last = (now, 0) if now > last[0] else (last[0], last[1] + 1)
+                self._events.append((f"{last[0]}-{last[1]}", event))
+
+    def events(self, cursor: str, most: int) -> tuple[str, list[bytes]]:
+        with self._changed:
+            after = _place(cursor)
+            found = [entry for entry in self._events if _place(entry[0]) > after][:most]
+            return found[-1][0] if found else cursor, [event for _, event in found]
+
     def lookup(self, namespace: str, ip: str) -> list[Tuple]:
         with self._changed:
             return list(self._seen(self._targets.get((namespace, ip), {}).values(), self._clock()))
@@ -432,3 +448,9 @@ def _note_keys(note: Departure | RefusedAgent) -> Iterator[tuple[str, str, str]]
 
 def _life(note: Departure | RefusedAgent) -> float:
     return CLAIM_SECONDS if isinstance(note, RefusedAgent) and not note.proved else KEPT_SECONDS
+
+
+def _place(cursor: str) -> tuple[int, int]:
+    """Return a cursor of the events in a form that can be compared."""
+    moment, _, number = cursor.partition("-")
+    return int(moment), int(number or 0)

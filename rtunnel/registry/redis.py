@@ -18,6 +18,7 @@ from rtunnel.errors import AddressTaken, RegistryUnavailable
 from rtunnel.registry import lua
 from rtunnel.registry.base import (
     COUNTER_BITS,
+    EVENTS_LENGTH,
     SHOWN_SECONDS,
     Beat,
     Change,
@@ -336,6 +337,18 @@ class RedisRegistry(RedisClient):
     @_reject_nonsense
     def gateways(self) -> list[GatewayRecord]:
         return list(readable(self._run(_ROWS, "gateways", "gateway", self.ttl).splitlines(), read_gateway))
+
+    @_reject_nonsense
+    def publish(self, events: Sequence[bytes]) -> None:
+        key = f"{self._prefix}:events"
+        add = ("XADD", key, "MAXLEN", "~", EVENTS_LENGTH, "*", "e")
+        self._exchange(*((*add, event) for event in events))
+
+    @_reject_nonsense
+    def events(self, cursor: str, most: int) -> tuple[str, list[bytes]]:
+        rows = self._command("XRANGE", f"{self._prefix}:events", f"({cursor}", "+", "COUNT", most)
+        found = [(name.decode(), dict(zip(fields[::2], fields[1::2], strict=True)).get(b"e")) for name, fields in rows]
+        return found[-1][0] if found else cursor, [event for _, event in found if event is not None]
 
     # ------------------------------------------------------------------ readers
 
