@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Final
-
-import yaml
+from typing import Final
 
 PAGE: Final = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
 
@@ -22,6 +20,3 @@ def _rows() -> list[tuple[str, str, str, str, str]]:
 
 #: (name, type, labels in alphabetical order, meaning, role), one for each role that gives it.
 TABLE: Final = _rows()
-#: The rules file that the page has, and what is in it.
-RULES_FILE: Final = re.findall(r"```yaml\n(groups:\n.*?)```", PAGE, re.DOTALL)[0]
-RULES: Final[list[dict[str, Any]]] = [rule for group in yaml.safe_load(RULES_FILE)["groups"] for rule in group["rules"]]
