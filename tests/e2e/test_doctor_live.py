@@ -18,11 +18,11 @@ from support.secrecy import heard
 from support.site import Process, Site, health, in_process, ready, site
 
 
-def doctor(*arguments: str, code: int = 0, **variables: Any) -> dict[str, Any]:
+def doctor(*arguments: str, code: int | None = 0, **variables: Any) -> dict[str, Any]:
     """The findings and facts of the command, run with these variables."""
     done = CliRunner().invoke(cli, ["doctor", "--json", *arguments], env=variables)
     heard(done.output)
-    assert done.exit_code == code, done.output
+    assert code is None or done.exit_code == code, done.output
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -101,3 +101,33 @@ def test_the_command_prints_lines_and_exit_codes(
     assert "no role is given" in in_process("doctor", code=2)
     (tmp_path / "bad.toml").write_text("[agent]\nbroker = 1\n")
     assert "is not a known key" in in_process("doctor", "--config", str(tmp_path / "bad.toml"), code=2)
+
+
+def test_a_healthy_cluster_has_no_fail(cluster: tuple[Site, dict[str, Process]]) -> None:
+    """Nodes, gateways and tuples agree, as Redis has them."""
+    here, _ = cluster
+    path = str(here.directory / "gateway.toml")
+    until(lambda: not of(doctor("--cluster", "--config", path, code=None), "WARN", "gateways"), what="the gateway")
+    found = doctor("--cluster", "--config", path)
+    assert not of(found, "FAIL")
+    assert of(found, "OK", "agents") == ["1 of 1 agents have two sessions"]
+    assert of(found, "OK", "nodes") == ["2 of 2 are live and ready"]
+    assert "d0ctor-pa55word" not in json.dumps(found)
+    out = in_process("doctor", "--cluster", "--role", "agent", "--config", path, code=2)
+    assert "--cluster and --role are given" in out
+    assert "the memory registry is inside one process" in in_process("doctor", "--cluster", code=2)
+
+
+def test_a_dead_broker_and_a_claimed_address_are_fails(cluster: tuple[Site, dict[str, Process]]) -> None:
+    """The last test of this file: it kills a broker."""
+    here, processes = cluster
+    path = str(here.directory / "gateway.toml")
+    here.agent("a2", "127.3.0.1", [processes["b1"].address("broker_started")])
+
+    def fails() -> str:
+        return "\n".join(of(doctor("--cluster", "--config", path, code=None), "FAIL"))
+
+    until(lambda: "a2 (127.3.0.1; link from" in fails(), what="the refusal of a2")
+    assert "address_taken" in fails()
+    processes["b2"].kill()
+    until(lambda: "b2 (127.0.0.2) died: its last heartbeat was" in fails(), what="b2 to be dead")
