@@ -7,6 +7,7 @@
 - `addresses`: which of its addresses this host has.
 - `handshake`: one link and its control stream, in the relay's thread.
 - `targets`: Dials in, connections to targets out, in the relay's thread.
+- `complaint`: tells a broker that TLS has rejected the agent's certificate. trio.
 - `ways`: through which interface packets to an address leave; for traces.
 - `identity`: the agent's certificate and key, kept current. trio.
 - `enrolment`: requests for a certificate; `token`: the join token that they need; `schedule`: when

@@ -37,6 +37,7 @@ from rtunnel.watch import Watched, watch
 from rtunnel.wire.messages import Enrol, Enrolled, Hello
 from rtunnel.wire.refusal import Refusal
 from rtunnel_agent.addresses import OwnAddresses
+from rtunnel_agent.complaint import Complaints
 from rtunnel_agent.dialler import Dialler
 from rtunnel_agent.enrolment import AgentIdentity
 from rtunnel_agent.handshake import AgentSession
@@ -111,6 +112,7 @@ class Agent:
         self._one_host = ""  # the host that was logged
         self.bridge = Bridge(self.relay)
         self._dialler = Dialler(agent, self.bridge, self._log)
+        self._complaints = Complaints(self.bridge, self._dialler, agent.handshake_timeout)
 
     @property
     def config(self) -> AgentConfig:
@@ -416,7 +418,15 @@ class Agent:
                 redundancy=self.redundancy,
             )
         slot.reason = reason
+        if outcome.lost.kind is LostKind.CERTIFICATE_REFUSED and self._complaints.due:
+            await self._complain(str(outcome.lost))
         await trio.sleep(pause)
+
+    async def _complain(self, fault: str) -> None:
+        """Tell a broker that this agent's certificate was rejected."""
+        hello = self._hellos.complain(self.addresses, self.lost_addresses, fault)
+        await self._complaints.send(hello, self.credentials.tls)
+        self._log.info("complaint_sent", agent=self.agent_id, reason=fault)
 
     def _next_backoff(self, slot: Slot) -> float:
         """Return the seconds of this slot's next pause (full jitter), and double the

@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Final
+
+from msgspec.structs import replace
 
 import rtunnel
 from rtunnel.config import AgentConfig, host_name, parse_endpoint
@@ -17,6 +20,9 @@ from rtunnel_agent.host import host_id
 from rtunnel_agent.identity import Credentials
 from rtunnel_agent.targets import Targets
 from rtunnel_agent.ways import interface_of
+
+#: Characters of a complaint.
+MAX_COMPLAINT: Final = 256
 
 
 class Hellos:
@@ -37,6 +43,13 @@ class Hellos:
     def token(self) -> Token | None:
         """The join token that a Hello names; None when the link's certificate proves the agent."""
         return None if self._credentials.by_certificate else self._token
+
+    def complain(self, addresses: Iterable[str], lost: Iterable[str], complaint: str) -> Hello:
+        """Return the Hello of a link without a certificate, after TLS has rejected the
+        certificate.
+        """
+        hello = self.make(addresses, lost, (), ())
+        return replace(hello, token_id="", complaint=complaint[:MAX_COMPLAINT])
 
     def make(self, addresses: Iterable[str], lost: Iterable[str], nodes: Iterable[str], hosts: Iterable[str]) -> Hello:
         """Return the next Hello.

@@ -117,7 +117,10 @@ def _certified(trust_store: TrustStore | None, hello: Hello, certificate: bytes 
             if trust_store is None
             else "the link shows no certificate (agent.identity)"
         )
-        raise Refused(Refusal.BAD_CERTIFICATE, f"{missing}, and the Hello names no join token")
+        text = f"{missing}, and the Hello names no join token"
+        if hello.complaint:
+            text = f"the agent says that its certificate was rejected: {hello.complaint}"
+        raise Refused(Refusal.BAD_CERTIFICATE, text)
     try:
         who = trust_store.verify(certificate, keep=False)
     except TrustError as error:

@@ -156,6 +156,7 @@ def longest_hello(agent: AgentConfig) -> Hello:
         interfaces=["x" * 15] * max(1, len(agent.addresses)),
         lost=["x" * 39] * min(MAX_LOST, len(agent.addresses)),
         certificate_end=2**63,
+        complaint="x" * 256,
     )
 
 

@@ -143,6 +143,7 @@ class Hello(Message, tag="hello", frozen=True):
     # addresses that the agent should have, and its host has not
     lost: Annotated[list[Address], msgspec.Meta(max_length=MAX_LOST)] = []
     certificate_end: Unsigned64 = 0  # seconds since 1970; 0: it has none
+    complaint: Text = ""  # why TLS has failed with its certificate; empty: it has not
 
 
 class Enrol(Message, tag="enrol", frozen=True):

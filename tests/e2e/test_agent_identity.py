@@ -190,6 +190,27 @@ async def test_an_agent_tells_why_its_certificate_is_not_accepted(tmp_path: Path
         assert "unknown ca" in named(events, "session_not_opened")[0]["reason"]
 
 
+async def test_a_broker_learns_whose_certificate_it_has_rejected(tmp_path: Path, events: Events) -> None:
+    """The agent complains without a certificate, and `unknown_target` repeats it, as a claim of nobody proved."""
+    pki.init(tmp_path / "foreign")
+    pki.issue_agent(tmp_path / "foreign", "a1", agent_id="a1", namespace="default", addresses=[IP])
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.start_broker()
+        both = tmp_path / "both.pem"
+        both.write_text((tmp_path / "foreign" / "ca.pem").read_text() + (cluster.secrets / "ca.pem").read_text())
+        await cluster.start_agent(
+            ca=str(both), certificate=str(tmp_path / "foreign" / "a1.pem"), key=str(tmp_path / "foreign" / "a1.key"),
+            backoff_cap=0.05,
+        )  # fmt: skip
+        await cluster.until(lambda: bool(cluster.registry.history("default", IP).refusals))
+        (claim,) = cluster.registry.history("default", IP).refusals
+        assert (claim.agent_id, claim.cause, claim.proved) == ("a1", "bad_certificate", False)
+        assert "the agent says that its certificate was rejected" in claim.text and "unknown ca" in claim.text
+        await cluster.until(lambda: len(named(events, "link_lost")) > 5)
+        assert len(named(events, "complaint_sent")) == 1
+        assert not cluster.brokers["b1"].node.sessions
+
+
 async def test_neither_end_goes_down_to_less(tmp_path: Path) -> None:
     """A plain link to a broker with TLS, a token to a broker that takes certificates only, and the reverse."""
     async with running_cluster(tmp_path) as cluster:

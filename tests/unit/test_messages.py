@@ -77,7 +77,7 @@ EXAMPLES: list[tuple[dict[str, Any], Message]] = [
             "publish": [{"ip": "10.1.0.7", "target_port": 9100, "port": 30001, "allow": ["10.9.0.0/16"]}],
             "holds": ["b1"], "holds_hosts": ["h1"], "software": "other 2", "trust": 2**64 - 1, "host_id": b"h" * 8,
             "host": "pc-7", "time": 1_800_000_000_000, "interfaces": ["eth0", ""], "lost": ["10.1.0.8"],
-            "certificate_end": 1_800_000_000,
+            "certificate_end": 1_800_000_000, "complaint": "unknown ca",
             "start_window": 16384,
         },
         Hello(
@@ -86,7 +86,7 @@ EXAMPLES: list[tuple[dict[str, Any], Message]] = [
             publish=[Publish(ip="10.1.0.7", target_port=9100, port=30001, allow=["10.9.0.0/16"])],
             holds=["b1"], holds_hosts=["h1"], software="other 2", trust=2**64 - 1, host_id=b"h" * 8, host="pc-7",
             start_window=16384, time=1_800_000_000_000, interfaces=["eth0", ""], lost=["10.1.0.8"],
-            certificate_end=1_800_000_000,
+            certificate_end=1_800_000_000, complaint="unknown ca",
         ),
     ),
     (
@@ -147,7 +147,7 @@ OPTIONAL: dict[str, dict[str, Any]] = {
     "hello": {
         "token_id": "", "exposes": [], "publish": [], "holds": [], "holds_hosts": [], "software": "", "trust": 0,
         "start_window": 262144,
-        "host_id": b"", "host": "", "time": 0, "interfaces": [], "lost": [], "certificate_end": 0,
+        "host_id": b"", "host": "", "time": 0, "interfaces": [], "lost": [], "certificate_end": 0, "complaint": "",
     },
     "enrol": {"token_id": "", "mac": b"", "certificate": b"", "signature": b""},
     "enrolled": {"trust": b""},
@@ -398,6 +398,7 @@ CAPS: list[tuple[str, str, tuple[Any, ...], tuple[Any, ...]]] = [
     ("hello", "interfaces", (["x"] * 65, ["x" * 17]), ([], [""], ["x" * 16] * 64)),
     ("hello", "lost", (["1.1.1.1"] * 17, ["1"]), ([], ["1.1.1.1"] * 16)),
     ("hello", "certificate_end", *UNSIGNED),
+    ("hello", "complaint", *TEXTS),
     ("hello", "holds_hosts", (["h"] * 17, [""], ["h" * 129]), (["h" * 128] * 16,)),
     ("hello", "software", *TEXTS),
     ("hello", "trust", *UNSIGNED),

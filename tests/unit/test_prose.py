@@ -33,7 +33,7 @@ LOGGING = frozenset(
     "critical debug error exception info log report stranger trace warn warning _fault _report _warn".split()  # noqa: SIM905
 )
 #: Irregular participles in names of log events; regular ones end in -ed.
-PARTICIPLES = frozenset(("lost", "found", "taken", "died", "held", "kept", "shut", "given"))
+PARTICIPLES = frozenset(("lost", "found", "taken", "died", "held", "kept", "shut", "given", "sent"))
 #: Log events that say a state: the word is also a refusal code, a metric or a term of the field.
 STATES = frozenset(("authority_unavailable", "config_warning", "on_one_host", "registry_unavailable"))
 
