@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from functools import cache
 from ipaddress import ip_network
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final, TypeVar
 
 import h11
@@ -33,6 +34,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from rtunnel import admin, config
+from rtunnel.api import Api, ApiRequest, BadRequest
 from rtunnel.config import ConfigError, canonical_ip
 from rtunnel.errors import RegistryUnavailable, TrustError
 from rtunnel.registry.base import CursorLost, Tuple
@@ -523,8 +525,10 @@ def http_target(data: bytes) -> None:
 _ROUTES: Final = admin.health_routes(list, lambda: {"node": "b1"})
 
 
-async def _ask_admin(parts: Sequence[bytes]) -> bytes:
+async def _ask_admin(parts: Sequence[bytes], calls: Api | None = None) -> bytes:
     ours, theirs = trio.testing.memory_stream_pair()
+    address = ("127.0.0.1", 1)
+    theirs.socket = SimpleNamespace(getsockname=lambda: address, getpeername=lambda: address)  # type: ignore[attr-defined]
 
     async def ask() -> None:
         try:
@@ -536,7 +540,7 @@ async def _ask_admin(parts: Sequence[bytes]) -> bytes:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(ask)
-        await admin._converse(theirs, _ROUTES, None)  # type: ignore[arg-type] # a stream of a test
+        await admin._converse(theirs, _ROUTES, calls)  # type: ignore[arg-type] # a stream of a test
         await theirs.aclose()
         return b"".join([part async for part in ours])
 
@@ -557,6 +561,41 @@ def admin_request(data: bytes) -> None:
     answer = trio.run(_ask_admin, pieces(data))
     assert not answer or answer.startswith(b"HTTP/1.1 ")
     assert b"\r\nHTTP/1.1 " not in answer  # the text of an answer may quote the request's line
+
+
+def _api_seeds() -> list[bytes]:
+    head = b"POST /v1/echo HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + _TOKEN + b"\r\n"
+    return [
+        head + b"Content-Length: 2\r\n\r\n{}",
+        head + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+        head.replace(_TOKEN, b"no") + b"Content-Length: 2\r\n\r\n{}",
+        head.replace(b"POST /v1/echo", b"GET /v1/echo?a=1&a=2&%ff=%00") + b"\r\n",
+        head.replace(b"/v1/echo", b"/v1/" + b"x" * 3000) + b"\r\n",
+    ]
+
+
+_TOKEN: Final = b"a-token-of-the-fuzzer-0123456789"
+
+
+async def _echo(request: ApiRequest) -> dict[str, object]:
+    if request.body[:1] not in (b"", b"{"):
+        raise BadRequest("no object")
+    return {"query": dict(request.query), "size": len(request.body)}
+
+
+@target(_api_seeds)
+def api_request(data: bytes) -> None:
+    """One whole answer, or none, and no answer but a refusal without the token."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(_TOKEN)
+        file.flush()
+        api = Api({("POST", "/v1/echo"): _echo, ("GET", "/v1/echo"): _echo}, file.name, "gateway.admin_token")
+        answer = trio.run(_ask_admin, pieces(data), api)
+    assert not answer or answer.startswith(b"HTTP/1.1 ")
+    assert b"\r\nHTTP/1.1 " not in answer
+    if _TOKEN not in data and b"/v1/" in data[:100]:
+        assert b'"size"' not in answer
+    assert api._running == 0
 
 
 # --- trust ------------------------------------------------------------------------------------------------------------
