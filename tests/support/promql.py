@@ -9,8 +9,8 @@ from rtunnel import metrics
 from rtunnel.wire.refusal import Refusal
 
 SERIES: Final = {series.name: series for series in metrics.SERIES}
-#: Labels of every series; Prometheus adds the last two.
-COMMON: Final = {"role", "worker", "job", "instance"}
+#: Labels of every series; Prometheus adds job and instance, and in Kubernetes the namespace.
+COMMON: Final = {"role", "worker", "job", "instance", "namespace"}
 #: The words of labels that `Series.words` does not name.
 WORDS: Final = {
     "role": {"broker", "gateway", "agent", "authority"},
@@ -21,7 +21,7 @@ WORDS: Final = {
     "call": {"beat", "follow_once"},
 }
 #: Labels with any words.
-FREE: Final = {"worker", "job", "instance", "node", "claim", "version", "le"}
+FREE: Final = {"worker", "job", "instance", "namespace", "node", "claim", "version", "le"}
 _STATES: Final = {"rtunnel_ports": {"free", "used", "resting", "foreign"}}
 _CODES: Final = {code.value for code in Refusal} | {"accepted", "no_answer"}
 
