@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from rtunnel.clock import utc
 from rtunnel.config import parse_range, role_sections
-from rtunnel.doctor.facts import Certificate, Endpoint, Interface, Machine, OwnRole, RedisFacts
+from rtunnel.doctor.facts import NODE, Certificate, Endpoint, Interface, Machine, OwnRole, RedisFacts
 from rtunnel.doctor.findings import Finding, fail, in_order, listed, ok, warn
 
 #: Seconds by which a clock may be off without a warning, as in `rtunnel status`.
@@ -197,9 +197,7 @@ def endpoints(facts: Machine) -> Iterator[Finding]:
 
 
 def _name(endpoint: Endpoint) -> str:
-    return {"agent.brokers": "brokers", "broker.authority": "authority", "gateway.authority": "authority"}.get(
-        endpoint.key, "guarded ports"
-    )
+    return "authority" if endpoint.key.endswith(".authority") else "brokers"
 
 
 def _answers(endpoint: Endpoint) -> str:
@@ -214,6 +212,8 @@ def _endpoint_fault(endpoint: Endpoint) -> Finding | None:
     behind = f" ({endpoint.connected} of {endpoint.connects} connects worked)" if endpoint.connected else ""
     if endpoint.error:
         fix = _CONNECT_FIX if endpoint.ip else "check the name, and the host's DNS"
+        if endpoint.key.startswith(NODE):
+            fix = "look for a firewall between this gateway and that node's ports, and at broker.advertise_ip"
         return fail(name, f"{at} can't be connected: {endpoint.error}{behind}", fix)
     if not endpoint.secure:
         return None

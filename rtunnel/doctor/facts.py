@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from rtunnel.config import Config, Problem, format_endpoint, parse_endpoint
 
@@ -48,11 +48,15 @@ class Path:
     retransmits: int
 
 
+#: The prefix of an endpoint's key that is a broker node's guarded port.
+NODE: Final = "node "
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """One address that the role dials, and what came of some connects to it."""
 
-    key: str  # the key of the configuration that names it, or "registry"
+    key: str  # the key of the configuration that names it, or "node " and the node's id
     name: str  # host:port as it is configured
     ip: str = ""  # what the name was resolved to
     interface: str = ""  # through which packets to it leave
@@ -71,11 +75,10 @@ class Endpoint:
 
     @property
     def at(self) -> str:
-        """The endpoint for display: its name, and the IP where that is another text."""
+        """The endpoint for display: its node, its name, and the IP where that is another text."""
         host, port = parse_endpoint(self.name)
-        if not self.ip or self.ip == host:
-            return self.name
-        return f"{self.name} ({format_endpoint(self.ip, port)})"
+        name = self.name if self.ip in ("", host) else f"{self.name} ({format_endpoint(self.ip, port)})"
+        return f"{self.key.removeprefix(NODE)} at {name}" if self.key.startswith(NODE) else name
 
 
 @dataclass(frozen=True, slots=True)

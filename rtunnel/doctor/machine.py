@@ -8,7 +8,8 @@ import resource
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -17,14 +18,19 @@ import msgspec
 
 from rtunnel import config as configuration
 from rtunnel import roles
-from rtunnel.config import Config, ConfigError, Problem, default_address, parse_endpoint, role_sections
+from rtunnel.config import Config, ConfigError, Problem, default_address, format_endpoint, parse_endpoint, role_sections
 from rtunnel.doctor import netlink, redis_facts
-from rtunnel.doctor.facts import Certificate, Endpoint, Interface, Kernel, Machine, OwnAddress, OwnRole, Route
+from rtunnel.doctor.facts import NODE, Certificate, Endpoint, Interface, Kernel, Machine, OwnAddress, OwnRole, Route
 from rtunnel.doctor.probes import CONNECTS, PATIENCE, Plan, probe
-from rtunnel.errors import TrustError
+from rtunnel.errors import RegistryUnavailable, TrustError
+from rtunnel.registry import connect
 from rtunnel.trust import tls
 from rtunnel.trust.identity import TrustStore, load_trust_store, read_certificate
 
+#: Broker nodes whose guarded ports are probed.
+MAX_NODES: Final = 16
+#: Probes at once: a name that is not answered takes 5 s.
+PROBES_AT_ONCE: Final = 8
 #: Bytes of an answer of the role's admin address: /statusz has some KiB.
 MAX_ANSWER: Final = 1 << 20
 _IPV4: Final = Path("/proc/sys/net/ipv4")
@@ -52,7 +58,7 @@ def collect(config: Config, role: str) -> Machine:
         interfaces=interfaces,
         routes=routes,
         addresses=_own_addresses(config) if "agent" in sections else (),
-        endpoints=tuple(endpoint for plan in _plans(config, sections) for endpoint in probe(plan)),
+        endpoints=tuple(_endpoints(config, sections)),
         certificates=tuple(_certificates(config, sections)),
         registry=redis_facts.collect(config.registry) if _uses_redis(config, sections) else None,
         own=_own_role(config, role),
@@ -129,6 +135,12 @@ def _clock_synchronised() -> bool | None:
 
 
 # --- what the role dials --------------------------------------------------------------------------
+
+
+def _endpoints(config: Config, sections: tuple[str, ...]) -> Iterator[Endpoint]:
+    yield from _probe_all(_plans(config, sections))
+    if "gateway" in sections and _uses_redis(config, sections):
+        yield from _probe_guarded_ports(config)
 
 
 def _plans(config: Config, sections: tuple[str, ...]) -> Iterator[Plan]:
@@ -235,7 +247,35 @@ def _get(address: str, path: str) -> tuple[int, Any]:
         connection.close()
 
 
-def guarded_ports(config: Config, ports: dict[str, str]) -> tuple[Endpoint, ...]:
-    """Return the facts about one guarded port of each node; `ports`: host:port by node."""
-    plans = [Plan(node, name, push=True) for node, name in ports.items()]
-    return tuple(endpoint for plan in plans for endpoint in probe(plan))
+# --- the guarded ports that a gateway dials -------------------------------------------------------
+
+
+def _guarded_ports(config: Config) -> list[Plan]:
+    """Return a plan for one guarded port of each node; none while the registry can't be read."""
+    found: dict[str, str] = {}
+    with suppress(RegistryUnavailable, ValueError):
+        registry = connect(config.registry)
+        try:
+            for entry in registry.snapshot().tuples:
+                if entry.agent_port == 0 and len(found) < MAX_NODES:
+                    found[entry.node] = format_endpoint(entry.ps_ip, entry.ps_port)
+        finally:
+            registry.close()
+    return [Plan(NODE + node, name, push=True) for node, name in found.items()]
+
+
+def _probe_guarded_ports(config: Config) -> list[Endpoint]:
+    """Return the facts about one guarded port of each node.
+
+    A port whose session ends meanwhile is closed, and says nothing about the way to the node.
+    """
+    found = _probe_all(_guarded_ports(config))
+    if any(endpoint.error for endpoint in found):
+        there = {(plan.key, plan.name) for plan in _guarded_ports(config)}
+        found = [endpoint for endpoint in found if not endpoint.error or (endpoint.key, endpoint.name) in there]
+    return found
+
+
+def _probe_all(plans: Iterable[Plan]) -> list[Endpoint]:
+    with ThreadPoolExecutor(PROBES_AT_ONCE) as pool:
+        return [endpoint for found in pool.map(probe, plans) for endpoint in found]

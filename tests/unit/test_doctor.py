@@ -155,6 +155,19 @@ FAULTS: dict[str, tuple[Machine, str, str]] = {
         "routes",
         "docker0 has 172.17.0.0/16, which covers the agent's address 172.17.9.7",
     ),
+    "firewall between gateway and broker": (
+        replace(GATEWAY, endpoints=(Endpoint("node b2", "10.0.0.2:20001", "10.0.0.2", "eth0", error="no answer"),)),
+        "brokers",
+        "b2 at 10.0.0.2:20001 can't be connected: no answer. Fix: look for a firewall between this gateway and that",
+    ),
+    "MTU black hole between gateway and broker": (
+        replace(
+            GATEWAY,
+            endpoints=(replace(VIP, key="node b2", name="10.9.0.1:20001", path=Path(1448, 1500, 16384, False, 4)),),
+        ),
+        "path",
+        "b2 at 10.9.0.1:20001 takes connections, but not 16384 bytes in full segments",
+    ),
     "no route": (vip(interface=""), "routes", "no route leads to vip.example:7000"),
     "the agent has the VIP's address": (
         agent(addresses=(*AGENT.addresses, OwnAddress("10.9.0.1", True))),
