@@ -12,6 +12,7 @@ import click
 from rtunnel import config
 from rtunnel.config import Config
 from rtunnel.console import Failure, print_json, report_errors
+from rtunnel.doctor import bundle as bundles
 from rtunnel.doctor import checks, cluster, machine
 from rtunnel.doctor.cluster import Cluster
 from rtunnel.doctor.facts import Machine
@@ -27,6 +28,7 @@ Examples:
   rtunnel doctor --config /etc/rtunnel.toml                 the roles that the file configures
   rtunnel doctor --role agent --config /etc/rtunnel.toml    one of them, also with variables only
   rtunnel doctor --cluster --config /etc/rtunnel.toml       nodes, agents, gateways, registry
+  rtunnel doctor --role agent --bundle host-7.tar.gz --log /var/log/rtunnel-agent.log
   rtunnel doctor --json | jq -r '.findings[] | select(.level == "FAIL") | .text'
 
 \b
@@ -40,6 +42,20 @@ Exit codes: 0 no FAIL, 1 at least one FAIL, 2 wrong usage or configuration.
 @click.option(
     "--cluster", "whole", is_flag=True, help="Look at the whole cluster, through the registry, instead of this machine."
 )
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Also write findings, facts, configuration and versions to this tar.gz file, without a secret.",
+)
+@click.option(
+    "--log",
+    "logs",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    multiple=True,
+    help="Put the last lines of this log into the bundle; repeatable.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
     "--config",
@@ -48,7 +64,9 @@ Exit codes: 0 no FAIL, 1 at least one FAIL, 2 wrong usage or configuration.
     envvar="RTUNNEL_CONFIG",
     help="Configuration file (TOML) of the role; also $RTUNNEL_CONFIG.",
 )
-def doctor(role: str | None, whole: bool, as_json: bool, config_file: Path | None) -> None:
+def doctor(
+    role: str | None, whole: bool, bundle: Path | None, logs: tuple[Path, ...], as_json: bool, config_file: Path | None
+) -> None:
     """Find out what is wrong with this machine, or with the cluster.
 
     The doctor looks at addresses, routes, the way to the brokers, the clock, ports, descriptors,
@@ -59,10 +77,24 @@ def doctor(role: str | None, whole: bool, as_json: bool, config_file: Path | Non
     below 2/2, addresses claimed twice, ports, clocks, old tables, namespaces and loops.
     """
     with report_errors():
+        if logs and bundle is None:
+            raise Failure("--log is given, and has no effect without --bundle: give both", EXIT_USAGE)
         loaded = config.load(config_file, os.environ, {})
         findings, facts = _look_at_cluster(role, loaded) if whole else _look_here(role, loaded)
     _print(findings, facts, as_json)
+    if bundle is not None:
+        _write_bundle(bundle, loaded, findings, facts, logs)
     sys.exit(_exit_code(findings))
+
+
+def _write_bundle(
+    path: Path, loaded: Config, findings: list[Finding], facts: dict[str, Any], logs: tuple[Path, ...]
+) -> None:
+    try:
+        bundles.write(path, loaded, findings, facts, logs)
+    except bundles.BundleError as error:
+        raise Failure(f"--bundle: {error}", EXIT_USAGE) from None
+    click.echo(f"{path}: written; look through it before you pass it on: it has addresses and names", err=True)
 
 
 def _look_here(role: str | None, loaded: Config) -> tuple[list[Finding], dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rtunnel.cli import cli
 from support.plumbing import free_port
 from support.polling import until
 from support.redis_server import RedisServer
-from support.secrecy import heard
+from support.secrecy import Needles, Secrets, heard
 from support.site import Process, Site, health, in_process, ready, site
 
 
@@ -104,6 +105,33 @@ def test_the_command_prints_lines_and_exit_codes(
     assert "no role is given" in in_process("doctor", code=2)
     (tmp_path / "bad.toml").write_text("[agent]\nbroker = 1\n")
     assert "is not a known key" in in_process("doctor", "--config", str(tmp_path / "bad.toml"), code=2)
+
+
+def test_a_bundle_has_no_secret(cluster: tuple[Site, dict[str, Process]], tmp_path: Path) -> None:
+    """Of a broker that runs, with its log; the session's scanner reads it, too."""
+    here, processes = cluster
+    path, log = tmp_path / "b1.tar.gz", tmp_path / "b1.journal"
+    log.write_text(processes["b1"].text + "redis://:d0ctor-pa55word@127.0.0.1/0\n")
+    arguments = ("--config", str(here.directory / "b1.toml"), "--bundle", str(path), "--log", str(log))
+    doctor(*arguments, RTUNNEL_BROKER_ADMIN=processes["b1"].admin())
+    with tarfile.open(path) as archive:
+        members = {entry.name: archive.extractfile(entry) for entry in archive.getmembers()}
+        texts = {name: file.read().decode() for name, file in members.items() if file is not None}
+    assert {name.rpartition("/")[2] for name in texts} == {
+        "report.txt", "report.json", "config.json", "versions.json", "statusz-broker.json", "1-b1.journal",
+    }  # fmt: skip
+    secrets = Secrets()
+    for file in (here.directory / "pki").iterdir():
+        if file.is_file():
+            secrets.add_content(file.read_bytes(), file.name)
+    secrets.add_text("d0ctor-pa55word", "Redis")
+    needles = Needles(secrets)
+    assert not [found for text in texts.values() for line in text.splitlines() if (found := needles.find(line))]
+    assert "broker_started" in texts["rtunnel-doctor/logs/1-b1.journal"]
+    for text in texts.values():
+        heard(text, "the bundle")
+    out = in_process("doctor", "--config", str(here.directory / "b1.toml"), "--log", str(log), code=2)
+    assert "--log is given, and has no effect without --bundle" in out
 
 
 def test_a_healthy_cluster_has_no_fail(cluster: tuple[Site, dict[str, Process]]) -> None:
