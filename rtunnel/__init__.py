@@ -5,8 +5,8 @@
 - `cli`, `cli_cluster`, `cli_doctor`, `cli_pki`, `cli_trace`: the command `rtunnel`; `console`: its
   output; `demo`: its demo.
 - `roles`: finds, checks and runs roles; `workers`: runs one role in several processes.
-- `admin`: health over HTTP; `api`: the paths under `/v1/`, which need a token; `metrics`: the
-  series of `/metrics`.
+- `admin`: health over HTTP; `api`: the paths under `/v1/`, which need a token; `api_client`: asks
+  it; `metrics`: the series of `/metrics`.
 - `bridge`: calls between trio and the relay's thread.
 - `counts`: counts of streams, and permits; `histogram`: counts of durations; `strangers`: places
   for connections without proof.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ import click
 import msgspec
 
 from rtunnel import __version__, cli_cluster, cli_events, config, roles, workers
+from rtunnel.api_client import ask
 from rtunnel.cli_doctor import doctor
 from rtunnel.cli_pki import pki_group
 from rtunnel.cli_trace import trace
@@ -24,6 +26,7 @@ from rtunnel.errors import EXIT_FAILED, EXIT_USAGE, RoleMissing
 from rtunnel.logs import printable
 from rtunnel.registry import Duplicate, NodeRecord, Registry, Snapshot, Tuple, connect
 from rtunnel.trust import policy, users
+from rtunnel.trust.keys import load_api_token
 from rtunnel.trust.policy import Policy, Question, Verdict
 
 #: Agents that `rtunnel status` shows without --all.
@@ -557,6 +560,87 @@ def status(everything: bool, config_file: Path | None, as_json: bool, **values: 
     click.echo(_summary_line(url, _summary(snapshot, agents)))
     for text in [*warnings, *nodes.warnings(), *cli_cluster.gateway_warnings(gateways, snapshot.now)]:
         click.echo(f"warning: {text}")
+
+
+#: The columns of `rtunnel top`, and the fields of a stream in them.
+_STREAM_COLUMNS = ("client", "user", "target", "agent", "node", "up", "down", "seconds", "idle")
+
+
+@_registry_options
+@click.option("--by", "order", type=click.Choice(["bytes", "age", "idle"]), default="bytes", show_default=True,
+              help="The order of the streams.")  # fmt: skip
+@click.option("--count", default=20, show_default=True, type=click.IntRange(1, 1000), help="Streams that are shown.")
+@click.option("--gateway", metavar="HOST:PORT", help="The gateway's admin address; default: gateway.admin.")
+@click.option("--token-file", type=click.Path(path_type=Path), metavar="FILE",
+              help="The file with the API's token; default: gateway.admin_token.")  # fmt: skip
+@click.option("--every", metavar="SECONDS", type=click.FloatRange(0.5, 3600), help="Show it again and again.")
+def top(
+    order: str,
+    count: int,
+    gateway: str | None,
+    token_file: Path | None,
+    every: float | None,
+    config_file: Path | None,
+    as_json: bool,
+    **values: Any,
+) -> None:
+    """Show nodes, gateways, agents without redundancy, and a gateway's streams by size or age.
+
+    The streams are those of one gateway, and need the token of its API.
+    """
+    with report_errors():
+        section = config.load(config_file, os.environ, {}).gateway
+        path = token_file or (Path(section.admin_token) if section.admin_token else None)
+        token = load_api_token(path) if path is not None else ""
+    with _open_registry(config_file, values) as registry:
+        while True:
+            streams = _streams(gateway or section.admin, token, order, count) if token else None
+            _show_top(registry, streams, as_json=as_json)
+            if every is None:
+                return
+            time.sleep(every)
+            if sys.stdout.isatty():
+                click.clear()
+
+
+def _streams(address: str, token: str, order: str, count: int) -> dict[str, Any]:
+    return ask(address, token, "GET", f"/v1/streams?by={order}&most={count}")
+
+
+def _show_top(registry: Registry, streams: Mapping[str, Any] | None, *, as_json: bool) -> None:
+    snapshot = registry.snapshot()
+    nodes = cli_cluster.Nodes(snapshot.nodes, registry.node_facts(), snapshot.now, registry.ttl)
+    gateways = registry.gateways()
+    few = [agent for agent in _agents(snapshot) if agent.live < 2]
+    if as_json:
+        rest = {"registry": registry.url, "agents": few, "streams": streams}
+        print_json(cli_cluster.status_json(nodes, gateways, snapshot.now, rest, []))
+        return
+    print_table(cli_cluster.NODE_COLUMNS, nodes.rows(), keep=("node", "ps ip"))
+    if gateways:
+        click.echo()
+        rows = cli_cluster.gateway_rows(gateways, snapshot.now)
+        print_table(cli_cluster.GATEWAY_COLUMNS, rows, keep=("gateway", "listen"))
+    click.echo()
+    click.echo(f"{plural(len(few), 'agent')} on fewer than two live nodes")
+    if few:
+        columns = ("agent", "namespace", "addresses", "sessions", "redundancy", "nodes")
+        print_table(columns, [_agent_row(agent) for agent in few[:SHOWN_AGENTS]], keep=("agent", "namespace"))
+    click.echo()
+    if streams is None:
+        click.echo("streams: give --token-file, or --config with gateway.admin_token")
+        return
+    click.echo(f"{plural(streams['open'], 'stream')} at the gateway {streams['gateway']}")
+    print_table(_STREAM_COLUMNS, [_stream_row(stream) for stream in streams["streams"]], keep=("client", "target"))
+
+
+def _stream_row(stream: Mapping[str, Any]) -> tuple[str, ...]:
+    words = (stream["client"], stream["user"], stream["target"], stream["agent"], stream["node"])
+    return (
+        *words,
+        *(f"{stream[name]:,}" for name in ("bytes_up", "bytes_down")),
+        *(f"{stream[name]:.0f}" for name in ("seconds", "idle")),
+    )
 
 
 @_registry_options

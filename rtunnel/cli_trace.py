@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
-import msgspec
 
 from rtunnel import config
-from rtunnel.api import DEADLINE
-from rtunnel.config import format_endpoint, parse_endpoint
+from rtunnel.api_client import ask
 from rtunnel.console import Failure, plural, print_json, report_errors
 from rtunnel.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE
 from rtunnel.logs import printable
 from rtunnel.trust.keys import load_api_token
-
-#: Bytes of an answer that are read: a report of six paths has some 8 KiB.
-MAX_ANSWER: Final = 4 * 1024 * 1024
-#: Seconds to connect to the gateway's admin address.
-CONNECT_SECONDS: Final = 5.0
 
 _EXAMPLES = """
 \b
@@ -78,62 +70,13 @@ def trace(
             raise Failure("no token is given: give --token-file, or --config with gateway.admin_token", EXIT_USAGE)
         user, _, source = client.rpartition("@")
         asked = {"target": target, "user": user, "source": source, "namespace": namespace}
-        report = _ask(gateway or section.admin, load_api_token(path), asked)
+        report = ask(gateway or section.admin, load_api_token(path), "POST", "/v1/trace", asked)
     if as_json:
         print_json(report)
     else:
         for line in _lines(report):
             click.echo(printable(line))
     sys.exit(EXIT_OK if report["code"] == "accepted" else EXIT_FAILED)
-
-
-def _ask(address: str, token: str, asked: Mapping[str, str]) -> dict[str, Any]:
-    """Return the report of the gateway at this admin address. Raises Failure."""
-    status, answer = _post(address, token, "/v1/trace", asked)
-    if status == http.client.NOT_FOUND:  # a supervisor: one of its workers can do it
-        status, answer = _post(_worker_of(address), token, "/v1/trace", asked)
-    if status != http.client.OK:
-        reason = answer.get("error", "") if isinstance(answer, dict) else ""
-        raise Failure(f"the gateway at {address} answers {status}: {reason}", EXIT_USAGE)
-    assert isinstance(answer, dict)
-    return answer
-
-
-def _worker_of(address: str) -> str:
-    _, status = _call(address, "GET", "/statusz", b"", {})
-    workers = status.get("workers", []) if isinstance(status, dict) else []
-    found = next((str(worker["admin"]) for worker in workers if worker.get("role") == "gateway"), "")
-    if not found:
-        raise Failure(f"{address} is not the admin address of a gateway that can trace", EXIT_USAGE)
-    return found
-
-
-def _post(address: str, token: str, path: str, body: Mapping[str, str]) -> tuple[int, Any]:
-    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-    return _call(address, "POST", path, msgspec.json.encode(body), headers)
-
-
-def _call(address: str, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, Any]:
-    try:
-        host, port = parse_endpoint(address)
-    except ValueError as error:
-        raise Failure(f"--gateway: {error}", EXIT_USAGE) from None
-    connection = http.client.HTTPConnection(host, port, timeout=CONNECT_SECONDS)
-    try:
-        connection.connect()
-        connection.sock.settimeout(DEADLINE)
-        connection.request(method, path, body, dict(headers))
-        answer = connection.getresponse()
-        data = answer.read(MAX_ANSWER)
-    except (OSError, http.client.HTTPException) as error:
-        where = format_endpoint(host, port)
-        raise Failure(f"the gateway's admin address {where} can't be asked: {error}", EXIT_USAGE) from None
-    finally:
-        connection.close()
-    try:
-        return answer.status, msgspec.json.decode(data)
-    except msgspec.DecodeError:
-        return answer.status, {"error": data[:200].decode("utf-8", "replace").strip()}
 
 
 # --- the report as text ---------------------------------------------------------------------------

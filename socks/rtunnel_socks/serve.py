@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import msgspec
 import trio
@@ -17,6 +18,7 @@ from rtunnel.roles import Role
 from rtunnel_socks.diagnosis import Report
 from rtunnel_socks.dial import Target
 from rtunnel_socks.gateway import Gateway
+from rtunnel_socks.streams import MAX_SHOWN, ORDERS, shown
 
 
 async def serve(
@@ -56,7 +58,26 @@ def calls(gateway: Gateway) -> dict[tuple[str, str], Call]:
     async def trace(request: ApiRequest) -> Report:
         return await gateway.trace(*_trace_arguments(request.body, gateway.namespace))
 
-    return {("POST", "/v1/trace"): trace}
+    async def streams(request: ApiRequest) -> dict[str, object]:
+        order, most, wanted = _streams_arguments(request.query)
+        relay = gateway.relay
+        found = await gateway.bridge.run(lambda: shown(relay.pairs, relay.loop.now, order, most, wanted))
+        return {"gateway": gateway.name, "open": gateway.counts.streams, "streams": found}
+
+    return {("POST", "/v1/trace"): trace, ("GET", "/v1/streams"): streams}
+
+
+def _streams_arguments(query: Mapping[str, str]) -> tuple[str, int, dict[str, str]]:
+    """Return order, number and wanted values of a request. Raises BadRequest."""
+    rest = dict(query)
+    order, most = rest.pop("by", "bytes"), rest.pop("most", "50")
+    if order not in ORDERS:
+        raise BadRequest(f"by is one of {', '.join(ORDERS)}, and not {order!r}")
+    if not most.isascii() or not most.isdigit() or not 1 <= int(most) <= MAX_SHOWN:
+        raise BadRequest(f"most is a number from 1 to {MAX_SHOWN}, and not {most!r}")
+    if unknown := rest.keys() - {"client", "user", "target", "agent", "node"}:
+        raise BadRequest(f"streams have no {min(unknown)!r} to choose them by")
+    return order, int(most), rest
 
 
 def _trace_arguments(body: bytes, namespace: str) -> tuple[Target, str, str | None]:

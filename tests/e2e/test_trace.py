@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 
+from rtunnel.registry.redis import RedisRegistry
 from rtunnel.trust import users
 from rtunnel.trust.users import new_hash, put_user
 from rtunnel_agent import hello as hello_module
-from support.cluster import Cluster, Target, in_thread, running_cluster
+from support.cluster import Cluster, Target, in_thread, read_line, running_cluster
 from support.files import put
 from support.logs import Events, named
 from support.plumbing import refusing_port
+from support.redis_server import RedisServer
 
 TOKEN = "a-token-of-the-tests-0123456789"
 DENY_TWO = (
@@ -239,3 +241,52 @@ async def test_a_broker_tells_what_agents_know_of_their_hosts(
         (line,) = named(events, "agent_doubted")
         assert (line["agent"], line["peer"]) == ("a2", "127.0.0.1")
         await cluster.until(lambda: bool(named(events, "broker_notice_received")))
+
+
+async def test_open_streams_are_shown_by_size_and_age(
+    tmp_path: Path, admin: str, token_file: Path, redis_server: RedisServer
+) -> None:
+    """Through the API, chosen and ordered; `rtunnel top` shows them under nodes, gateways and agents."""
+    registry = RedisRegistry(redis_server.url, ttl=3.0, quarantine=5.0)
+    async with running_cluster(tmp_path, registry) as cluster:
+        await cluster.start(brokers=1, agents=2)
+        await gateway(cluster, admin, token_file)
+        await cluster.whole()
+        first, second = Target("127.1.0.1"), Target("127.1.0.2")
+        old = await cluster.socks(first.ip, first.port)
+        big = await cluster.socks(second.ip, second.port)
+        with old, big:
+            await in_thread(lambda: big.sendall(b"x" * 5000 + b"\n"))
+            await in_thread(lambda: read_line(big))
+
+            async def streams(query: str = "") -> list[str]:
+                status, answer = await in_thread(lambda: call(admin, None, method="GET", path=f"/v1/streams{query}"))
+                assert status == 200 and answer["open"] == 2
+                return [stream["agent"] for stream in answer["streams"]]
+
+            assert await streams() == ["a2", "a1"] and await streams("?by=age") == ["a1", "a2"]
+            assert await streams("?by=idle&most=1") == ["a1"]
+            for query in ("?agent=a1", f"?target={first.ip}", f"?target={first.ip}:{first.port}"):
+                assert await streams(query) == ["a1"]
+            assert await streams("?client=127.0.0.1&node=b1&user=") == ["a2", "a1"]
+            assert await streams("?client=10.9.0.4") == []
+            for query, word in (("?by=name", "by is one of"), ("?most=0", "most is a number"), ("?x=1", "no 'x'")):
+                status, answer = await in_thread(
+                    lambda query=query: call(admin, None, method="GET", path=f"/v1/streams{query}")  # type: ignore[misc]
+                )
+                assert status == 400 and word in answer["error"]
+            words = ["top", "--registry-url", redis_server.url, "--gateway", admin, "--token-file", str(token_file)]
+            line = [sys.executable, "-m", "rtunnel", *words]
+            done = await in_thread(lambda: subprocess.run(line, capture_output=True, text=True, timeout=60, check=True))
+            for word in (
+                "b1",
+                "2 agents on fewer than two live nodes",
+                "2 streams at the gateway",
+                f"{second.ip}:",
+                "5,001",
+            ):
+                assert word in done.stdout, (word, done.stdout)
+            line.append("--json")
+            done = await in_thread(lambda: subprocess.run(line, capture_output=True, text=True, timeout=60, check=True))
+            assert json.loads(done.stdout)["streams"]["open"] == 2
+    await in_thread(registry.close)
