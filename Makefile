@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-lowest test-pythons coverage lint lock fuzz lab night soak bench bench-quick docs pages clean
+.PHONY: help demo test test-lowest test-pythons coverage lint lock fuzz lab night soak bench bench-quick docs pages man clean
 .DEFAULT_GOAL := test
 
 help: ## this list
@@ -114,6 +114,9 @@ bench-quick: .venv/.ready ## a subset of it in under 3 minutes
 
 docs: .venv-docs/.ready ## the documentation as a site, in build/site; a dead link fails
 	.venv-docs/bin/zensical build --strict --clean
+
+man: .venv/.ready ## man pages of all commands in build/man, from the texts of --help
+	@PYTHONPATH=tests $(BIN)/python -m support.man_pages build/man
 
 pages: .venv/.ready ## the pages of refusal codes, from the table in the code and docs/refusals.toml
 	PYTHONPATH=tests $(BIN)/python -m support.refusal_pages

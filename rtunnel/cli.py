@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 import msgspec
+from click.shell_completion import get_completion_class
 
 from rtunnel import __version__, cli_cluster, cli_events, config, roles, workers
 from rtunnel.api_client import ask
@@ -194,6 +195,24 @@ def demo(arguments: tuple[str, ...]) -> None:
     except ModuleNotFoundError as error:
         raise Failure(f"the demo can't be loaded: {error}: install rtunnel with all its roles", EXIT_FAILED) from None
     sys.exit(module.main(list(arguments)))
+
+
+_COMPLETION = """
+\b
+Examples:
+  eval "$(rtunnel completion bash)"                                            # in ~/.bashrc
+  eval "$(rtunnel completion zsh)"                                             # in ~/.zshrc, after compinit
+  rtunnel completion fish > ~/.config/fish/completions/rtunnel.fish
+"""
+
+
+@cli.command(epilog=_COMPLETION)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script with which SHELL completes commands and options."""
+    script = get_completion_class(shell)
+    assert script is not None
+    click.echo(script(cli, {}, "rtunnel", "_RTUNNEL_COMPLETE").source())
 
 
 # --- configuration, keys --------------------------------------------------------------------------
