@@ -295,6 +295,11 @@ SERIES: Final = (
         _times("setup_times", "code"), ("code",), ("accepted",), histogram=True,
     ),
     Series(
+        "rtunnel_first_byte_seconds", "Time from the answer to a client until the target's first byte, of tunnels that "
+        "have ended",
+        _times("first_byte_times"), histogram=True,
+    ),
+    Series(
         "rtunnel_attempts_total", "Attempts of dials, by broker node and result: accepted, no_answer, or a code",
         _counted("attempts", "node", "code"), ("node", "code"),
     ),
@@ -353,7 +358,7 @@ SERIES: Final = (
     ),
     Series(
         "rtunnel_path_round_trip_seconds", "Round trips of pings to agents, of all links together",
-        lambda s: {(): s["round_trips"][0]} if "round_trips" in s else None, histogram=True,
+        _times("round_trips"), histogram=True,
     ),
     Series(
         "rtunnel_session_round_trip_seconds", "The last measured round trip to this broker node", _round_trips,

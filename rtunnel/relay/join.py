@@ -125,6 +125,9 @@ class Account:
     down: int = 0
     ended: float = 0.0
     ending: Ending = Ending.CLOSED
+    #: When the first byte of the target was passed on to the client; 0: none was. Two sockets
+    #: only: a broker and an agent have a stream on one side, and do not need it.
+    first: float = 0.0
 
     @property
     def seconds(self) -> float:

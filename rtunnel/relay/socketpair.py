@@ -199,7 +199,10 @@ class _Flow:
         if self is self._pair.upward:
             self._pair.account.up += size
         else:
-            self._pair.account.down += size
+            account = self._pair.account
+            account.down += size
+            if not account.first and account.down > 0:
+                account.first = self._pair.moved
 
     def _pass_fin(self) -> int:
         self.end = True

@@ -10,7 +10,7 @@ import msgspec
 
 from rtunnel.config import format_endpoint
 from rtunnel.counts import StreamCounts, StreamPermit
-from rtunnel.histogram import Histograms
+from rtunnel.histogram import Histogram, Histograms
 from rtunnel.relay.join import Account, Ending
 from rtunnel.relay.relay import Relay
 from rtunnel.trust.policy import Question
@@ -36,6 +36,7 @@ class Auditor(Protocol):
     namespace: str
     trust: GatewayTrust
     setup_times: Histograms[str]  # seconds from a request to its answer, by code
+    first_byte_times: Histogram  # seconds from the answer to the target's first byte
 
     @property
     def counts(self) -> StreamCounts:
@@ -120,6 +121,10 @@ class Joined:
         if asked.permit is not None:
             asked.permit.release(auditor.relay.loop.now)
         more: dict[str, object] = {"requests": self.requests} if self.requests else {}
+        if account.first:
+            first = account.first - account.started
+            auditor.first_byte_times.observe(first)
+            more["first_byte_ms"] = round(first * 1000, 2)
         if self.tried:
             more["tried"] = told(self.tried)
         connected, answered = self.times

@@ -16,7 +16,7 @@ from rtunnel.bridge import Bridge
 from rtunnel.clock import ClockWatch
 from rtunnel.config import Config, GatewayConfig, canonical_ip, format_endpoint, host_name, parse_endpoint
 from rtunnel.counts import StreamCounts
-from rtunnel.histogram import Histograms
+from rtunnel.histogram import Histogram, Histograms
 from rtunnel.logs import Throttle, get_logger
 from rtunnel.net import listening_socket
 from rtunnel.registry import GatewayRecord, Registry, Tuple
@@ -73,6 +73,7 @@ class Gateway:
         self.sources = Sources(gateway.source_addresses) if gateway.source_addresses else None
         self.counts = GatewayCounts()
         self.setup_times: Histograms[str] = Histograms()
+        self.first_byte_times = Histogram()
         self.draining = False
         self.waiting: set[Client] = set()
         self.relay = Relay(self.report, "relay-gateway", memory=gateway.stream_memory << 20)

@@ -126,6 +126,7 @@ def status(gateway: Gateway) -> dict[str, object]:
         "hedges": {"sent": gateway.hedging.sent, "held": gateway.hedging.held},
         "attempts": [{"node": node, "code": word, "count": n} for (node, word), n in counts.attempts.items()],
         "setup_times": [{"code": code, **times.status()} for code, times in gateway.setup_times.items()],
+        "first_byte_times": [gateway.first_byte_times.status()],
         "proof_failures": dict(counts.unproven),
         "pairs": len(gateway.relay.pairs),
         "held": gateway.relay.memory.held,

@@ -372,6 +372,8 @@ async def test_the_audit_line_is_whole(tmp_path: Path, logs: Events) -> None:
         (tuple_,) = cluster.gateway.table.lookup("default", "127.1.0.1")
         seconds, setup = line.pop("seconds"), line.pop("setup_ms")
         assert seconds >= 0 and setup > 0
+        connected, answered, first = (line.pop(f"{word}_ms") for word in ("connect", "answer", "first_byte"))
+        assert 0 <= connected <= answered <= setup and 0 < first <= 1000 * seconds + 1
         assert {key: line[key] for key in line if key not in ("component", "log_level", "event", "reason")} == {
             "client": "127.66.0.9",
             "user": "alice",

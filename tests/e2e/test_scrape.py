@@ -91,6 +91,7 @@ async def test_streams_and_their_ends_are_told_by_all_three(tmp_path: Path, even
         for role in ("gateway", "broker", "agent"):
             now = await looks.until(role, lambda now: now.value("rtunnel_streams") == 0)
             assert now.counted("rtunnel_stream_endings_total", "ending") == {"closed": 1}
+            assert now.values("rtunnel_first_byte_seconds_count") == ([1] if role == "gateway" else [])
             assert now.value("rtunnel_stream_bytes_total", direction="up") == 6
             down = now.value("rtunnel_stream_bytes_total", direction="down")
             assert down > len(answer) if role == "broker" else down == len(answer), "with the Accepted in front"

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from rtunnel.config import GatewayConfig, LimitsConfig
 from rtunnel.counts import StreamCounts
-from rtunnel.histogram import Histograms
+from rtunnel.histogram import Histogram, Histograms
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Ending
 from rtunnel.trust.policy import Verdict
@@ -187,6 +187,7 @@ class World:
         )
         self.namespace = "default"
         self.setup_times: Histograms[str] = Histograms()
+        self.first_byte_times = Histogram()
         self.config = GatewayConfig(idle_timeout=0.0, handshake_timeout=1000.0, max_head=65536)
         self.resolver = self
         self.waiting: set[Client] = set()

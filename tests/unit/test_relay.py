@@ -164,6 +164,35 @@ def test_half_close_is_kept(hop: Hop) -> None:
     assert wait_for_end(hop).ending is Ending.CLOSED
 
 
+@pytest.mark.parametrize("answer", [b"", b"an answer"])
+def test_the_targets_first_byte_is_noted(answer: bytes) -> None:
+    """Of two sockets: not the bytes that the handler of the client wrote, and none if the target sent none."""
+    with running_relay() as relay, listener() as meeting:
+        client, target = (dial(meeting.getsockname()) for _ in range(2))
+        inner = [meeting.accept()[0] for _ in range(2)]
+        for sock in inner:
+            sock.setblocking(False)
+        accounts: list[Account] = []
+
+        def connect() -> None:
+            end = relay.end(inner[0], "")
+            end.write(b"connected")
+            relay.join(end, relay.end(inner[1], ""), owner=Recorder(accounts))
+
+        relay.do(connect)
+        assert client.recv(9) == b"connected"
+        client.sendall(b"a question")
+        assert target.recv(10) == b"a question"
+        target.sendall(answer)
+        target.close()
+        assert read_all(client) == answer
+        client.close()
+        relay.settle(lambda: bool(accounts))
+        account = accounts[0]
+        assert account.down == len(answer)
+        assert account.started <= account.first <= account.ended if answer else account.first == 0
+
+
 def test_half_close_by_the_target_is_kept(hop: Hop) -> None:
     """A target that is done speaking still hears the client."""
     client, served = hop.through()
