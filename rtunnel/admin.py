@@ -117,6 +117,9 @@ async def run_beside(
     async with trio.open_nursery() as nursery:
         if address:
             routes = health_routes(part.reasons, status, part.answered, warnings)
+            if calls is not None:
+                description = calls.description(f"rtunnel: {key.partition('.')[0]}")
+                routes["/openapi.json"] = lambda: json_answer(description)
             await nursery.start(partial(serve, address, routes, key=key, calls=calls))
         await part.run(stop, task_status)
         nursery.cancel_scope.cancel()

@@ -18,7 +18,7 @@ import h11
 import msgspec
 import trio
 
-from rtunnel import logs
+from rtunnel import __version__, logs
 from rtunnel.errors import TrustError
 from rtunnel.trust.keys import load_api_token
 
@@ -37,6 +37,12 @@ Answer = tuple[int, str, bytes]
 log = logs.get_logger("api")
 
 
+class Problem(msgspec.Struct, frozen=True):
+    """The answer to a request that has failed."""
+
+    error: str
+
+
 class BadRequest(Exception):
     """A request asks for something that can't be understood; the text names the fault."""
 
@@ -49,7 +55,19 @@ class ApiRequest:
     body: bytes
 
 
-Call = Callable[[ApiRequest], Awaitable[object]]
+@dataclass(frozen=True)
+class Operation:
+    """One method of one path: the call, and what its description says.
+
+    `call` returns a value of the type `answer`, or raises BadRequest. `body`: the type of the
+    request's body; None: it has none. `query`: what each parameter means; others are refused.
+    """
+
+    call: Callable[[ApiRequest], Awaitable[object]]
+    summary: str
+    answer: type
+    body: type | None = None
+    query: Mapping[str, str] = field(default_factory=dict)
 
 
 def error_answer(status: int, text: str) -> Answer:
@@ -63,14 +81,14 @@ def _answer(status: int, value: object) -> Answer:
 
 @dataclass
 class Api:
-    """The calls at one admin address, by method ("GET", "POST") and path. In trio's thread.
+    """The operations at one admin address, by method ("GET", "POST") and path. In trio's thread.
 
-    A call returns the value of the JSON answer, or raises BadRequest. `token_file`: the file with
+    `token_file`: the file with
     the token; "": the API is off. It is read for each request, so that a changed token is in force
     at once. `key`: the name of that file's key in the configuration.
     """
 
-    calls: Mapping[tuple[str, str], Call]
+    operations: Mapping[tuple[str, str], Operation]
     token_file: str
     key: str
     _running: int = field(default=0, init=False)
@@ -84,15 +102,18 @@ class Api:
             if others is not None:
                 log.warning("api_request_denied", peer=peer, path=path, status=denied[0], others_since=others)
             return denied
-        call = self.calls.get((request.method.decode("ascii", "replace"), path))
-        if call is None:
-            known = ", ".join(f"{method} {at}" for method, at in self.calls)
-            return error_answer(405 if any(at == path for _, at in self.calls) else 404, f"the API has {known}")
+        operation = self.operations.get((request.method.decode("ascii", "replace"), path))
+        if operation is None:
+            known = ", ".join(f"{method} {at}" for method, at in self.operations)
+            return error_answer(405 if any(at == path for _, at in self.operations) else 404, f"the API has {known}")
         if self._running >= MAX_CALLS:
             return error_answer(429, f"{MAX_CALLS} requests are being answered: try again later")
         self._running += 1
         try:
-            return _answer(200, await call(ApiRequest(dict(parse_qsl(query)), body)))
+            asked = ApiRequest(dict(parse_qsl(query, keep_blank_values=True)), body)
+            if unknown := asked.query.keys() - operation.query.keys():
+                raise BadRequest(f"{path} has no parameter {min(unknown)!r}")
+            return _answer(200, await operation.call(asked))
         except BadRequest as error:
             return error_answer(400, str(error))
         except Exception:
@@ -100,6 +121,24 @@ class Api:
             return error_answer(500, "internal error: see the log")
         finally:
             self._running -= 1
+
+    def description(self, title: str) -> dict[str, object]:
+        """Return the description of the API (OpenAPI 3.1.0)."""
+        types = {operation.answer for operation in self.operations.values()} | {Problem}
+        types |= {operation.body for operation in self.operations.values() if operation.body is not None}
+        ordered = sorted(types, key=lambda kind: kind.__name__)
+        refs, schemas = msgspec.json.schema_components(ordered, ref_template="#/components/schemas/{name}")
+        ref = dict(zip(ordered, refs, strict=True))
+        paths: dict[str, dict[str, object]] = {}
+        for (method, path), operation in self.operations.items():
+            paths.setdefault(path, {})[method.lower()] = _described(operation, ref)
+        return {
+            "openapi": "3.1.0",
+            "info": {"title": title, "version": __version__},
+            "security": [{"token": []}],
+            "paths": paths,
+            "components": {"schemas": schemas, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+        }
 
     def _denied(self, request: h11.Request, local: str) -> Answer | None:
         """Return the answer to a request that may not ask; None when it may."""
@@ -117,3 +156,24 @@ class Api:
         if scheme.lower() != b"bearer" or not hmac.compare_digest(word.strip(), token.encode()):
             return error_answer(401, f"the request needs the token of {self.key}: Authorization: Bearer <token>")
         return None
+
+
+def _described(operation: Operation, ref: Mapping[type, object]) -> dict[str, object]:
+    described: dict[str, object] = {
+        "summary": operation.summary,
+        "parameters": [
+            {"name": name, "in": "query", "description": text, "schema": {"type": "string"}}
+            for name, text in operation.query.items()
+        ],
+        "responses": {
+            "200": {"description": "the answer", "content": _content(ref[operation.answer])},
+            "default": {"description": "the request has failed", "content": _content(ref[Problem])},
+        },
+    }
+    if operation.body is not None:
+        described["requestBody"] = {"required": True, "content": _content(ref[operation.body])}
+    return described
+
+
+def _content(schema: object) -> dict[str, object]:
+    return {"application/json": {"schema": schema}}

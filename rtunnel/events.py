@@ -12,14 +12,16 @@ An event is a JSON object: `v` (the version of this schema), `time`, `level`, `e
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 import trio
 
+from rtunnel.api import BadRequest
 from rtunnel.errors import RegistryUnavailable
 from rtunnel.logs import get_logger, plain
 from rtunnel.registry import Registry
@@ -46,6 +48,11 @@ MAX_WRITTEN: Final = 256
 MAX_EVENT: Final = 4096
 #: Seconds between two writes.
 PAUSE: Final = 1.0
+
+#: Events of one answer of the API.
+MAX_PAGE: Final = 1000
+#: The parameters of GET /v1/events.
+QUERY: Final = {"after": "the cursor `next` of the answer before; default: the oldest", "most": "how many, up to 1000"}
 
 _encode = msgspec.json.Encoder(enc_hook=str).encode
 
@@ -110,3 +117,42 @@ async def publish(outbox: Outbox, registry: Registry, pause: float = PAUSE) -> N
                     await trio.to_thread.run_sync(registry.publish, events)
             except RegistryUnavailable:
                 pass  # the process ends: its log has them
+
+
+class Page(msgspec.Struct, frozen=True):
+    """The answer of GET /v1/events: events, the oldest first, and the cursor of the next page."""
+
+    events: list[msgspec.Raw]
+    next: str
+
+
+Ask = Callable[[Callable[[], tuple[str, list[bytes]]]], Awaitable[tuple[str, list[bytes]]]]
+
+
+async def read(registry: Registry, query: Mapping[str, str], ask: Ask) -> Page:
+    """Return a page of events for the parameters of QUERY; `ask` runs a call of the registry.
+
+    Raises BadRequest, also when the registry does not answer.
+    """
+    after, most = query.get("after", "0-0"), number(query.get("most", "100"), MAX_PAGE)
+    if not re.fullmatch(r"\d{1,15}-\d{1,9}", after):
+        raise BadRequest(f"after is a cursor of this API, and not {after!r}")
+    try:
+        cursor, found = await ask(lambda: registry.events(after, most))
+    except RegistryUnavailable as error:
+        raise BadRequest(f"the registry does not answer: {error}") from None
+    return Page([msgspec.Raw(event) for event in found if _is_event(event)], cursor)
+
+
+def _is_event(data: bytes) -> bool:
+    try:
+        return isinstance(msgspec.json.decode(data), dict)
+    except msgspec.DecodeError:
+        return False
+
+
+def number(text: str, most: int) -> int:
+    """Return the value of a parameter `most`, from 1 to `most`. Raises BadRequest."""
+    if not re.fullmatch(r"\d{1,6}", text) or not 1 <= int(text) <= most:
+        raise BadRequest(f"most is a number from 1 to {most}, and not {text!r}")
+    return int(text)

@@ -12,6 +12,7 @@
 - `trust`: the CAs, revocations and certificates of this node, and requests for certificates.
 - `log`: the log lines of one node.
 - `ports`: guarded and open ports, per connection, in the relay's thread.
+- `calls`: the operations of the API. trio.
 - `serve`: the role.
 """
 

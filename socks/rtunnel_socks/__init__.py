@@ -16,6 +16,7 @@
 - `audit`: one log line for each stream. Relay's thread.
 - `resources`: descriptors and source ports, which a gateway can run out of. Relay's thread.
 - `gateway`: one process: accept, drain, readiness. trio.
+- `calls`: the operations of the API. trio.
 - `serve`: the role.
 """
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 
-import msgspec
 import trio
 
 import rtunnel
 from rtunnel import admin
-from rtunnel.api import Api, ApiRequest, BadRequest, Call
-from rtunnel.config import Config, canonical_ip, parse_endpoint
+from rtunnel.api import Api
+from rtunnel.config import Config
 from rtunnel.net import descriptors
 from rtunnel.registry import Registry
 from rtunnel.roles import Role
-from rtunnel_socks.diagnosis import Report
-from rtunnel_socks.dial import Target
+from rtunnel_socks.calls import operations
 from rtunnel_socks.gateway import Gateway
-from rtunnel_socks.streams import MAX_SHOWN, ORDERS, shown
 
 
 async def serve(
@@ -37,65 +33,10 @@ async def serve(
         key="gateway.admin",
         status=lambda: status(gateway),
         warnings=gateway.warnings,
-        calls=Api(calls(gateway), config.gateway.admin_token, "gateway.admin_token"),
+        calls=Api(operations(gateway, registry), config.gateway.admin_token, "gateway.admin_token"),
         stop=stop,
         task_status=task_status,
     )
-
-
-class TraceRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of POST /v1/trace. `target`: IP:port; `user`: "": nobody has logged in."""
-
-    target: str
-    user: str = ""
-    source: str = "127.0.0.1"
-    namespace: str = ""
-
-
-def calls(gateway: Gateway) -> dict[tuple[str, str], Call]:
-    """Return the gateway's calls of the API."""
-
-    async def trace(request: ApiRequest) -> Report:
-        return await gateway.trace(*_trace_arguments(request.body, gateway.namespace))
-
-    async def streams(request: ApiRequest) -> dict[str, object]:
-        order, most, wanted = _streams_arguments(request.query)
-        relay = gateway.relay
-        found = await gateway.bridge.run(lambda: shown(relay.pairs, relay.loop.now, order, most, wanted))
-        return {"gateway": gateway.name, "open": gateway.counts.streams, "streams": found}
-
-    return {("POST", "/v1/trace"): trace, ("GET", "/v1/streams"): streams}
-
-
-def _streams_arguments(query: Mapping[str, str]) -> tuple[str, int, dict[str, str]]:
-    """Return order, number and wanted values of a request. Raises BadRequest."""
-    rest = dict(query)
-    order, most = rest.pop("by", "bytes"), rest.pop("most", "50")
-    if order not in ORDERS:
-        raise BadRequest(f"by is one of {', '.join(ORDERS)}, and not {order!r}")
-    if not most.isascii() or not most.isdigit() or not 1 <= int(most) <= MAX_SHOWN:
-        raise BadRequest(f"most is a number from 1 to {MAX_SHOWN}, and not {most!r}")
-    if unknown := rest.keys() - {"client", "user", "target", "agent", "node"}:
-        raise BadRequest(f"streams have no {min(unknown)!r} to choose them by")
-    return order, int(most), rest
-
-
-def _trace_arguments(body: bytes, namespace: str) -> tuple[Target, str, str | None]:
-    """Return target, source and user of a request. Raises BadRequest."""
-    try:
-        asked = msgspec.json.decode(body, type=TraceRequest)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise BadRequest(f"the body is not what /v1/trace takes: {error}") from None
-    if asked.namespace not in ("", namespace):
-        raise BadRequest(f"this gateway serves the namespace {namespace}, and not {asked.namespace}")
-    try:
-        host, port = parse_endpoint(asked.target)
-        target, source = Target(namespace, canonical_ip(host), port), canonical_ip(asked.source)
-    except ValueError as error:
-        raise BadRequest(f"target is IP:port, and source an IP: {error}") from None
-    if not port:
-        raise BadRequest(f"the target {asked.target} has no port")
-    return target, source, asked.user or None
 
 
 def status(gateway: Gateway) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -270,7 +271,11 @@ async def test_open_streams_are_shown_by_size_and_age(
                 assert await streams(query) == ["a1"]
             assert await streams("?client=127.0.0.1&node=b1&user=") == ["a2", "a1"]
             assert await streams("?client=10.9.0.4") == []
-            for query, word in (("?by=name", "by is one of"), ("?most=0", "most is a number"), ("?x=1", "no 'x'")):
+            for query, word in (
+                ("?by=name", "by is one of"),
+                ("?most=0", "most is a number"),
+                ("?x=1", "no parameter 'x'"),
+            ):
                 status, answer = await in_thread(
                     lambda query=query: call(admin, None, method="GET", path=f"/v1/streams{query}")  # type: ignore[misc]
                 )
@@ -290,3 +295,54 @@ async def test_open_streams_are_shown_by_size_and_age(
             done = await in_thread(lambda: subprocess.run(line, capture_output=True, text=True, timeout=60, check=True))
             assert json.loads(done.stdout)["streams"]["open"] == 2
     await in_thread(registry.close)
+
+
+async def test_a_gateway_tells_routes_nodes_and_events(
+    tmp_path: Path, admin: str, token_file: Path, redis_server: RedisServer
+) -> None:
+    """As its table has them; events page by page."""
+    registry = RedisRegistry(redis_server.url, ttl=3.0, quarantine=5.0)
+
+    async def get(path: str) -> tuple[int, Any]:
+        return await in_thread(lambda: call(admin, None, method="GET", path=path))
+
+    async with running_cluster(tmp_path, registry) as cluster:
+        await cluster.start()
+        await gateway(cluster, admin, token_file)
+        await cluster.whole()
+        await cluster.until(lambda: cluster.gateway.resolver.state == "ok")
+        status, answer = await get("/v1/routes?ip=127.1.0.1")
+        assert status == 200 and answer["registry"] == "ok"
+        assert {(route["agent"], route["node"], route["state"]) for route in answer["routes"]} == {
+            ("a1", "b1", "live"), ("a1", "b2", "live"),
+        }  # fmt: skip
+        assert (await get("/v1/routes?ip=127.1.0.9"))[1]["routes"] == []
+        assert (await get("/v1/routes?ip=127.1.0.1&namespace=blue"))[1]["routes"] == []
+        assert (await get("/v1/routes"))[0] == 400
+        status, answer = await get("/v1/nodes")
+        assert [node["node"] for node in answer["nodes"]] == ["b1", "b2"]
+        await in_thread(lambda: registry.publish([b'{"event":"one"}', b"no json", b'{"event":"two"}']))
+        status, answer = await get("/v1/events?most=1")
+        assert [event["event"] for event in answer["events"]] == ["one"]
+        status, answer = await get(f"/v1/events?after={answer['next']}")
+        assert [event["event"] for event in answer["events"]] == ["two"]
+        for query in ("?most=0", "?most=x", "?after=now"):
+            assert (await get(f"/v1/events{query}"))[0] == 400
+    await in_thread(registry.close)
+
+
+async def test_the_api_describes_itself(tmp_path: Path, admin: str, token_file: Path) -> None:
+    """Without the token: OpenAPI 3.1, whose references all lead somewhere."""
+    async with running_cluster(tmp_path) as cluster:
+        await gateway(cluster, admin, token_file)
+        status, page = await in_thread(lambda: call(admin, None, method="GET", path="/openapi.json", token=None))
+        assert status == 200 and page["openapi"] == "3.1.0"
+        assert set(page["paths"]) == {"/v1/trace", "/v1/streams", "/v1/routes", "/v1/nodes", "/v1/events"}
+        trace = page["paths"]["/v1/trace"]["post"]
+        assert trace["requestBody"]["content"]["application/json"]["schema"] == {
+            "$ref": "#/components/schemas/TraceRequest"
+        }
+        schemas = page["components"]["schemas"]
+        assert set(schemas["TraceRequest"]["properties"]) == {"target", "user", "source", "namespace"}
+        refs = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(page)))
+        assert refs <= set(schemas) and {"Report", "Tried", "Hop", "AgentHop", "Problem"} <= refs

@@ -34,7 +34,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from rtunnel import admin, config
-from rtunnel.api import Api, ApiRequest, BadRequest
+from rtunnel.api import Api, ApiRequest, BadRequest, Operation
 from rtunnel.config import ConfigError, canonical_ip
 from rtunnel.errors import RegistryUnavailable, TrustError
 from rtunnel.registry.base import CursorLost, Tuple
@@ -589,7 +589,8 @@ def api_request(data: bytes) -> None:
     with tempfile.NamedTemporaryFile() as file:
         file.write(_TOKEN)
         file.flush()
-        api = Api({("POST", "/v1/echo"): _echo, ("GET", "/v1/echo"): _echo}, file.name, "gateway.admin_token")
+        echo = Operation(_echo, "Echo", dict, query={"a": ""})
+        api = Api({("POST", "/v1/echo"): echo, ("GET", "/v1/echo"): echo}, file.name, "gateway.admin_token")
         answer = trio.run(_ask_admin, pieces(data), api)
     assert not answer or answer.startswith(b"HTTP/1.1 ")
     assert b"\r\nHTTP/1.1 " not in answer

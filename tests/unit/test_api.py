@@ -12,7 +12,7 @@ import structlog
 import trio
 from structlog.testing import capture_logs
 
-from rtunnel.api import MAX_CALLS, Answer, Api, ApiRequest
+from rtunnel.api import MAX_CALLS, Answer, Api, ApiRequest, Operation
 from support.logs import Events, named
 
 TOKEN = "a-token-of-the-tests-0123456789"
@@ -54,7 +54,9 @@ async def test_the_api_is_answered_on_loopback_only(local: str, may: bool, token
         await trio.lowlevel.checkpoint()
         return dict(asked.query)
 
-    api = Api({("GET", "/v1/wait"): call}, token_file, "gateway.admin_token")
+    api = Api(
+        {("GET", "/v1/wait"): Operation(call, "", dict, query={"a": "", "b": ""})}, token_file, "gateway.admin_token"
+    )
     answer = await api.answer(request(target="/v1/wait?a=1&b=%20"), b"", local, "10.9.0.4")
     if may:
         assert (answer[0], json.loads(answer[2])) == (200, {"a": "1", "b": " "})
@@ -70,7 +72,7 @@ async def test_so_many_calls_are_answered_at_once(token_file: str) -> None:
         await go.wait()
         return "done"
 
-    api = Api({("GET", "/v1/wait"): wait}, token_file, "gateway.admin_token")
+    api = Api({("GET", "/v1/wait"): Operation(wait, "", str)}, token_file, "gateway.admin_token")
     statuses: list[int] = []
 
     async def ask() -> None:
@@ -94,7 +96,7 @@ async def test_a_fault_of_a_call_is_an_answer(token_file: str, events: Events) -
         await trio.lowlevel.checkpoint()
         raise RuntimeError("a detail")
 
-    api = Api({("GET", "/v1/wait"): fails}, token_file, "gateway.admin_token")
+    api = Api({("GET", "/v1/wait"): Operation(fails, "", str)}, token_file, "gateway.admin_token")
     assert error_of(await api.answer(request(), b"", "::1", "::1")) == (500, "internal error: see the log")
     assert named(events, "api_call_failed")
 
