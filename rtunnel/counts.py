@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from rtunnel.relay.join import Account
+from rtunnel.relay.join import Account, Pair
 from rtunnel.wire.refusal import Refusal
 
 
@@ -20,22 +20,41 @@ class StreamCounts:
     accepted: int = 0
     refused: dict[str, int] = field(default_factory=dict)  # by code word
     endings: dict[str, int] = field(default_factory=dict)  # of streams, by word
-    bytes_up: int = 0
+    bytes_up: int = 0  # of streams that are over
     bytes_down: int = 0
+    _shown: tuple[int, int] = (0, 0)  # by the last status
 
     def refuse(self, code: Refusal) -> None:
         """Count one refusal of this code."""
         self.refused[code.value] = self.refused.get(code.value, 0) + 1
 
-    def status(self) -> dict[str, object]:
-        """Return the counts for `/statusz`."""
+    def moved(self, pairs: set[Pair]) -> tuple[int, int]:
+        """Return the bytes of all streams so far, up and down; `pairs`: those that are live.
+
+        Never less than before: a stream that ends during the call may be missing once, and
+        Prometheus takes a counter that falls for a restart. Takes 0.3 us for each live stream.
+        """
+        up, down = self.bytes_up, self.bytes_down
+        for pair in list(pairs):  # one step, beside the relay's thread, which changes the set
+            account = pair.account
+            # handlers' words make an account begin below zero
+            if account.up > 0:
+                up += account.up
+            if account.down > 0:
+                down += account.down
+        self._shown = max(up, self._shown[0]), max(down, self._shown[1])
+        return self._shown
+
+    def status(self, pairs: set[Pair]) -> dict[str, object]:
+        """Return the counts for `/statusz`; `pairs`: the live ones."""
+        up, down = self.moved(pairs)
         return {
             "streams": self.streams,
             "accepted": self.accepted,
             "refused": dict(self.refused),  # a copy, because the relay's thread goes on counting
             "endings": dict(self.endings),
-            "bytes_up": self.bytes_up,
-            "bytes_down": self.bytes_down,
+            "bytes_up": up,
+            "bytes_down": down,
         }
 
 

@@ -275,8 +275,8 @@ SERIES: Final = (
         _at("endings"), ("ending",), tuple(Ending),
     ),
     Series(
-        "rtunnel_stream_bytes_total", "Bytes of streams that are over; up is from client to target; at a broker with "
-        "the agent's answer to the Dial",
+        "rtunnel_stream_bytes_total", "Bytes of streams; up is from client to target; at a broker with the agent's "
+        "answer to the Dial",
         _bytes, ("direction",),
     ),
     Series(

@@ -73,7 +73,7 @@ def status(agent: Agent) -> dict[str, object]:
         "descriptor_limit": limit,
         "draining": [session.node for session in agent.draining],
         "held": agent.relay.memory.held,
-        **counts.status(),
+        **counts.status(agent.relay.pairs),
     }
 
 

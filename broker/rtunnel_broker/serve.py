@@ -78,7 +78,7 @@ def status(node: Node) -> dict[str, object]:
         "descriptor_limit": limit,
         "window_budget": node.relay.memory.left,
         "held": node.relay.memory.held,
-        **counts.status(),
+        **counts.status(node.relay.pairs),
         "pairs": len(node.relay.pairs),
         "links": len(links),
         "pings": links.pings,

@@ -61,7 +61,7 @@ def status(gateway: Gateway) -> dict[str, object]:
         ],
         "registry_clock_offset": gateway.resolver.clock_offset(),
         "clients": counts.clients,
-        **counts.status(),
+        **counts.status(gateway.relay.pairs),
         "clock": gateway.clock.status(time.monotonic()),
         "shortages": dict(gateway.counts.shortages),
         "hedges": {"sent": gateway.hedging.sent, "held": gateway.hedging.held},
