@@ -346,7 +346,19 @@ def _gateway_ports(facts: Machine) -> Iterator[Finding]:
 
 
 def descriptors(facts: Machine) -> Iterator[Finding]:
-    """Show the limits of descriptors; warnings of the configuration say when they are too low."""
+    """Check the descriptors of the running role; show this shell's limits when none runs.
+
+    Warnings of the configuration say when the limit is too low for max_clients or max_sessions.
+    """
+    own = (facts.own.status if facts.own is not None else None) or {}
+    used, limit = own.get("descriptors"), own.get("descriptor_limit")
+    if isinstance(used, int) and isinstance(limit, int) and limit:
+        text = f"the running {facts.role} has {used} of {limit} descriptors open"
+        if used >= NEARLY * limit:
+            yield (fail if used >= limit - 1 else warn)("descriptors", text, "raise LimitNOFILE (ulimit -Hn)")
+        else:
+            yield ok("descriptors", text)
+        return
     hard, soft = facts.kernel.hard_descriptors, facts.kernel.soft_descriptors
     if any("descriptors" in problem.reason for problem in facts.warnings) or facts.role == "authority":
         return
@@ -467,6 +479,26 @@ def _own_findings(own: OwnRole, which: str) -> Iterator[Finding]:
         yield ok(name, f"the {which} at {own.address} is ready, version {status.get('version', '?')}")
 
 
+def sessions(facts: Machine) -> Iterator[Finding]:
+    """Compare a running broker's sessions with the registry, and report its doubts of agents."""
+    name, known = "sessions", facts.sessions
+    if known is None:
+        return
+    if known.error:
+        yield warn(name, f"the broker's sessions can't be read: {known.error}", "check broker.admin_token")
+        return
+    registered = set(known.registered)
+    missing = [session.agent for session in known.lasting if session.epoch not in registered]
+    if missing:
+        text = f"{len(missing)} of {len(known.lasting)} sessions have no tuple in the registry: {listed(missing)}"
+        yield warn(name, text, "ask again after a heartbeat; if it stays so, see the broker's log (address_taken)")
+    for session in known.lasting:
+        for doubt in session.doubts:
+            yield warn(name, f"{session.agent}: {doubt}", "run rtunnel doctor --role agent on its host")
+    if not missing:
+        yield ok(name, f"{len(known.lasting)} of {len(known.lasting)} have their tuples in the registry")
+
+
 CHECKS: Final[tuple[Check, ...]] = (
     configuration,
     addresses,
@@ -479,4 +511,5 @@ CHECKS: Final[tuple[Check, ...]] = (
     certificates,
     registry,
     role,
+    sessions,
 )

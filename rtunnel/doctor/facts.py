@@ -125,6 +125,27 @@ class OwnRole:
 
 
 @dataclass(frozen=True, slots=True)
+class Session:
+    """One session of the running broker, as its API tells."""
+
+    agent: str  # "namespace/agent_id"
+    epoch: str
+    doubts: tuple[str, ...] = ()  # sentences about what the agent's host has told
+
+
+@dataclass(frozen=True, slots=True)
+class Sessions:
+    """The sessions of the running broker, and the epochs that the registry has of it.
+
+    The sessions are those that were there before and after the registry was read.
+    """
+
+    lasting: tuple[Session, ...]
+    registered: tuple[str, ...]
+    error: str = ""  # why they can't be read
+
+
+@dataclass(frozen=True, slots=True)
 class Kernel:
     """Settings of the kernel and limits of this process."""
 
@@ -154,3 +175,4 @@ class Machine:
     certificates: tuple[Certificate, ...] = ()
     registry: RedisFacts | None = None
     own: OwnRole | None = None
+    sessions: Sessions | None = None

@@ -13,20 +13,47 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 import msgspec
 
 from rtunnel import config as configuration
 from rtunnel import roles
-from rtunnel.config import Config, ConfigError, Problem, default_address, format_endpoint, parse_endpoint, role_sections
+from rtunnel.api_client import ask
+from rtunnel.config import (
+    Config,
+    ConfigError,
+    Problem,
+    default_address,
+    format_endpoint,
+    is_memory,
+    parse_endpoint,
+    role_sections,
+)
+from rtunnel.console import Failure
 from rtunnel.doctor import netlink, redis_facts
-from rtunnel.doctor.facts import NODE, Certificate, Endpoint, Interface, Kernel, Machine, OwnAddress, OwnRole, Route
+from rtunnel.doctor.facts import (
+    NODE,
+    Certificate,
+    Endpoint,
+    Interface,
+    Kernel,
+    Machine,
+    OwnAddress,
+    OwnRole,
+    Route,
+    Session,
+    Sessions,
+)
 from rtunnel.doctor.probes import CONNECTS, PATIENCE, Plan, probe
 from rtunnel.errors import RegistryUnavailable, TrustError
 from rtunnel.registry import connect
 from rtunnel.trust import tls
 from rtunnel.trust.identity import TrustStore, load_trust_store, read_certificate
+from rtunnel.trust.keys import load_api_token
 
+#: Pages of 500 sessions that are read of a broker.
+MAX_PAGES: Final = 200
 #: Broker nodes whose guarded ports are probed.
 MAX_NODES: Final = 16
 #: Probes at once: a name that is not answered takes 5 s.
@@ -48,6 +75,7 @@ def collect(config: Config, role: str) -> Machine:
     problems, warnings = _checked(config, role)
     interfaces, routes = _network()
     sections = role_sections(role)
+    own = _own_role(config, role)
     return Machine(
         role=role,
         config=config,
@@ -61,7 +89,8 @@ def collect(config: Config, role: str) -> Machine:
         endpoints=tuple(_endpoints(config, sections)),
         certificates=tuple(_certificates(config, sections)),
         registry=redis_facts.collect(config.registry) if _uses_redis(config, sections) else None,
-        own=_own_role(config, role),
+        own=own,
+        sessions=_sessions(config, own) if "broker" in sections else None,
     )
 
 
@@ -181,7 +210,7 @@ def trust_store(config: Config, section: str) -> TrustStore | None:
 
 
 def _uses_redis(config: Config, sections: tuple[str, ...]) -> bool:
-    return bool({"broker", "gateway"} & set(sections)) and not configuration.is_memory(config)
+    return bool({"broker", "gateway"} & set(sections)) and not is_memory(config)
 
 
 # --- certificates ---------------------------------------------------------------------------------
@@ -245,6 +274,43 @@ def _get(address: str, path: str) -> tuple[int, Any]:
         return answer.status, msgspec.json.decode(answer.read(MAX_ANSWER))
     finally:
         connection.close()
+
+
+def _sessions(config: Config, own: OwnRole | None) -> Sessions | None:
+    """Return the sessions of a running broker; None without an API or a registry to ask."""
+    broker = config.broker
+    node = str(own.status.get("node", "")) if own is not None and own.status is not None else ""
+    if not node or not broker.admin_token or is_memory(config):
+        return None
+    try:
+        token = load_api_token(broker.admin_token)
+        before = {session.epoch for session in _ask_sessions(broker.admin, token)}
+        registered = _registered(config, node)
+        after = _ask_sessions(broker.admin, token)
+    except (Failure, TrustError, RegistryUnavailable, ValueError) as error:
+        return Sessions((), (), str(error))
+    return Sessions(tuple(session for session in after if session.epoch in before), registered)
+
+
+def _registered(config: Config, node: str) -> tuple[str, ...]:
+    registry = connect(config.registry)
+    try:
+        return tuple({str(entry.epoch) for entry in registry.snapshot().tuples if entry.node == node})
+    finally:
+        registry.close()
+
+
+def _ask_sessions(address: str, token: str) -> list[Session]:
+    found: list[Session] = []
+    after = ""
+    for _ in range(MAX_PAGES):
+        answer = ask(address, token, "GET", f"/v1/sessions?after={quote(after, safe='')}")
+        for entry in answer["sessions"]:
+            agent = f"{entry['namespace']}/{entry['agent']}"
+            found.append(Session(agent, str(entry["epoch"]), tuple(map(str, entry["doubts"]))))
+        if not (after := str(answer["next"])):
+            break
+    return found
 
 
 # --- the guarded ports that a gateway dials -------------------------------------------------------

@@ -41,7 +41,11 @@ def cluster(
     server = RedisServer(tmp_path_factory.mktemp("redis"), tcp=True, password="d0ctor-pa55word").start()
     try:
         with site(directory, server.url) as here:
-            brokers = [here.broker(f"b{number}", number) for number in (1, 2)]
+            token = directory / "api.token"
+            token.write_text("an-api-token-0123456789abcdef\n")
+            token.chmod(0o600)
+            flags = ("--admin-token", str(token))
+            brokers = [here.broker(f"b{number}", number, *flags) for number in (1, 2)]
             gateway = here.gateway()
             agent = here.agent("a1", "127.3.0.1", [broker.address("broker_started") for broker in brokers])
             for process in (*brokers, gateway, agent):
@@ -58,12 +62,16 @@ def test_a_healthy_machine_has_no_fail(cluster: tuple[Site, dict[str, Process]],
     here, processes = cluster
     process = processes[{"broker": "b1", "gateway": "gateway", "agent": "a1"}[role]]
     variables: dict[str, Any] = {f"RTUNNEL_{role.upper()}_ADMIN": process.admin()}
+    if role == "broker":
+        variables["RTUNNEL_BROKER_ADMIN_TOKEN"] = str(here.directory / "api.token")
     found = doctor("--config", str(here.directory / f"{process.name}.toml"), **variables)
     assert not of(found, "FAIL")
     assert "is ready" in of(found, "OK", "role")[0]
     if role == "agent":
         assert len(of(found, "OK", "brokers")) == len(of(found, "OK", "path")) == 2
         assert "agent/default/a1, good for" in of(found, "OK", "certificates")[0]
+    if role == "broker":
+        assert of(found, "OK", "sessions") == ["1 of 1 have their tuples in the registry"]
     if role == "gateway":
         assert [text.partition(" ")[0] for text in of(found, "OK", "brokers")] in (["b1", "b2"], ["b2", "b1"])
         assert len(of(found, "OK", "path")) == 2

@@ -21,6 +21,8 @@ from rtunnel.doctor.facts import (
     Path,
     RedisFacts,
     Route,
+    Session,
+    Sessions,
 )
 from rtunnel.doctor.findings import Finding, Level, fail, in_order, listed
 
@@ -207,6 +209,11 @@ FAULTS: dict[str, tuple[Machine, str, str]] = {
         "takes connections, but not 16384 bytes in full segments (MTU 1500, segments of 1448 bytes)",
     ),
     "clock 60 s off": (redis(offset=-60.2), "clock", "this clock is 60.2 s behind the registry's, and Dials are"),
+    "no descriptors": (
+        replace(GATEWAY, own=replace(READY, status={"descriptors": 1023, "descriptor_limit": 1024})),
+        "descriptors",
+        "the running gateway has 1023 of 1024 descriptors open",
+    ),
     "ports used up": (
         replace(BROKER, own=replace(READY, status={"sessions": 10000})),
         "ports",
@@ -319,6 +326,26 @@ WARNINGS: dict[str, tuple[Machine, str, str]] = {
         ),
         "brokers",
         "lead to one certificate",
+    ),
+    "descriptors nearly used": (
+        replace(GATEWAY, own=replace(READY, status={"descriptors": 1000, "descriptor_limit": 1024})),
+        "descriptors",
+        "the running gateway has 1000 of 1024 descriptors open",
+    ),
+    "session without tuple": (
+        replace(BROKER, sessions=Sessions((Session("default/a1", "7"), Session("default/a2", "8")), ("7",))),
+        "sessions",
+        "1 of 2 sessions have no tuple in the registry: default/a2",
+    ),
+    "an agent that the broker doubts": (
+        replace(BROKER, sessions=Sessions((Session("default/a1", "7", ("172.17.0.1 is on docker0",)),), ("7",))),
+        "sessions",
+        "default/a1: 172.17.0.1 is on docker0",
+    ),
+    "sessions that can't be read": (
+        replace(BROKER, sessions=Sessions((), (), "no token")),
+        "sessions",
+        "the broker's sessions can't be read: no token",
     ),
     "warning of the role": (agent(own=replace(READY, warnings=("one host",))), "role", "one host"),
     "warning of the configuration": (
