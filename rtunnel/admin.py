@@ -205,7 +205,10 @@ async def _linger(stream: trio.SocketStream) -> None:
 
 
 async def _converse_api(http: h11.Connection, stream: trio.SocketStream, request: h11.Request, calls: Api) -> None:
-    local, peer = (str(address[0]) for address in (stream.socket.getsockname(), stream.socket.getpeername()))
+    try:
+        local, peer = (str(address[0]) for address in (stream.socket.getsockname(), stream.socket.getpeername()))
+    except OSError:
+        return  # the client has gone
     with trio.move_on_after(api.DEADLINE):
         body = await _body(http, stream)
         answer = await calls.answer(request, body, local, peer) if isinstance(body, bytes) else body

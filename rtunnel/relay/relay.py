@@ -90,7 +90,7 @@ class Listener:
     When the process runs out of descriptors it pauses for ACCEPT_PAUSE, and reports that.
     """
 
-    __slots__ = ("_accept", "_family", "_held", "_loop", "_paused", "_report", "closed", "sock")
+    __slots__ = ("_accept", "_family", "_held", "_loop", "_paused", "_report", "bound", "closed", "sock")
 
     def __init__(self, loop: Loop, sock: socket.socket, accept: Accept, report: Report, *, client_speaks: bool) -> None:
         self._loop = loop
@@ -99,6 +99,8 @@ class Listener:
         self._paused: Timer | None = None
         self._held = False
         self.sock = sock
+        host, port = sock.getsockname()[:2]
+        self.bound: tuple[str, int] = (host, port)  # where it listens, or did until `close`
         self._family = int(sock.family)
         self.closed = False
         sock.setblocking(False)
@@ -108,12 +110,6 @@ class Listener:
         if client_speaks:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_SECONDS)
         loop.add_listener(sock.fileno(), self._accept_some)
-
-    @property
-    def bound(self) -> tuple[str, int]:
-        """The address and port on which it listens."""
-        host, port = self.sock.getsockname()[:2]
-        return host, port
 
     def close(self) -> None:
         """Accept no more. The port is free when this returns; accepted connections stay."""

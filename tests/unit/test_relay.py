@@ -1043,3 +1043,4 @@ def test_a_listener_that_finishes_serves_its_queue_first() -> None:
         assert [read_all(client) for client in clients[1::2]] == [b""] * 75, "an end, not a reset"
         with pytest.raises(ConnectionRefusedError):
             dial(address)
+        assert waiting.bound == address, "a gateway that drains still reports where it listened"
