@@ -5,9 +5,12 @@ from __future__ import annotations
 import ipaddress
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
+
+import msgspec
 
 from rtunnel.clock import lasting
 from rtunnel.config import (
@@ -23,7 +26,7 @@ from rtunnel.doctor import redis_facts
 from rtunnel.doctor.checks import CLOCK_FAILS, CLOCK_WARNS, NEARLY, redis
 from rtunnel.doctor.facts import RedisFacts
 from rtunnel.doctor.findings import Finding, fail, in_order, listed, ok, warn
-from rtunnel.registry import GatewayRecord, NodeFacts, NodeRecord, Tuple, connect
+from rtunnel.registry import GatewayRecord, NodeFacts, NodeRecord, Registry, Tuple, connect
 from rtunnel.registry.history import RefusedAgent
 from rtunnel.wire.refusal import Refusal
 
@@ -33,6 +36,13 @@ MAX_HISTORIES: Final = 500
 #: Seconds for which a refusal counts as a fault of now. A refused agent comes back every few
 #: seconds, and its entry is written again each time.
 RECENT: Final = 120.0
+#: Events of one call, and calls: what a storm of refusals writes in two minutes.
+EVENTS_AT_ONCE: Final = 1000
+MAX_EVENT_PAGES: Final = 20
+#: Refused agents whose history is read.
+MAX_REFUSED: Final = 100
+#: Namespaces in which a refused agent's history is looked for.
+MAX_NAMESPACES: Final = 8
 #: Port of Redis when its URL names none.
 _REDIS_PORT: Final = 6379
 
@@ -48,7 +58,8 @@ class Cluster:
     facts: tuple[NodeFacts, ...] = ()
     gateways: tuple[GatewayRecord, ...] = ()
     tuples: tuple[Tuple, ...] = ()
-    refusals: tuple[RefusedAgent, ...] = ()  # the last ones of addresses that live agents have
+    #: The last ones of addresses that live agents have, and of agents that were refused lately.
+    refusals: tuple[RefusedAgent, ...] = ()
     registry: RedisFacts | None = None
     #: The addresses of agent.brokers in this configuration, if it has any, as host and port.
     vips: tuple[tuple[str, int], ...] = ()
@@ -67,6 +78,10 @@ def collect(config: Config) -> Cluster:
         refusals: list[RefusedAgent] = []
         for namespace, ip in _weakest(tuples)[:MAX_HISTORIES]:
             refusals += registry.history(namespace, ip).refusals
+        spaces = sorted({entry.namespace for entry in tuples} | {known.namespace for known in gateways})
+        for agent_id in refused_lately(registry, snapshot.now):
+            for namespace in spaces[:MAX_NAMESPACES]:
+                refusals += registry.agent_history(namespace, agent_id).refusals
         return Cluster(
             config,
             snapshot.now,
@@ -81,6 +96,25 @@ def collect(config: Config) -> Cluster:
         )
     finally:
         registry.close()
+
+
+def refused_lately(registry: Registry, now: float) -> list[str]:
+    """Return the agent_ids that brokers have refused within RECENT, by the cluster's events.
+
+    `now`: the registry's time, in seconds since 1970. An event names no namespace.
+    """
+    found: dict[str, None] = {}
+    cursor = f"{max(0, int((now - RECENT) * 1000))}-0"
+    for _ in range(MAX_EVENT_PAGES):
+        cursor, events = registry.events(cursor, EVENTS_AT_ONCE)
+        for data in events:
+            with suppress(msgspec.DecodeError, ValueError):
+                event = msgspec.json.decode(data)
+                if isinstance(event, dict) and event.get("event") == "session_refused" and event.get("agent"):
+                    found[str(event["agent"])] = None
+        if len(events) < EVENTS_AT_ONCE or len(found) >= MAX_REFUSED:
+            break
+    return list(found)[:MAX_REFUSED]
 
 
 def _weakest(tuples: Iterable[Tuple]) -> list[tuple[str, str]]:
@@ -258,7 +292,7 @@ def claims(facts: Cluster) -> Iterator[Finding]:
     owners: dict[tuple[str, str], set[str]] = defaultdict(set)
     for entry in facts.tuples:
         owners[entry.namespace, entry.agent_ip].add(entry.agent_id)
-    taken = Refusal.ADDRESS_TAKEN.value
+    taken, there = Refusal.ADDRESS_TAKEN.value, {(entry.namespace, entry.agent_id) for entry in facts.tuples}
     for refusal in {(note.namespace, note.agent_id, note.cause): note for note in facts.refusals}.values():
         if facts.now - refusal.at > RECENT:
             continue
@@ -268,8 +302,11 @@ def claims(facts: Cluster) -> Iterator[Finding]:
         text = f"{where} is refused by {refusal.node}: {refusal.cause}: {refusal.text}"
         if refusal.cause == taken:
             yield fail(name, text, "one of the two agents has a wrong agent.addresses (docker0's address?)")
-        else:
-            yield warn(name, text, "see docs/refusals")
+        elif refusal.proved and (refusal.namespace, refusal.agent_id) not in there:
+            yield fail(name, f"{text}, and it has no session", "see docs/refusals, and the agent's log")
+        else:  # anybody can send the name of an agent
+            unproved = "" if refusal.proved else " (the name is only claimed)"
+            yield warn(name, f"{text}{unproved}", "see docs/refusals, and the agent's log")
     for (namespace, ip), holders in sorted(owners.items()):
         if len(holders) > 1:
             found = True

@@ -16,6 +16,7 @@ from rtunnel.doctor.facts import RedisFacts
 from rtunnel.doctor.findings import Finding, Level
 from rtunnel.registry import Duplicate, GatewayRecord, NodeFacts, NodeRecord, Tuple
 from rtunnel.registry.history import RefusedAgent
+from rtunnel.registry.memory import MemoryRegistry
 
 NOW = 1_800_000_000.0
 
@@ -139,6 +140,11 @@ FAULTS: dict[str, tuple[Cluster, str, str]] = {
         "claims",
         "a9 (10.1.0.1; link from 192.0.2.9) is refused by b2: address_taken: 10.1.0.1 belongs to a1",
     ),
+    "an agent that is refused everywhere": (
+        whole(refusals=(refused("ports_exhausted"),)),
+        "claims",
+        "is refused by b2: ports_exhausted: 10.1.0.1 belongs to a1, and it has no session",
+    ),
     "two agents have one IP": (
         whole(tuples=(*TUPLES, entry(1, 2, agent_id="a7"))),
         "claims",
@@ -231,7 +237,16 @@ WARNINGS: dict[str, tuple[Cluster, str, str]] = {
         "there is one live node, b1",
     ),
     "no agent": (whole(tuples=(), facts=(told(1, sessions=0), told(2, sessions=0))), "agents", "no agent"),
-    "refused": (whole(refusals=(refused("revoked"),)), "claims", "a9 (10.1.0.1; link from 192.0.2.9) is refused by b2"),
+    "refused, and elsewhere": (
+        whole(refusals=(refused("revoked"),), tuples=(*TUPLES, entry(9, 1), entry(9, 2))),
+        "claims",
+        "a9 (10.1.0.1; link from 192.0.2.9) is refused by b2: revoked",
+    ),
+    "a claim": (
+        whole(refusals=(msgspec.structs.replace(refused("bad_certificate"), proved=False),)),
+        "claims",
+        "bad_certificate: 10.1.0.1 belongs to a1 (the name is only claimed)",
+    ),
     "no gateway": (whole(gateways=()), "gateways", "no gateway is registered"),
     "gateway drains": (whole(gateways=(gateway(state="draining"),)), "gateways", "g1 is draining"),
     "namespace without gateway": (
@@ -266,3 +281,13 @@ def test_each_doubt_is_named(name: str) -> None:
 def test_an_old_refusal_is_no_fault() -> None:
     """A refused agent tries again, so that its entry is new while the fault lasts."""
     assert not of(whole(refusals=(refused("address_taken", NOW - 600),)), Level.FAIL)
+
+
+def test_agents_that_were_refused_lately_are_found_by_events() -> None:
+    """Each once; other events, older ones and nonsense do not count."""
+    registry = MemoryRegistry(ttl=3.0, quarantine=5.0)
+    refusal = b'{"event":"session_refused","agent":"a9","code":"ports_exhausted"}'
+    registry.publish([refusal, b'{"event":"session_opened","agent":"a1"}', b"nonsense", b"[]", refusal])
+    now = registry.now()
+    assert cluster.refused_lately(registry, now) == ["a9"]
+    assert cluster.refused_lately(registry, now + 2 * cluster.RECENT) == []
