@@ -87,6 +87,8 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"  rule      {report['rule'] or 'none'}: {'allowed' if report['allowed'] else 'not allowed'}"
     age = "never read" if report["table_age"] is None else f"{report['table_age']:.1f} s old"
     yield f"  routes    {plural(len(report['ways']), 'path')}; the table is {age}; registry: {report['registry']}"
+    for refused in report.get("recent", ()):
+        yield f"  refused   {refused['at']:.0f} s ago: {refused['code']}: {refused['text']}"
     ways = {(way["node"], way["epoch"]): way for way in report["ways"]}
     for attempt in report["attempts"]:
         yield from _attempt_lines(attempt, ways.get((attempt["node"], attempt["epoch"])), report["time"])
@@ -108,6 +110,8 @@ def _attempt_lines(attempt: Mapping[str, Any], way: Mapping[str, Any] | None, no
             if hop["agent"]
             else "no session on that port"
         )
+        link += f", TCP sends again ({hop['resending']} times)" if hop.get("resending") else ""
+        link += f"; {hop['silent']} of {plural(hop['sessions'], 'session')} silent" if hop.get("silent") else ""
         yield f"    broker    {link}; clock {hop['time'] / 1000 - now:+.1f} s; version {hop['software']}"
     if (hop := attempt.get("at_agent")) is not None:
         yield f"    agent     {_way_of(hop)}; clock {hop['time'] / 1000 - now:+.1f} s; version {hop['software']}"
@@ -131,4 +135,5 @@ def _way_of(hop: Mapping[str, Any]) -> str:
     out = f" through {hop['interface']}" if hop["interface"] else ""
     source = f" from {hop['source']}" if hop["source"] else ""
     failed = f", {hop['errno']}" if hop["errno"] else ""
+    failed += f"; not ready: {hop['doubt']}" if hop.get("doubt") else ""
     return f"{hop['agent']} connects to {hop['way']}{own}{source}{out} in {hop['connect'] * 1000:.1f} ms{failed}"

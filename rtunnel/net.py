@@ -1,9 +1,13 @@
-"""Listening sockets with the same options everywhere, and the source of a peer's address."""
+"""Listening sockets with the same options everywhere, the source of a peer's address, and what the
+kernel knows of a connection.
+"""
 
 from __future__ import annotations
 
+import ipaddress
 import resource
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,3 +91,48 @@ def descriptors() -> tuple[int, int]:
         return own.stat().st_size or sum(1 for _ in own.iterdir()), limit
     except OSError:  # no /proc in this container
         return 0, limit
+
+
+def is_own(ip: str) -> bool:
+    """Return whether this machine has an address, which is not a loopback one."""
+    address = ipaddress.ip_address(ip)
+    if address.is_loopback:
+        return False
+    try:
+        with socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET, socket.SOCK_STREAM) as sock:
+            sock.bind((ip, 0))
+    except OSError:
+        return False
+    return True
+
+
+#: Bytes of `struct tcp_info` (linux/tcp.h) until the end of `tcpi_backoff`, and of
+#: `tcpi_rcv_ooopack`.
+_TCP_BACKOFF: Final = 5
+_TCP_UNORDERED: Final = 228
+
+
+def resending(sock: socket.socket) -> int:
+    """Return how often TCP has sent the oldest bytes again since the peer's last acknowledgement.
+
+    0 when the peer acknowledges everything, and where the kernel does not tell.
+    """
+    info = _tcp_info(sock, _TCP_BACKOFF)
+    return info[_TCP_BACKOFF - 1] if info else 0
+
+
+def unordered(sock: socket.socket) -> int:
+    """Return how many packets came before an earlier one, which was lost. 0 where the kernel does
+    not tell.
+    """
+    info = _tcp_info(sock, _TCP_UNORDERED)
+    return int.from_bytes(info[_TCP_UNORDERED - 4 :], sys.byteorder) if info else 0
+
+
+def _tcp_info(sock: socket.socket, size: int) -> bytes:
+    """Return the first bytes of TCP_INFO; empty where there are not so many."""
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, size)
+    except (OSError, AttributeError):
+        return b""
+    return info if len(info) == size else b""

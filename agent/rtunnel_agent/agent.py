@@ -104,6 +104,7 @@ class Agent:
         self.relay = Relay(self.report, f"relay-{self.agent_id}", memory=agent.stream_memory << 20)
         self._log = get_logger("agent").bind()
         self.targets = Targets(self.relay, agent, frozenset(self._own.present), self._log)
+        self.targets.doubt = lambda: "; ".join(self.reasons())
         self._watches: dict[AgentSession, Watch] = {}
         self.credentials = Credentials(agent, self.agent_id, self._own, ask=self._ask, put=self._put_identity)
         self._hellos = Hellos(agent, self.agent_id, self.targets, self.credentials)
@@ -325,6 +326,8 @@ class Agent:
         while True:
             while missing := self._own.missing or self.credentials.missing:
                 slot.reason = missing
+                if not self._own.missing and self.identity is not None and self._complaints.due:
+                    await self._complain(missing)  # no broker hears of this certificate otherwise
                 await self.credentials.changed(LOOK_SECONDS)
             watch = await self._dial(slot)
             if self._stopping:

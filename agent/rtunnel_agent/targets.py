@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,6 +33,8 @@ from rtunnel_agent.ways import interface_to, own_address
 DIALLING_AFTER: Final = 0.1
 #: Seconds for a stream's Dial. A broker sends it with the stream's first frame.
 DIAL_DEADLINE: Final = 10.0
+#: Characters in a trace of why the agent is not ready: an `Id` of the wire has as many.
+MAX_DOUBT: Final = 128
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -86,6 +89,7 @@ class Targets:
         self.timeout = config.target_timeout  # seconds for a connect to a target
         self._debugging = debugging()
         self.prover: Prover | None = None  # by the identity in force
+        self.doubt: Callable[[], str] = str  # why the agent is not ready, for traces
         self.counts = StreamCounts()
 
     def log_end(self, served: Served, account: Account) -> None:
@@ -232,7 +236,8 @@ class IncomingStream:
         body, served, targets = self._dial.body, self._served, self._targets
         if body is None or not body.trace:
             return None
-        hop = AgentHop(targets.agent_id, int(time.time() * 1000), __version__)
+        doubt = targets.doubt()[:MAX_DOUBT]
+        hop = AgentHop(targets.agent_id, int(time.time() * 1000), __version__, doubt=doubt)
         if served is None:
             return hop
         interface, local = interface_to(served.way)

@@ -48,6 +48,11 @@ from rtunnel_broker.trust import BrokerTrust
 
 #: Seconds between two looks for connections to guarded ports without a byte.
 SWEEP_SECONDS: Final = 1.0
+#: Sessions of which a trace tells how many are silent: enough to tell one host from all of them.
+MAX_SEEN: Final = 1000
+#: Seconds without a byte, above those of a link that lives: an agent looks every 5 s, and pings
+#: after 3.5 s.
+SILENT_SECONDS: Final = 9.0
 
 
 class Node:
@@ -116,6 +121,10 @@ class Node:
                 self.links.count_lost(session, lost)
         else:
             self.bridge.spawn(self._registrar.unregister, session)
+
+    def silent_sessions(self) -> tuple[int, int]:
+        seen = list(self.sessions.values())[:MAX_SEEN]
+        return len(seen), sum(session.link is not None and session.link.silence > SILENT_SECONDS for session in seen)
 
     def updated(self, session: Session) -> None:
         self._admits(session)

@@ -21,7 +21,7 @@ from rtunnel import __version__
 from rtunnel.clock import ClockWatch
 from rtunnel.config import format_endpoint
 from rtunnel.counts import StreamCounts, StreamPermit
-from rtunnel.net import source_of
+from rtunnel.net import resending, source_of
 from rtunnel.relay.ends import SocketEnd
 from rtunnel.relay.join import Account, Ending
 from rtunnel.relay.link import Link
@@ -56,6 +56,10 @@ OPEN_DEADLINE: Final = 30.0
 #: Seconds after which a connection to a guarded port without a byte is reset. A gateway sends its
 #: Dial at once; a lost segment is sent again after one second, and after two more.
 FIRST_BYTES: Final = 3.0
+
+#: In a report for a trace: more than one packet of 1500 bytes. A network that loses such packets
+#: loses the report, and not the stream's first bytes.
+_PADDING: Final = bytes(2048)
 
 Networks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
 
@@ -285,11 +289,12 @@ class GuardedPort:
         session = self.session
         link, hello = session.link, session.hello
         node, now = self.checker.node, int(time.time() * 1000)
+        sessions, silent = session.keeper.silent_sessions()
         if link is None or link.over or hello is None:
-            return Hop(node, now, __version__)
+            return Hop(node, now, __version__, sessions=sessions, silent=silent, padding=_PADDING)
         return Hop(
             node, now, __version__, agent=hello.agent_id, peer=link.peer, rtt=link.rtt, silence=link.silence,
-            streams=session.streams,
+            streams=session.streams, resending=resending(link.sock), sessions=sessions, silent=silent, padding=_PADDING,
         )  # fmt: skip
 
     def refused(self, peer: str, refused: Refused, body: DialBody | None) -> None:

@@ -97,6 +97,9 @@ class SessionKeeper(Protocol):
     def lost(self, session: Session, lost: Lost) -> None:
         """Free what the session has: its link has ended."""
 
+    def silent_sessions(self) -> tuple[int, int]:
+        """Return how many sessions were looked at for a trace, and how many of them are silent."""
+
     def updated(self, session: Session) -> None:
         """Check a session whose exposed ports or addresses have changed.
 

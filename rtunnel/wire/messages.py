@@ -42,6 +42,8 @@ MAX_BODY = 1024
 #: The body of an answer to a Dial that asks for a trace, and the agent's report in it.
 MAX_TRACED = 8 * 1024
 MAX_HOP = 512
+#: Bytes of filler in a broker's report: more than one packet of an Ethernet, and few.
+MAX_PADDING = 4 * 1024
 
 #: Code points of a sentence for people.
 MAX_TEXT = 512
@@ -69,6 +71,7 @@ PairId = Annotated[bytes, msgspec.Meta(max_length=PAIR_ID_BYTES)]
 Id = Annotated[str, msgspec.Meta(max_length=128)]
 Certificate = Annotated[bytes, msgspec.Meta(max_length=MAX_CERTIFICATE)]
 HopBytes = Annotated[bytes, msgspec.Meta(max_length=MAX_HOP)]
+Padding = Annotated[bytes, msgspec.Meta(max_length=MAX_PADDING)]
 Signature = Annotated[bytes, msgspec.Meta(max_length=128)]
 Interface = Annotated[str, msgspec.Meta(max_length=16)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
@@ -299,6 +302,11 @@ class Hop(Message, tag="hop", frozen=True):
     rtt: float = 0.0  # seconds of the link's last ping; 0: none yet
     silence: float = 0.0  # seconds since the agent's last byte
     streams: Unsigned64 = 0  # open streams of the session
+    # how often TCP has sent the link's oldest bytes again since the last acknowledgement
+    resending: Unsigned64 = 0
+    sessions: Unsigned64 = 0  # of the node, or of the part of them that was looked at
+    silent: Unsigned64 = 0  # those of them that are silent for longer than a link that lives
+    padding: Padding = b""  # makes the report longer than one packet; its bytes say nothing
 
 
 class AgentHop(msgspec.Struct, frozen=True):
@@ -313,6 +321,7 @@ class AgentHop(msgspec.Struct, frozen=True):
     local: bool = False  # `way` is an address of the agent's own host
     connect: float = 0.0  # seconds from the Dial to the connection, or to its failure
     errno: Id = ""  # of the connect, as "ECONNREFUSED"
+    doubt: Id = ""  # why the agent is not ready, in its own words; empty: it is
 
 
 class Accepted(Message, tag="accepted", frozen=True, omit_defaults=True):

@@ -10,6 +10,7 @@
 - `trace`: dials one target by every path, and collects what each hop sees. Relay's thread.
 - `diagnosis`: from the facts of a trace to its cause. Pure.
 - `streams`: the open streams, for the API. Relay's thread.
+- `recent`: refusals of clients in the last minutes, for traces. Relay's thread.
 - `hedge`: decides when a silent attempt gets a second one beside it. Relay's thread.
 - `trust`, `proof`: check brokers and agents. Relay's thread.
 - `forward`: HTTP requests in absolute form, one after the other. Relay's thread.

@@ -23,6 +23,7 @@ from rtunnel_socks.audit import Asked, Auditor, Joined, told
 from rtunnel_socks.dial import Reached, Target, TargetDial, Tried
 from rtunnel_socks.forward import Forwarding
 from rtunnel_socks.limits import Permit
+from rtunnel_socks.recent import Recent
 from rtunnel_socks.resolver import Resolver
 
 
@@ -37,6 +38,7 @@ class ClientOwner(Auditor, Protocol):
 
     config: GatewayConfig
     resolver: Resolver
+    recent: Recent
     waiting: set[Client]  # clients that may send another request, and have sent no byte of it
 
     @property
@@ -437,6 +439,7 @@ class Client:
             more["tried"] = told(tried)
         if self._unproven:
             more["proof"] = self._unproven
+        gateway.recent.add(self.peer, self.asked.user or self._claims, refused, gateway.relay.loop.now)
         self.asked.log(gateway, "request_refused", code=refused.code.value, reason=refused.text, **more)
         if reply:
             self._end.write(reply)

@@ -22,6 +22,7 @@ import msgspec
 
 from rtunnel.clock import ClockWatch
 from rtunnel.config import GatewayConfig, format_endpoint
+from rtunnel.net import unordered
 from rtunnel.registry import NodeRecord, Tuple
 from rtunnel.registry.routes import RouteTable
 from rtunnel.relay.ends import SocketEnd
@@ -101,6 +102,7 @@ class Tried(msgspec.Struct, frozen=True, omit_defaults=True):
     broker: Hop | None = None  # in a trace: what the broker said
     at_agent: AgentHop | None = None  # in a trace: what the agent said
     proof: str = ""  # "ok": the agent has proved its answer
+    unordered: int = 0  # in a trace: packets of the broker that came behind a lost one
 
 
 def code_for_client(codes: Collection[Refusal]) -> Refusal:
@@ -409,8 +411,8 @@ class Attempt:
     """One candidate, from the connect to the answer: the handler of its socket."""
 
     __slots__ = (
-        "_connecting", "_dial", "_end", "_known", "agent_hop", "answered", "began", "code", "connected", "dial",
-        "ended", "heard", "proof", "text", "used",
+        "_connecting", "_dial", "_end", "_known", "_unordered", "agent_hop", "answered", "began", "code", "connected",
+        "dial", "ended", "heard", "proof", "text", "used",
     )  # fmt: skip
 
     def __init__(self, dial: TargetDial, used: Tuple) -> None:
@@ -423,6 +425,7 @@ class Attempt:
         self.text = ""
         self.agent_hop: AgentHop | None = None
         self.proof = ""
+        self._unordered = 0
         self._dial: DialSender[Identity] = DialSender(None if dial.owner.trust.proofs is None else self._verify)
         self._known: Known | None = None  # the agent that may prove its answer by MAC
         self._connecting: Connecting | None = None
@@ -450,8 +453,12 @@ class Attempt:
             self.code or NO_ANSWER, _ms(began, self.ended or now), self.text,
             _ms(began, self.connected) if self.connected else None,
             _ms(began, self.answered) if self.answered else None,
-            self._dial.hop, self.agent_hop, self.proof,
+            self._hop(), self.agent_hop, self.proof, self._unordered,
         )  # fmt: skip
+
+    def _hop(self) -> Hop | None:
+        hop = self._dial.hop
+        return None if hop is None else msgspec.structs.replace(hop, padding=b"")
 
     def silence(self) -> str:
         """Return what the attempt still waits for, as a sentence."""
@@ -461,6 +468,8 @@ class Attempt:
 
     def close(self, code: str, text: str = "") -> None:
         """Note how the attempt ended, and count it."""
+        if self.dial.trace and self._end is not None:
+            self._unordered = unordered(self._end.sock)
         self.code, self.text = code, text
         self.ended = self.dial.owner.relay.loop.now
         self.dial.owner.count_attempt(self.used.node, code)

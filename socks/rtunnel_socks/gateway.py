@@ -31,6 +31,7 @@ from rtunnel_socks.diagnosis import Report
 from rtunnel_socks.dial import Paths, Target, TargetDial
 from rtunnel_socks.hedge import Hedging
 from rtunnel_socks.limits import Limits
+from rtunnel_socks.recent import Recent
 from rtunnel_socks.resolver import Resolver
 from rtunnel_socks.resources import Room, Sources, shortage
 from rtunnel_socks.trace import Trace
@@ -65,7 +66,7 @@ class Gateway:
         self.name = gateway.name or host_name()
         self.namespace = gateway.namespace
         self.started = time.time()
-        self._registry = registry
+        self.registry = registry
         self._heartbeat = config.registry.heartbeat
         self.hedging = Hedging(gateway.hedge_delay)
         self.key = load_gateway_key(gateway.key)
@@ -75,6 +76,7 @@ class Gateway:
         self.setup_times: Histograms[str] = Histograms()
         self.first_byte_times = Histogram()
         self.draining = False
+        self.recent = Recent()
         self.waiting: set[Client] = set()
         self.relay = Relay(self.report, "relay-gateway", memory=gateway.stream_memory << 20)
         self.bridge = Bridge(self.relay)
@@ -219,7 +221,7 @@ class Gateway:
     async def _report_often(self) -> None:
         """Tell the registry of this gateway with each heartbeat, until cancelled."""
         while True:
-            await self.bridge.registry_tries(self._registry.report_gateway, self.record())
+            await self.bridge.registry_tries(self.registry.report_gateway, self.record())
             await trio.sleep(self._heartbeat)
 
     def record(self) -> GatewayRecord:

@@ -304,6 +304,7 @@ async def test_without_the_authority_the_session_stays_until_the_end(tmp_path: P
         (session,) = cluster.brokers["b1"].node.sessions.values()
         await cluster.brokers["b1"].in_relay(lambda: session.end("a test"))
         await cluster.until(lambda: agent.state == "down" and "has expired" in agent.reasons()[1])
+        await cluster.until(lambda: bool(named(events, "complaint_sent")))
         async with authority(cluster.secrets, where):
             await cluster.until(lambda: agent.state == "ready")
         await cluster.until(lambda: len(named(events, "certificate_issued")) == 4)  # twice, each by authority and agent

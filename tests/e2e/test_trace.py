@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 from rtunnel.registry.redis import RedisRegistry
 from rtunnel.trust import users
 from rtunnel.trust.users import new_hash, put_user
+from rtunnel.wire.refusal import Refusal
 from rtunnel_agent import hello as hello_module
 from support.cluster import Cluster, Target, in_thread, read_line, running_cluster
 from support.files import put
@@ -127,12 +129,21 @@ async def test_the_cause_is_the_injected_fault(tmp_path: Path, admin: str, token
         assert report["code"] == "not_authorised" and "no two" in report["cause"] and not report["attempts"]
         report = await traced(admin, ("127.1.0.9", 22))
         assert report["code"] == "unknown_target" and "no agent is registered for 127.1.0.9:22" in report["cause"]
+        report = await traced(admin, ("127.0.0.1", 22))
+        assert {linked["agent"] for linked in report["linked"]} == {"a1", "a2"}
+        assert "a loop: 127.0.0.1 is the broker b1" in report["cause"]
         report = await traced(admin, ("127.1.0.1", 22), user="bob")
         assert report["code"] == "bad_credentials" and "no user bob" in report["cause"]
         report = await traced(admin, ("127.1.0.1", 22), source="10.9.0.4")
         assert report["code"] == "authentication_required" and "--as USER" in report["do"]
         target = Target("127.1.0.1")
         assert (await traced(admin, target, user="alice", source="10.9.0.4"))["client"] == "alice@10.9.0.4"
+        wrong = f"Proxy-Authorization: Basic {b64encode(b'alice:wrong').decode()}"
+        await cluster.http(f"CONNECT {target.ip}:1 HTTP/1.1\r\nHost: {target.ip}:1\r\n{wrong}\r\n\r\n".encode())
+        report = await traced(admin, target, user="alice", source="127.0.0.1")
+        assert "alice@127.0.0.1 was refused" in report["cause"] and "bad_credentials" in report["cause"]
+        assert report["recent"][0]["text"] == Refusal.BAD_CREDENTIALS.reply.text
+        assert (await traced(admin, target))["cause"] == ""
         # One broker is gone, and the gateway does not know it yet.
         cluster.brokers["b1"].scope.cancel()
         await cluster.brokers["b1"].ended.wait()

@@ -20,8 +20,17 @@ INTRODUCTION: Final = """\
 one command and checks that the answer names the fault; then it undoes the fault and checks that
 every trace is good again. The answers below are those of a run."""
 NOT_DETERMINED: Final = """\
-No command in the centre determines these faults today. The answer says what can be excluded, or
-what is known of the last session."""
+No command in the centre determines these faults today: the answer says only what is known of the
+last session. It excludes that an agent is registered for the address, also from another address
+that it has registered, in another namespace, or after a refusal. `rtunnel doctor` on the agent's
+host, or on the broker's machine, looks at the rest."""
+LIMITS: Final = """\
+- Only the gateway that refused a login tells of it, for 10 minutes, to a trace `--as` that user at
+  that address.
+- An MTU black hole is found where packets to the gateway or on an agent's link are lost. The other
+  direction, from gateway to broker, is not tried: a Dial fits into one packet.
+- A silent link can mean an agent that hangs or lost large packets, as long as the agent's other
+  path is silent too: the answer names both."""
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -55,6 +64,7 @@ def text(findings: list[Finding]) -> str:
     parts = ["# Faults and their causes", GENERATED, INTRODUCTION, HEAD + _rows(sure)]
     if rest:
         parts += ["## Not determined", NOT_DETERMINED, HEAD + _rows(rest)]
+    parts += ["## Limits", LIMITS]
     return "\n\n".join(parts) + "\n"
 
 

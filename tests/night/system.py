@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import resource
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,11 @@ to = ["10.1.0.8"]
 [[rule]]
 action = "allow"
 """
+
+#: Seconds without a byte, above those of a link that lives: an agent looks every 5 s, and pings after 3.5 s.
+SILENT_SECONDS = 9.0
+#: `rtunnel` by a clock that is as many seconds off as the next word says.
+SHIFTED = (sys.executable, "-m", "night.shifted")
 
 _RTUNNEL = str(Path(sys.executable).with_name("rtunnel"))
 
@@ -63,6 +71,7 @@ class Night(Lab):
         self.registry = {"heartbeat": 1.0, "ttl": 3.0, "quarantine": 5.0}
         self._redis_url = f"redis://:{PASSWORD}@{net['redis'].ip}:{REDIS_PORT}/0"
         self.targets: dict[str, Process] = {}
+        self._issued: list[str] = []
 
     # -- starting ----------------------------------------------------------------------------------------------
 
@@ -103,6 +112,9 @@ class Night(Lab):
         }
         super().start_gateway(place, **ours, **keys)
         (self.directory / "policy.toml").write_text(POLICY)
+
+    def start_broker(self, name: str, **keys: object) -> None:
+        super().start_broker(name, **{"admin_token": str(self.directory / "api.token"), **keys})
 
     def start_agent(self, name: str, **keys: object) -> None:
         super().start_agent(name, **{"target_timeout": TARGET_TIMEOUT, "backoff_cap": 1.0, "drain": 0, **keys})
@@ -207,6 +219,151 @@ class Night(Lab):
             yield
         finally:
             self.net.balance("random")
+
+    def reached_once(self, agent: str) -> bool:
+        """Return whether an agent has exactly one session, by its own account."""
+        return len(self.status(agent)["sessions"]) == 1
+
+    def wait_silent(self, agent: str, seconds: float = 25.0, paths: int = 2) -> None:
+        """Wait until so many brokers have heard nothing of an agent for longer than a link that lives is silent."""
+
+        def silent() -> bool:
+            return sum(self._silence(broker, agent) > SILENT_SECONDS for broker in BROKERS) >= paths
+
+        self.wait_until(silent, seconds)
+
+    def _silence(self, broker: str, agent: str) -> float:
+        connection = http.client.HTTPConnection("127.0.0.1", ADMIN_PORT)
+        connection.sock = self.net[broker].connect("127.0.0.1", ADMIN_PORT, 5.0)
+        try:
+            connection.request("GET", f"/v1/sessions?agent={agent}", headers={"Authorization": f"Bearer {TOKEN}"})
+            sessions = json.loads(connection.getresponse().read())["sessions"]
+            return max((float(session["silence"]) for session in sessions), default=0.0)
+        finally:
+            connection.close()
+
+    def wait_refused(self, name: str, why: str) -> None:
+        """Wait until the registry tells that the host's agent was refused, with these words."""
+        ip = self.net[name].ip
+        self.wait_until(lambda: why in self.traced(ip)["text"].partition("was refused")[2])
+
+    @contextmanager
+    def interface(self, name: str, device: str, address: str) -> Iterator[None]:
+        """Give a host one more interface with this address."""
+        self.net[name].check("ip", "link", "add", device, "type", "bridge")
+        try:
+            self.net[name].check("ip", "addr", "add", address, "dev", device)
+            self.net[name].check("ip", "link", "set", device, "up")
+            yield
+        finally:
+            self.net[name].check("ip", "link", "del", device)
+
+    @contextmanager
+    def certified(
+        self, name: str, namespace: str, *addresses: str, clock: int = 0, other_ca: bool = False
+    ) -> Iterator[None]:
+        """Run the host's agent with these addresses and a certificate for them, issued by a clock that is so many
+        seconds off, or by another CA; then as it was."""
+        place, directory = self.net["authority"], self.directory / f"issued-{len(self._issued)}"
+        self._issued.append(name)
+        pki = directory / "pki" if other_ca else self.secrets
+        directory.mkdir()
+        if other_ca:
+            place.check(_RTUNNEL, "pki", "init", str(pki))
+        words = [word for address in addresses for word in ("--address", address)]
+        words += ["--namespace", namespace, "--dir", str(pki), "--into", str(directory), "--take-over"]
+        if clock:
+            words += ["--days", "0.01"]
+        place.check(*SHIFTED, str(clock), "pki", "issue", "agent", name, *words)
+        keys = {"certificate": str(directory / f"{name}.pem"), "key": str(directory / f"{name}.key")}
+        with self.replaced_agent(
+            name, addresses=list(addresses), namespace=namespace, identity="", join_token="", **keys
+        ):
+            yield
+
+    def forget_identity(self, name: str) -> None:
+        """Remove the certificate of a host's agent, and give it a new token."""
+        shutil.rmtree(self.identity(name))
+        (self.directory / f"{name}.token").unlink()
+
+    @contextmanager
+    def clone(self, agent: str, place: str) -> Iterator[None]:
+        """Run a second agent with a copy of this one's certificate on another host."""
+        directory = self.directory / f"clone-of-{agent}"
+        shutil.copytree(self.identity(agent), directory)
+        clone = self.spawn_impostor(
+            place, agent_id=agent, addresses=[self.net[agent].ip], identity=str(directory), backoff_cap=1.0
+        )
+        try:
+            yield
+        finally:
+            clone.kill()
+            shutil.rmtree(directory)
+
+    @contextmanager
+    def misdirected(self, place: str) -> Iterator[None]:
+        """Let the VIP lead new links to this address; then to the brokers."""
+        self.net.router.check(
+            "nft",
+            "-f",
+            "-",
+            stdin=f"flush chain ip vip brokers\nadd rule ip vip brokers meta l4proto tcp dnat to {place}\n",
+        )
+        try:
+            yield
+        finally:
+            self.net.balance("random")
+
+    @contextmanager
+    def shifted_broker(self, name: str, seconds: int) -> Iterator[None]:
+        """Run a broker whose clock is so many seconds ahead; then as it was."""
+        with self.replaced_broker(name):
+            self.kill(name)
+            words = (*SHIFTED, str(seconds), "broker", "--config", str(self.config(name)))
+            self.parts[name] = self.net[name].spawn(*words, name=f"broker@{name}")
+            yield
+
+    @contextmanager
+    def wrong_password(self, name: str) -> Iterator[None]:
+        """Run a broker with a wrong password of Redis; then as it was."""
+        right = self._redis_url
+        self._redis_url = right.replace(f":{PASSWORD}@", ":wrong@")
+        try:
+            self.kill(name)
+            self.start_broker(name)
+            self._redis_url = right
+            yield
+        finally:
+            self._redis_url = right
+            self.kill(name)
+            self.start_broker(name)
+            self.wait_ready(name)
+
+    @contextmanager
+    def without_descriptors(self, name: str) -> Iterator[None]:
+        """Let a part open no more descriptors than it has."""
+        pid = self.parts[name].pid
+        before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        used = {int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()}
+        first_free = next(number for number in count() if number not in used)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (first_free, before[1]))
+        try:
+            yield
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+    @contextmanager
+    def download(self, ip: str) -> Iterator[None]:
+        """Download from a host what does not fit into a packet, for as long as it is entered."""
+        url = f"http://{ip}:{HTTP_PORT}/big?bytes={1 << 20}"
+        curl = self.net["controller"].spawn(
+            "curl", "--silent", "--noproxy", "", "--socks5", self.proxy("controller"), "--output", "/dev/null", url,
+            name="download",
+        )  # fmt: skip
+        try:
+            yield
+        finally:
+            curl.kill()
 
     @contextmanager
     def filtered(self, host: Host, hook: str, *rules: str) -> Iterator[None]:

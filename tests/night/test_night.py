@@ -23,5 +23,5 @@ def test_one_command_names_the_fault(night: Night, fault: Fault) -> None:
     found = page.Finding.of(fault, answer)
     missing = [word for word in fault.cause if word not in found.cause]
     night.wait_healthy()
-    assert not missing, f"{missing} not in {found.cause!r}:\n{answer.output}"
     page.FOUND.append(found)
+    assert not missing, f"{missing} not in {found.cause!r}:\n{answer.output}"

@@ -128,9 +128,10 @@ EXAMPLES: list[tuple[dict[str, Any], Message]] = [
     (
         {
             "t": "hop", "node": "b1", "time": 1_800_000_000_000, "software": "s", "agent": "host-7",
-            "peer": "10.9.0.4", "rtt": 0.25, "silence": 1.5, "streams": 3,
+            "peer": "10.9.0.4", "rtt": 0.25, "silence": 1.5, "streams": 3, "resending": 2, "sessions": 9, "silent": 1,
+            "padding": b"pp",
         },
-        Hop("b1", 1_800_000_000_000, "s", "host-7", "10.9.0.4", 0.25, 1.5, 3),
+        Hop("b1", 1_800_000_000_000, "s", "host-7", "10.9.0.4", 0.25, 1.5, 3, 2, 9, 1, b"pp"),
     ),
     ({"t": "dialling"}, Dialling()),
     (
@@ -159,7 +160,10 @@ OPTIONAL: dict[str, dict[str, Any]] = {
     "update": {"certificate": b"", "signature": b"", "addresses": []},
     "bye": {"reason": ""},
     "dial": {"mac": b"", "key": ""},
-    "hop": {"software": "", "agent": "", "peer": "", "rtt": 0.0, "silence": 0.0, "streams": 0},
+    "hop": {
+        "software": "", "agent": "", "peer": "", "rtt": 0.0, "silence": 0.0, "streams": 0, "resending": 0,
+        "sessions": 0, "silent": 0, "padding": b"",
+    },
     "accepted": UNPROVEN,
 }  # fmt: skip
 BODY: dict[str, Any] = {
@@ -171,6 +175,7 @@ BODY: dict[str, Any] = {
 HOP: dict[str, Any] = {
     "agent": "host-7", "time": 1_800_000_000_000, "software": "s", "way": "10.1.0.7", "source": "10.1.0.7",
     "interface": "eth0", "local": True, "connect": 0.25, "errno": "ECONNREFUSED",
+    "doubt": "session 2: looking for another node",
 }  # fmt: skip
 
 
@@ -446,6 +451,10 @@ CAPS: list[tuple[str, str, tuple[Any, ...], tuple[Any, ...]]] = [
     ("hop", "agent", *IDENTIFIERS),
     ("hop", "peer", *TEXTS),
     ("hop", "streams", *UNSIGNED),
+    ("hop", "resending", *UNSIGNED),
+    ("hop", "sessions", *UNSIGNED),
+    ("hop", "silent", *UNSIGNED),
+    ("hop", "padding", (b"p" * 4097,), (b"", b"p" * 4096)),
 ]  # fmt: skip
 
 

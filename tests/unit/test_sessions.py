@@ -163,6 +163,9 @@ class Node:
     def lost(self, session: Session, lost: Lost) -> None:
         self.calls.append(("lost", lost.kind, str(lost)))
 
+    def silent_sessions(self) -> tuple[int, int]:
+        return 0, 0
+
     def updated(self, session: Session) -> None:
         self.calls.append(("updated", session.exposes))
 
