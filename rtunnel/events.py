@@ -107,6 +107,9 @@ async def publish(outbox: Outbox, registry: Registry, pause: float = PAUSE) -> N
                 except RegistryUnavailable:
                     outbox.put_back(events)
                     break
+                except trio.Cancelled:  # before the call
+                    outbox.put_back(events)
+                    raise
                 if outbox.dropped != told:
                     log.warning("events_dropped", count=outbox.dropped - told)
                     told = outbox.dropped

@@ -110,6 +110,22 @@ async def test_events_wait_for_the_registry() -> None:
     assert [json.loads(event)["number"] for event in registry.events("0-0", 10)[1]] == [1, 2]
 
 
+async def test_a_cancellation_between_two_steps_loses_nothing() -> None:
+    """Events that were taken from the queue, and not given to the registry yet."""
+    registry, outbox = MemoryRegistry(), Outbox("broker", "b1")
+    outbox.add(line(number=1))
+    with trio.CancelScope() as scope:
+        take = outbox.take
+
+        def taken() -> list[bytes]:
+            scope.cancel()  # the next checkpoint is that of the registry's call
+            return take()
+
+        outbox.take = taken  # type: ignore[method-assign]
+        await publish(outbox, registry, 0.0)
+    assert [json.loads(event)["number"] for event in registry.events("0-0", 10)[1]] == [1]
+
+
 def test_a_line_that_is_tapped_is_written_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only lines with the names are given on; a fault of the taker is nobody's."""
     monkeypatch.setattr(logs, "_tap", None)
