@@ -113,7 +113,7 @@ async def test_each_hop_says_what_it_sees(tmp_path: Path, admin: str, token_file
 async def test_the_cause_is_the_injected_fault(tmp_path: Path, admin: str, token_file: Path) -> None:
     """Each fault that one process can have, one after the other, in one cluster."""
     people, rules = tmp_path / "users", tmp_path / "policy.toml"
-    put_user(people, "alice", new_hash("a password"))
+    put_user(people, "alice", new_hash("a-horse-of-the-tests"))
     put(rules, DENY_TWO)
     async with running_cluster(tmp_path) as cluster:
         await cluster.start(agents=2, exposes=["1-60000"])

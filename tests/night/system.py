@@ -82,7 +82,7 @@ class Night(Lab):
         token = self.directory / "api.token"
         token.write_text(TOKEN + "\n")
         token.chmod(0o600)
-        put_user(self.directory / "users", USER, new_hash("a password"))
+        put_user(self.directory / "users", USER, new_hash("a-horse-of-the-tests"))
         super().start()
         self.net["authority"].check(_RTUNNEL, "pki", "issue", "gateway", "gateway2", "--dir", str(self.secrets))
         self.start_gateway("gateway2", key=str(self.secrets / "gateway2.key"))
