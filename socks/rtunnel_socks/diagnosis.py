@@ -74,7 +74,7 @@ class Report(msgspec.Struct):
     second_hosts: list[str] = []  # refused lately, because they claim the agent_id of a way
     ways: list[Way] = []
     attempts: list[Tried] = []
-    code: str = ""  # "connected", or the code that a client would get
+    code: str = ""  # ACCEPTED, or the code that a client would get
     text: str = ""
     cause: str = ""
     do: str = ""
@@ -116,7 +116,7 @@ def _before_any_dial(report: Report) -> tuple[str, str]:
             "see whether the agent runs on that host and reaches the VIP: its log and `rtunnel doctor` there say so",
         )
     if code == Refusal.REGISTRY_UNAVAILABLE:
-        return f"{report.gateway} does not reach the registry: {report.text}", "see the registry, and gateway's log"
+        return f"{report.gateway} does not reach the registry: {report.text}", "see the registry, and the log of the gateway"
     return f"{report.gateway} refused it: {code}: {report.text}", _FIXES.get(code, _UNKNOWN_FIX)
 
 
