@@ -27,7 +27,7 @@ demo: .venv/.ready ## two brokers, a VIP, agents and a gateway on this machine, 
 	@$(BIN)/rtunnel demo
 
 test: .venv/.ready ## the fast suite: real sockets, real Redis, real clients; a quarter of it waits, so three at once
-	$(BIN)/python -m pytest -n 3 --dist worksteal
+	$(BIN)/python -m pytest -n 4 --dist worksteal
 
 # Everything at the lowest version that pyproject.toml allows (`make test` has the newest).
 .venv-lowest/.ready: pyproject.toml

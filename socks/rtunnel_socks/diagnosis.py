@@ -116,7 +116,10 @@ def _before_any_dial(report: Report) -> tuple[str, str]:
             "see whether the agent runs on that host and reaches the VIP: its log and `rtunnel doctor` there say so",
         )
     if code == Refusal.REGISTRY_UNAVAILABLE:
-        return f"{report.gateway} does not reach the registry: {report.text}", "see the registry, and the log of the gateway"
+        return (
+            f"{report.gateway} does not reach the registry: {report.text}",
+            "see the registry, and the log of the gateway",
+        )
     return f"{report.gateway} refused it: {code}: {report.text}", _FIXES.get(code, _UNKNOWN_FIX)
 
 

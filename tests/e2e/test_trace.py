@@ -6,15 +6,15 @@ import http.client
 import json
 import re
 import socket
-import subprocess
-import sys
 from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from rtunnel.cli import cli
 from rtunnel.registry.redis import RedisRegistry
 from rtunnel.trust import users
 from rtunnel.trust.users import new_hash, put_user
@@ -56,6 +56,11 @@ def admin() -> Iterator[str]:
 
 async def gateway(cluster: Cluster, admin: str, token_file: Path, **keys: object) -> None:
     await cluster.start_gateway(admin=admin, admin_token=str(token_file), dial_timeout=2.0, **keys)
+
+
+def document(output: str) -> Any:
+    """The JSON object that a command has printed, among the log lines of the cluster in this process."""
+    return json.JSONDecoder().raw_decode(output[output.index("{\n") :])[0]
 
 
 async def traced(admin: str, target: Target | tuple[str, int], **asked: str) -> dict[str, Any]:
@@ -201,9 +206,8 @@ async def test_the_command_prints_hops_cause_and_next_step(tmp_path: Path, admin
     """Exit code 0 when the target is reached, 1 when not, 2 when the gateway can't be asked."""
 
     async def command(*words: str) -> tuple[int, str]:
-        line = [sys.executable, "-m", "rtunnel", "trace", *words]
-        done = await in_thread(lambda: subprocess.run(line, capture_output=True, text=True, timeout=60, check=False))
-        return done.returncode, done.stdout + done.stderr
+        done = await in_thread(lambda: CliRunner().invoke(cli, ["trace", *words]))
+        return done.exit_code, done.output
 
     asks = ("--gateway", admin, "--token-file", str(token_file))
     async with running_cluster(tmp_path) as cluster:
@@ -221,7 +225,7 @@ async def test_the_command_prints_hops_cause_and_next_step(tmp_path: Path, admin
         ):  # fmt: skip
             assert word in text, (word, text)
         code, text = await command(f"127.1.0.1:{refusing_port('127.1.0.1')}", *asks, "--json")
-        assert code == 1 and json.loads(text)["code"] == "target_refused"
+        assert code == 1 and document(text)["code"] == "target_refused"
     code, text = await command("127.1.0.1:22", *asks)
     assert code == 2 and "can't be asked" in text
     code, text = await command("127.1.0.1:22", "--gateway", admin)
@@ -292,19 +296,11 @@ async def test_open_streams_are_shown_by_size_and_age(
                 )
                 assert status == 400 and word in answer["error"]
             words = ["top", "--registry-url", redis_server.url, "--gateway", admin, "--token-file", str(token_file)]
-            line = [sys.executable, "-m", "rtunnel", *words]
-            done = await in_thread(lambda: subprocess.run(line, capture_output=True, text=True, timeout=60, check=True))
-            for word in (
-                "b1",
-                "2 agents on fewer than two live nodes",
-                "2 streams at the gateway",
-                f"{second.ip}:",
-                "5,001",
-            ):
-                assert word in done.stdout, (word, done.stdout)
-            line.append("--json")
-            done = await in_thread(lambda: subprocess.run(line, capture_output=True, text=True, timeout=60, check=True))
-            assert json.loads(done.stdout)["streams"]["open"] == 2
+            done = await in_thread(lambda: CliRunner().invoke(cli, words))
+            for word in ("2 agents on fewer than two live nodes", "2 streams at the gateway", f"{second.ip}:", "5,001"):
+                assert word in done.output, (word, done.output)
+            done = await in_thread(lambda: CliRunner().invoke(cli, [*words, "--json"]))
+            assert document(done.output)["streams"]["open"] == 2
     await in_thread(registry.close)
 
 
