@@ -5,9 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
-import socket
 from base64 import b64encode
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from rtunnel_agent import hello as hello_module
 from support.cluster import Cluster, Target, in_thread, read_line, running_cluster
 from support.files import put
 from support.logs import Events, named
-from support.plumbing import refusing_port
+from support.plumbing import free_port, refusing_port
 from support.redis_server import RedisServer
 
 TOKEN = "a-token-of-the-tests-0123456789"
@@ -46,12 +44,9 @@ def token_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def admin() -> Iterator[str]:
-    """An address for the gateway's API: the port is held until the gateway binds it."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{sock.getsockname()[1]}"
-    yield address
+def admin() -> str:
+    """An address for the API, from the ports that this test process holds."""
+    return f"127.0.0.1:{free_port()}"
 
 
 async def gateway(cluster: Cluster, admin: str, token_file: Path, **keys: object) -> None:
