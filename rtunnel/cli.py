@@ -25,7 +25,7 @@ from rtunnel.config import Config, Flag
 from rtunnel.console import Failure, plural, print_json, print_table, report_errors
 from rtunnel.errors import EXIT_FAILED, EXIT_USAGE, RoleMissing
 from rtunnel.logs import printable
-from rtunnel.registry import Duplicate, NodeRecord, Registry, Snapshot, Tuple, connect
+from rtunnel.registry import Duplicate, GatewayRecord, NodeRecord, Registry, Snapshot, Tuple, connect
 from rtunnel.trust import policy, users
 from rtunnel.trust.keys import load_api_token
 from rtunnel.trust.policy import Policy, Question, Verdict
@@ -558,18 +558,10 @@ def status(everything: bool, config_file: Path | None, as_json: bool, **values: 
         rest = {"registry": url, "agents": agents, "summary": _summary(snapshot, agents)}
         print_json(cli_cluster.status_json(nodes, gateways, snapshot.now, rest, warnings))
         return
-    print_table(cli_cluster.NODE_COLUMNS, nodes.rows(), keep=("node", "ps ip"))
-    if gateways:
-        click.echo()
-        rows = cli_cluster.gateway_rows(gateways, snapshot.now)
-        print_table(cli_cluster.GATEWAY_COLUMNS, rows, keep=("gateway", "listen"))
+    _print_processes(nodes, gateways, snapshot.now)
     shown = agents if everything else agents[:SHOWN_AGENTS]
     click.echo()
-    print_table(
-        ("agent", "namespace", "addresses", "sessions", "redundancy", "nodes"),
-        [_agent_row(agent) for agent in shown],
-        keep=("agent", "namespace"),
-    )
+    _print_agents(shown)
     if len(shown) < len(agents):
         click.echo(f"... and {plural(len(agents) - len(shown), 'more agent')} (--all shows them)")
     click.echo()
@@ -579,6 +571,19 @@ def status(everything: bool, config_file: Path | None, as_json: bool, **values: 
     click.echo(_summary_line(url, _summary(snapshot, agents)))
     for text in [*warnings, *nodes.warnings(), *cli_cluster.gateway_warnings(gateways, snapshot.now)]:
         click.echo(f"warning: {text}")
+
+
+def _print_processes(nodes: cli_cluster.Nodes, gateways: Sequence[GatewayRecord], now: float) -> None:
+    print_table(cli_cluster.NODE_COLUMNS, nodes.rows(), keep=("node", "ps ip"))
+    if gateways:
+        click.echo()
+        rows = cli_cluster.gateway_rows(gateways, now)
+        print_table(cli_cluster.GATEWAY_COLUMNS, rows, keep=("gateway", "listen"))
+
+
+def _print_agents(agents: Sequence[_Agent]) -> None:
+    columns = ("agent", "namespace", "addresses", "sessions", "redundancy", "nodes")
+    print_table(columns, [_agent_row(agent) for agent in agents], keep=("agent", "namespace"))
 
 
 #: The columns of `rtunnel top`, and the fields of a stream in them.
@@ -635,16 +640,11 @@ def _show_top(registry: Registry, streams: Mapping[str, Any] | None, *, as_json:
         rest = {"registry": registry.url, "agents": few, "streams": streams}
         print_json(cli_cluster.status_json(nodes, gateways, snapshot.now, rest, []))
         return
-    print_table(cli_cluster.NODE_COLUMNS, nodes.rows(), keep=("node", "ps ip"))
-    if gateways:
-        click.echo()
-        rows = cli_cluster.gateway_rows(gateways, snapshot.now)
-        print_table(cli_cluster.GATEWAY_COLUMNS, rows, keep=("gateway", "listen"))
+    _print_processes(nodes, gateways, snapshot.now)
     click.echo()
     click.echo(f"{plural(len(few), 'agent')} on fewer than two live nodes")
     if few:
-        columns = ("agent", "namespace", "addresses", "sessions", "redundancy", "nodes")
-        print_table(columns, [_agent_row(agent) for agent in few[:SHOWN_AGENTS]], keep=("agent", "namespace"))
+        _print_agents(few[:SHOWN_AGENTS])
     click.echo()
     if streams is None:
         click.echo("streams: give --token-file, or --config with gateway.admin_token")

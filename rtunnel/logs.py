@@ -388,7 +388,7 @@ def event_line(render: Render, **common: Any) -> structlog.typing.Processor:
         if len(line) != len(head) + len(fields):
             line = dict(head)
             line.update({name if name not in line else f"{name}_": value for name, value in fields.items()})
-        if line["event"] in _tapped:
+        if _tapped:
             _tell(line)
         try:
             return render(line)
@@ -414,7 +414,7 @@ def tap(names: frozenset[str], take: Callable[[Mapping[str, Any]], None]) -> Non
 
 def _tell(line: Mapping[str, Any]) -> None:
     try:
-        if _tap is not None:
+        if _tap is not None and line["event"] in _tapped:  # an event may be of any type
             _tap(line)
     except Exception:  # noqa: S110 - the line itself is written all the same
         pass

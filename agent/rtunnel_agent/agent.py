@@ -326,7 +326,7 @@ class Agent:
         while True:
             while missing := self._own.missing or self.credentials.missing:
                 slot.reason = missing
-                if not self._own.missing and self.identity is not None and self._complaints.due:
+                if not self._own.missing and self.identity is not None and self._complaints.take_turn():
                     await self._complain(missing)  # no broker hears of this certificate otherwise
                 await self.credentials.changed(LOOK_SECONDS)
             watch = await self._dial(slot)
@@ -421,7 +421,7 @@ class Agent:
                 redundancy=self.redundancy,
             )
         slot.reason = reason
-        if outcome.lost.kind is LostKind.CERTIFICATE_REFUSED and self._complaints.due:
+        if outcome.lost.kind is LostKind.CERTIFICATE_REFUSED and self._complaints.take_turn():
             await self._complain(str(outcome.lost))
         await trio.sleep(pause)
 

@@ -27,7 +27,7 @@ PATIENCE: Final = 20.0
 
 
 class Complaints:
-    """Sends complaints; `due` says whether it is time for one."""
+    """Sends complaints, when `take_turn` says that it is time for one."""
 
     def __init__(self, bridge: Bridge, dialler: Dialler, timeout: float) -> None:
         """`timeout`: seconds for the handshake of a link."""
@@ -36,11 +36,8 @@ class Complaints:
         self._timeout = timeout
         self._next = 0.0  # when the next one may be sent, by trio's clock
 
-    @property
-    def due(self) -> bool:
-        """Whether the last complaint is long enough ago. Read once for each complaint: it counts
-        as sent.
-        """
+    def take_turn(self) -> bool:
+        """Return whether COMPLAIN_EVERY has passed since the last turn; if so, it begins anew."""
         now = trio.current_time()
         if now < self._next:
             return False

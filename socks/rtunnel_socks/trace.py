@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final, Protocol
 
 import msgspec
@@ -46,7 +47,9 @@ class TraceOwner(Auditor, DialOwner, Protocol):
 
 
 class Trace:
-    """One trace. `done(report)` is called once, at most `dial_timeout` after `start`."""
+    """One trace. `done(report)` is called once, at most `dial_timeout` after the tuples are known;
+    without tuples, after the questions to the registry.
+    """
 
     def __init__(
         self, gateway: TraceOwner, target: Target, source: str, user: str | None, done: Callable[[Report], None]
@@ -103,10 +106,10 @@ class Trace:
         ordered = gateway.paths.order(tuples, gateway.table.nodes, now)
         self.report.ways = [self._way(entry, now) for entry in ordered]
         who = f"{gateway.name}:{self.report.client}"
-        for _ in ordered:
-            self._running.append(TargetDial(gateway, self._target, who, None, trace=True))
-        for dial, entry in zip(list(self._running), ordered, strict=True):
-            dial.done = lambda reached, refused, dial=dial: self._ended(dial, reached, refused)
+        for entry in ordered:  # no dial ends before a later step of the loop
+            dial = TargetDial(gateway, self._target, who, None, trace=True)
+            dial.done = partial(self._ended, dial)
+            self._running.append(dial)
             dial.start([entry])
 
     def _way(self, entry: Tuple, now: float) -> Way:

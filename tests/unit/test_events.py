@@ -135,6 +135,7 @@ def test_a_line_that_is_tapped_is_written_all_the_same(monkeypatch: pytest.Monke
     logs.tap(frozenset({"session_opened"}), taken.append)
     for name in ("session_opened", "stream_ended"):
         assert json.loads(process(None, "info", {"event": name}))["event"] == name
+    assert json.loads(process(None, "info", {"event": ["no name"]}))["event"] == ["no name"]
     assert [fields["event"] for fields in taken] == ["session_opened"]
     logs.tap(frozenset({"session_opened"}), lambda fields: 1 // 0)  # type: ignore[arg-type]
     assert json.loads(process(None, "info", {"event": "session_opened"}))["event"] == "session_opened"
