@@ -10,7 +10,7 @@
 - `bridge`: calls between trio and the relay's thread.
 - `counts`: counts of streams, and permits; `histogram`: counts of durations; `strangers`: places
   for connections without proof.
-- `net`: listening sockets.
+- `netlink`: interfaces and routes, as the kernel has them; `net`: listening sockets.
 - `pulse`: signs of life for systemd and the supervisor; `watch`: files that are read again.
 - `events`: what happens to the cluster, published to the registry; `cli_events` shows it.
 - `logs`: log lines; `clock`: finds clocks that differ.

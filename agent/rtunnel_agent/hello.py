@@ -19,7 +19,7 @@ from rtunnel_agent.handshake import new_nonce
 from rtunnel_agent.host import host_id
 from rtunnel_agent.identity import Credentials
 from rtunnel_agent.targets import Targets
-from rtunnel_agent.ways import interface_of
+from rtunnel_agent.ways import interfaces_of
 
 #: Characters of a complaint.
 MAX_COMPLAINT: Final = 256
@@ -77,7 +77,7 @@ class Hellos:
             host_id=self._host_id,
             host=host_name()[:128],
             time=int(time.time() * 1000),
-            interfaces=[interface_of(address) for address in addresses],
+            interfaces=interfaces_of(addresses),
             lost=list(lost)[: messages.MAX_LOST],
             certificate_end=0 if identity is None else int(identity.who.ends),
         )

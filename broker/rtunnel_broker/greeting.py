@@ -7,12 +7,11 @@ from typing import Final, Protocol
 
 from rtunnel.config import canonical_ip, check_word, parse_exposes
 from rtunnel.errors import TrustError
+from rtunnel.netlink import CONTAINERS
 from rtunnel.trust.identity import Identity, Revoked, TrustStore
 from rtunnel.wire.messages import Hello
 from rtunnel.wire.refusal import Refusal, Refused
 
-#: Interfaces of container engines and hypervisors: they give each host the same networks.
-VIRTUAL: Final = ("docker", "br-", "virbr", "cni", "veth", "podman", "lxcbr", "flannel", "cali")
 #: Seconds that an agent's clock may differ, the time of a Hello on its way included.
 CLOCK_SECONDS: Final = 10.0
 
@@ -87,7 +86,7 @@ def doubts(hello: Hello, now: float) -> list[str]:
         f"{address} is on {interface}, whose addresses are alike on many hosts: write the address at which clients "
         "know the host (agent.addresses)"
         for address, interface in zip(hello.addresses, hello.interfaces, strict=False)
-        if interface.startswith(VIRTUAL)
+        if interface.startswith(CONTAINERS)
     ]
     found += [
         f"{address} is not on the agent's host: add it there, or change agent.addresses" for address in hello.lost

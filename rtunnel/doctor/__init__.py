@@ -2,7 +2,7 @@
 
 - `findings`: a verdict with its text and the fix.
 - `facts`: the facts that the checks of one machine judge, as plain values.
-- `machine`, `netlink`, `probes`, `redis_facts`: collect these facts.
+- `machine`, `probes`, `redis_facts`: collect these facts.
 - `checks`: judge the facts of one machine; pure.
 - `cluster`: the facts of the whole cluster, and their checks; pure but for `collect`.
 - `bundle`: packs facts and findings into one archive without a secret.

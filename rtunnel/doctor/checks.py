@@ -10,8 +10,10 @@ from typing import Any, Final
 
 from rtunnel.clock import utc
 from rtunnel.config import parse_range, role_sections
-from rtunnel.doctor.facts import NODE, Certificate, Endpoint, Interface, Machine, OwnRole, RedisFacts
+from rtunnel.doctor.facts import NODE, Certificate, Endpoint, Machine, OwnRole, RedisFacts
 from rtunnel.doctor.findings import Finding, fail, in_order, listed, ok, warn
+from rtunnel.netlink import CONTAINERS, Interface
+from rtunnel.netlink import holder as holder_of
 
 #: Seconds by which a clock may be off without a warning, as in `rtunnel status`.
 CLOCK_WARNS: Final = 2.0
@@ -31,8 +33,6 @@ HEADERS: Final = 52
 USUAL_MSS: Final = 1400
 #: Seconds after which an agent without its second session is no longer only starting.
 SETTLED: Final = 60.0
-#: Interfaces of container engines, by prefix: every host has them with the same addresses.
-CONTAINERS: Final = ("docker", "br-", "podman", "cni", "virbr", "lxcbr", "lxdbr", "flannel", "cali", "veth")
 
 Check = Callable[[Machine], Iterator[Finding]]
 
@@ -84,7 +84,7 @@ def addresses(facts: Machine) -> Iterator[Finding]:
         return
     good = []
     for address in facts.addresses:
-        holder = _holder(facts, address.ip)
+        holder = holder_of(facts.interfaces or (), address.ip)
         if not address.here or (facts.kernel.nonlocal_bind and facts.interfaces is not None and holder is None):
             fix = "add it to an interface, or write the host's own address as agent.addresses"
             yield fail(name, f"{address.ip} is on no interface of this host", fix)
@@ -101,16 +101,6 @@ def addresses(facts: Machine) -> Iterator[Finding]:
         yield warn(name, "the interfaces can't be read from the kernel", "run the doctor on the host itself")
     if good:
         yield ok(name, f"{listed(good)}")
-
-
-def _holder(facts: Machine, ip: str) -> Interface | None:
-    """Return the interface that has this address; that of the loopback network has all of it."""
-    for interface in facts.interfaces or ():
-        for address in interface.addresses:
-            own = ipaddress.ip_interface(address)
-            if str(own.ip) == ip or (interface.name == "lo" and ipaddress.ip_address(ip) in own.network):
-                return interface
-    return None
 
 
 def routes(facts: Machine) -> Iterator[Finding]:
@@ -157,7 +147,7 @@ def _hidden_networks(facts: Machine) -> Iterator[Finding]:
                         yield fail("routes", text, fix)
             for address in facts.addresses:
                 own = ipaddress.ip_address(address.ip)
-                holder = _holder(facts, address.ip)
+                holder = holder_of(facts.interfaces or (), address.ip)
                 if own in theirs and holder not in shared and not any(own in n for i in used for n in _networks(i)):
                     text = f"{container.name} has {theirs}, which covers the agent's address {address.ip}"
                     yield fail("routes", text, f"give {container.name} another network")

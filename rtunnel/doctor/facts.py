@@ -7,26 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from rtunnel.config import Config, Problem, format_endpoint, parse_endpoint
-
-
-@dataclass(frozen=True, slots=True)
-class Interface:
-    """One interface of this machine."""
-
-    name: str
-    kind: str = ""  # as the kernel says: "bridge", "veth", "dummy"; empty for hardware
-    addresses: tuple[str, ...] = ()  # with the size of the network: "10.1.0.7/24"
-    mtu: int = 0
-    #: Whether hardware is a port of this bridge, which then is the machine's own network.
-    has_hardware: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """One route of the main table."""
-
-    network: str
-    interface: str
+from rtunnel.netlink import Interface, Route
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from urllib.parse import quote
 import msgspec
 
 from rtunnel import config as configuration
-from rtunnel import roles
+from rtunnel import netlink, roles
 from rtunnel.api_client import ask
 from rtunnel.config import (
     Config,
@@ -31,22 +31,21 @@ from rtunnel.config import (
     role_sections,
 )
 from rtunnel.console import Failure
-from rtunnel.doctor import netlink, redis_facts
+from rtunnel.doctor import redis_facts
 from rtunnel.doctor.facts import (
     NODE,
     Certificate,
     Endpoint,
-    Interface,
     Kernel,
     Machine,
     OwnAddress,
     OwnRole,
-    Route,
     Session,
     Sessions,
 )
 from rtunnel.doctor.probes import CONNECTS, PATIENCE, Plan, probe
 from rtunnel.errors import RegistryUnavailable, TrustError
+from rtunnel.netlink import Interface, Route
 from rtunnel.registry import connect
 from rtunnel.trust import tls
 from rtunnel.trust.identity import TrustStore, load_trust_store, read_certificate

@@ -16,8 +16,8 @@ import time
 from dataclasses import dataclass, replace
 from typing import Final
 
+from rtunnel import netlink
 from rtunnel.config import parse_endpoint
-from rtunnel.doctor import netlink
 from rtunnel.doctor.facts import Endpoint, Path
 from rtunnel.wire.messages import MAX_HELLO
 

@@ -231,7 +231,8 @@ async def test_a_broker_tells_what_agents_know_of_their_hosts(
     tmp_path: Path, admin: str, token_file: Path, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An agent that has registered docker0's address is doubted at both ends, and found in the broker's API."""
-    monkeypatch.setattr(hello_module, "interface_of", lambda ip: "docker0" if ip == "127.1.0.2" else "eth0")
+    found = {"127.1.0.2": "docker0"}
+    monkeypatch.setattr(hello_module, "interfaces_of", lambda ips: [found.get(ip, "eth0") for ip in ips])
     async with running_cluster(tmp_path) as cluster:
         await cluster.start_broker("b1", admin=admin, admin_token=str(token_file))
         await cluster.start_gateway()

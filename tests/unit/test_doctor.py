@@ -13,18 +13,17 @@ from rtunnel.doctor import checks
 from rtunnel.doctor.facts import (
     Certificate,
     Endpoint,
-    Interface,
     Kernel,
     Machine,
     OwnAddress,
     OwnRole,
     Path,
     RedisFacts,
-    Route,
     Session,
     Sessions,
 )
 from rtunnel.doctor.findings import Finding, Level, fail, in_order, listed
+from rtunnel.netlink import Interface, Route
 
 NOW = 1_800_000_000.0
 DAY = 86400.0

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from rtunnel import netlink
 from rtunnel.config import RegistryConfig, load
-from rtunnel.doctor import checks, machine, netlink, probes, redis_facts
+from rtunnel.doctor import checks, machine, probes, redis_facts
 from rtunnel.doctor.facts import Endpoint
 from rtunnel.doctor.probes import Plan, probe
 from rtunnel.trust import pki, tls

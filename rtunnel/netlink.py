@@ -9,10 +9,9 @@ from __future__ import annotations
 import ipaddress
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
-
-from rtunnel.doctor.facts import Interface, Route
 
 #: Seconds for one answer of the kernel, which takes microseconds.
 _PATIENCE: Final = 2.0
@@ -36,6 +35,30 @@ _DESTINATION, _OUT = 1, 4
 _MAIN_TABLE, _UNICAST, _LOCAL_TYPE = 254, 1, 2
 
 _Message = tuple[int, bytes]
+
+#: Interfaces of container engines and hypervisors, by prefix: every host has them with the same
+#: addresses.
+CONTAINERS: Final = ("docker", "br-", "podman", "cni", "virbr", "lxcbr", "lxdbr", "flannel", "cali", "veth")
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """One interface of this machine."""
+
+    name: str
+    kind: str = ""  # as the kernel says: "bridge", "veth", "dummy"; empty for hardware
+    addresses: tuple[str, ...] = ()  # with the size of the network: "10.1.0.7/24"
+    mtu: int = 0
+    #: Whether hardware is a port of this bridge, which then is the machine's own network.
+    has_hardware: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One route of the main table."""
+
+    network: str
+    interface: str
 
 
 def interfaces() -> tuple[Interface, ...]:
@@ -64,6 +87,16 @@ def interfaces() -> tuple[Interface, ...]:
         )
         for index, attributes in links.items()
     )
+
+
+def holder(interfaces: Sequence[Interface], ip: str) -> Interface | None:
+    """Return the interface that has this address; that of the loopback network has all of it."""
+    for interface in interfaces:
+        for address in interface.addresses:
+            own = ipaddress.ip_interface(address)
+            if str(own.ip) == ip or (interface.name == "lo" and ipaddress.ip_address(ip) in own.network):
+                return interface
+    return None
 
 
 def routes() -> tuple[Route, ...]:
