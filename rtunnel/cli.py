@@ -22,7 +22,7 @@ from rtunnel.cli_doctor import doctor
 from rtunnel.cli_pki import pki_group
 from rtunnel.cli_trace import trace
 from rtunnel.config import Config, Flag
-from rtunnel.console import Failure, plural, print_json, print_table, report_errors
+from rtunnel.console import Failure, config_option, json_option, plural, print_json, print_table, report_errors
 from rtunnel.errors import EXIT_FAILED, EXIT_USAGE, RoleMissing
 from rtunnel.logs import printable
 from rtunnel.registry import Duplicate, GatewayRecord, NodeRecord, Registry, Snapshot, Tuple, connect
@@ -267,24 +267,19 @@ def _file_option(key: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
     return click.option("--file", "file", type=click.Path(path_type=Path), help=text)
 
 
-def _with_config(command: click.Command) -> click.Command:
-    command.params.append(_config_option())
-    return command
-
-
 @cli.group("policy")
 def policy_group() -> None:
     """Test the rules of a gateway."""
 
 
-@_with_config
+@config_option
 @policy_group.command("test")
 @click.argument("target", metavar="IP:PORT")
 @click.option("--user", metavar="NAME", help="The user who has logged in; default: no login.")
 @click.option("--from", "source", metavar="IP", required=True, help="The client's address.")
 @click.option("--namespace", help="The target's namespace; default: the gateway's.")
 @_file_option("gateway.policy")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def policy_test(
     target: str,
     user: str | None,
@@ -356,7 +351,7 @@ def _users_file(file: Path | None, config_file: Path | None) -> Path:
     return Path(path)
 
 
-@_with_config
+@config_option
 @user_group.command("add")
 @click.argument("name")
 @_file_option("gateway.users")
@@ -383,7 +378,7 @@ def _password(name: str) -> str:
     return sys.stdin.readline().rstrip("\r\n")
 
 
-@_with_config
+@config_option
 @user_group.command("remove")
 @click.argument("name")
 @_file_option("gateway.users")
@@ -395,7 +390,7 @@ def user_remove(name: str, file: Path | None, config_file: Path | None) -> None:
     click.echo(f"{path}: {name} removed")
 
 
-@_with_config
+@config_option
 @user_group.command("list")
 @_file_option("gateway.users")
 def user_list(file: Path | None, config_file: Path | None) -> None:

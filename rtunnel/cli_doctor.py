@@ -11,7 +11,7 @@ import click
 
 from rtunnel import config
 from rtunnel.config import Config
-from rtunnel.console import Failure, print_json, report_errors
+from rtunnel.console import Failure, config_option, json_option, print_json, report_errors
 from rtunnel.doctor import bundle as bundles
 from rtunnel.doctor import checks, cluster, machine
 from rtunnel.doctor.cluster import Cluster
@@ -56,14 +56,8 @@ Exit codes: 0 no FAIL, 1 at least one FAIL, 2 wrong usage or configuration.
     multiple=True,
     help="Put the last lines of this log into the bundle; repeatable.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option(
-    "--config",
-    "config_file",
-    type=click.Path(path_type=Path),
-    envvar="RTUNNEL_CONFIG",
-    help="Configuration file (TOML) of the role; also $RTUNNEL_CONFIG.",
-)
+@json_option
+@config_option
 def doctor(
     role: str | None, whole: bool, bundle: Path | None, logs: tuple[Path, ...], as_json: bool, config_file: Path | None
 ) -> None:

@@ -12,7 +12,7 @@ import click
 
 from rtunnel import config
 from rtunnel.api_client import ask
-from rtunnel.console import Failure, plural, print_json, report_errors
+from rtunnel.console import Failure, config_option, json_option, plural, print_json, report_errors
 from rtunnel.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE
 from rtunnel.logs import printable
 from rtunnel.trust.keys import load_api_token
@@ -40,14 +40,8 @@ Exit codes: 0 the target is reached, 1 it is not, 2 the gateway can't be asked.
     help="The file with the API's token; default: gateway.admin_token.",
 )
 @click.option("--namespace", default="", help="The target's namespace; default: the gateway's.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option(
-    "--config",
-    "config_file",
-    type=click.Path(path_type=Path),
-    envvar="RTUNNEL_CONFIG",
-    help="Configuration file (TOML) of the gateway; also $RTUNNEL_CONFIG.",
-)
+@json_option
+@config_option
 def trace(
     target: str,
     client: str,

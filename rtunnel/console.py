@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -29,6 +30,17 @@ class Failure(click.ClickException):
     def show(self, file: Any = None) -> None:
         for line in self.message.splitlines():
             click.echo(f"rtunnel: {printable(line)}", err=True)
+
+
+#: Options that several commands have.
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+config_option = click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    envvar="RTUNNEL_CONFIG",
+    help="Configuration file (TOML); also $RTUNNEL_CONFIG.",
+)
 
 
 @contextmanager
