@@ -140,7 +140,13 @@ async def test_a_nodes_own_figures(tmp_path: Path, events: Events) -> None:
     """Ports, descriptors, heartbeats and links; a restarted agent's session replaces the older one."""
     async with running_cluster(tmp_path) as cluster:
         looks = await started(cluster, events)
-        now = await looks.until("broker", lambda now: now.values("rtunnel_tuples_registered") == [1])
+
+        def whole(now: Scrape) -> bool:  # the clock's offset and the first pong come after the first heartbeat
+            known = now.values("rtunnel_registry_clock_offset_seconds") and now.values("rtunnel_beat_age_seconds")
+            pongs = now.values("rtunnel_path_round_trip_seconds_count")
+            return now.values("rtunnel_tuples_registered") == [1] and bool(known) and pongs > [0]
+
+        now = await looks.until("broker", whole)
         assert now.value("rtunnel_ready") == 1
         assert now.value("rtunnel_beat_age_seconds") < 5
         assert now.value("rtunnel_ports", range="guarded", state="used") == 1
